@@ -1,0 +1,168 @@
+"""Start N ranks on this machine, as torchrun would, without loading torch in the launcher.
+
+Each rank finds RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment, so
+torchrun itself, or anything else that sets them, starts the same program just as well. What this
+launcher does that torchrun does not: a signal reaches every rank exactly once and is waited for as
+long as saving takes, and the last thing on the screen is the error of the rank that failed first.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from megatron_hybrid.fileio import write_atomic
+
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+ERROR_FILE = "MEGATRON_HYBRID_ERROR_FILE"
+_POLL_S = 0.05
+_PR_SET_PDEATHSIG = 1
+
+
+def record_error(text: str) -> bool:
+    """In a rank: leave the error for the launcher to show. False: there is no such launcher."""
+    path = os.environ.get(ERROR_FILE)
+    if path is None:
+        return False
+    write_atomic(Path(path), json.dumps({"time": time.time(), "text": text}))
+    return True
+
+
+def launch(argv: Sequence[str], nproc: int, grace_s: float = 10.0) -> int:
+    """Run `python *argv` on `nproc` ranks, and wait for all of them.
+
+    Args:
+        argv: words for Python, such as `-m megatron_hybrid.cli pretrain tiny`.
+        nproc: how many ranks.
+        grace_s: after one rank has failed, how long the others may take to notice by themselves.
+
+    Returns:
+        The exit code: 0, that of the rank that failed first, or 128 + the signal that ended it.
+    """
+    with tempfile.TemporaryDirectory(prefix="megatron-hybrid-") as folder:
+        ranks = _Ranks(argv, nproc, Path(folder))
+        previous = {number: signal.signal(number, ranks.forward) for number in FORWARDED}
+        try:
+            ranks.start()
+            return ranks.wait(grace_s)
+        finally:
+            ranks.end()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+class _Ranks:
+    """The processes of a run; `folder` keeps what they print (all but rank 0) and their errors."""
+
+    def __init__(self, argv: Sequence[str], nproc: int, folder: Path) -> None:
+        self._argv = [sys.executable, *argv]
+        self._nproc = nproc
+        self._folder = folder
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> None:
+        """Start every rank. Rank 0 writes to the console, the others to files."""
+        shared = os.environ | {
+            "WORLD_SIZE": str(self._nproc),
+            "LOCAL_WORLD_SIZE": str(self._nproc),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+        }
+        cores = len(os.sched_getaffinity(0))
+        shared.setdefault("OMP_NUM_THREADS", str(max(1, cores // self._nproc)))
+        for rank in range(self._nproc):
+            own = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                ERROR_FILE: str(self._error_file(rank)),
+            }
+            with self._output_file(rank).open("wb") as file:
+                output = None if rank == 0 else file
+                self._processes.append(
+                    subprocess.Popen(
+                        self._argv,
+                        env=shared | own,
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=output,
+                        # Ctrl-C in a terminal goes to a whole session: it must reach ranks once.
+                        start_new_session=True,
+                        preexec_fn=_end_with_launcher,
+                    )
+                )
+
+    def forward(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler: pass the signal on to every rank that runs."""
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def wait(self, grace_s: float) -> int:
+        """Wait until all ranks have ended; a failure ends the others and is shown."""
+        deadline = None
+        while any(process.poll() is None for process in self._processes):
+            if deadline is None and any(process.poll() for process in self._processes):
+                deadline = time.monotonic() + grace_s
+            if deadline is not None and time.monotonic() > deadline:
+                break
+            time.sleep(_POLL_S)
+        failed = {rank: p.returncode for rank, p in enumerate(self._processes) if p.returncode}
+        self.end()
+        return self._show_first(failed) if failed else 0
+
+    def end(self) -> None:
+        """Kill what still runs, with the processes that the ranks started."""
+        for process in self._processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+    def _show_first(self, failed: dict[int, int]) -> int:
+        """Print the error of the rank that failed first; return its exit code."""
+        errors = {rank: self._read_error(rank) for rank in failed}
+        rank = min(failed, key=lambda rank: (errors[rank][0], rank))
+        code, text = failed[rank], errors[rank][1]
+        if text is not None:
+            print(text.rstrip(), file=sys.stderr)
+            if not text.startswith("error:"):
+                print(f"error: rank {rank} of {self._nproc} failed first", file=sys.stderr)
+        else:
+            lines = self._output_file(rank).read_text(errors="replace").splitlines()[-30:]
+            print("\n".join(lines), file=sys.stderr)
+            cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            print(f"error: rank {rank} of {self._nproc} ended by {cause}", file=sys.stderr)
+        return 128 - code if code < 0 else code
+
+    def _read_error(self, rank: int) -> tuple[float, str | None]:
+        """When and with what text a rank failed; a rank that could not say is taken for first."""
+        try:
+            error = json.loads(self._error_file(rank).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return 0.0, None
+        return error["time"], error["text"]
+
+    def _error_file(self, rank: int) -> Path:
+        return self._folder / f"error_{rank}.json"
+
+    def _output_file(self, rank: int) -> Path:
+        return self._folder / f"output_{rank}.txt"
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def _end_with_launcher() -> None:
+    """In a new rank: if the launcher is killed, get SIGTERM, so as to save and exit (Linux)."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,134 @@
+"""The command `megatron-hybrid`: one thin function a command. What is heavy loads on use."""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from launchers.local import launch, record_error
+from megatron_hybrid import cli_text
+from megatron_hybrid.config import TRACKER_FILE, RunConfig, load_config, rules, validate
+from megatron_hybrid.errors import UserError
+
+app = typer.Typer(
+    help="Train hybrid Mamba-Transformer language models on megatron-core.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+# Words that are ours to read: presets, section.field=value, Megatron-LM's flags.
+_CONFIG_WORDS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def _show_pretrain_help(asked: bool) -> None:
+    if asked:
+        cli_text.print_pretrain_help(Console())
+        raise typer.Exit
+
+
+@app.command(context_settings=_CONFIG_WORDS, add_help_option=False)
+def pretrain(
+    context: typer.Context,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="start this many ranks on this machine")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="print the resolved config and exit")] = False,
+    show_help: Annotated[
+        bool, typer.Option("--help", is_eager=True, callback=_show_pretrain_help)
+    ] = False,
+) -> None:
+    """Train a model: `pretrain PRESET|FILE.yaml [section.field=value | --flag value]...`."""
+    launched = os.environ.get("WORLD_SIZE")
+    world_size = nproc or (int(launched) if launched else None)
+    if dry_run:
+        config = load_config(context.args, which=rules.DRY_RUN, world_size=world_size)
+        print(config.to_yaml(), end="")
+        return
+    if nproc and launched:
+        raise typer.BadParameter(
+            f"a launcher has started this rank already (WORLD_SIZE={launched})",
+            param_hint="--nproc",
+        )
+    config = load_config(context.args, world_size=world_size or 1)
+    if nproc is None or nproc == 1:
+        from megatron_hybrid.training.pretrain import pretrain as run
+
+        run(config)
+        return
+    _check_device(config, nproc)
+    raise typer.Exit(launch(["-m", "megatron_hybrid.cli", "pretrain", *context.args], nproc))
+
+
+def _check_device(config: RunConfig, world_size: int) -> None:
+    """Refuse before any rank starts what this machine cannot run, where the config depends on it.
+
+    Asking for the device loads torch, which takes seconds; most configs need no answer.
+    """
+    etp = config.parallel.expert_tensor_parallel_size
+    if config.backend == "transformer_engine" or (etp is not None and etp > 1):
+        from megatron_hybrid.platform.backend import probe, resolve_backend
+
+        resolve_backend(config.backend)
+        validate(config, world_size, has_cuda=probe().cuda_device is not None)
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="folder of a run or of its checkpoints")],
+    prompt: Annotated[str, typer.Option(help="text to continue")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to add at most")] = 64,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="only among the k likeliest; 0: all")] = 0,
+    top_p: Annotated[float, typer.Option(help="only among the likeliest that sum to p")] = 1.0,
+    seed: Annotated[int, typer.Option(help="of the draws")] = 1234,
+) -> None:
+    """Continue a text with a trained model."""
+    from megatron_hybrid.generation import Sampling, generate_text
+
+    inner = checkpoint / "checkpoints"
+    folder = inner if (inner / TRACKER_FILE).is_file() else checkpoint
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    pieces = generate_text(folder, prompt, max_new_tokens, sampling)
+    for number, piece in enumerate(pieces):
+        # Not before the model is loaded: an error would follow half a line.
+        print(piece if number else prompt + piece, end="", flush=True)
+    print()
+
+
+@app.command(context_settings=_CONFIG_WORDS)
+def counts(context: typer.Context) -> None:
+    """Parameters and FLOPs of a model: `counts PRESET|FILE.yaml [section.field=value]...`."""
+    config = load_config(context.args, which=rules.NO_FILES)
+    cli_text.print_counts(config, Console())
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed, what is missing, and which backend would run."""
+    from megatron_hybrid.doctor import examine, report
+
+    if not report(examine(), Console()):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run a command. Errors that a user can mend are printed as text; exit codes are 0, 1, 2."""
+    try:
+        app(prog_name="megatron-hybrid")
+    except UserError as error:
+        text = f"error: {error}"
+        if not record_error(text):
+            print(text, file=sys.stderr)
+        sys.exit(1)
+    except Exception:
+        if not record_error(traceback.format_exc()):
+            raise
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""What the command line prints: the help of `pretrain`, made from the fields, and the counts."""
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from megatron_hybrid.config import RunConfig, presets
+from megatron_hybrid.config.describe import allowed, fields, plain_type
+from megatron_hybrid.config.flags import flags
+from megatron_hybrid.model.counts import count_parameters, flops_per_token
+from megatron_hybrid.model.pattern import KINDS
+
+_USAGE = """\
+[bold]megatron-hybrid pretrain[/] PRESET | FILE.yaml  \\[section.field=value | --flag value]...
+
+  PRESET, FILE.yaml   what the run starts from; a file may itself say `preset: tiny`
+  section.field=value sets a field; the value is YAML, and wins over the file
+  --flag value        the same, by Megatron-LM's name of the field
+  --load DIR          without PRESET or FILE: goes on with the config that the checkpoint holds
+  --nproc N           start N ranks on this machine; without it this process is one rank, or the
+                      one that torchrun, Slurm or MPI made it
+  --dry-run           print the resolved config and exit
+  --help              show this text
+
+[bold]Examples[/]
+  megatron-hybrid pretrain tiny --data-path data/text --tokenizer-model data/tokenizer.model
+  megatron-hybrid pretrain run.yaml parallel.tensor_model_parallel_size=2 --sequence-parallel \
+--nproc 2
+  megatron-hybrid pretrain nemotron_h_8b --data-path 0.3 code 0.7 web --dry-run
+  megatron-hybrid pretrain --load runs/default/checkpoints --train-iters 2000
+"""
+
+
+def print_pretrain_help(console: Console) -> None:
+    """Forms, examples, presets, and every flag by section."""
+    console.soft_wrap = True
+    console.print(_USAGE, highlight=False)
+    console.print(f"[bold]Presets[/]  {', '.join(presets())}\n", highlight=False)
+    by_path: dict[str, list[str]] = {}
+    for flag in flags().values():
+        by_path.setdefault(flag.path, []).append(flag.name)
+    section = None
+    for path, info in fields().items():
+        name = path.rpartition(".")[0] or "run"
+        if name != section:
+            section = name
+            console.print(f"[bold]{section}[/]")
+        default = "required" if info.is_required() else f"default {_shown(info.default)}"
+        kind = "" if plain_type(info) is bool else f"  {allowed(info)}"
+        console.print(f"  {', '.join(by_path[path])}{escape(kind)}", highlight=False)
+        console.print(f"      {escape(f'{info.description} ({default})')}", highlight=False)
+
+
+def _shown(value: object) -> str:
+    """A default as YAML would say it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value in (None, ()) else str(value)
+
+
+def print_counts(config: RunConfig, console: Console) -> None:
+    """Parameters and training FLOPs of a config's model, by kind of layer."""
+    model, seq_length = config.model, config.data.seq_length
+    found, flops = count_parameters(model), flops_per_token(model, seq_length)
+    table = Table("part")
+    for title in ("layers", "parameters each", "parameters", "MFLOPs a token"):
+        table.add_column(title, justify="right")
+    for kind, layers in found.layers.items():
+        each = found.per_layer[kind]
+        name = f"{KINDS[kind]} ({kind})"
+        cost = f"{flops.by_kind[kind] / 1e6:,.1f}"
+        table.add_row(name, f"{layers:,}", f"{each:,}", f"{each * layers:,}", cost)
+    table.add_row(
+        "embeddings, output", "", "", f"{found.embedding:,}", f"{flops.logits / 1e6:,.1f}"
+    )
+    table.add_row("final norm", "", "", f"{found.final_norm:,}", "")
+    table.add_section()
+    layers = sum(found.layers.values())
+    total = f"{flops.total / 1e6:,.1f}"
+    table.add_row("[bold]total[/]", f"{layers:,}", "", f"[bold]{found.total:,}[/]", total)
+    if found.active != found.total:
+        table.add_row("active for a token", "", "", f"{found.active:,}", "")
+    console.print(table)
+    console.print(
+        f"FLOPs: training, forward and backward, at {seq_length:,} tokens a sequence; "
+        "recomputation not counted.",
+        highlight=False,
+    )

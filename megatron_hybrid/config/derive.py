@@ -1,0 +1,78 @@
+"""Fields that may be left null and follow from others; resolved once, so that nobody asks again."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.model.pattern import ATTENTION, MAMBA, MOE, parse_pattern
+
+
+class UnderivableError(Exception):
+    """A null field that does not follow from the others; the text is the problem."""
+
+
+def _ffn_hidden_size(c: RunConfig) -> int:
+    return 4 * c.model.hidden_size
+
+
+def _num_query_groups(c: RunConfig) -> int | None:
+    return c.model.num_attention_heads if ATTENTION in c.model.hybrid_layer_pattern else None
+
+
+def _kv_channels(c: RunConfig) -> int | None:
+    heads = c.model.num_attention_heads
+    if heads is None or ATTENTION not in c.model.hybrid_layer_pattern:
+        return None
+    if c.model.hidden_size % heads:
+        raise UnderivableError(
+            f"model.kv_channels is not set and model.hidden_size={c.model.hidden_size} is not a "
+            f"multiple of model.num_attention_heads={heads}; set model.kv_channels"
+        )
+    return c.model.hidden_size // heads
+
+
+def _mamba_num_heads(c: RunConfig) -> int | None:
+    if MAMBA not in c.model.hybrid_layer_pattern:
+        return None
+    inner, head_dim = 2 * c.model.hidden_size, c.model.mamba_head_dim
+    if inner % head_dim:
+        raise UnderivableError(
+            f"model.mamba_num_heads is not set and 2 * model.hidden_size={inner} is not a "
+            f"multiple of model.mamba_head_dim={head_dim}; set model.mamba_num_heads"
+        )
+    return inner // head_dim
+
+
+def _moe_ffn_hidden_size(c: RunConfig) -> int | None:
+    return c.model.ffn_hidden_size if MOE in c.model.hybrid_layer_pattern else None
+
+
+def _virtual_pipeline_size(c: RunConfig) -> int | None:
+    stages = c.parallel.pipeline_model_parallel_size
+    segments = len(parse_pattern(c.model.hybrid_layer_pattern).segments)
+    chunks, rest = divmod(segments, stages)
+    return chunks if stages > 1 and chunks > 1 and not rest else None
+
+
+def _expert_tensor_parallel_size(c: RunConfig) -> int:
+    return 1
+
+
+def _save(c: RunConfig) -> Path:
+    return c.run_dir / "checkpoints"
+
+
+# In this order: a later field may follow from an earlier one.
+DERIVED: dict[str, Callable[[RunConfig], object]] = {
+    "model.ffn_hidden_size": _ffn_hidden_size,
+    "model.num_query_groups": _num_query_groups,
+    "model.kv_channels": _kv_channels,
+    "model.mamba_num_heads": _mamba_num_heads,
+    "model.moe_ffn_hidden_size": _moe_ffn_hidden_size,
+    "parallel.virtual_pipeline_model_parallel_size": _virtual_pipeline_size,
+    "parallel.expert_tensor_parallel_size": _expert_tensor_parallel_size,
+    "checkpoint.save": _save,
+}
+# Of these, the ones that follow the layout and the folder even when a resolved config is taken up
+# again with another layout or folder; sizes of the model stay as they were.
+FOLLOWING = ("parallel.virtual_pipeline_model_parallel_size", "checkpoint.save")

@@ -1,0 +1,182 @@
+"""The command line of a config: `section.field=value` and Megatron-LM's flags for the same fields.
+
+The flags are made from the fields: `--field-name value`, and `--field-name` / `--no-field-name`
+where a field is true or false. The tables below hold what Megatron-LM calls otherwise.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from megatron_hybrid.config.describe import (
+    allowed,
+    fields,
+    is_optional,
+    nearest,
+    plain_type,
+    unknown_field,
+)
+from megatron_hybrid.config.yaml_text import parse_yaml
+
+_OTHER_NAMES = {
+    "--hybrid-override-pattern": "model.hybrid_layer_pattern",
+    "--norm-epsilon": "model.layernorm_epsilon",
+    "--num-experts": "model.num_moe_experts",
+}
+_SWITCHES: dict[str, tuple[str, Any]] = {
+    "--squared-relu": ("model.activation", "squared_relu"),
+    "--swiglu": ("model.activation", "swiglu"),
+    "--disable-bias-linear": ("model.add_bias_linear", False),
+    "--bf16": ("precision.recipe", "bf16"),
+    "--reset-attention-mask": ("data.packed_documents", True),
+}
+_MEGATRON_VALUES = {
+    "data.tokenizer_type": {
+        "SentencePieceTokenizer": "sentencepiece",
+        "GPTSentencePieceTokenizer": "sentencepiece",
+        "HuggingFaceTokenizer": "huggingface",
+        "NullTokenizer": "null",
+    }
+}
+_OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.DOTALL)
+_FLAG = re.compile(r"(--[a-z][\w-]*)(?:=(.*))?", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag: the field it sets, and the value it stands for (`takes_value`: the one after it)."""
+
+    name: str
+    path: str
+    takes_value: bool
+    value: Any = None
+
+
+@cache
+def flags() -> dict[str, Flag]:
+    """Every flag by its name."""
+    found = []
+    for path, info in fields().items():
+        name = path.rpartition(".")[2].replace("_", "-")
+        if plain_type(info) is bool:
+            found.append(Flag(f"--{name}", path, False, True))
+            found.append(Flag(f"--no-{name}", path, False, False))
+        else:
+            found.append(Flag(f"--{name}", path, True))
+    found += [Flag(name, path, True) for name, path in _OTHER_NAMES.items()]
+    found += [Flag(name, path, False, value) for name, (path, value) in _SWITCHES.items()]
+    table = {flag.name: flag for flag in found}
+    assert len(table) == len(found), "two fields make the same flag"
+    return table
+
+
+@dataclass
+class CommandLine:
+    """What was typed: the first word, the values in order, and what could not be understood."""
+
+    source: str | None = None
+    values: list[tuple[str, Any]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def read_value(path: str, text: str) -> Any:
+    """A field's value from its text; what cannot be read stays text, which its type refuses."""
+    info = fields()[path]
+    kind = plain_type(info)
+    if is_optional(info) and text == "null":
+        return None
+    if kind in (str, Path) or get_origin(kind) is Literal:
+        return _MEGATRON_VALUES.get(path, {}).get(text, text)
+    if get_origin(kind) is tuple and get_args(kind) == (int, int):
+        text = f"[{text.strip('()[]')}]"
+    try:
+        return parse_yaml(text)
+    except ValueError:
+        return text
+
+
+def _read_blend(words: Sequence[str]) -> Any:
+    """`--data-path`'s words: numbers are weights, the rest prefixes."""
+    if len(words) == 1 and words[0].startswith("["):
+        return read_value("data.data_path", words[0])
+    parsed = [read_value("model.hidden_dropout", word) for word in words]
+    return [
+        value if isinstance(value, int | float) and index % 2 == 0 and len(words) > 1 else word
+        for index, (value, word) in enumerate(zip(parsed, words, strict=True))
+    ]
+
+
+def _starts_something(word: str) -> bool:
+    """Whether a word is a flag or an override, and so no value of the flag before it."""
+    override = _OVERRIDE.fullmatch(word)
+    return bool(_FLAG.fullmatch(word)) or (override is not None and override[1] in fields())
+
+
+def _take_flag(words: list[str], line: CommandLine) -> None:
+    """Read the flag that `words` starts with, and its values, off the front of `words`."""
+    word = words.pop(0)
+    match = _FLAG.fullmatch(word)
+    assert match
+    name, inline = match[1].replace("_", "-"), match[2]
+    flag = flags().get(name)
+    if flag is None:
+        guess = nearest(name, flags())
+        hint = f"did you mean {guess}?" if guess else "`pretrain --help` lists the flags"
+        line.problems.append(f"{name} is not a flag; {hint}")
+        while words and not _starts_something(words[0]):
+            words.pop(0)
+    elif not flag.takes_value:
+        if inline is not None:
+            line.problems.append(f"{name} takes no value, but {inline!r} was given")
+        line.values.append((flag.path, flag.value))
+    else:
+        given = [inline] if inline is not None else []
+        several = flag.path == "data.data_path"
+        while words and not _starts_something(words[0]) and (several or not given):
+            given.append(words.pop(0))
+        if not given:
+            line.problems.append(f"{name} needs a value: {allowed(fields()[flag.path])}")
+        else:
+            value = _read_blend(given) if several else read_value(flag.path, given[0])
+            line.values.append((flag.path, value))
+
+
+def parse_command_line(args: Sequence[str]) -> CommandLine:
+    """Read `[preset or YAML file] [section.field=value | --flag [value]] ...`, in any order.
+
+    Where a field is given twice the later value stands, as with Megatron-LM's own flags.
+    """
+    line, words = CommandLine(), list(args)
+    if words and not _FLAG.fullmatch(words[0]) and not _OVERRIDE.fullmatch(words[0]):
+        line.source = words.pop(0)
+    while words:
+        if _FLAG.fullmatch(words[0]):
+            _take_flag(words, line)
+            continue
+        word = words.pop(0)
+        match = _OVERRIDE.fullmatch(word)
+        if match is None:
+            line.problems.append(
+                f"{word!r} is neither section.field=value nor a flag; a preset or a YAML file "
+                "comes first"
+            )
+        elif match[1] not in fields():
+            line.problems.append(unknown_field(match[1]))
+        else:
+            path, text = match[1], match[2]
+            blend = path == "data.data_path"
+            line.values.append((path, _read_blend_text(text) if blend else read_value(path, text)))
+    return line
+
+
+def _read_blend_text(text: str) -> Any:
+    """The override's form of `--data-path`: words if the first is a weight, else one prefix."""
+    words = text.split()
+    if text == "null" or not words:
+        return None
+    weight = read_value("model.hidden_dropout", words[0])
+    weighted = len(words) > 1 and isinstance(weight, int | float)
+    return _read_blend(words if weighted else [text])

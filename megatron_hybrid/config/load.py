@@ -1,0 +1,207 @@
+"""Where a config comes from: a preset, then a YAML file, then what was typed."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, cast
+
+from megatron_hybrid.config import rules
+from megatron_hybrid.config.check import (
+    Values,
+    build_config,
+    check_types,
+    drop_path,
+    get_path,
+    keep_known,
+    section_problem,
+    set_path,
+)
+from megatron_hybrid.config.derive import DERIVED, FOLLOWING
+from megatron_hybrid.config.describe import nearest, sections
+from megatron_hybrid.config.flags import CommandLine, parse_command_line
+from megatron_hybrid.config.partial import Partial, UnreadableError
+from megatron_hybrid.config.rules import ALTERNATIVES, Rule
+from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.config.tracker import CONFIG_FILE, latest_folder, load_problems
+from megatron_hybrid.config.yaml_text import parse_yaml
+from megatron_hybrid.errors import ConfigError
+
+
+@dataclass
+class _Layers:
+    """Values under what was typed; `whole` is False where they could not be read."""
+
+    values: Values = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    whole: bool = True
+
+    def fail(self, problem: str) -> None:
+        self.problems.append(problem)
+        self.whole = False
+
+
+@cache
+def presets() -> dict[str, str]:
+    """The YAML text of each preset by its name."""
+    folder = resources.files("megatron_hybrid") / "presets"
+    files = [entry for entry in folder.iterdir() if entry.name.endswith(".yaml")]
+    files.sort(key=lambda entry: entry.name)
+    return {entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8") for entry in files}
+
+
+def _no_preset(name: str) -> str:
+    guess = nearest(name, presets())
+    hint = f"did you mean {guess}? " if guess else ""
+    return f"{hint}presets: {', '.join(presets())}"
+
+
+def _read_yaml(path: Path, layers: _Layers) -> Values:
+    """The mapping a YAML file holds; problems go to `layers`."""
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        layers.fail(f"{path}: cannot be read: {reason}")
+        return {}
+    except ValueError as error:
+        layers.fail(f"{path}: {error}")
+        return {}
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        layers.fail(f"{path}: must hold sections such as `model:`, but holds {values!r:.60}")
+        return {}
+    for name in [name for name in sections() if name in values]:
+        if values[name] is None:
+            values[name] = {}
+        elif not isinstance(values[name], dict):
+            layers.problems.append(f"{path}: {section_problem(name, values.pop(name))}")
+    return values
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Values:
+    """`over` on top of `base`, field by field.
+
+    Of fields that say the same thing (train_iters, train_samples, train_tokens), one in `over`
+    replaces any in `base`.
+    """
+    merged = copy.deepcopy(dict(base))
+    for names in ALTERNATIVES:
+        if any(get_path(over, name) is not None for name in names):
+            for name in names:
+                drop_path(merged, name)
+    for name, value in over.items():
+        inner = merged.get(name)
+        if isinstance(inner, dict) and isinstance(value, Mapping):
+            inner.update(copy.deepcopy(dict(value)))
+        else:
+            merged[name] = copy.deepcopy(value)
+    return merged
+
+
+def _forget_following(values: Values) -> Values:
+    """Drop fields that a resolved config only holds because they follow from others.
+
+    So a saved run can be taken up with another pipeline, or in another folder.
+    """
+    kept, _ = keep_known(values)
+    config, broken, _ = check_types(copy.deepcopy(kept))
+    readable = cast(RunConfig, Partial(config, frozenset(broken)))
+    for path in FOLLOWING:
+        value = get_path(values, path)
+        try:
+            if value is not None and str(DERIVED[path](readable)) == str(value):
+                values = merge(values, {})
+                drop_path(values, path)
+        except UnreadableError:
+            continue
+    return values
+
+
+def _add_preset(name: Any, layers: _Layers) -> None:
+    """Put a preset under the values there are."""
+    text = presets().get(name) if isinstance(name, str) else None
+    if text is None:
+        layers.fail(f"preset={name!r} is not a preset; {_no_preset(str(name))}")
+    else:
+        layers.values = merge(parse_yaml(text), merge(layers.values, {"preset": name}))
+
+
+def _from_checkpoint(load: str, typed: Values, layers: _Layers) -> None:
+    """Take the resolved config that the latest checkpoint of a folder holds."""
+    if problems := load_problems(Path(load)):
+        layers.problems += problems
+        layers.whole = False
+        return
+    stored = latest_folder(Path(load)) / CONFIG_FILE
+    if stored.is_file():
+        layers.values = _read_yaml(stored, layers)
+    elif get_path(typed, "model.hybrid_layer_pattern") is None:
+        layers.fail(
+            f"checkpoint.load={load}: there is no {stored}; name a preset or a YAML file that "
+            "describes the model"
+        )
+
+
+def _layers_below(line: CommandLine, typed: Values) -> _Layers:
+    """The values that what was typed goes on top of."""
+    layers = _Layers()
+    preset, load = typed.get("preset"), get_path(typed, "checkpoint.load")
+    if line.source is not None and line.source not in presets():
+        path = Path(line.source)
+        if path.exists() or path.suffix in (".yaml", ".yml"):
+            layers.values = _read_yaml(path, layers)
+            preset = preset or layers.values.get("preset")
+        else:
+            hint = _no_preset(line.source)
+            layers.fail(f"{line.source!r} is neither a file nor a preset; {hint}")
+    elif line.source is not None:
+        preset = line.source
+    elif preset is None and load is not None:
+        _from_checkpoint(load, typed, layers)
+    elif preset is None and get_path(typed, "model.hybrid_layer_pattern") is None:
+        layers.fail(f"no preset or YAML file is given; presets: {', '.join(presets())}")
+    if preset is not None:
+        _add_preset(preset, layers)
+    return layers
+
+
+def load_config(
+    args: Sequence[str],
+    *,
+    which: tuple[Rule, ...] = rules.ALL,
+    world_size: int | None = None,
+    has_cuda: bool | None = None,
+) -> RunConfig:
+    """Make a config from command-line words.
+
+    Args:
+        args: `[preset | file.yaml] [section.field=value | --megatron-flag [value]] ...`. What is
+            typed wins over the YAML file, and that over the preset it names (`preset: tiny`).
+            With `--load DIR` and no other source, the config in DIR's latest checkpoint is taken.
+        which: rules to apply, as in `build_config`.
+        world_size: ranks that will run, if known.
+        has_cuda: whether they have GPUs, if known.
+
+    Raises:
+        ConfigError: every problem in what was typed, read and made of it.
+    """
+    line = parse_command_line(args)
+    typed: Values = {}
+    for path, value in line.values:
+        set_path(typed, path, value)
+    layers = _layers_below(line, typed)
+    problems = (*line.problems, *layers.problems)
+    if not layers.whole:
+        # Half a config breaks rules that the whole one keeps: only what was typed can be judged.
+        _, broken, found = check_types(copy.deepcopy(typed))
+        unset = tuple(f"{path} is not set" for path in broken)
+        raise ConfigError([*problems, *(text for text in found if not text.startswith(unset))])
+    typed.pop("preset", None)
+    values = merge(_forget_following(layers.values), typed)
+    return build_config(
+        values, which=which, world_size=world_size, has_cuda=has_cuda, problems=problems
+    )

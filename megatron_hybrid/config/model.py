@@ -1,0 +1,111 @@
+"""The `model` section: what the network is, whatever it runs on."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, Strict
+
+from megatron_hybrid.config.base import Positive, Section
+
+
+class ModelConfig(Section):
+    """Sizes and layer kinds; null sizes are derived where they apply (see derive.py)."""
+
+    hybrid_layer_pattern: str = Field(
+        description="one symbol a layer: M Mamba-2, * attention, - MLP, E MoE; "
+        "'|' ends a pipeline segment"
+    )
+    hidden_size: Positive = Field(description="width of the residual stream")
+    ffn_hidden_size: Positive | None = Field(
+        default=None, description="inner width of an MLP layer; null: 4 * hidden_size"
+    )
+    activation: Literal["squared_relu", "swiglu", "gelu"] = Field(
+        default="squared_relu", description="activation of MLP layers and experts"
+    )
+    num_attention_heads: Positive | None = Field(
+        default=None, description="query heads; needed with '*' in the pattern"
+    )
+    num_query_groups: Positive | None = Field(
+        default=None, description="key and value heads; null: num_attention_heads"
+    )
+    kv_channels: Positive | None = Field(
+        default=None,
+        description="channels of one attention head; null: hidden_size / num_attention_heads",
+    )
+    window_size: Annotated[tuple[int, int], Strict(False)] | None = Field(
+        default=None, description="sliding attention: [tokens seen to the left, 0]; null: all"
+    )
+    position_embedding_type: Literal["none", "rope"] = Field(
+        default="none", description="positions in attention layers"
+    )
+    rotary_base: Positive = Field(default=10000, description="base of the rotary frequencies")
+    rotary_percent: float = Field(
+        default=1.0, gt=0, le=1, description="fraction of a head's channels that rotate"
+    )
+    mamba_num_heads: Positive | None = Field(
+        default=None, description="Mamba-2 heads; null: 2 * hidden_size / mamba_head_dim"
+    )
+    mamba_head_dim: Positive = Field(default=64, description="channels of one Mamba-2 head")
+    mamba_state_dim: Positive = Field(default=128, description="SSM states of a channel")
+    mamba_num_groups: Positive = Field(default=8, description="groups of heads that share B and C")
+    normalization: Literal["RMSNorm"] = Field(
+        default="RMSNorm", description="normalization of a layer"
+    )
+    layernorm_epsilon: float = Field(
+        default=1e-5, gt=0, description="added to the mean square in RMSNorm"
+    )
+    init_method_std: float = Field(
+        default=0.02, gt=0, description="standard deviation of the initial weights"
+    )
+    vocab_size: Positive | None = Field(
+        default=None, description="tokens in the vocabulary before padding; null: the tokenizer's"
+    )
+    make_vocab_size_divisible_by: Positive = Field(
+        default=128, description="the vocabulary is padded to a multiple of this"
+    )
+    untie_embeddings_and_output_weights: bool = Field(
+        default=True, description="the output layer has weights of its own"
+    )
+    add_bias_linear: bool = Field(default=False, description="biases in attention and MLP linears")
+    hidden_dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="dropout probability on a layer's output"
+    )
+    attention_dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="dropout probability on attention weights"
+    )
+    num_moe_experts: Positive | None = Field(
+        default=None, description="experts of a MoE layer; needed with 'E' in the pattern"
+    )
+    moe_ffn_hidden_size: Positive | None = Field(
+        default=None, description="inner width of one expert; null: ffn_hidden_size"
+    )
+    moe_router_topk: Positive = Field(default=2, description="experts a token goes to")
+    moe_shared_expert_intermediate_size: Positive | None = Field(
+        default=None, description="inner width of the expert that every token goes to; null: none"
+    )
+    moe_aux_loss_coeff: float = Field(
+        default=0.0, ge=0, description="weight of the load-balancing loss"
+    )
+    moe_z_loss_coeff: float | None = Field(
+        default=None, ge=0, description="weight of the router's z-loss; null: none"
+    )
+    moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "none"] = Field(
+        default="aux_loss", description="load-balancing loss over the batch, each sequence, or none"
+    )
+    moe_router_score_function: Literal["softmax", "sigmoid"] = Field(
+        default="softmax", description="how router logits become scores"
+    )
+    moe_router_pre_softmax: bool = Field(
+        default=False, description="softmax before the top-k instead of after it"
+    )
+    moe_router_topk_scaling_factor: float | None = Field(
+        default=None, gt=0, description="factor on the top-k scores; null: none"
+    )
+    moe_router_enable_expert_bias: bool = Field(
+        default=False, description="balance the load by a bias on the scores; needs sigmoid"
+    )
+    moe_router_bias_update_rate: float = Field(
+        default=1e-3, gt=0, description="step of the expert bias at each iteration"
+    )
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = Field(
+        default="alltoall", description="how tokens travel to their experts"
+    )

@@ -1,0 +1,29 @@
+"""A config with holes: rules read what is good, and stop where they meet what is not."""
+
+from typing import Any
+
+from megatron_hybrid.config.base import Section
+
+
+class UnreadableError(Exception):
+    """A rule asked for a field that has a problem of its own, already reported."""
+
+
+class Partial:
+    """Reads like the section it wraps, except that a broken field raises `UnreadableError`.
+
+    Args:
+        section: the config or one section of it.
+        broken: dotted names, from the config's root, of the fields with a problem of their own.
+        prefix: dotted name of `section`, with a final dot; empty for the whole config.
+    """
+
+    def __init__(self, section: Section, broken: frozenset[str], prefix: str = "") -> None:
+        self._section, self._broken, self._prefix = section, broken, prefix
+
+    def __getattr__(self, name: str) -> Any:
+        path = self._prefix + name
+        if path in self._broken:
+            raise UnreadableError(path)
+        value = getattr(self._section, name)
+        return Partial(value, self._broken, f"{path}.") if isinstance(value, Section) else value

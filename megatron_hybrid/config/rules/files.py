@@ -1,0 +1,89 @@
+"""Rules of what a run reads and writes: data, tokenizer, checkpoint and folders."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_hybrid.config.rules.common import Facts, Problems, Rule
+from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.config.tracker import load_problems
+
+
+def data_given(c: RunConfig, _: Facts) -> Problems:
+    """Tokens come from files or are made up, not both."""
+    given, mock = c.data.data_path, c.data.mock_data
+    if not given and not mock:
+        yield (
+            "data.data_path is not set; it must be one prefix, or weights and prefixes "
+            "(or data.mock_data=true for made-up tokens)"
+        )
+    if given and mock:
+        names = [prefix for _, prefix in given]
+        yield f"data.mock_data=true excludes data.data_path={names}; allowed: one of them"
+
+
+def tokenizer_given(c: RunConfig, _: Facts) -> Problems:
+    """Something must say how large the vocabulary is."""
+    kind, file, vocab_size = c.data.tokenizer_type, c.data.tokenizer_model, c.model.vocab_size
+    if kind == "null":
+        if vocab_size is None or vocab_size < 2:
+            shown = "null" if vocab_size is None else vocab_size
+            yield f"data.tokenizer_type=null needs model.vocab_size of at least 2; it is {shown}"
+        if file is not None:
+            yield f"data.tokenizer_model={file} must be null with data.tokenizer_type=null"
+    elif file is None:
+        yield (
+            f"data.tokenizer_model is not set; data.tokenizer_type={kind} needs its path "
+            "(or use data.tokenizer_type=null with model.vocab_size)"
+        )
+
+
+def data_files(c: RunConfig, _: Facts) -> Problems:
+    """Each prefix stands for two files."""
+    for _weight, prefix in c.data.data_path:
+        files = [f"{prefix}.bin", f"{prefix}.idx"]
+        missing = [file for file in files if not Path(file).is_file()]
+        if missing:
+            yield f"data.data_path: {prefix!r} is incomplete; no file {' and '.join(missing)}"
+
+
+def tokenizer_file(c: RunConfig, _: Facts) -> Problems:
+    """The tokenizer is on this machine."""
+    path, kind = c.data.tokenizer_model, c.data.tokenizer_type
+    if path is None or kind == "null":
+        return
+    if not path.exists():
+        yield f"data.tokenizer_model={path}: no such file"
+    elif kind == "sentencepiece" and not path.is_file():
+        yield f"data.tokenizer_model={path} must be a file with data.tokenizer_type=sentencepiece"
+
+
+def load_folder(c: RunConfig, _: Facts) -> Problems:
+    """What the run starts from is a folder of checkpoints with at least one whole checkpoint."""
+    if c.checkpoint.load is not None:
+        yield from load_problems(c.checkpoint.load)
+
+
+def _unwritable(path: Path) -> Iterator[str]:
+    """Why a folder cannot be made or written: its nearest existing parent decides."""
+    there = path
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        yield f"{there} is not a folder"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        yield f"{there} is not writable"
+
+
+def writable(c: RunConfig, _: Facts) -> Problems:
+    """The run can write where it must."""
+    yield from (f"run_dir={c.run_dir}: {why}" for why in _unwritable(c.run_dir))
+    outputs = {"checkpoint.save": c.checkpoint.save, "data.data_cache_path": c.data.data_cache_path}
+    for name, path in outputs.items():
+        if path is not None and not path.is_relative_to(c.run_dir):
+            yield from (f"{name}={path}: {why}" for why in _unwritable(path))
+
+
+# Whether inputs are named at all; a config may be looked at before they are.
+INPUTS: tuple[Rule, ...] = (data_given, tokenizer_given)
+FILES: tuple[Rule, ...] = (data_files, tokenizer_file, load_folder, writable)

@@ -1,0 +1,151 @@
+"""Rules of the network itself, whatever it runs on."""
+
+from megatron_hybrid.config.describe import fields, shown
+from megatron_hybrid.config.rules.common import (
+    Facts,
+    Problems,
+    Rule,
+    must_divide,
+)
+from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.model.pattern import ATTENTION, MAMBA, MOE
+
+_MOE_FIELDS = tuple(
+    name for name in fields() if name.startswith(("model.moe_", "model.num_moe_experts"))
+)
+
+
+def attention_heads(c: RunConfig, _: Facts) -> Problems:
+    """Attention layers need heads, in whole groups."""
+    pattern, heads = c.model.hybrid_layer_pattern, c.model.num_attention_heads
+    if ATTENTION not in pattern:
+        return
+    if heads is None:
+        yield (
+            f"model.num_attention_heads is not set, and model.hybrid_layer_pattern={pattern!r} has "
+            "'*' layers; it must be a whole number of at least 1"
+        )
+        return
+    groups = c.model.num_query_groups
+    assert groups is not None
+    yield from must_divide("model.num_query_groups", groups, "model.num_attention_heads", heads)
+
+
+def attention_window(c: RunConfig, _: Facts) -> Problems:
+    """A window belongs to attention layers and looks back only."""
+    window = c.model.window_size
+    if window is None:
+        return
+    if ATTENTION not in c.model.hybrid_layer_pattern:
+        yield (
+            f"model.window_size={list(window)} needs a '*' layer in "
+            f"model.hybrid_layer_pattern={c.model.hybrid_layer_pattern!r}; allowed: null"
+        )
+    if window[0] < 1 or window[1] != 0:
+        yield (
+            f"model.window_size={list(window)} must be [tokens to the left, 0], as the model is "
+            "causal; allowed: [1, 0] and more"
+        )
+
+
+def rotary_channels(c: RunConfig, _: Facts) -> Problems:
+    """Channels rotate in pairs."""
+    channels = c.model.kv_channels
+    if c.model.position_embedding_type != "rope" or channels is None:
+        return
+    rotating = int(channels * c.model.rotary_percent)
+    if rotating < 2 or rotating % 2:
+        yield (
+            f"model.rotary_percent={c.model.rotary_percent} of model.kv_channels={channels} is "
+            f"{rotating} rotating channels; it must be an even number of at least 2"
+        )
+
+
+def mamba_heads(c: RunConfig, _: Facts) -> Problems:
+    """Mamba-2 heads share B and C in whole groups."""
+    if MAMBA in c.model.hybrid_layer_pattern:
+        heads = c.model.mamba_num_heads
+        assert heads is not None
+        yield from must_divide(
+            "model.mamba_num_groups", c.model.mamba_num_groups, "model.mamba_num_heads", heads
+        )
+
+
+def moe_only_with_moe_layers(c: RunConfig, _: Facts) -> Problems:
+    """MoE layers need experts; MoE fields without MoE layers are a mistake somewhere."""
+    pattern = c.model.hybrid_layer_pattern
+    if MOE in pattern:
+        if c.model.num_moe_experts is None:
+            yield (
+                f"model.num_moe_experts is not set, and model.hybrid_layer_pattern={pattern!r} has "
+                "'E' layers; it must be a whole number of at least 1"
+            )
+        return
+    for path in _MOE_FIELDS:
+        value = getattr(c.model, path.removeprefix("model."))
+        default = fields()[path].default
+        if value != default:
+            yield (
+                f"{path}={shown(value)} needs an 'E' layer in "
+                f"model.hybrid_layer_pattern={pattern!r}; without one, allowed: {shown(default)}"
+            )
+
+
+def moe_router(c: RunConfig, _: Facts) -> Problems:
+    """What megatron-core's router can do."""
+    m = c.model
+    if MOE not in m.hybrid_layer_pattern or m.num_moe_experts is None:
+        return
+    if m.moe_router_topk > m.num_moe_experts:
+        yield (
+            f"model.moe_router_topk={m.moe_router_topk} must be at most "
+            f"model.num_moe_experts={m.num_moe_experts}; allowed: 1 to {m.num_moe_experts}"
+        )
+    softmax = m.moe_router_score_function == "softmax"
+    if m.moe_router_topk == 1 and softmax and not m.moe_router_pre_softmax:
+        yield (
+            "model.moe_router_topk=1 with model.moe_router_score_function=softmax needs "
+            "model.moe_router_pre_softmax=true: a softmax over one score has no gradient"
+        )
+    if m.moe_router_pre_softmax and not softmax:
+        yield (
+            "model.moe_router_pre_softmax=true needs model.moe_router_score_function=softmax; "
+            f"it is {m.moe_router_score_function}"
+        )
+    if m.moe_router_enable_expert_bias and softmax:
+        yield (
+            "model.moe_router_enable_expert_bias=true needs "
+            "model.moe_router_score_function=sigmoid; it is softmax"
+        )
+
+
+def moe_balance(c: RunConfig, _: Facts) -> Problems:
+    """A loss that is never computed must not have a weight."""
+    m = c.model
+    if m.moe_router_load_balancing_type == "none" and m.moe_aux_loss_coeff > 0:
+        yield (
+            f"model.moe_aux_loss_coeff={m.moe_aux_loss_coeff} needs "
+            "model.moe_router_load_balancing_type=aux_loss or seq_aux_loss; it is none"
+        )
+
+
+def moe_shared_bias(c: RunConfig, _: Facts) -> Problems:
+    """megatron-core's shared experts have no biases."""
+    if c.model.moe_shared_expert_intermediate_size is not None and c.model.add_bias_linear:
+        yield (
+            "model.add_bias_linear=true must be false with "
+            "model.moe_shared_expert_intermediate_size="
+            f"{c.model.moe_shared_expert_intermediate_size}: shared experts have no biases"
+        )
+
+
+MODEL: tuple[Rule, ...] = (
+    attention_heads,
+    attention_window,
+    rotary_channels,
+    mamba_heads,
+    moe_only_with_moe_layers,
+    moe_router,
+    moe_balance,
+    moe_shared_bias,
+)

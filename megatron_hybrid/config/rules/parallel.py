@@ -1,0 +1,209 @@
+"""Rules of the layout: what the ranks may divide, and how many there must be."""
+
+from megatron_hybrid.config.rules.common import (
+    Facts,
+    Problems,
+    Rule,
+    divisors,
+    listing,
+    must_be_multiple,
+    must_divide,
+)
+from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.model.pattern import ATTENTION, MAMBA, MLP, MOE, parse_pattern
+
+_TP = "parallel.tensor_model_parallel_size"
+_CP = "parallel.context_parallel_size"
+_PP = "parallel.pipeline_model_parallel_size"
+_VPP = "parallel.virtual_pipeline_model_parallel_size"
+_EP = "parallel.expert_model_parallel_size"
+_ETP = "parallel.expert_tensor_parallel_size"
+
+
+def tensor_parallel(c: RunConfig, _: Facts) -> Problems:
+    """Each TP rank holds whole heads, whole groups and an equal share of each inner width."""
+    pattern, tp = c.model.hybrid_layer_pattern, c.parallel.tensor_model_parallel_size
+    needed = {
+        ATTENTION: ("num_attention_heads", "num_query_groups"),
+        MAMBA: ("mamba_num_heads", "mamba_num_groups"),
+        MLP: ("ffn_hidden_size",),
+        MOE: ("moe_shared_expert_intermediate_size",),
+    }
+    for symbol, names in needed.items():
+        for name in names if symbol in pattern else ():
+            size = getattr(c.model, name)
+            if size is not None:
+                yield from must_divide(_TP, tp, f"model.{name}", size)
+    # The padded vocabulary is a multiple of this, whatever the tokenizer brings.
+    multiple = c.model.make_vocab_size_divisible_by
+    yield from must_divide(_TP, tp, "model.make_vocab_size_divisible_by", multiple)
+
+
+def sequence_parallel(c: RunConfig, _: Facts) -> Problems:
+    """Sequence parallelism splits over TP ranks, so there must be some."""
+    tp = c.parallel.tensor_model_parallel_size
+    if c.parallel.sequence_parallel and tp == 1:
+        yield f"parallel.sequence_parallel=true needs {_TP} of at least 2; it is 1"
+
+
+def sequence_length(c: RunConfig, _: Facts) -> Problems:
+    """CP gives a rank two equal chunks (zigzag); sequence parallelism cuts its part again."""
+    tp, cp = c.parallel.tensor_model_parallel_size, c.parallel.context_parallel_size
+    seq_length = c.data.seq_length
+    if cp > 1:
+        yield from must_be_multiple("data.seq_length", seq_length, f"2 * {_CP}", 2 * cp)
+    if c.parallel.sequence_parallel and tp > 1:
+        yield from must_be_multiple("data.seq_length", seq_length, f"{_TP} * {_CP}", tp * cp)
+
+
+def mamba_context_parallel(c: RunConfig, _: Facts) -> Problems:
+    """CP turns sequence shards into head shards: each CP rank runs whole heads and groups."""
+    tp, cp = c.parallel.tensor_model_parallel_size, c.parallel.context_parallel_size
+    heads, groups = c.model.mamba_num_heads, c.model.mamba_num_groups
+    if cp == 1 or MAMBA not in c.model.hybrid_layer_pattern or heads is None:
+        return
+    yield from must_be_multiple("model.mamba_num_heads", heads, f"{_TP} * {_CP}", tp * cp)
+    if groups % tp == 0:
+        per_rank = groups // tp
+        if cp % per_rank and per_rank % cp:
+            yield (
+                f"{_CP}={cp} must divide or be a multiple of "
+                f"model.mamba_num_groups={groups} / {_TP}={tp} = {per_rank}; "
+                f"allowed: {listing(divisors(per_rank))}, {2 * per_rank}, {3 * per_rank}, ..."
+            )
+
+
+def pipeline_layers(c: RunConfig, _: Facts) -> Problems:
+    """Each pipeline stage gets as many segments as the others, or layers where there is no '|'."""
+    pattern = parse_pattern(c.model.hybrid_layer_pattern)
+    pp = c.parallel.pipeline_model_parallel_size
+    if len(pattern.segments) > 1:
+        name, count = "the segments of model.hybrid_layer_pattern", len(pattern.segments)
+    else:
+        name, count = "the layers of model.hybrid_layer_pattern", pattern.num_layers
+    yield from must_divide(_PP, pp, name, count)
+
+
+def virtual_pipeline(c: RunConfig, _: Facts) -> Problems:
+    """VPP follows from the segments; when it is given, it must agree."""
+    vpp = c.parallel.virtual_pipeline_model_parallel_size
+    pp = c.parallel.pipeline_model_parallel_size
+    if vpp is None:
+        return
+    segments = len(parse_pattern(c.model.hybrid_layer_pattern).segments)
+    if pp == 1:
+        yield f"{_VPP}={vpp} needs {_PP} of at least 2, it is 1; allowed: null"
+    elif segments != vpp * pp:
+        chunks = segments // pp
+        allowed = f"null, {chunks}" if chunks > 1 and segments % pp == 0 else "null"
+        yield (
+            f"{_VPP}={vpp} must be the segments of model.hybrid_layer_pattern={segments} / "
+            f"{_PP}={pp}; allowed: {allowed}"
+        )
+
+
+def expert_parallel(c: RunConfig, _: Facts) -> Problems:
+    """Each EP rank holds whole experts; each expert's width is cut over its own TP."""
+    experts, ep = c.model.num_moe_experts, c.parallel.expert_model_parallel_size
+    etp, width = c.parallel.expert_tensor_parallel_size, c.model.moe_ffn_hidden_size
+    if experts is None:
+        for name, size in ((_EP, ep), (_ETP, etp)):
+            if size not in (1, None):
+                yield f"{name}={size} needs model.num_moe_experts, which is null; allowed: 1"
+        return
+    yield from must_divide(_EP, ep, "model.num_moe_experts", experts)
+    if width is not None and etp is not None:
+        yield from must_divide(_ETP, etp, "model.moe_ffn_hidden_size", width)
+    if etp is not None and etp > 1 and c.model.add_bias_linear:
+        yield f"{_ETP}={etp} must be 1 with model.add_bias_linear=true"
+
+
+def expert_tensor_parallel_device(c: RunConfig, facts: Facts) -> Problems:
+    """gloo's all_gather refuses the unequal shards that splitting experts makes."""
+    etp = c.parallel.expert_tensor_parallel_size
+    if facts.has_cuda is False and etp is not None and etp > 1:
+        yield f"{_ETP}={etp} needs GPUs: gloo cannot gather shards of unequal size; allowed: 1"
+
+
+def moe_tensor_parallel(c: RunConfig, _: Facts) -> Problems:
+    """megatron-core's MoE layer refuses to train with TP unless the sequence is split too."""
+    tp = c.parallel.tensor_model_parallel_size
+    if MOE in c.model.hybrid_layer_pattern and tp > 1 and not c.parallel.sequence_parallel:
+        yield (
+            f"parallel.sequence_parallel=false must be true with {_TP}={tp} and 'E' layers in "
+            "model.hybrid_layer_pattern"
+        )
+
+
+def world_size(c: RunConfig, facts: Facts) -> Problems:
+    """The ranks must fill whole copies of the model, dense and expert."""
+    p, world = c.parallel, facts.world_size
+    if world is None:
+        return
+    tp, cp = p.tensor_model_parallel_size, p.context_parallel_size
+    pp = p.pipeline_model_parallel_size
+    layouts = [(f"{_TP}={tp} * {_PP}={pp} * {_CP}={cp}", tp * pp * cp)]
+    etp, ep = p.expert_tensor_parallel_size, p.expert_model_parallel_size
+    if c.model.num_moe_experts is not None and etp is not None:
+        layouts.append((f"{_ETP}={etp} * {_EP}={ep} * {_PP}={pp}", etp * ep * pp))
+    for layout, ranks in layouts:
+        if world % ranks:
+            yield (
+                f"the number of ranks, {world}, must be a multiple of {layout}; "
+                f"allowed: {ranks}, {2 * ranks}, {3 * ranks}, ..."
+            )
+            return
+
+
+def batch_size(c: RunConfig, facts: Facts) -> Problems:
+    """A data-parallel rank runs whole micro-batches; interleaved pipelines need enough of them."""
+    p, batch, micro = c.parallel, c.training.global_batch_size, c.training.micro_batch_size
+    dp, name = 1, "training.micro_batch_size"
+    stages = p.pipeline_model_parallel_size
+    replica = p.tensor_model_parallel_size * stages * p.context_parallel_size
+    if facts.world_size is not None:
+        if facts.world_size % replica:
+            return
+        dp = facts.world_size // replica
+        name += " * data-parallel size"
+    yield from must_be_multiple("training.global_batch_size", batch, name, micro * dp)
+    count = batch // (micro * dp)
+    interleaved = p.virtual_pipeline_model_parallel_size is not None and stages > 1
+    if interleaved and batch % (micro * dp) == 0 and count < stages:
+        least = micro * dp * stages
+        yield (
+            f"training.global_batch_size={batch} is {count} micro-batches a rank, but "
+            f"{_VPP}={p.virtual_pipeline_model_parallel_size} needs at least {_PP}={stages}; "
+            f"allowed: {least} and more"
+        )
+
+
+def overlap(c: RunConfig, _: Facts) -> Problems:
+    """Gathering parameters early is the distributed optimizer's, and rides on reduced gradients."""
+    p = c.parallel
+    if p.overlap_param_gather and not p.use_distributed_optimizer:
+        yield (
+            "parallel.overlap_param_gather=true needs parallel.use_distributed_optimizer=true; "
+            "it is false"
+        )
+    if p.overlap_param_gather and not p.overlap_grad_reduce:
+        yield (
+            "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true; "
+            "it is false"
+        )
+
+
+PARALLEL: tuple[Rule, ...] = (
+    tensor_parallel,
+    sequence_parallel,
+    sequence_length,
+    mamba_context_parallel,
+    pipeline_layers,
+    virtual_pipeline,
+    expert_parallel,
+    expert_tensor_parallel_device,
+    moe_tensor_parallel,
+    world_size,
+    batch_size,
+    overlap,
+)

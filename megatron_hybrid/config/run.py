@@ -1,0 +1,64 @@
+"""`RunConfig`: one run, whole. Its YAML form reads back to an equal config."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_hybrid.config.base import FilePath, Section
+from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    TrainingConfig,
+)
+from megatron_hybrid.config.yaml_text import dump_yaml
+from megatron_hybrid.errors import ConfigError
+
+
+class RunConfig(Section):
+    """Everything a run is. Made by `load_config` or `build_config`, which fill derived fields."""
+
+    run_dir: FilePath = Field(
+        default=Path("runs/default"), description="folder of the run: logs, metrics, checkpoints"
+    )
+    backend: Literal["auto", "torch", "transformer_engine"] = Field(
+        default="auto",
+        description="kernels; auto: transformer_engine where it is installed with a GPU",
+    )
+    preset: str | None = Field(
+        default=None, description="the named config that this one started from"
+    )
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    optimizer: OptimizerConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    def with_vocab_size(self, vocab_size: int) -> "RunConfig":
+        """A copy that knows its tokenizer's vocabulary.
+
+        Raises:
+            ConfigError: `model.vocab_size` is set, and smaller than the tokenizer's.
+        """
+        asked = self.model.vocab_size
+        if asked is not None and asked < vocab_size:
+            raise ConfigError(
+                [
+                    f"model.vocab_size={asked} must hold the tokenizer's {vocab_size} tokens; "
+                    f"allowed: null, {vocab_size} and more"
+                ]
+            )
+        known = self.model.model_copy(update={"vocab_size": asked or vocab_size})
+        return self.model_copy(update={"model": known})
+
+    def to_yaml(self) -> str:
+        """Every field, in order, as YAML that `load_config` reads back to an equal config."""
+        return dump_yaml(self.model_dump(mode="json"))

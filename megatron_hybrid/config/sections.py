@@ -1,0 +1,228 @@
+"""The sections of a run beside the model: layout, precision, data, training, checkpoints, logs."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, Strict
+
+from megatron_hybrid.config.base import Amount, FilePath, Positive, Section
+
+
+class ParallelConfig(Section):
+    """How the ranks divide the model, the sequence and the batch."""
+
+    tensor_model_parallel_size: Positive = Field(
+        default=1, description="TP: ranks that share each layer"
+    )
+    sequence_parallel: bool = Field(
+        default=False, description="split norms and residuals over the TP ranks along the sequence"
+    )
+    pipeline_model_parallel_size: Positive = Field(default=1, description="PP: pipeline stages")
+    virtual_pipeline_model_parallel_size: Positive | None = Field(
+        default=None, description="VPP: segments a stage holds; null: segments of the pattern / PP"
+    )
+    context_parallel_size: Positive = Field(
+        default=1, description="CP: ranks that share each sequence"
+    )
+    expert_model_parallel_size: Positive = Field(
+        default=1, description="EP: ranks that share the experts of a MoE layer"
+    )
+    expert_tensor_parallel_size: Positive | None = Field(
+        default=None, description="ETP: ranks that share each expert; null: 1"
+    )
+    use_distributed_optimizer: bool = Field(
+        default=True, description="split the optimizer state over the DP ranks"
+    )
+    overlap_grad_reduce: bool = Field(
+        default=False, description="reduce gradients while the backward pass runs"
+    )
+    overlap_param_gather: bool = Field(
+        default=False, description="gather updated parameters while the forward pass runs"
+    )
+
+
+class PrecisionConfig(Section):
+    """Number formats."""
+
+    recipe: Literal["bf16", "fp32"] = Field(
+        default="bf16",
+        description="format of weights and activations; the optimizer is always fp32",
+    )
+
+
+def _blend(value: Any) -> Any:
+    """Bring a prefix, `[w, a, w, b]` and `[[w, a], [w, b]]` to pairs; anything else is refused."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return ((1.0, value),)
+    if not isinstance(value, Sequence):
+        raise ValueError("neither a prefix nor a list")
+    if len(value) == 1 and isinstance(value[0], str):
+        return ((1.0, value[0]),)
+    if value and not isinstance(value[0], Sequence):
+        if len(value) % 2:
+            raise ValueError("a weight without a prefix")
+        return tuple(zip(value[::2], value[1::2], strict=True))
+    return tuple(tuple(part) if isinstance(part, list) else part for part in value)
+
+
+def _null_is_a_name(value: Any) -> Any:
+    """YAML reads a bare `null` as nothing; here it names the tokenizer."""
+    return "null" if value is None else value
+
+
+Blend = Annotated[
+    tuple[tuple[Annotated[float, Field(gt=0)], str], ...], Strict(False), BeforeValidator(_blend)
+]
+
+
+class DataConfig(Section):
+    """What is read, and how it is cut into samples."""
+
+    data_path: Blend = Field(
+        default=(),
+        description="token files: one prefix, or weights and prefixes (prefix.bin, prefix.idx)",
+    )
+    split: str = Field(
+        default="969,30,1", description="shares of the documents to train, validate and test on"
+    )
+    seq_length: Positive = Field(default=1024, description="tokens in a sample")
+    tokenizer_type: Annotated[
+        Literal["sentencepiece", "huggingface", "null"], BeforeValidator(_null_is_a_name)
+    ] = Field(default="sentencepiece", description="kind of tokenizer; null: token ids only")
+    tokenizer_model: FilePath | None = Field(
+        default=None, description="the tokenizer's file (sentencepiece) or folder (huggingface)"
+    )
+    packed_documents: bool = Field(
+        default=False, description="attention, positions and SSM state start anew at each document"
+    )
+    data_cache_path: FilePath | None = Field(
+        default=None, description="folder of the sample indices; null: beside the data"
+    )
+    mock_data: bool = Field(default=False, description="train on made-up tokens")
+    num_workers: int = Field(default=2, ge=0, description="processes that read data, on each rank")
+
+
+class TrainingConfig(Section):
+    """How long, in which steps, and what to do when one goes wrong."""
+
+    micro_batch_size: Positive = Field(
+        default=1, description="samples in one forward pass on one rank"
+    )
+    global_batch_size: Positive = Field(default=1, description="samples in one optimizer step")
+    train_iters: Amount | None = Field(
+        default=None, description="length of the run in optimizer steps"
+    )
+    train_samples: Amount | None = Field(default=None, description="length of the run in samples")
+    train_tokens: Amount | None = Field(default=None, description="length of the run in tokens")
+    seed: int = Field(
+        default=1234, ge=0, lt=2**32, description="seed of weights, dropout and data order"
+    )
+    eval_interval: Positive | None = Field(
+        default=None, description="iterations between evaluations; null: none"
+    )
+    eval_iters: Positive = Field(default=10, description="global batches in one evaluation")
+    log_interval: Positive = Field(default=1, description="iterations between log lines")
+    exit_interval: Positive | None = Field(
+        default=None, description="save and exit when the iteration divides by this; null: never"
+    )
+    exit_duration_in_mins: float | None = Field(
+        default=None, gt=0, description="save and exit after this many minutes; null: never"
+    )
+    recompute_granularity: Literal["full", "selective"] | None = Field(
+        default=None, description="activations to compute again in the backward pass; null: none"
+    )
+    recompute_method: Literal["uniform", "block"] | None = Field(
+        default=None,
+        description="full recomputation: every layer in groups, or the first layers only",
+    )
+    recompute_num_layers: Positive | None = Field(
+        default=None,
+        description="full recomputation: layers in a group (uniform) or in all (block)",
+    )
+    nonfinite_action: Literal["stop", "skip"] = Field(
+        default="stop", description="what to do at a NaN or Inf in the loss or the gradients"
+    )
+    loss_spike_factor: float | None = Field(
+        default=None,
+        gt=1,
+        description="a loss this many times the recent mean is a spike; null: unwatched",
+    )
+    loss_spike_action: Literal["stop", "skip"] = Field(
+        default="stop", description="what to do at a loss spike"
+    )
+
+
+class OptimizerConfig(Section):
+    """AdamW and the learning rate over time."""
+
+    lr: float = Field(gt=0, description="peak learning rate")
+    min_lr: float = Field(default=0.0, ge=0, description="learning rate at the end of the decay")
+    lr_decay_style: Literal["cosine", "WSD", "constant", "linear"] = Field(
+        default="cosine", description="shape of the schedule after the warm-up"
+    )
+    lr_warmup_samples: Amount | None = Field(
+        default=None, description="length of the warm-up in samples"
+    )
+    lr_warmup_tokens: Amount | None = Field(
+        default=None, description="length of the warm-up in tokens"
+    )
+    lr_warmup_fraction: float | None = Field(
+        default=None, ge=0, lt=1, description="length of the warm-up as a fraction of the decay's"
+    )
+    lr_decay_samples: Amount | None = Field(
+        default=None, description="samples at which min_lr is reached; null: the whole run"
+    )
+    lr_decay_tokens: Amount | None = Field(
+        default=None, description="tokens at which min_lr is reached; null: the whole run"
+    )
+    lr_wsd_decay_samples: Amount | None = Field(
+        default=None, description="WSD: length of the final decay in samples"
+    )
+    lr_wsd_decay_tokens: Amount | None = Field(
+        default=None, description="WSD: length of the final decay in tokens"
+    )
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = Field(
+        default="exponential", description="WSD: shape of the final decay"
+    )
+    weight_decay: float = Field(default=0.1, ge=0, description="decoupled weight decay")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment")
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1, description="decay of the second moment")
+    adam_eps: float = Field(
+        default=1e-8, gt=0, description="added to the root of the second moment"
+    )
+    clip_grad: float = Field(default=1.0, ge=0, description="largest gradient norm; 0: no clipping")
+
+
+class CheckpointConfig(Section):
+    """What is saved and what the run starts from."""
+
+    save: FilePath | None = Field(
+        default=None, description="folder of the checkpoints; null: run_dir/checkpoints"
+    )
+    load: FilePath | None = Field(
+        default=None, description="folder of the checkpoints to start from"
+    )
+    save_interval: Positive | None = Field(
+        default=None, description="iterations between checkpoints; null: only at the end"
+    )
+    async_save: bool = Field(default=False, description="write checkpoints while training goes on")
+    keep_last: Positive | None = Field(default=None, description="checkpoints to keep; null: all")
+    finetune: bool = Field(
+        default=False, description="load weights only: fresh optimizer, counters and data"
+    )
+    load_optim: bool = Field(default=True, description="load the optimizer's state")
+    load_rng: bool = Field(default=True, description="load the random number generators' state")
+    verify_integrity: bool = Field(
+        default=True, description="write SHA-256 sums when saving and check them when loading"
+    )
+
+
+class LoggingConfig(Section):
+    """What is recorded beside the console and metrics.jsonl."""
+
+    tensorboard: bool = Field(
+        default=True, description="write TensorBoard events to run_dir/tensorboard"
+    )
+    log_params_norm: bool = Field(default=False, description="log the norm of all parameters")

@@ -1,0 +1,72 @@
+"""YAML as configs need it: `8e-4` is a number, `no` is a word, a key given twice is an error."""
+
+import re
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+_DIGITS = "[0-9][0-9_]*"
+_EXPONENT = "[eE][-+]?[0-9]+"
+_RESOLVERS = (
+    ("tag:yaml.org,2002:null", r"^(?:~|null|)$", ["~", "n", ""]),
+    ("tag:yaml.org,2002:bool", r"^(?:true|false)$", list("tf")),
+    ("tag:yaml.org,2002:int", r"^[-+]?(?:0|[1-9][0-9_]*)$", list("-+0123456789")),
+    # YAML 1.1 wants a dot and a signed exponent, and would read 8e-4 as text.
+    ("tag:yaml.org,2002:float", rf"^[-+]?{_DIGITS}{_EXPONENT}$", list("-+0123456789")),
+    (
+        "tag:yaml.org,2002:float",
+        rf"^[-+]?(?:{_DIGITS}\.[0-9_]*|\.{_DIGITS})(?:{_EXPONENT})?$",
+        list("-+.0123456789"),
+    ),
+    ("tag:yaml.org,2002:float", r"^[-+]?\.(?:inf|nan)$", list("-+.")),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with the few plain scalars of YAML 1.2, and no silent overwriting."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                line = key.start_mark.line + 1
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"line {line}: {key.value} is given twice", None
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep=deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that also quotes what `_Loader` would not read back as text."""
+
+
+for _tag, _pattern, _first in _RESOLVERS:
+    _Loader.add_implicit_resolver(_tag, re.compile(_pattern), _first)
+    _Dumper.add_implicit_resolver(_tag, re.compile(_pattern), _first)
+
+
+def parse_yaml(text: str) -> Any:
+    """Read one YAML document.
+
+    Raises:
+        ValueError: it is not YAML; the text says where, in one line.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader: it builds plain values only
+    except yaml.constructor.ConstructorError as error:
+        raise ValueError(error.problem) from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"{where}{error.problem}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(str(error).splitlines()[0]) from error
+
+
+def dump_yaml(value: Any) -> str:
+    """Write plain values as YAML, keys in the order given."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

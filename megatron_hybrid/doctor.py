@@ -1,0 +1,137 @@
+"""`megatron-hybrid doctor`: what is installed, what is missing, and which backend would run."""
+
+import importlib
+import platform as python_platform
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Literal
+
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.table import Table
+
+from megatron_hybrid.errors import UserError
+
+DISTRIBUTION = "megatron-hybrid"
+# Optional packages, and what each of them gives.
+OPTIONAL = {
+    "transformer-engine": "FP8 and fused linears on GPUs",
+    "mamba-ssm": "fast Mamba-2 kernels on GPUs",
+    "causal-conv1d": "fast convolutions of Mamba-2 on GPUs",
+    "flash-attn": "fast attention on GPUs",
+    "mpi4py": "starting ranks with mpiexec",
+    "transformers": "the peer in the benchmarks",
+}
+
+Status = Literal["ok", "missing", "broken"]
+_STYLE: dict[Status, str] = {"ok": "green", "missing": "yellow", "broken": "red"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report: `broken` means that training cannot run before it is mended."""
+
+    what: str
+    found: str
+    status: Status
+    note: str = ""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _requirements() -> list[Requirement]:
+    """What this package cannot run without, as its own metadata says."""
+    try:
+        lines = metadata.requires(DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:
+        return []
+    found = [Requirement(line) for line in lines]
+    return [item for item in found if item.marker is None or item.marker.evaluate({"extra": ""})]
+
+
+def _required(requirement: Requirement) -> Finding:
+    version = _version(requirement.name)
+    wanted = f"{requirement.name}{requirement.specifier}"
+    if version is None:
+        return Finding(requirement.name, "-", "broken", f'pip install "{wanted}"')
+    if not requirement.specifier.contains(version, prereleases=True):
+        return Finding(requirement.name, version, "broken", f"must be {requirement.specifier}")
+    return Finding(requirement.name, version, "ok")
+
+
+def _optional(package: str, gives: str) -> Finding:
+    version = _version(package)
+    if version is None:
+        return Finding(package, "-", "missing", f"would give: {gives}")
+    return Finding(package, version, "ok", gives)
+
+
+def _apex(kind: str | None) -> Finding:
+    """NVIDIA's apex is built from source; PyPI's package of that name is something else."""
+    if kind == "nvidia":
+        return Finding("apex", "NVIDIA's", "ok", "fused optimizers on GPUs")
+    if kind == "unrelated":
+        note = "not NVIDIA's but the unrelated web package: pip uninstall apex"
+        return Finding("apex", _version("apex") or "-", "missing", note)
+    note = "would give: fused optimizers; built from github.com/NVIDIA/apex, not from PyPI"
+    return Finding("apex", "-", "missing", note)
+
+
+def _engine() -> list[Finding]:
+    """torch, the GPU and the backend, by asking the code that decides when a run starts."""
+    try:
+        torch = importlib.import_module("torch")
+        backend = importlib.import_module("megatron_hybrid.platform.backend")
+        probe = backend.probe()
+    except (ImportError, OSError) as error:
+        return [Finding("torch", "-", "broken", f"cannot be imported: {error}")]
+    cuda = torch.version.cuda
+    build = f"built for CUDA {cuda}" if cuda else "built without CUDA"
+    device = probe.cuda_device
+    findings = [
+        Finding("torch build", torch.__version__, "ok", build),
+        Finding("CUDA device", device or "-", "ok" if device else "missing", "" if device else
+                "training runs on the CPU, over gloo"),
+        _apex(probe.apex),
+    ]  # fmt: skip
+    try:
+        backend.check_engine_version()
+    except UserError as error:
+        findings.append(Finding("engine", _version("megatron-core") or "-", "broken", str(error)))
+    missing = ", ".join(probe.missing)
+    note = f"transformer_engine would need: {missing}" if missing else "everything is there"
+    findings.append(Finding("backend=auto", probe.backend, "ok", note))
+    return findings
+
+
+def examine() -> list[Finding]:
+    """Look at everything, from Python to the backend that would run."""
+    findings = [Finding("Python", python_platform.python_version(), "ok")]
+    requirements = _requirements()
+    if requirements:
+        findings.append(Finding(DISTRIBUTION, _version(DISTRIBUTION) or "-", "ok"))
+    else:
+        findings.append(Finding(DISTRIBUTION, "-", "broken", "not installed: pip install -e ."))
+    findings += [_required(requirement) for requirement in requirements]
+    findings += [_optional(package, gives) for package, gives in OPTIONAL.items()]
+    return findings + _engine()
+
+
+def report(findings: list[Finding], console: Console) -> bool:
+    """Print the findings as a table and a conclusion; whether training can run."""
+    table = Table("", "found", "status", "note")
+    for item in findings:
+        style = _STYLE[item.status]
+        table.add_row(item.what, item.found, f"[{style}]{item.status}[/]", item.note)
+    console.print(table)
+    broken = [item.what for item in findings if item.status == "broken"]
+    if broken:
+        console.print(f"[red]cannot train:[/] mend {', '.join(broken)}")
+    else:
+        console.print("[green]ready to train[/]")
+    return not broken

@@ -1,0 +1,1 @@
+"""The network: its layer pattern, its counts, and how it is built from megatron-core's stack."""

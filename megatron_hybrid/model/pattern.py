@@ -1,0 +1,102 @@
+"""The layer pattern, such as `M-M*|ME`: one symbol a layer, `|` between pipeline segments.
+
+A leaf: it imports nothing of this package and no torch, so that the config's rules can use it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+MAMBA, ATTENTION, MLP, MOE, SEPARATOR = "M", "*", "-", "E", "|"
+KINDS = MappingProxyType({MAMBA: "Mamba-2", ATTENTION: "attention", MLP: "MLP", MOE: "MoE"})
+_ALLOWED = ", ".join(f"{symbol!r} ({kind})" for symbol, kind in KINDS.items())
+# Symbols of megatron-core's patterns that have no layer here.
+_ENGINE_ONLY = MappingProxyType(
+    {
+        "G": "gated delta-net",
+        "D": "sparse attention",
+        "+": "multi-latent attention",
+        "/": "multi-token prediction",
+    }
+)
+
+
+def pattern_problems(text: str) -> list[str]:
+    """What is wrong with a pattern, one sentence each with position, symbol and what is allowed."""
+    problems = []
+    for position, symbol in enumerate(text, start=1):
+        if symbol in KINDS or symbol == SEPARATOR:
+            continue
+        meaning = f" ({_ENGINE_ONLY[symbol]})" if symbol in _ENGINE_ONLY else ""
+        verb = "is not supported" if symbol in _ENGINE_ONLY else "is not a layer"
+        problems.append(f"symbol {position}, {symbol!r}{meaning}, {verb}; allowed: {_ALLOWED}, '|'")
+    if not text.replace(SEPARATOR, ""):
+        return [*problems, f"it has no layer; allowed: one or more of {_ALLOWED}, and '|'"]
+    for index, segment in enumerate(text.split(SEPARATOR), start=1):
+        if not segment:
+            count = text.count(SEPARATOR) + 1
+            problems.append(
+                f"pipeline segment {index} of {count} is empty; each segment between '|' "
+                "must hold at least one layer"
+            )
+    return problems
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A valid pattern, cut at `|`. `segments` are strings of layer symbols, none empty."""
+
+    segments: tuple[str, ...]
+
+    @property
+    def layers(self) -> str:
+        """All layer symbols in order, without `|`."""
+        return "".join(self.segments)
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers there are."""
+        return len(self.layers)
+
+    def has(self, symbol: str) -> bool:
+        """Whether there is a layer of one kind."""
+        return symbol in self.layers
+
+    def count(self, symbol: str) -> int:
+        """Layers of one kind."""
+        return self.layers.count(symbol)
+
+    def engine_text(self, pipeline_size: int) -> str:
+        """The pattern as megatron-core must get it for `pipeline_size` stages.
+
+        Without pipelining the engine would build the first segment only, so `|` is left out.
+        """
+        return self.layers if pipeline_size == 1 else SEPARATOR.join(self.segments)
+
+    def stages(self, pipeline_size: int) -> Sequence[tuple[str, ...]]:
+        """For each pipeline stage, the segments it holds, in the order it runs them.
+
+        Segment i belongs to stage i % pipeline_size, as its chunk i // pipeline_size; a pattern
+        without `|` is cut evenly. `pipeline_size` must divide the segments, or the layers.
+        """
+        if pipeline_size == 1:
+            return [(self.layers,)]
+        if len(self.segments) == 1:
+            per_stage, rest = divmod(len(self.layers), pipeline_size)
+            assert rest == 0, (self, pipeline_size)
+            starts = range(0, len(self.layers), per_stage)
+            return [(self.layers[start : start + per_stage],) for start in starts]
+        assert len(self.segments) % pipeline_size == 0, (self, pipeline_size)
+        return [self.segments[stage::pipeline_size] for stage in range(pipeline_size)]
+
+
+def parse_pattern(text: str) -> Pattern:
+    """Read a pattern.
+
+    Raises:
+        ValueError: `pattern_problems` of it, joined.
+    """
+    problems = pattern_problems(text)
+    if problems:
+        raise ValueError(f"pattern {text!r}: " + "; ".join(problems))
+    return Pattern(tuple(text.split(SEPARATOR)))

@@ -1,0 +1,58 @@
+"""megatron-hybrid: what it is called, what it needs, which command it installs."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "torch==2.13.0",
+    "megatron-core>=0.19,<0.20",
+    "einops>=0.8",
+    "numpy>=1.26",
+    "matplotlib>=3.9",
+    "orjson>=3.10",
+    "packaging>=24",
+    "psutil>=6",  # megatron-core's checkpoint writer sizes its workers with it
+    "pydantic>=2.9,<3",
+    "PyYAML>=6",
+    "rich>=13",
+    "sentencepiece>=0.2",
+    "tensorboard>=2.18",
+    "tokenizers>=0.20",
+    "typer>=0.15",
+]
+
+EXTRAS = {
+    "gpu": [
+        "transformer-engine[core_cu13,pytorch]>=2.9",
+        "mamba-ssm>=2.3",
+        "causal-conv1d>=1.5",
+        "flash-attn>=2.7",
+    ],
+    "mpi": ["mpi4py>=4"],
+    "dev": [
+        "hypothesis>=6.100",
+        "mypy>=1.15",
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "ruff>=0.9",
+        "transformers>=5.15.1",  # the benchmarks' peer; earlier releases compute Mamba-2 wrongly
+        "types-psutil",
+        "types-PyYAML",
+    ],
+}
+
+setup(
+    name="megatron-hybrid",
+    version="0.1.0",
+    description="Distributed training of hybrid Mamba-Transformer language models",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.12",
+    packages=find_packages(include=["megatron_hybrid*", "launchers*", "checkpoints_converter*"]),
+    package_data={"megatron_hybrid": ["py.typed", "presets/*.yaml"]},
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["megatron-hybrid=megatron_hybrid.cli:main"]},
+)

@@ -1,0 +1,154 @@
+"""Flags and overrides: every one reads, and Megatron-LM's names reach the fields they mean."""
+
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+
+from megatron_hybrid.config import build_config, load_config, rules
+from megatron_hybrid.config.describe import allowed, fields, plain_type
+from megatron_hybrid.config.flags import flags, parse_command_line
+from tests.config import GOOD
+
+# A value that fits each field whose type alone does not tell one.
+TEXTS = {
+    "model.hybrid_layer_pattern": "M-M*",
+    "model.window_size": "128,0",
+    "data.data_path": "0.3",
+    "data.split": "1,1,1",
+    "preset": "tiny",
+}
+
+
+def text_for(path: str) -> str:
+    """A word that the flag of a field accepts."""
+    kind = plain_type(fields()[path])
+    if path in TEXTS:
+        return TEXTS[path]
+    if get_origin(kind) is Literal:
+        return str(get_args(kind)[-1])
+    number = "2" if "above 1" in allowed(fields()[path]) else "0.5"
+    return {int: "64", float: number}.get(kind, "some/path")
+
+
+@pytest.mark.parametrize("flag", flags().values(), ids=flags())
+def test_every_flag_sets_its_field(flag: Any) -> None:
+    """Each flag reads alone, as `--flag value` and `--flag=value`, into a value of the type."""
+    word = text_for(flag.path)
+    typed = [flag.name, word] if flag.takes_value else [flag.name]
+    line = parse_command_line(typed)
+    assert line.problems == []
+    [(path, value)] = line.values
+    assert path == flag.path
+    if flag.takes_value:
+        assert parse_command_line([f"{flag.name}={word}"]).values == line.values
+        assert parse_command_line([f"{path}={word}"]).values[0][0] == path
+    else:
+        assert value == flag.value
+    section, _, leaf = path.rpartition(".")
+    if path not in ("preset", "data.data_path"):
+        values = {"model": {"hybrid_layer_pattern": "M", "hidden_size": 64}}
+        values["optimizer"] = {"lr": 1.0}
+        (values.setdefault(section, {}) if section else values)[leaf] = value
+        config = build_config(values, which=())
+        assert getattr(getattr(config, section) if section else config, leaf) is not None
+
+
+@pytest.mark.parametrize(
+    ("typed", "path", "value"),
+    [
+        ("--tensor-model-parallel-size 2", "parallel.tensor_model_parallel_size", 2),
+        ("--sequence-parallel", "parallel.sequence_parallel", True),
+        ("--use-distributed-optimizer", "parallel.use_distributed_optimizer", True),
+        ("--no-use-distributed-optimizer", "parallel.use_distributed_optimizer", False),
+        ("--num-experts 8", "model.num_moe_experts", 8),
+        ("--norm-epsilon 1e-6", "model.layernorm_epsilon", 1e-6),
+        ("--hybrid-override-pattern M-*", "model.hybrid_layer_pattern", "M-*"),
+        ("--hybrid-layer-pattern -M-", "model.hybrid_layer_pattern", "-M-"),
+        ("--hybrid-layer-pattern --M", "model.hybrid_layer_pattern", "--M"),
+        ("model.hybrid_layer_pattern=*M|E", "model.hybrid_layer_pattern", "*M|E"),
+        ("--squared-relu", "model.activation", "squared_relu"),
+        ("--swiglu", "model.activation", "swiglu"),
+        ("--disable-bias-linear", "model.add_bias_linear", False),
+        (
+            "--untie-embeddings-and-output-weights",
+            "model.untie_embeddings_and_output_weights",
+            True,
+        ),
+        ("--bf16", "precision.recipe", "bf16"),
+        ("--reset-attention-mask", "data.packed_documents", True),
+        ("--tokenizer-type GPTSentencePieceTokenizer", "data.tokenizer_type", "sentencepiece"),
+        ("--tokenizer-type HuggingFaceTokenizer", "data.tokenizer_type", "huggingface"),
+        ("data.tokenizer_type=null", "data.tokenizer_type", "null"),
+        ("--no-load-optim", "checkpoint.load_optim", False),
+        ("--no-load-rng", "checkpoint.load_rng", False),
+        ("--finetune", "checkpoint.finetune", True),
+        ("--save runs/1e5", "checkpoint.save", "runs/1e5"),
+        ("--save 1e5", "checkpoint.save", "1e5"),
+        ("--lr 8e-4", "optimizer.lr", 8e-4),
+        ("--train_iters 7", "training.train_iters", 7),
+        ("training.train_tokens=15e12", "training.train_tokens", 15e12),
+        ("training.eval_interval=null", "training.eval_interval", None),
+        ("--window-size (128,0)", "model.window_size", [128, 0]),
+        ("model.window_size=[128,0]", "model.window_size", [128, 0]),
+        ("--data-path a", "data.data_path", ["a"]),
+        ("--data-path 0.3 a 0.7 b", "data.data_path", [0.3, "a", 0.7, "b"]),
+        ("--data-path 1 2 3 4", "data.data_path", [1, "2", 3, "4"]),
+        ("data.data_path=a", "data.data_path", ["a"]),
+    ],
+)
+def test_words(typed: str, path: str, value: object) -> None:
+    """What is typed becomes this value of this field."""
+    line = parse_command_line(typed.split())
+    assert line.problems == []
+    assert line.values == [(path, value)]
+
+
+def test_data_path_ends_at_the_next_word_of_ours() -> None:
+    """Prefixes with `=` or a leading dash are prefixes; flags and overrides are not."""
+    line = parse_command_line(
+        ["--data-path", "0.3", "/d/x=1/a", "0.7", "-b", "optimizer.lr=1", "--bf16"]
+    )
+    assert line.values == [
+        ("data.data_path", [0.3, "/d/x=1/a", 0.7, "-b"]),
+        ("optimizer.lr", 1),
+        ("precision.recipe", "bf16"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["--data-path", "0.3", "a", "0.7", "b"],
+        ["data.data_path=0.3 a 0.7 b"],
+        ["data.data_path=[[0.3, a], [0.7, b]]"],
+        ["data.data_path=[0.3, a, 0.7, b]"],
+    ],
+)
+def test_blends_are_pairs(typed: list[str]) -> None:
+    """However a blend is written, the config holds (weight, prefix) pairs."""
+    config = load_config(["tiny", *typed], which=rules.NO_FILES)
+    assert config.data.data_path == ((0.3, "a"), (0.7, "b"))
+
+
+def test_one_prefix_may_hold_blanks() -> None:
+    """A prefix without a weight has weight 1."""
+    config = load_config(["tiny", "data.data_path=my data/text"], which=rules.NO_FILES)
+    assert config.data.data_path == ((1.0, "my data/text"),)
+
+
+def test_megatron_script_reads_whole() -> None:
+    """A typical script's flags, in its order, on top of a preset."""
+    words = """--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 1
+        --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+        --untie-embeddings-and-output-weights --disable-bias-linear --init-method-std 0.014
+        --position-embedding-type none --squared-relu --seq-length 512 --train-samples 1000
+        --lr-warmup-samples 10 --lr-decay-samples 900 --save s --split 99,1,0
+        --lr 8e-4 --min-lr 8e-6 --lr-decay-style cosine --weight-decay 0.1 --clip-grad 1.0
+        --attention-dropout 0.0 --hidden-dropout 0.0 --normalization RMSNorm --bf16
+        --micro-batch-size 4 --global-batch-size 16 --adam-beta1 0.9 --adam-beta2 0.95
+        --log-interval 10 --save-interval 100 --eval-interval 50 --eval-iters 2
+        --num-workers 1 --seed 7 --num-query-groups 2 --exit-duration-in-mins 230"""
+    config = load_config([*GOOD, *words.split()], world_size=2)
+    assert config.parallel.sequence_parallel
+    assert config.training.exit_duration_in_mins == 230
+    assert config.optimizer.lr_warmup_fraction is None  # the preset's, replaced by samples

@@ -1,0 +1,176 @@
+"""Wrong configs, each with every sentence that is reported for it: the tables are in wrong/."""
+
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_hybrid.config import build_config, load_config, presets, validate
+from megatron_hybrid.errors import ConfigError
+from tests.config import GOOD
+from tests.config.folder import make_folder
+
+TABLES = sorted(Path(__file__).with_name("wrong").glob("*.txt"))
+
+
+def read_table(path: Path) -> Iterator[tuple[str, str, list[str]]]:
+    """Each entry of a table: its name, what is typed, and the problems below it."""
+    for block in path.read_text(encoding="utf-8").split("\n\n")[1:]:
+        head, *problems = block.strip().splitlines()
+        name, _, typed = head.removeprefix("[").partition("]")
+        yield name, typed.strip(), [problem.strip() for problem in problems]
+
+
+ENTRIES = [
+    pytest.param(typed, problems, id=name)
+    for table in TABLES
+    for name, typed, problems in read_table(table)
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("files"))
+
+
+def words(typed: str, folder: Path) -> list[str]:
+    found = shlex.split(typed.replace("{tmp}", str(folder)))
+    return [*GOOD, *found[1:]] if found[:1] == ["..."] else found
+
+
+def test_there_are_over_a_hundred() -> None:
+    """The tables are found and read whole, under names of their own."""
+    names = [entry.id for entry in ENTRIES]
+    assert len(names) >= 180
+    assert len(set(names)) == len(names)
+
+
+def test_what_they_start_from_is_good() -> None:
+    """Without this, an entry could be refused for another reason than its own."""
+    load_config(GOOD, world_size=1, has_cuda=False)
+
+
+@pytest.mark.parametrize(("typed", "problems"), ENTRIES)
+def test_wrong_config(typed: str, problems: list[str], folder: Path) -> None:
+    """Exactly these sentences: field, value, rule, what is allowed; nothing else beside them."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(words(typed, folder))
+    expected = [
+        problem.replace("{tmp}", str(folder)).replace("{presets}", ", ".join(presets()))
+        for problem in problems
+    ]
+    assert caught.value.problems == expected
+
+
+TP, PP, CP = (
+    f"parallel.{name}_parallel_size" for name in ("tensor_model", "pipeline_model", "context")
+)
+ETP, EP = (f"parallel.{name}_parallel_size" for name in ("expert_tensor", "expert_model"))
+
+
+@pytest.mark.parametrize(
+    ("typed", "world_size", "has_cuda", "problem"),
+    [
+        pytest.param(
+            "--pipeline-model-parallel-size 2", 3, None,
+            f"the number of ranks, 3, must be a multiple of {TP}=1 * {PP}=2 * {CP}=1; "
+            "allowed: 2, 4, 6, ...", id="ranks and layout",
+        ),
+        pytest.param(
+            "--expert-model-parallel-size 4", 2, None,
+            f"the number of ranks, 2, must be a multiple of {ETP}=1 * {EP}=4 * {PP}=1; "
+            "allowed: 4, 8, 12, ...", id="ranks and experts",
+        ),
+        pytest.param(
+            "--global-batch-size 20", 2, None,
+            "training.global_batch_size=20 must be a multiple of training.micro_batch_size * "
+            "data-parallel size=8; allowed: 16, 24, 32, ...", id="ranks and batch",
+        ),
+        pytest.param(
+            "--expert-tensor-parallel-size 2", None, False,
+            f"{ETP}=2 needs GPUs: gloo cannot gather shards of unequal size; allowed: 1",
+            id="split experts on the CPU",
+        ),
+    ],
+)  # fmt: skip
+def test_wrong_for_these_ranks(
+    typed: str, world_size: int | None, has_cuda: bool | None, problem: str
+) -> None:
+    """Rules about the ranks apply once those are known, also to a config that is already made."""
+    args = [*GOOD, *typed.split()]
+    with pytest.raises(ConfigError) as caught:
+        load_config(args, world_size=world_size, has_cuda=has_cuda)
+    assert caught.value.problems == [problem]
+    config = load_config(args)
+    with pytest.raises(ConfigError) as caught:
+        validate(config, world_size=world_size, has_cuda=has_cuda)
+    assert caught.value.problems == [problem]
+
+
+def test_all_problems_at_once() -> None:
+    """Bad words, bad values and broken rules are reported together, and counted."""
+    args = [*GOOD, "--bf17", "optimizer.lr=fast", "--num-query-groups", "3", "data.sequence=1"]
+    with pytest.raises(ConfigError) as caught:
+        load_config(args)
+    assert caught.value.problems == [
+        "--bf17 is not a flag; did you mean --bf16?",
+        "data.sequence is not a field; did you mean data.seq_length?",
+        "optimizer.lr='fast' must be a number above 0",
+        "model.num_query_groups=3 must divide model.num_attention_heads=4; allowed: 1, 2, 4",
+    ]
+    assert str(caught.value).startswith("4 problems in the config:\n  - --bf17")
+
+
+def test_a_bad_value_is_reported_once() -> None:
+    """Rules and derived fields that read a bad value keep silent; other rules still speak."""
+    with pytest.raises(ConfigError) as caught:
+        load_config([*GOOD, "--hidden-size", "wide", "--kv-channels", "null", "--split", "1"])
+    assert [problem.split("=")[0] for problem in caught.value.problems] == [
+        "model.hidden_size",
+        "data.split",
+    ]
+
+
+def test_what_was_typed_is_judged_even_without_its_base() -> None:
+    """A missing file hides no wrong value; but what the file may hold is not called missing."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(["nothing.yaml", "--lr", "-1", "--micro-batch-size", "4"])
+    assert caught.value.problems == [
+        "nothing.yaml: cannot be read: No such file or directory",
+        "optimizer.lr=-1 must be a number above 0",
+    ]
+
+
+def test_missing_required_fields_are_named() -> None:
+    """A config of plain values is held to the same rules."""
+    with pytest.raises(ConfigError) as caught:
+        build_config({"modle": {}, "training": 3})
+    problems = "\n".join(caught.value.problems)
+    assert "modle is not a section; did you mean model?" in problems
+    assert "training=3 is a section; it must hold `field: value`" in problems
+    assert "model.hidden_size is not set; it must be a whole number of at least 1" in problems
+    assert "optimizer.lr is not set; it must be a number above 0" in problems
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["unknown flag", "size zero", "pattern unknown symbol", "PP and layers", "file not YAML"],
+)
+def test_command_line_refuses_without_traceback(name: str, folder: Path) -> None:
+    """The real command prints the same sentences, exits 1, starts nothing, and is quick."""
+    typed, problems = next(entry.values for entry in ENTRIES if entry.id == name)
+    command = [sys.executable, "-m", "megatron_hybrid.cli", "pretrain", "--nproc", "2"]
+    start = time.monotonic()
+    done = subprocess.run(
+        [*command, *words(str(typed), folder)], capture_output=True, text=True, check=False
+    )
+    assert time.monotonic() - start < 10
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    for problem in problems:
+        assert problem.replace("{tmp}", str(folder)) in done.stderr

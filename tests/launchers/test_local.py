@@ -1,0 +1,131 @@
+"""The local launcher, on real processes: environment, console, signals, failures."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+# The launcher as a process of its own, so that it can be sent signals.
+LAUNCHER = (
+    "import sys; from launchers.local import launch; sys.exit(launch(sys.argv[2:], {n}, grace_s=2))"
+)
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+from launchers.local import record_error
+rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
+"""
+
+
+def start(body: str, folder: Path, ranks: int = 2) -> subprocess.Popen[str]:
+    script = folder / "rank.py"
+    script.write_text(RANK + body, encoding="utf-8")
+    root = str(Path(__file__).parents[2])
+    return subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER.format(n=ranks), "--", str(script), str(folder)],
+        env=os.environ | {"PYTHONPATH": root},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(*paths: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < deadline, paths
+        time.sleep(0.02)
+
+
+def test_ranks_find_each_other_and_rank_0_has_the_console(tmp_path: Path) -> None:
+    """The environment is torchrun's; what other ranks print does not mix into the console."""
+    body = """
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+print(*[os.environ[name] for name in names], flush=True)
+(folder / f"port_{rank}").write_text(os.environ["MASTER_PORT"])
+(folder / f"threads_{rank}").write_text(os.environ["OMP_NUM_THREADS"])
+"""
+    done = start(body, tmp_path, ranks=3)
+    out, err = done.communicate(timeout=60)
+    assert (done.returncode, out, err) == (0, "0 0 3 3 127.0.0.1\n", "")
+    assert len({(tmp_path / f"port_{rank}").read_text() for rank in range(3)}) == 1
+    assert all((tmp_path / f"threads_{rank}").read_text().isdigit() for rank in range(3))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_reaches_every_rank_and_is_waited_for(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    """Ranks get it exactly once, and the launcher ends after the slowest has saved."""
+    body = f"""
+got = []
+signal.signal({int(number)}, lambda *_: got.append(1))
+(folder / f"ready_{{rank}}").touch()
+while not got:
+    time.sleep(0.01)
+time.sleep(0.5 + rank)
+(folder / f"saved_{{rank}}").write_text(str(len(got)))
+"""
+    launcher = start(body, tmp_path)
+    wait_for(tmp_path / "ready_0", tmp_path / "ready_1")
+    launcher.send_signal(number)
+    launcher.communicate(timeout=60)
+    assert launcher.returncode == 0
+    assert [(tmp_path / f"saved_{rank}").read_text() for rank in range(2)] == ["1", "1"]
+
+
+def test_the_first_failure_is_seen_last(tmp_path: Path) -> None:
+    """Rank 1 fails, rank 0 then because of it: the error of rank 1 is the last on the screen."""
+    body = """
+if rank == 1:
+    record_error("Traceback ...\\nValueError: the cause")
+    (folder / "failed").touch()
+    time.sleep(0.3)
+    sys.exit(3)
+while not (folder / "failed").exists():
+    time.sleep(0.01)
+record_error("Traceback ...\\nConnectionError: a consequence")
+sys.exit(1)
+"""
+    launcher = start(body, tmp_path)
+    _, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == 3
+    assert err.splitlines()[-2:] == ["ValueError: the cause", "error: rank 1 of 2 failed first"]
+    assert "consequence" not in err
+
+
+def test_a_killed_rank_is_named_with_its_last_words(tmp_path: Path) -> None:
+    """A rank that dies without a word is reported with its signal and output; others are ended."""
+    body = """
+if rank == 1:
+    print("last words", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+(folder / "pid").write_text(str(os.getpid()))
+time.sleep(60)
+"""
+    launcher = start(body, tmp_path)
+    began = time.monotonic()
+    _, err = launcher.communicate(timeout=60)
+    assert 2 < time.monotonic() - began < 30
+    assert launcher.returncode == 128 + signal.SIGKILL
+    assert err.splitlines()[-2:] == ["last words", "error: rank 1 of 2 ended by signal SIGKILL"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path) -> None:
+    """If the launcher is killed, ranks get SIGTERM, on which training saves and exits."""
+    body = """
+signal.signal(signal.SIGTERM, lambda *_: (folder / f"told_{rank}").touch() or sys.exit())
+(folder / f"ready_{rank}").touch()
+time.sleep(60)
+"""
+    launcher = start(body, tmp_path)
+    wait_for(tmp_path / "ready_0", tmp_path / "ready_1")
+    launcher.kill()
+    launcher.communicate(timeout=60)
+    wait_for(tmp_path / "told_0", tmp_path / "told_1")

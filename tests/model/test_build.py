@@ -1,0 +1,65 @@
+"""The model as it is built has as many parameters as the formula says, kind by kind."""
+
+from collections import Counter
+
+import pytest
+
+from megatron_hybrid.config import load_config, presets, rules
+from megatron_hybrid.generation import ONE_RANK
+from megatron_hybrid.model.counts import count_parameters
+from megatron_hybrid.testing import run_distributed
+
+PUBLISHED = {
+    "nemotron_h_8b": 8_100_852_736,
+    "nemotron_h_4b": 4_489_223_040,
+    "nemotron_h_56b": 56_324_350_464,
+    "nemotron_nano_12b_v2": 12_310_001_152,
+    "nemotron_nano_9b_v2": 8_888_227_328,
+}
+VOCABULARY = "model.vocab_size=4096"
+
+
+def parameters_built(args: list[str]) -> dict[str, int]:
+    """On a rank: parameters of the model, made on the meta device, by layer symbol."""
+    import torch
+
+    from megatron_hybrid.model.build import build_model
+    from megatron_hybrid.model.transformer_config import transformer_config
+    from megatron_hybrid.platform import initialize
+    from megatron_hybrid.training.distributed import model_parallel_groups
+
+    config = load_config(args, which=rules.NO_FILES)
+    meta = torch.device("meta")
+    counts: Counter[str] = Counter()
+    with model_parallel_groups(config, initialize()), meta:
+        model = build_model(config, transformer_config(config, "torch", meta), "torch")
+        for symbol, layer in zip(model.decoder.layer_type_list, model.decoder.layers, strict=True):
+            counts[symbol] += sum(p.numel() for p in layer.parameters())
+        counts["all"] = sum(p.numel() for p in model.parameters())
+        assert all(p.is_meta for p in model.parameters())
+    return counts
+
+
+@pytest.mark.parametrize("name", presets())
+def test_built_equals_formula(name: str) -> None:
+    """Every preset, built without memory for it; published totals are met exactly."""
+    args = [name, *ONE_RANK, *([VOCABULARY] if name == "tiny" else [])]
+    built = run_distributed(parameters_built, 1, args)[0]
+    expected = count_parameters(load_config(args, which=rules.NO_FILES).model)
+    for symbol, layers in expected.layers.items():
+        assert built[symbol] == layers * expected.per_layer[symbol]
+    assert built["all"] == expected.total == PUBLISHED.get(name, expected.total)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["model.activation=swiglu", "model.untie_embeddings_and_output_weights=false",
+     "model.moe_shared_expert_intermediate_size=null", "model.mamba_num_groups=1",
+     "model.moe_router_enable_expert_bias=true"],
+)  # fmt: skip
+def test_variants(change: str) -> None:
+    """Gated MLPs, tied embeddings, no shared expert: the formula follows."""
+    more = ["model.moe_router_score_function=sigmoid"] if "expert_bias" in change else []
+    args = ["tiny", *ONE_RANK, VOCABULARY, change, *more]
+    built = run_distributed(parameters_built, 1, args)[0]
+    assert built["all"] == count_parameters(load_config(args, which=rules.NO_FILES).model).total

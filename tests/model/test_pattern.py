@@ -1,0 +1,59 @@
+"""The layer pattern: what it holds, how it falls on pipeline stages, what is wrong with it."""
+
+import pytest
+
+from megatron_hybrid.model.pattern import parse_pattern, pattern_problems
+
+
+def test_kinds_and_segments() -> None:
+    """Symbols are counted without the bars."""
+    pattern = parse_pattern("M-M*|ME")
+    assert pattern.segments == ("M-M*", "ME")
+    assert pattern.layers == "M-M*ME"
+    assert pattern.num_layers == 6
+    assert [pattern.count(symbol) for symbol in "M*-E"] == [3, 1, 1, 1]
+    assert pattern.has("E") and not parse_pattern("M-").has("E")
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "stages"),
+    [
+        ("M-M*", 1, [("M-M*",)]),
+        ("M-|M*", 1, [("M-M*",)]),
+        ("M-M*", 2, [("M-",), ("M*",)]),
+        ("M-M|*", 2, [("M-M",), ("*",)]),
+        ("M-|M*|ME|-", 2, [("M-", "ME"), ("M*", "-")]),
+        ("M-|M*|ME|-", 4, [("M-",), ("M*",), ("ME",), ("-",)]),
+    ],
+)
+def test_stages(text: str, size: int, stages: list[tuple[str, ...]]) -> None:
+    """Segment i is chunk i // PP of stage i % PP; without bars layers are cut evenly."""
+    assert list(parse_pattern(text).stages(size)) == stages
+
+
+def test_the_engine_gets_bars_only_with_stages() -> None:
+    """One stage must hold all layers, and the engine would take the first segment for them."""
+    pattern = parse_pattern("M-|M*")
+    assert (pattern.engine_text(1), pattern.engine_text(2)) == ("M-M*", "M-|M*")
+
+
+@pytest.mark.parametrize(
+    ("text", "fragments"),
+    [
+        ("Mx-", ["symbol 2, 'x', is not a layer", "'M' (Mamba-2)"]),
+        ("MG", ["symbol 2, 'G' (gated delta-net), is not supported"]),
+        ("", ["it has no layer"]),
+        ("M||M", ["pipeline segment 2 of 3 is empty"]),
+    ],
+)
+def test_problems(text: str, fragments: list[str]) -> None:
+    """Position, symbol and what is allowed."""
+    [problem] = pattern_problems(text)
+    assert all(fragment in problem for fragment in fragments)
+    with pytest.raises(ValueError, match="pattern"):
+        parse_pattern(text)
+
+
+def test_every_wrong_symbol_is_reported() -> None:
+    """Not only the first."""
+    assert len(pattern_problems("MxGy|")) == 4

@@ -1,0 +1,151 @@
+"""The command line as users meet it: help, dry run, counts, doctor, exit codes, import time."""
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from megatron_hybrid.config import build_config, presets, rules
+from megatron_hybrid.config.flags import flags
+from megatron_hybrid.config.yaml_text import parse_yaml
+from tests.config import GOOD
+
+
+def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_hybrid.cli", *words],
+        env=os.environ | {"COLUMNS": "100"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_import_loads_neither_torch_nor_the_engine() -> None:
+    """The package, its config and its command line load in a moment."""
+    code = (
+        "import time; start = time.perf_counter()\n"
+        "import megatron_hybrid, megatron_hybrid.config, megatron_hybrid.cli\n"
+        "took = time.perf_counter() - start\n"
+        "import sys; heavy = {'torch', 'megatron', 'numpy', 'transformers'} & set(sys.modules)\n"
+        "print(took); sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    best = 100.0
+    for _ in range(3):  # the first may read files that are not in memory yet
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        best = min(best, float(done.stdout))
+    assert best < 1.0
+
+
+def test_dry_run_prints_the_resolved_config() -> None:
+    """Its output is YAML that reads back, with the preset, typed values and derived fields."""
+    done = run("pretrain", *GOOD, "--lr", "8e-4", "--dry-run")
+    assert (done.returncode, done.stderr) == (0, "")
+    values = parse_yaml(done.stdout)
+    assert (values["preset"], values["optimizer"]["lr"]) == ("tiny", 8e-4)
+    assert values["model"]["kv_channels"] == 32
+    assert build_config(values, which=rules.NO_FILES).to_yaml() == done.stdout
+    assert yaml.safe_load(done.stdout)["model"] == values["model"]
+
+
+def test_dry_run_of_a_preset_needs_no_data() -> None:
+    """One looks at a preset before one has data for it."""
+    assert run("pretrain", "nemotron_h_56b", "--dry-run").returncode == 0
+
+
+def test_dry_run_checks_the_ranks() -> None:
+    """`--nproc`, or a launcher's WORLD_SIZE, is held against the layout."""
+    words = ("pretrain", *GOOD, "--pipeline-model-parallel-size", "2", "--dry-run")
+    for done in (run(*words, "--nproc", "3"), run(*words, WORLD_SIZE="3")):
+        assert done.returncode == 1
+        assert "the number of ranks, 3, must be a multiple of" in done.stderr
+    assert run(*words, "--nproc", "4").returncode == 0
+
+
+def test_help_of_pretrain_lists_every_flag_and_preset() -> None:
+    """The help is made from the fields, so nothing is missing from it."""
+    done = run("pretrain", "--help")
+    assert done.returncode == 0
+    listed = done.stdout.replace(",", " ").split()
+    assert set(flags()) <= set(listed)
+    assert set(presets()) <= set(listed)
+    assert "[section.field=value | --flag value]..." in done.stdout
+
+
+def test_counts() -> None:
+    """The table shows the exact total; without a vocabulary it says what to set."""
+    done = run("counts", "nemotron_h_8b")
+    assert done.returncode == 0
+    assert "8,100,852,736" in done.stdout
+    done = run("counts", "tiny")
+    assert done.returncode == 1
+    assert "model.vocab_size is not set" in done.stderr
+
+
+def test_doctor() -> None:
+    """What is required is there, so it exits 0 and names the backend that would run."""
+    done = run("doctor")
+    assert done.returncode == 0, done.stdout
+    for word in ("torch", "megatron-core", "transformer-engine", "apex", "backend=auto"):
+        assert word in done.stdout
+    assert "ready to train" in done.stdout
+
+
+def test_doctor_tells_the_two_apexes_apart_and_what_is_broken() -> None:
+    """PyPI's apex is named as what it is; a missing requirement makes the conclusion red."""
+    from packaging.requirements import Requirement
+    from rich.console import Console
+
+    from megatron_hybrid.doctor import Finding, _apex, _required, report
+
+    assert "unrelated web package" in _apex("unrelated").note
+    assert _apex("nvidia").status == "ok"
+    assert "github.com/NVIDIA/apex" in _apex(None).note
+    broken = _required(Requirement("pydantic<1"))
+    assert (broken.status, broken.note) == ("broken", "must be <1")
+    absent = _required(Requirement("surely-not-installed>=2"))
+    assert absent.note == 'pip install "surely-not-installed>=2"'
+    console = Console(file=io.StringIO())
+    assert report([Finding("x", "1", "ok"), Finding("y", "-", "missing")], console)
+    assert not report([Finding("x", "1", "ok"), broken], console)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("nonsense",),
+        ("generate",),
+        ("generate", "somewhere"),
+        ("generate", "somewhere", "--prompt", "a", "--max-new-tokens", "0"),
+        ("pretrain", "tiny", "--nproc", "0"),
+        ("doctor", "--nonsense"),
+    ],
+)
+def test_wrong_usage_exits_2(words: tuple[str, ...]) -> None:
+    """Words that no command has are usage errors, told from wrong configs."""
+    done = run(*words)
+    assert done.returncode == 2
+    assert "Usage:" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_nproc_inside_a_launched_rank_is_refused() -> None:
+    """Starting ranks within ranks would multiply them."""
+    done = run("pretrain", *GOOD, "--nproc", "2", WORLD_SIZE="2", RANK="0")
+    assert done.returncode == 2
+    assert "a launcher has started this rank already" in done.stderr.replace("\n", " ")
+
+
+def test_launcher_refuses_before_any_rank_starts() -> None:
+    """What depends on the device is found by the launcher too, once the config asks for it."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("the config is right where there is a GPU")
+    done = run("pretrain", *GOOD, "--expert-tensor-parallel-size", "2", "--nproc", "2")
+    assert done.returncode == 1
+    assert "parallel.expert_tensor_parallel_size=2 needs GPUs" in done.stderr
