@@ -1,0 +1,149 @@
+"""The platform as its callers see it: what it says, and what it leaves alone."""
+
+import os
+import pickle
+import queue
+import sys
+from importlib import metadata
+
+import pytest
+import torch
+
+from megatron_hybrid import platform
+from megatron_hybrid.errors import UserError
+from megatron_hybrid.platform import backend
+from megatron_hybrid.platform.results_file import ResultsFile
+from megatron_hybrid.testing import run_distributed
+
+
+def look_around() -> dict:
+    from megatron.core.tensor_parallel import random as engine_random
+
+    def error_of(call) -> str:
+        try:
+            call()
+        except (RuntimeError, AssertionError) as error:
+            return type(error).__name__
+        return "none"
+
+    return {
+        "platform": platform.initialize(),
+        "again": platform.initialize() is platform.initialize(),
+        "engine": engine_random.torch.cuda.current_device(),
+        "made": engine_random.torch.zeros(2, device="cuda:0").device,
+        "user": [
+            error_of(lambda: torch.zeros(2, device="cuda")),
+            error_of(lambda: torch.ones(2).cuda()),
+            error_of(torch.cuda.current_device),
+        ],
+    }
+
+
+def test_only_the_engine_sees_a_patched_torch() -> None:
+    """After initialize() the engine computes on the CPU; other code still is told: no CUDA."""
+    (seen,) = run_distributed(look_around, 1)
+    cpu = torch.device("cpu")
+    assert seen["platform"] == platform.Platform(cpu, "gloo", has_cuda=False)
+    assert seen["again"]
+    assert seen["engine"] == seen["made"] == cpu
+    assert "none" not in seen["user"]
+
+
+def test_importing_the_platform_imports_neither_torch_nor_the_engine() -> None:
+    """The package costs nothing until it is used."""
+    code = "import megatron_hybrid.platform, megatron_hybrid.platform.backend, sys; "
+    code += "sys.exit(any(m in sys.modules for m in ('torch', 'megatron.core')))"
+    assert os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", code]) == 0
+
+
+@pytest.mark.parametrize("version", ["0.18.1", "0.20.0", "1.0", None])
+def test_another_engine_is_refused(version: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that the patches were not made for is an error that names both versions."""
+
+    def installed(package: str) -> str:
+        if version is None:
+            raise metadata.PackageNotFoundError(package)
+        return version
+
+    monkeypatch.setattr(metadata, "version", installed)
+    with pytest.raises(UserError, match=r"megatron-core.*allowed: >=0\.19,<0\.20"):
+        platform.initialize()
+
+
+@pytest.fixture
+def packages(monkeypatch: pytest.MonkeyPatch):
+    """Pretend that this machine has a GPU and all packages; returns the versions, to be changed."""
+    versions = dict.fromkeys(backend.GPU_PACKAGES, "2.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(backend, "_version", lambda name: versions.get(name))
+    backend.probe.cache_clear()
+    backend._resolve_auto.cache_clear()
+    yield versions
+    backend.probe.cache_clear()
+    backend._resolve_auto.cache_clear()
+
+
+def test_auto_takes_transformer_engine_where_it_can_run(packages: dict) -> None:
+    """With a GPU and the packages, auto and the request itself are granted."""
+    assert backend.resolve_backend("auto") == "transformer_engine"
+    assert backend.resolve_backend("transformer_engine") == "transformer_engine"
+    assert backend.resolve_backend("torch") == "torch"
+
+
+@pytest.mark.parametrize("missing", backend.GPU_PACKAGES)
+def test_a_missing_package_is_named(packages: dict, missing: str) -> None:
+    """Without one of the packages auto takes torch, and the request fails saying which."""
+    del packages[missing]
+    assert backend.resolve_backend("auto") == "torch"
+    with pytest.raises(backend.BackendError, match=f"needs the package {missing}"):
+        backend.resolve_backend("transformer_engine")
+
+
+def test_auto_is_logged_once(packages: dict, caplog: pytest.LogCaptureFixture) -> None:
+    """What auto chose, and why, is one line of the log, however often it is asked."""
+    del packages["mamba-ssm"]
+    with caplog.at_level("INFO", logger=backend.__name__):
+        backend.resolve_backend("auto")
+        backend.resolve_backend("auto")
+    assert [record.getMessage() for record in caplog.records] == [
+        "backend=auto: torch (transformer_engine needs the package mamba-ssm)"
+    ]
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    """The message has the value and what is allowed."""
+    with pytest.raises(UserError, match="backend=te: unknown; allowed: auto, torch, transf"):
+        backend.resolve_backend("te")
+
+
+def test_probe_tells_what_is_here() -> None:
+    """Versions come from the packages' metadata; what is missing is said in words."""
+    found = backend.probe()
+    assert found.versions["torch"] == metadata.version("torch")
+    assert found.versions["megatron-core"] == metadata.version("megatron-core")
+    if not torch.cuda.is_available():
+        assert found.cuda_device is None
+        assert "a CUDA device" in found.missing
+        assert found.backend == "torch"
+
+
+@pytest.mark.parametrize("size", [3, 1_000_000])
+def test_results_file_carries_a_message_from_a_forked_child(size: int) -> None:
+    """Messages larger than a pipe holds arrive too, with nobody reading meanwhile."""
+    results = ResultsFile()
+    child = os.fork()
+    if child == 0:
+        results.put(list(range(size)))
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert results.get_nowait() == list(range(size))
+
+
+@pytest.mark.parametrize("written", [b"", pickle.dumps("whole")[:-3]])
+def test_results_file_of_a_dead_writer_is_empty(written: bytes) -> None:
+    """Nothing, or a part of a message, is no message."""
+    results = ResultsFile()
+    results._file.write(written)
+    with pytest.raises(queue.Empty):
+        results.get_nowait()
