@@ -1,0 +1,39 @@
+"""What the loader yields and the trainer consumes: one micro-batch.
+
+Shapes: b samples of s tokens. Packed batches are one row, so there b = 1 and
+s = micro_batch_size * seq_length; n is the number of documents in that row.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of next-token prediction; tensors on the CPU, pinned when CUDA is there.
+
+    Attributes:
+        tokens: `[b, s]` int64.
+        labels: `[b, s]` int64, the token after each.
+        loss_mask: `[b, s]` float32; 0 where the label belongs to the next document.
+        position_ids: `[b, s]` int64; restarts with each document when packed.
+        cu_seqlens: `[n + 1]` int32, from 0 to s: where documents start, or None: not packed.
+        max_seqlen: tokens of the longest document, or None: not packed.
+        seq_idx: `[1, s]` int32, the number of each token's document, or None: not packed.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int | None = None
+    seq_idx: Tensor | None = None
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory, which copies to a GPU without waiting need."""
+        values = (getattr(self, field.name) for field in fields(self))
+        pinned: list[Any] = [v.pin_memory() if isinstance(v, Tensor) else v for v in values]
+        return Batch(*pinned)

@@ -1,0 +1,290 @@
+"""The datasets of a run: a weighted blend of indexed files through megatron-core's GPTDataset.
+
+The train split holds exactly the samples of the run. The validation split holds `eval_iters` global
+batches, and every evaluation reads the same ones, so that its losses can be compared. The test
+share of `data.split` is kept out of both. Rank 0 builds the engine's index files, the others wait
+and then read them.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megatron_hybrid import platform
+from megatron_hybrid.config.lengths import lengths
+from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.data.errors import DataError
+from megatron_hybrid.data.indexed import IndexedFile, open_indexed
+from megatron_hybrid.data.mock import MockWindows
+from megatron_hybrid.data.tokenizer import Tokenizer
+from megatron_hybrid.data.windows import Windows
+from megatron_hybrid.fileio import write_atomic
+
+logger = logging.getLogger(__name__)
+
+_SPLITS = ("train", "valid")
+_COMPLETE_MARK = "complete"
+
+
+def build_datasets(
+    config: RunConfig, tokenizer: Tokenizer, *, needed: bool = True
+) -> tuple[Windows | None, Windows | None]:
+    """The training and validation windows of a run; all ranks must call this together.
+
+    Args:
+        config: `data`, `training`, and `run_dir` for the index files.
+        tokenizer: the one the files were made with.
+        needed: False on ranks that read no data: they only wait where the others do.
+
+    Returns:
+        (train, valid); None where not needed, and valid without `training.eval_interval`.
+
+    Raises:
+        DataError: a file is missing or damaged, or a source has nothing for a split.
+    """
+    sizes = split_sizes(config)
+    if config.data.mock_data:
+        train, valid = (
+            _mock(config, tokenizer, number, size) if needed and size else None
+            for number, size in enumerate(sizes)
+        )
+        return train, valid
+    blend = _Blend.open(config, sizes)
+    engine_datasets = _build_with_engine(config, tokenizer, blend, needed)
+    windows = [
+        _EngineWindows(dataset, size, tokenizer) if dataset is not None else None
+        for dataset, size in zip(engine_datasets, sizes, strict=True)
+    ]
+    return windows[0], windows[1]
+
+
+def split_sizes(config: RunConfig) -> tuple[int, int]:
+    """Samples of the training and validation splits, both a whole number of global batches."""
+    training = config.training
+    eval_batches = training.eval_iters if training.eval_interval is not None else 0
+    return lengths(config).train_samples, eval_batches * training.global_batch_size
+
+
+def _mock(config: RunConfig, tokenizer: Tokenizer, number: int, size: int) -> MockWindows:
+    return MockWindows(
+        size=size,
+        seq_length=config.data.seq_length,
+        vocab_size=tokenizer.vocab_size,
+        eod=tokenizer.eod,
+        seed=(config.training.seed, number),
+    )
+
+
+@dataclass(frozen=True)
+class _Blend:
+    """Sources, their weights (summing to 1) and what each split draws.
+
+    Attributes:
+        bounds: for each split, where its share of a source's documents begins and ends, in [0, 1].
+        sizes: for each split, samples to draw; 0: the split is not built.
+    """
+
+    sources: list[IndexedFile]
+    weights: list[float]
+    bounds: list[tuple[float, float]]
+    sizes: tuple[int, int]
+
+    @classmethod
+    def open(cls, config: RunConfig, sizes: tuple[int, int]) -> "_Blend":
+        if not config.data.data_path:
+            raise DataError("data.data_path is empty; name token files or set data.mock_data=true")
+        total = sum(weight for weight, _ in config.data.data_path)
+        weights = [weight / total for weight, _ in config.data.data_path]
+        sources = [open_indexed(Path(prefix)) for _, prefix in config.data.data_path]
+        shares = _parse_split(config.data.split)
+        ends = np.cumsum(shares).tolist()
+        bounds = list(zip([0.0, *ends[:-1]], ends, strict=True))
+        blend = cls(sources, weights, bounds[: len(_SPLITS)], sizes)
+        blend._check_documents(config)
+        return blend
+
+    def _check_documents(self, config: RunConfig) -> None:
+        """Refuse a split without text of some source, which the engine would wait for for ever."""
+        problems = []
+        for split, bounds, size in zip(_SPLITS, self.bounds, self.sizes, strict=True):
+            for source, weight in zip(self.sources, self.weights, strict=True):
+                documents = _documents_between(source.document_lengths, bounds)
+                tokens = int(documents.sum(dtype=np.int64))
+                if size and not tokens:
+                    problems.append(
+                        f"data.split={config.data.split} leaves nothing for {split} of the "
+                        f"{len(source.document_lengths)} documents of {source.prefix}"
+                    )
+                elif size:
+                    epochs = size * weight * config.data.seq_length / tokens
+                    logger.log(
+                        logging.WARNING if split == "valid" and epochs > 1 else logging.INFO,
+                        "%s: %d samples of %s, %.2f epochs of its %d tokens",
+                        *(split, round(size * weight), source.prefix, epochs, tokens),
+                    )
+        if problems:
+            raise DataError("\n".join(problems))
+
+    def surplus(self) -> float:
+        """How much more than its share the engine must index of each source.
+
+        It rounds each source's share up, so that the blend is up to one sample a source too long,
+        and its greedy choice runs ahead of a weight by less than two samples.
+        """
+        extra = [
+            (weight * len(self.sources) + 2) / math.ceil(size * weight)
+            for size in self.sizes
+            if size
+            for weight in self.weights
+        ]
+        return max(0.005, *extra)
+
+    def key(self, config: RunConfig) -> str:
+        """Names everything that decides the index files, the contents of the sources included."""
+        facts = {
+            "sources": [[str(source.prefix), source.index_sha256] for source in self.sources],
+            "weights": self.weights,
+            "bounds": self.bounds,
+            "sizes": self.sizes,
+            "seq_length": config.data.seq_length,
+            "seed": config.training.seed,
+        }
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _parse_split(split: str) -> list[float]:
+    """Shares of train, validation and test, summing to 1."""
+    parts = [part.strip() for part in split.split(",")]
+    number = re.compile(r"\d+(\.\d*)?|\.\d+")
+    if len(parts) > 3 or not all(number.fullmatch(part) for part in parts):
+        raise DataError(
+            f"data.split={split} must be up to three numbers >= 0 for train, validation and test, "
+            "such as 969,30,1"
+        )
+    shares = [float(part) for part in parts] + [0.0] * (3 - len(parts))
+    if not shares[0]:
+        raise DataError(f"data.split={split} leaves nothing to train on")
+    return [share / sum(shares) for share in shares]
+
+
+def _documents_between(
+    document_lengths: NDArray[np.int32], bounds: tuple[float, float]
+) -> NDArray[np.int32]:
+    """The documents that the engine, rounding so, gives to a split."""
+    begin, end = (round(bound * len(document_lengths)) for bound in bounds)
+    return document_lengths[begin:end]
+
+
+def _build_with_engine(
+    config: RunConfig, tokenizer: Tokenizer, blend: _Blend, needed: bool
+) -> list[Any]:
+    """megatron-core's dataset of each split, or None where not needed or empty."""
+    platform.initialize()
+    try:
+        from megatron.core.datasets import helpers_cpp  # noqa: F401
+    except ImportError as error:
+        raise DataError(
+            "megatron-core's compiled dataset helpers (megatron.core.datasets.helpers_cpp) cannot "
+            f"be loaded: {error}; install megatron-core from its wheel, or run make in its "
+            "megatron/core/datasets folder"
+        ) from error
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+    prefixes = [str(source.prefix) for source in blend.sources]
+    cache = _cache_folder(config, blend)
+    engine_config = GPTDatasetConfig(
+        random_seed=config.training.seed,
+        sequence_length=config.data.seq_length,
+        # The engine takes the only source as it is when it has no weight.
+        blend=(prefixes, blend.weights if len(prefixes) > 1 else None),
+        split=config.data.split,
+        path_to_cache=str(cache),
+        tokenizer=_EngineTokenizer(tokenizer.vocab_size, tokenizer.eod, tokenizer.fingerprint),
+        mid_level_dataset_surplus=blend.surplus(),
+        # Masks and positions are the loader's: the engine's masks are dense.
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    # Documents stay in their split whether it is drawn from or not.
+    drawn = [
+        bounds if size else None for bounds, size in zip(blend.bounds, blend.sizes, strict=True)
+    ]
+    engine_config.split_matrix = [*drawn, None]
+    builder = BlendedMegatronDatasetBuilder(
+        GPTDataset, [*blend.sizes, 0], lambda: needed, engine_config
+    )
+    try:
+        train, valid, _ = builder.build()
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{error.filename} is missing though rank 0 wrote it: data.data_cache_path="
+            f"{cache.parent} must be on storage that all nodes share"
+        ) from error
+    if _is_first_rank():
+        write_atomic(cache / _COMPLETE_MARK, "")
+    return [train, valid]
+
+
+def _cache_folder(config: RunConfig, blend: _Blend) -> Path:
+    """The folder of this blend's index files, without what a killed run left half-written.
+
+    The engine names index files after the paths of the sources, and takes what it finds; a folder
+    named after their contents keeps it from using the indices of data that was made anew.
+    """
+    base = config.data.data_cache_path or config.run_dir / "data_cache"
+    folder = base / blend.key(config)
+    if _is_first_rank():
+        if folder.exists() and not (folder / _COMPLETE_MARK).exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _is_first_rank() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+@dataclass(frozen=True)
+class _EngineTokenizer:
+    """The little that GPTDataset wants to know of a tokenizer; without a pad token, none is."""
+
+    vocab_size: int
+    eod: int
+    fingerprint: str
+
+    @property
+    def unique_identifiers(self) -> dict[str, str]:
+        return {"fingerprint": self.fingerprint}
+
+
+class _EngineWindows:
+    """The first `size` samples of one of megatron-core's datasets, as windows."""
+
+    def __init__(self, dataset: Any, size: int, tokenizer: Tokenizer) -> None:
+        assert len(dataset) >= size
+        self.eod = tokenizer.eod
+        self.vocab_size = tokenizer.vocab_size
+        self._dataset = dataset
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> NDArray[np.int64]:
+        sample = self._dataset[index]
+        return np.append(sample["tokens"].numpy(), sample["labels"][-1].item())

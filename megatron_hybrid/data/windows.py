@@ -1,0 +1,28 @@
+"""The seam of this package: a dataset is a sized row of windows of token ids.
+
+Whoever plans the data (today megatron-core's blend, or the mock) hands the loader a `Windows`;
+the loader knows nothing else about where tokens come from.
+"""
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Windows(Protocol):
+    """Windows `0 … len - 1`, already in training order; each a pure function of its number.
+
+    Attributes:
+        eod: the id that ends a document.
+        vocab_size: ids lie in `[0, vocab_size)`.
+    """
+
+    eod: int
+    vocab_size: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> NDArray[np.int64]:
+        """Window `index`: `[seq_length + 1]` ids, one more than a sample, for the last label."""
+        ...

@@ -1,0 +1,86 @@
+"""Small tokenizers, corpora and configs that the data tests share."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sentencepiece import SentencePieceTrainer
+
+from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.data.indexed import IndexedFileWriter, token_dtype
+
+VOCAB_SIZE = 1000
+EOD = VOCAB_SIZE - 1
+
+TEXTS = [
+    "def f(x):\n    return x + 1\n",
+    "Tabs\t, non-ASCII: naïve 東京 🙂, spaces   kept  ",
+    "A literal </s> and <s> and <unk> and <0x0A> in a page.",
+    "nul \x00 byte",
+]
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-fallback BPE model of 400 pieces; eos is id 1."""
+    path = tmp_path_factory.mktemp("sp") / "tokenizer.model"
+    with path.open("wb") as file:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter([*TEXTS, "the quick brown fox returns to the lazy dog"] * 20),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=350,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            unk_id=0,
+            eos_id=1,
+            bos_id=2,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    return path
+
+
+def write_corpus(prefix: Path, documents: Sequence[Sequence[int]], vocab: int = VOCAB_SIZE) -> str:
+    """Write documents of ids as an indexed file; gives its prefix as text."""
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    writer = IndexedFileWriter(prefix, vocab)
+    for document in documents:
+        writer.add_documents(
+            np.array(document, dtype=token_dtype(vocab)).tobytes(),
+            np.array([len(document)], dtype=np.int32),
+        )
+    writer.finish()
+    writer.publish()
+    return str(prefix)
+
+
+def write_jsonl(path: Path, texts: Sequence[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture
+def make_config(tmp_path: Path) -> Callable[..., RunConfig]:
+    """Makes a config from data and training fields; samples of 32 tokens, 10 batches of 8."""
+
+    def make(data: dict[str, Any] | None = None, **training: Any) -> RunConfig:
+        defaults = {"train_iters": 10, "global_batch_size": 8, "micro_batch_size": 2}
+        return RunConfig.model_validate(
+            {
+                "run_dir": tmp_path / "run",
+                "model": {"hybrid_layer_pattern": "M", "hidden_size": 64, "vocab_size": VOCAB_SIZE},
+                "optimizer": {"lr": 1e-3},
+                "training": defaults | training,
+                "data": {"seq_length": 32, "tokenizer_type": "null", "num_workers": 0}
+                | (data or {}),
+            }
+        )
+
+    return make

@@ -1,0 +1,149 @@
+"""The blend: weights, splits, files that changed or were cut, and several ranks."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.data.blend import build_datasets
+from megatron_hybrid.data.errors import DataError
+from megatron_hybrid.data.tokenizer import build_tokenizer
+from megatron_hybrid.data.windows import Windows
+from tests.data.conftest import EOD, VOCAB_SIZE, write_corpus
+
+MakeConfig = Callable[..., RunConfig]
+
+
+def datasets(config: RunConfig) -> tuple[Windows | None, Windows | None]:
+    return build_datasets(config, build_tokenizer("null", None, vocab_size=VOCAB_SIZE))
+
+
+def corpus(prefix: Path, first_id: int, documents: int = 100) -> str:
+    """Document k holds the id first_id + k, forty times, and the document end."""
+    return write_corpus(prefix, [[first_id + k] * 40 + [EOD] for k in range(documents)])
+
+
+def _all(windows: Windows | None) -> list[NDArray[np.int64]]:
+    assert windows is not None
+    return [windows[i] for i in range(len(windows))]
+
+
+def ids(windows: Windows) -> set[int]:
+    return {int(token) for window in _all(windows) for token in window} - {EOD}
+
+
+def test_weights(tmp_path: Path, make_config: MakeConfig) -> None:
+    """At every point of the run each source is within two samples of its weight."""
+    blend = [[3, corpus(tmp_path / "a", 0)], [7, corpus(tmp_path / "b", 500)]]
+    train, valid = datasets(make_config({"data_path": blend}, train_iters=50))
+    assert train is not None and valid is None
+    assert len(train) == 400
+    from_b = np.cumsum([train[i].min() >= 500 for i in range(400)])
+    assert np.abs(from_b - 0.7 * np.arange(1, 401)).max() <= 2
+
+
+def test_many_small_weights(tmp_path: Path, make_config: MakeConfig) -> None:
+    """A short run over one large and many small sources builds: rounding is provided for.
+
+    Each small source is drawn from at least once, so the engine's blend holds 23 samples instead
+    of 8, and 12 of them come from the large source, which was to give 4.
+    """
+    five_samples = [[1] * (5 * 32 + 1)]
+    blend = [[19, write_corpus(tmp_path / "large", five_samples)]]
+    blend += [[1, corpus(tmp_path / f"small_{i}", 40 * (i + 1), 30)] for i in range(19)]
+    train, _ = datasets(make_config({"data_path": blend, "split": "1,0,0"}, train_iters=1))
+    assert len(_all(train)) == 8
+
+
+def test_splits_share_no_document(tmp_path: Path, make_config: MakeConfig) -> None:
+    """Training and validation draw from their own documents, and leave the test's."""
+    data = {"data_path": [[1, corpus(tmp_path / "a", 0)]], "split": "80,10,10"}
+    train, valid = datasets(make_config(data, eval_interval=5, eval_iters=2, train_iters=20))
+    assert train is not None and valid is not None
+    assert (len(train), len(valid)) == (160, 16)
+    assert ids(train) <= set(range(80))
+    assert ids(valid) <= set(range(80, 90))
+    only_train, _ = datasets(make_config(data, train_iters=20))
+    assert only_train is not None
+    assert all((only_train[i] == train[i]).all() for i in range(160))
+
+
+def test_data_made_anew_is_read_anew(tmp_path: Path, make_config: MakeConfig) -> None:
+    """Indices of a corpus that was replaced under the same name are not used for the new one."""
+    config = make_config({"data_path": corpus(tmp_path / "a", 0)})
+    datasets(config)
+    write_corpus(tmp_path / "a", [[7] * 5 + [EOD]] * 400)
+    train, _ = datasets(config)
+    assert train is not None and ids(train) == {7}
+
+
+def test_half_built_indices_are_built_again(tmp_path: Path, make_config: MakeConfig) -> None:
+    """A run killed while it wrote its indices does not break the next; whole ones are kept."""
+    config = make_config({"data_path": corpus(tmp_path / "a", 0)})
+    train, _ = datasets(config)
+    assert train is not None
+    expected = [train[i].tolist() for i in range(5)]
+    (index,) = (config.run_dir / "data_cache").rglob("*-shuffle_index.npy")
+    written = index.stat().st_mtime_ns
+    datasets(config)
+    assert index.stat().st_mtime_ns == written
+    (index.parent / "complete").unlink()
+    index.write_bytes(b"")
+    again, _ = datasets(config)
+    assert again is not None and [again[i].tolist() for i in range(5)] == expected
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"data_path": "nowhere/a"}, "nowhere/a.idx is missing"),
+        ({}, "data.data_path is empty"),
+        ({"split": "9,x"}, "data.split=9,x must be up to three numbers"),
+        ({"split": "0,1,1"}, "data.split=0,1,1 leaves nothing to train on"),
+        ({"split": "1,0,0"}, "data.split=1,0,0 leaves nothing for valid of the 100 documents"),
+    ],
+)
+def test_unusable(
+    data: dict[str, object], message: str, tmp_path: Path, make_config: MakeConfig
+) -> None:
+    """What cannot be blended is refused with the field and its value, before the engine hangs."""
+    path = {"data_path": corpus(tmp_path / "a", 0)} if "split" in data else {}
+    with pytest.raises(DataError, match=message):
+        datasets(make_config(path | data, eval_interval=5))
+
+
+def test_mock_splits_differ(make_config: MakeConfig) -> None:
+    """mock_data needs no file, and its validation samples are not its training samples."""
+    train, valid = datasets(make_config({"mock_data": True}, eval_interval=5))
+    assert train is not None and valid is not None
+    assert (len(train), len(valid)) == (80, 80)
+    assert (train[0] != valid[0]).any()
+
+
+def _build_twice(*configs: dict[str, object]) -> list[list[list[int]] | None]:
+    """Build where every rank needs data, then where rank 1 needs none."""
+    import torch.distributed as dist
+
+    tokenizer = build_tokenizer("null", None, vocab_size=VOCAB_SIZE)
+    built: list[list[list[int]] | None] = []
+    for values, needed in zip(configs, (True, dist.get_rank() == 0), strict=True):
+        train, _ = build_datasets(RunConfig.model_validate(values), tokenizer, needed=needed)
+        built.append(None if train is None else [train[i].tolist() for i in range(len(train))])
+    return built
+
+
+def test_ranks_agree(tmp_path: Path, make_config: MakeConfig) -> None:
+    """Two ranks read the same windows as one; a rank that needs none does not hold up the other."""
+    from megatron_hybrid.testing import run_distributed
+
+    blend = [[3, corpus(tmp_path / "a", 0)], [7, corpus(tmp_path / "b", 500)]]
+    config = make_config({"data_path": blend})
+    expected = [window.tolist() for window in _all(datasets(config)[0])]
+    values = config.model_dump(mode="json")
+    fresh = [values | {"run_dir": str(tmp_path / name)} for name in ("both", "one")]
+    first, second = run_distributed(_build_twice, 2, *fresh)
+    assert first == [expected, expected]
+    assert second == [expected, None]

@@ -1,0 +1,129 @@
+"""Tokenizers give text back, keep control ids out of documents, and explain what they refuse."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from megatron_hybrid.data.errors import DataError
+from megatron_hybrid.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
+from tests.data.conftest import TEXTS
+
+SPECIAL = ["</s>", "<|im_start|>"]
+
+
+@pytest.fixture(scope="module")
+def huggingface_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE that was saved with truncation and padding switched on."""
+    folder = tmp_path_factory.mktemp("hf")
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=64)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    return folder
+
+
+@pytest.fixture(params=["sentencepiece", "huggingface"])
+def tokenizer(
+    request: pytest.FixtureRequest, sentencepiece_model: Path, huggingface_folder: Path
+) -> Tokenizer:
+    paths = {"sentencepiece": sentencepiece_model, "huggingface": huggingface_folder}
+    return build_tokenizer(request.param, paths[request.param])
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "", "\n", "x" * 5000])
+def test_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
+    """decode(encode(text)) is text: nothing normalised, cut (truncation) or added (padding)."""
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_control_tokens_in_text_stay_text(tokenizer: Tokenizer) -> None:
+    """A page that spells a control token gets no control id, above all no document end."""
+    ids = tokenizer.encode("a </s> b <|im_start|> <s>")
+    assert tokenizer.eod not in ids
+    assert len(ids) > 10
+    assert max(ids) < tokenizer.vocab_size
+
+
+def test_copy_is_the_same_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """What a checkpoint carries encodes, ends documents and is fingerprinted the same."""
+    tokenizer.save_copy(tmp_path / "copy")
+    copy = load_tokenizer(tmp_path / "copy")
+    assert (copy.fingerprint, copy.eod, copy.vocab_size) == (
+        tokenizer.fingerprint,
+        tokenizer.eod,
+        tokenizer.vocab_size,
+    )
+    assert [copy.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
+
+
+def test_null_tokenizer(tmp_path: Path) -> None:
+    """Ids as text go both ways; what is no id, or is the document end, is refused."""
+    tokenizer = build_tokenizer("null", None, vocab_size=100)
+    assert tokenizer.encode("1 2 98") == [1, 2, 98]
+    assert tokenizer.decode([1, 2]) == "1 2"
+    tokenizer.save_copy(tmp_path)
+    assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
+    for text in ("1 99", "-1", "one"):
+        with pytest.raises(DataError, match="null"):
+            tokenizer.encode(text)
+
+
+def test_end_token_without_config(huggingface_folder: Path, tmp_path: Path) -> None:
+    """Without tokenizer_config.json the usual name is found; two or none of them is an error."""
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes((huggingface_folder / "tokenizer.json").read_bytes())
+    assert build_tokenizer("huggingface", path).eod == 0
+    plain = tokenizers.Tokenizer.from_file(str(path))
+    plain.add_special_tokens(["<|endoftext|>"])
+    plain.save(str(path))
+    with pytest.raises(DataError, match=r"candidates: <\|endoftext\|>, </s>"):
+        build_tokenizer("huggingface", path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "message"),
+    [
+        ("sentencepiece", None, "cannot read data.tokenizer_model="),
+        ("sentencepiece", b"junk", "is not a sentencepiece model"),
+        ("huggingface", b"{}", "is not a tokenizer.json"),
+        ("bert", b"", "allowed: sentencepiece, huggingface, null"),
+        ("null", b"", "needs model.vocab_size"),
+    ],
+)
+def test_unusable(kind: str, content: bytes | None, message: str, tmp_path: Path) -> None:
+    """Each unusable tokenizer gives one sentence that names the field."""
+    path = tmp_path / "file"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        build_tokenizer(kind, path)
+
+
+def test_sentencepiece_without_eos(tmp_path: Path) -> None:
+    """A model that cannot end a document is refused."""
+    from sentencepiece import SentencePieceTrainer
+
+    path = tmp_path / "no_eos.model"
+    with path.open("wb") as file:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(TEXTS * 5),
+            model_writer=file,
+            vocab_size=60,
+            hard_vocab_limit=False,
+            model_type="bpe",
+            eos_id=-1,
+            minloglevel=2,
+        )
+    with pytest.raises(DataError, match="no eos piece"):
+        build_tokenizer("sentencepiece", path)
