@@ -1,0 +1,84 @@
+"""Core attention of the torch backend: causal, grouped queries, windows, documents, CP.
+
+Legend: s sequence of this rank, l whole sequence (keys), b batch, n query heads and k key/value
+heads of this TP rank, d head size.
+"""
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_hybrid.layers.context_parallel import gather_sequence, local_chunks
+from megatron_hybrid.ops.attention import causal_attention
+
+
+class DotProductAttention(MegatronModule):
+    """What TEDotProductAttention is for the Transformer Engine backend, on torch's SDPA.
+
+    Keys and values are gathered over the context-parallel ranks (megatron-core's `all_gather`
+    communication); queries stay where they are. Has no parameters.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        assert attention_type == "self" and attn_mask_type == AttnMaskType.causal
+        assert pg_collection is not None
+        self.cp_group = pg_collection.cp
+        self.softmax_scale = softmax_scale
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        # megatron-core counts the tokens to the left, without the token itself.
+        self.window = None if config.window_size is None else config.window_size[0] + 1
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend to all tokens up to one's own.
+
+        Args:
+            query: `[s, b, n, d]`.
+            key: `[s, b, k, d]`; when generating, the whole cache `[l, b, k, d]`, of which the
+                queries are the last s tokens.
+            value: as the key.
+            attention_mask: not used, as `attn_mask_type` and `attention_bias`: always causal.
+            packed_seq_params: its `seq_idx [b, l]` numbers the documents; none sees another.
+
+        Returns:
+            `[s, b, n * d]`, dtype of the query.
+        """
+        key = gather_sequence(key, self.cp_group)
+        value = gather_sequence(value, self.cp_group)
+        length = key.shape[0]
+        if self.cp_group.size() > 1:
+            chunks = local_chunks(length, self.cp_group)
+        else:
+            chunks = [(length - query.shape[0], length)]
+        return causal_attention(
+            query,
+            key,
+            value,
+            chunks=chunks,
+            window=self.window,
+            seq_idx=None if packed_seq_params is None else packed_seq_params.seq_idx,
+            dropout=self.dropout if self.training else 0.0,
+            scale=self.softmax_scale,
+        )

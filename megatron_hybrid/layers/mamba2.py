@@ -1,0 +1,298 @@
+"""The Mamba-2 mixer under tensor, sequence and context parallelism.
+
+megatron-core's own mixer needs Triton kernels; this one runs on any device with the same parameter
+names, shapes and checkpoint keys (`megatron.core.ssm.mamba_mixer.MambaMixer`).
+
+Legend: s sequence of this rank, l whole sequence, b batch, h hidden size, d channels (heads times
+head size), w = 2 d + 2 groups * state + heads: the projection, packed [z, x, B, C, dt]; each part
+is sharded over TP on its own. Sizes named here are those of one TP rank.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from megatron.core.inference.contexts import BaseInferenceContext
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.ssm.utils import _split_tensor_factory
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+    sharded_state_dict_default,
+)
+from torch import Tensor, nn
+
+from megatron_hybrid.layers.context_parallel import MambaContextParallel
+from megatron_hybrid.layers.norm import GroupedRMSNorm, parameter_device
+from megatron_hybrid.ops.mamba2 import (
+    mamba2_decode_step,
+    mamba2_prefill,
+    mamba2_split_conv1d_scan,
+)
+from megatron_hybrid.ops.ssd import SSDBackend
+
+CONV_KERNEL_SIZE = 4
+GATED_NORM_EPS = 1e-5
+A_INIT_RANGE = (1.0, 16.0)
+DT_INIT_RANGE = (0.001, 0.1)
+DT_INIT_FLOOR = 1e-4
+# They decide how fast a state decays: bf16 would round A by up to 0.4%.
+FP32_PARAMETERS = ("A_log", "D", "dt_bias")
+
+
+@dataclass
+class Mamba2MixerSubmodules:
+    """The linears around the scan, `in_proj` with the layer's norm in it."""
+
+    in_proj: ModuleSpec | type
+    out_proj: ModuleSpec | type
+
+
+class Mamba2Mixer(MegatronModule):
+    """Projection, causal convolution, state-space scan, gate, grouped norm, projection.
+
+    Forward: `[s, b, h]` -> (`[s, b, h]`, bias or None). Heads and groups are sharded over TP; under
+    context parallelism the scan runs over the whole sequence with a part of the heads.
+
+    Args:
+        kernel: "torch" or "mamba_ssm", which kernel of `megatron_hybrid.ops` runs the scan.
+        d_model: hidden size h.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: Mamba2MixerSubmodules,
+        d_model: int,
+        kernel: SSDBackend = "torch",
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        pp_layer_offset: int = 0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(config)
+        assert pg_collection is not None
+        self.kernel = kernel
+        self.layer_number = layer_number
+        self.tp_group = pg_collection.tp
+        tp_size = self.tp_group.size()
+        self.head_dim, self.state_dim = config.mamba_head_dim, config.mamba_state_dim
+        assert config.mamba_num_heads % tp_size == 0 and config.mamba_num_groups % tp_size == 0
+        self.num_heads = config.mamba_num_heads // tp_size
+        self.num_groups = config.mamba_num_groups // tp_size
+        self.d_inner = self.num_heads * self.head_dim
+        groups_width = self.num_groups * self.state_dim
+        self.in_proj_parts = {
+            "z": self.d_inner, "x": self.d_inner, "B": groups_width, "C": groups_width,
+            "dt": self.num_heads,
+        }  # fmt: skip
+        self.conv_parts = {part: self.in_proj_parts[part] for part in ("x", "B", "C")}
+
+        self.in_proj = build_module(
+            submodules.in_proj,
+            d_model,
+            sum(self.in_proj_parts.values()) * tp_size,
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="fc1",
+            tp_group=self.tp_group,
+            name=f"{name}.in_proj" if name is not None else None,
+        )
+        # Tells the engine's resharding that the rows are five blocks, not one.
+        self.in_proj.weight.partition_sizes = list(self.in_proj_parts.values())
+        self._build_scan_parameters()
+        self.norm = GroupedRMSNorm(
+            config, self.d_inner, self.d_inner // self.num_groups, GATED_NORM_EPS, self.tp_group
+        )
+        self.out_proj = build_module(
+            submodules.out_proj,
+            self.d_inner * tp_size,
+            d_model,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=False,
+            tp_comm_buffer_name="fc2",
+            tp_group=self.tp_group,
+            name=f"{name}.out_proj" if name is not None else None,
+        )
+        self.cp = MambaContextParallel(
+            cp_group=pg_collection.cp,
+            d_inner_local_tp=self.d_inner,
+            nheads_local_tp=self.num_heads,
+            ngroups_local_tp=self.num_groups,
+            d_state=self.state_dim,
+            conv1d_weight_cp1=self.conv1d_weight,
+            conv1d_bias_cp1=self.conv1d_bias,
+            conv1d_padding=CONV_KERNEL_SIZE - 1,
+            dt_bias_cp1=self.dt_bias,
+            A_log_cp1=self.A_log,
+            D_cp1=self.D,
+            D_has_hdim=False,
+        )
+
+    def _build_scan_parameters(self) -> None:
+        """conv1d_weight `[channels, 1, 4]`, conv1d_bias `[channels]`; A_log, D, dt_bias `[heads]`.
+
+        Drawn as megatron-core draws them (Mamba-2's own ranges): A uniform, softplus(dt_bias)
+        log-uniform.
+        """
+        config = self.config
+        device = parameter_device(config)
+        channels = sum(self.conv_parts.values())
+
+        def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+            made = nn.Parameter(torch.empty(*shape, dtype=dtype, device=device))
+            set_tensor_model_parallel_attributes(made, is_parallel=True, dim=0, stride=1)
+            return made
+
+        self.conv1d_weight = parameter(channels, 1, CONV_KERNEL_SIZE, dtype=config.params_dtype)
+        self.conv1d_bias = parameter(channels, dtype=config.params_dtype)
+        self.A_log = parameter(self.num_heads)
+        self.dt_bias = parameter(self.num_heads)
+        self.D = parameter(self.num_heads)
+        conv_sizes = list(self.conv_parts.values())
+        # Read by the engine's resharding, as the in_proj's.
+        self.conv1d_weight.partition_sizes = conv_sizes  # type: ignore[attr-defined]
+        self.conv1d_bias.partition_sizes = conv_sizes  # type: ignore[attr-defined]
+        if not config.perform_initialization:
+            return
+        bound = 1 / math.sqrt(CONV_KERNEL_SIZE)
+        log_dt_min, log_dt_max = (math.log(dt) for dt in DT_INIT_RANGE)
+        with torch.no_grad(), get_cuda_rng_tracker().fork():
+            self.D.fill_(1.0)
+            self.conv1d_weight.uniform_(-bound, bound)
+            self.conv1d_bias.uniform_(-bound, bound)
+            dt = self.dt_bias.uniform_(log_dt_min, log_dt_max).exp().clamp(min=DT_INIT_FLOOR)
+            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+            self.A_log.uniform_(*A_INIT_RANGE).log_()
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        """As nn.Module's, but a cast to 16 bits leaves A_log, D and dt_bias in fp32."""
+        kept = {name: getattr(self, name).data for name in FP32_PARAMETERS}
+        super()._apply(fn, recurse)
+        for name, data in kept.items():
+            parameter = getattr(self, name)
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = data.to(parameter.device)
+        return self
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        inference_context: BaseInferenceContext | None = None,
+        *,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix along the sequence.
+
+        Args:
+            hidden_states: `[s, b, h]`.
+            inference_context: when generating, holds the states of this layer between calls.
+            packed_seq_params: its `seq_idx [b, l]` numbers the documents; states start anew.
+        """
+        projected, _ = self.in_proj(hidden_states)
+        if inference_context is not None:
+            y = self._step_with_states(projected, inference_context)
+        else:
+            seq_idx = None if packed_seq_params is None else packed_seq_params.seq_idx
+            y = self._scan(projected, seq_idx)
+        return self.out_proj(y)
+
+    def _scan(self, projected: Tensor, seq_idx: Tensor | None) -> Tensor:
+        """`[s, b, w]` -> `[s, b, d]`: convolution, scan, gate and norm."""
+        norm_is_local = self.cp.cp_size == 1
+        gathered = self.cp.pre_conv_ssm(projected)  # [l, b, w / CP]
+        y = mamba2_split_conv1d_scan(
+            gathered.transpose(0, 1),
+            self.cp.get_conv1d_weight().squeeze(1),
+            self.cp.get_conv1d_bias(),
+            self.cp.get_dt_bias(),
+            -torch.exp(self.cp.get_A_log()),
+            self.cp.get_D(),
+            head_dim=self.head_dim,
+            num_groups=self.cp.ngroups_local_tpcp,
+            seq_idx=seq_idx,
+            norm_weight=self.norm.weight if norm_is_local else None,
+            norm_group_size=self.norm.group_size if norm_is_local else None,
+            norm_eps=self.norm.eps,
+            backend=self.kernel,
+        ).transpose(0, 1)
+        # A group of channels may lie on several context-parallel ranks during the scan.
+        return y if norm_is_local else self.norm(self.cp.post_conv_ssm(y))
+
+    def _step_with_states(self, projected: Tensor, context: BaseInferenceContext) -> Tensor:
+        """Prefill (from empty states) or one token more; the context's states are brought forward.
+
+        `[s, b, w]` -> `[s, b, d]`. The states are a pair under this layer's number:
+        convolution `[b, channels, 4]` and scan `[b, heads, head size, state]` in fp32.
+        """
+        parameters = {
+            "conv1d_weight": self.conv1d_weight.squeeze(1),
+            "conv1d_bias": self.conv1d_bias,
+            "dt_bias": self.dt_bias,
+            "A": -torch.exp(self.A_log),
+            "D": self.D,
+            "head_dim": self.head_dim,
+            "num_groups": self.num_groups,
+            "norm_weight": self.norm.weight,
+            "norm_group_size": self.norm.group_size,
+            "norm_eps": self.norm.eps,
+        }
+        states = context.key_value_memory_dict
+        if context.sequence_len_offset == 0:
+            y, *states[self.layer_number] = mamba2_prefill(projected.transpose(0, 1), **parameters)
+            return y.transpose(0, 1)
+        assert projected.shape[0] == 1, "after the prompt, tokens come one at a time"
+        y = mamba2_decode_step(projected.squeeze(0), *states[self.layer_number], **parameters)
+        return y.unsqueeze(0)
+
+    def mamba_state_shapes_per_request(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the states of one sequence: convolution, scan."""
+        return (
+            (sum(self.conv_parts.values()), CONV_KERNEL_SIZE),
+            (self.num_heads, self.head_dim, self.state_dim),
+        )
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict:
+        """megatron-core's keys: the packed tensors are stored in parts (`in_proj.weight.z`, …)."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        own: dict = {}
+        self._save_to_state_dict(own, "", keep_vars=True)
+        sharded = make_sharded_tensors_for_checkpoint(
+            own,
+            prefix,
+            dict.fromkeys(own, 0),
+            sharded_offsets=sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        for name, module in self.named_children():
+            sharded.update(
+                sharded_state_dict_default(
+                    module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
+                )
+            )
+        packed = {"in_proj.weight": self.in_proj_parts}
+        for name in ("weight", "bias"):
+            sharded[f"{prefix}conv1d_{name}"].key = f"{prefix}conv1d.{name}"
+            packed[f"conv1d_{name}"] = self.conv_parts
+        for name, parts in packed.items():
+            sharded[f"{prefix}{name}"] = _split_tensor_factory(
+                sharded[f"{prefix}{name}"], list(parts.values()), list(parts), 0
+            )
+        return sharded

@@ -1,0 +1,62 @@
+"""Build megatron-core's HybridModel from a RunConfig: one model, or this rank's pipeline chunks."""
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+
+from megatron_hybrid.config import RunConfig
+from megatron_hybrid.model.counts import padded_vocab_size
+from megatron_hybrid.model.pattern import parse_pattern
+from megatron_hybrid.model.specs import hybrid_stack_spec
+
+
+def build_model(
+    config: RunConfig,
+    engine_config: TransformerConfig,
+    backend: str,
+    vp_stage: int | None = None,
+) -> HybridModel:
+    """The part of the model that belongs to this rank (and virtual pipeline stage).
+
+    Process groups come from `megatron.core.parallel_state`, which must be initialised.
+
+    Args:
+        engine_config: `model.transformer_config.transformer_config(config, …)`.
+        vp_stage: which of the rank's chunks; None without virtual pipeline stages.
+    """
+    model = config.model
+    pp_group = parallel_state.get_pipeline_model_parallel_group()
+    pattern = model.hybrid_layer_pattern
+    if pp_group.size() == 1:
+        # The engine would build the first segment alone.
+        pattern = parse_pattern(pattern).layers
+    last_chunk = (parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1) - 1
+    assert model.vocab_size is not None, "resolved from the tokenizer before the model is built"
+    return HybridModel(
+        config=engine_config,
+        hybrid_stack_spec=hybrid_stack_spec(backend),
+        vocab_size=padded_vocab_size(model.vocab_size, model.make_vocab_size_divisible_by),
+        max_sequence_length=config.data.seq_length,
+        hybrid_layer_pattern=pattern,
+        pre_process=pp_group.rank() == 0 and vp_stage in (None, 0),
+        post_process=pp_group.rank() == pp_group.size() - 1 and vp_stage in (None, last_chunk),
+        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        position_embedding_type=model.position_embedding_type,
+        rotary_percent=model.rotary_percent,
+        rotary_base=model.rotary_base,
+        vp_stage=vp_stage,
+    )
+
+
+def build_model_chunks(
+    config: RunConfig, engine_config: TransformerConfig, backend: str
+) -> list[torch.nn.Module]:
+    """This rank's pipeline chunks, on its device, in the precision of the config."""
+    virtual_stages = config.parallel.virtual_pipeline_model_parallel_size
+    chunks: list[torch.nn.Module] = []
+    for vp_stage in range(virtual_stages) if virtual_stages else [None]:
+        chunk = build_model(config, engine_config, backend, vp_stage)
+        chunks.append(Float16Module(engine_config, chunk) if engine_config.bf16 else chunk)
+    return chunks

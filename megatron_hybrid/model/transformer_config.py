@@ -1,0 +1,83 @@
+"""From a RunConfig to megatron-core's TransformerConfig."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.activations import squared_relu
+from megatron.core.transformer import TransformerConfig
+
+from megatron_hybrid.config import RunConfig
+from megatron_hybrid.model.pattern import MOE, parse_pattern
+
+# name -> (function, gated)
+ACTIVATIONS: dict[str, tuple[Callable, bool]] = {
+    "squared_relu": (squared_relu, False),
+    "swiglu": (F.silu, True),
+    "gelu": (F.gelu, False),
+}
+# Same field, same name, same meaning on both sides.
+MODEL_FIELDS = (
+    "hidden_size", "ffn_hidden_size", "num_query_groups", "kv_channels", "window_size",
+    "mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups",
+    "normalization", "layernorm_epsilon", "init_method_std", "add_bias_linear",
+    "hidden_dropout", "attention_dropout",
+)  # fmt: skip
+MOE_FIELDS = (
+    "num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk",
+    "moe_shared_expert_intermediate_size", "moe_aux_loss_coeff", "moe_z_loss_coeff",
+    "moe_router_load_balancing_type", "moe_router_score_function", "moe_router_pre_softmax",
+    "moe_router_topk_scaling_factor", "moe_router_enable_expert_bias",
+    "moe_router_bias_update_rate", "moe_token_dispatcher_type",
+)  # fmt: skip
+PARALLEL_FIELDS = (
+    "tensor_model_parallel_size", "sequence_parallel", "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size", "context_parallel_size",
+    "expert_model_parallel_size",
+)  # fmt: skip
+RECOMPUTE_FIELDS = ("recompute_granularity", "recompute_method", "recompute_num_layers")
+
+
+def transformer_config(config: RunConfig, backend: str, device: torch.device) -> TransformerConfig:
+    """The engine's config of a resolved RunConfig.
+
+    Args:
+        backend: "torch" or "transformer_engine", as `platform.resolve_backend` chose it.
+        device: where parameters are made; "meta" makes none (for counting).
+    """
+    model, parallel = config.model, config.parallel
+    pattern = parse_pattern(model.hybrid_layer_pattern)
+    activation, gated = ACTIVATIONS[model.activation]
+    dtype = torch.bfloat16 if config.precision.recipe == "bf16" else torch.float32
+    on_transformer_engine = backend == "transformer_engine"
+    arguments: dict[str, Any] = {name: getattr(model, name) for name in MODEL_FIELDS}
+    if pattern.has(MOE):
+        arguments |= {name: getattr(model, name) for name in MOE_FIELDS}
+        # Routing decisions are made in fp32 whatever the precision of the rest.
+        arguments |= {"moe_router_dtype": "fp32", "moe_grouped_gemm": on_transformer_engine}
+    arguments |= {name: getattr(parallel, name) for name in PARALLEL_FIELDS}
+    arguments |= {name: getattr(config.training, name) for name in RECOMPUTE_FIELDS}
+    return TransformerConfig(
+        **arguments,
+        num_layers=pattern.num_layers,
+        # The engine wants heads even of a pattern without attention.
+        num_attention_heads=model.num_attention_heads or parallel.tensor_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        activation_func=activation,
+        gated_linear_unit=gated,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        is_hybrid_model=True,
+        # The mean over the tokens of the global batch, however they fall on ranks and micro
+        # batches: packed documents mask some, and ranks would not have the same number.
+        calculate_per_token_loss=True,
+        # gloo matches messages in order: batched sends of both directions between the same two
+        # ranks, as interleaving with two stages has them, would be swapped in silence.
+        batch_p2p_comm=device.type == "cuda",
+        use_cpu_initialization=device.type == "meta",
+        perform_initialization=device.type != "meta",
+        gradient_accumulation_fusion=False,
+        transformer_impl="transformer_engine" if on_transformer_engine else "local",
+    )

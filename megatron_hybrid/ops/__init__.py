@@ -1,0 +1,1 @@
+"""The mathematics of the layers: no parameters and no parallelism."""

@@ -1,0 +1,166 @@
+"""Causal attention on any device by torch's SDPA: windows, documents and parts of a sequence.
+
+SDPA is fast where the mask is exactly causal and slow where it is given as a tensor. So the queries
+are cut in blocks for which the keys form one range, most of them exactly causal; the rest get a
+small mask of their own. No mask of the whole sequence is ever made.
+
+Legend: s queries, l keys, b batch, n query heads, k key/value heads, d head size.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Documents shorter than this share a block; a block that needs a mask has at most the other many
+# queries, so that the mask stays small.
+SMALL_BLOCK_TOKENS = 256
+MASKED_BLOCK_TOKENS = 1024
+
+
+class Block(NamedTuple):
+    """Queries [start, stop) of the text attend to keys [key_start, stop)."""
+
+    start: int
+    stop: int
+    key_start: int
+    exactly_causal: bool
+
+
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    chunks: Sequence[tuple[int, int]],
+    window: int | None = None,
+    seq_idx: Tensor | None = None,
+    dropout: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention of each query to the keys up to its own place in the text.
+
+    Args:
+        query: `[s, b, n, d]`, the tokens of `chunks`, one after the other.
+        key, value: `[l, b, k, d]` of the whole text; n divisible by k.
+        chunks: (first, last + 1) places in the text of the queries; sizes add up to s.
+        window: how many tokens a query sees, itself included; None for all.
+        seq_idx: `[b, l]`, number of the document of each token; a query sees only its own.
+        dropout: of the attention weights.
+        scale: of the logits; None for 1 / sqrt(d).
+
+    Returns:
+        `[s, b, n * d]`, dtype of the query.
+    """
+    if seq_idx is None:
+        documents: list[list[int]] = [[0]]
+        rows = [slice(None)]
+    else:
+        documents = [_document_starts(row) for row in seq_idx]
+        rows = [slice(i, i + 1) for i in range(query.shape[1])]
+    outputs = [
+        _attend_rows(
+            query[:, row],
+            key[:, row],
+            value[:, row],
+            plan_blocks(chunks, starts, key.shape[0], window),
+            window,
+            starts,
+            dropout,
+            scale,
+        )
+        for row, starts in zip(rows, documents, strict=True)
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def plan_blocks(
+    chunks: Sequence[tuple[int, int]], starts: Sequence[int], length: int, window: int | None
+) -> list[Block]:
+    """Cut the queries of `chunks` in blocks; `starts` are the first tokens of the documents."""
+    ends = [*starts[1:], length]
+    blocks = []
+    for start, chunk_stop in chunks:
+        while start < chunk_stop:
+            document = bisect_right(starts, start) - 1
+            key_start, stop = starts[document], min(ends[document], chunk_stop)
+            one_document = True
+            while stop - start < SMALL_BLOCK_TOKENS and stop < chunk_stop:
+                document += 1
+                if ends[document] - starts[document] >= SMALL_BLOCK_TOKENS:
+                    break
+                stop, one_document = min(ends[document], chunk_stop), False
+            if window is not None:
+                stop = min(stop, start + max(window, SMALL_BLOCK_TOKENS))
+                key_start = max(key_start, start - window + 1)
+            exactly_causal = (
+                one_document and key_start == start and (window is None or stop - start <= window)
+            )
+            if not exactly_causal:
+                stop = min(stop, start + MASKED_BLOCK_TOKENS)
+            blocks.append(Block(start, stop, key_start, exactly_causal))
+            start = stop
+    return blocks
+
+
+def _document_starts(seq_idx: Tensor) -> list[int]:
+    """First token of each document of one row `[l]`."""
+    changes = torch.nonzero(seq_idx[1:] != seq_idx[:-1]).flatten() + 1
+    return [0, *changes.tolist()]
+
+
+def _attend_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: list[Block],
+    window: int | None,
+    starts: list[int],
+    dropout: float,
+    scale: float | None,
+) -> Tensor:
+    """`[s, b, n, d]` -> `[s, b, n * d]` for rows with the same documents."""
+    # SDPA: [batch, heads, tokens, head size]
+    query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+    outputs = []
+    done = 0
+    for block in blocks:
+        size = block.stop - block.start
+        mask = None if block.exactly_causal else _mask(block, window, starts, query.device)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                query[:, :, done : done + size],
+                key[:, :, block.key_start : block.stop],
+                value[:, :, block.key_start : block.stop],
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=block.exactly_causal,
+                scale=scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        )
+        done += size
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    return output.permute(2, 0, 1, 3).flatten(2)
+
+
+def _mask(
+    block: Block, window: int | None, starts: list[int], device: torch.device
+) -> Tensor | None:
+    """Which key each query of a block sees, `[queries, keys]` bool; None where it is every one."""
+    if block.stop - block.start == 1 and window is None and starts[-1] <= block.key_start:
+        return None
+    queries = torch.arange(block.start, block.stop, device=device)
+    keys = torch.arange(block.key_start, block.stop, device=device)
+    distance = queries[:, None] - keys
+    mask = distance >= 0
+    if window is not None:
+        mask &= distance < window
+    if len(starts) > 1:
+        firsts = torch.tensor(starts, device=device)
+        document_of = torch.bucketize(keys, firsts, right=True)
+        mask &= document_of[block.start - block.key_start :, None] == document_of
+    return mask

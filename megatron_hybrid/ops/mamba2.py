@@ -1,0 +1,252 @@
+"""The core of a Mamba-2 mixer between its two projections: convolution, SSD, gate and norm.
+
+Shapes: b batch, l tokens, h heads of p channels, d = h*p, g groups, n state, k taps,
+c = d + 2*g*n convolved channels. `zxbcdt` packs [z (d), x (d), B (g*n), C (g*n), dt (h)] in its
+last dimension, as megatron-core's `in_proj` does.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_hybrid.errors import UserError
+from megatron_hybrid.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
+from megatron_hybrid.ops.gated_norm import rms_norm_grouped, silu_gate
+from megatron_hybrid.ops.mamba2_fused import Norm, fused_core
+from megatron_hybrid.ops.segments import number_documents
+from megatron_hybrid.ops.ssd import SSDBackend, ssd
+from megatron_hybrid.ops.ssd.buffers import DTypes, Sizes
+from megatron_hybrid.ops.ssd.mamba_ssm import CHUNK_TOKENS, load_kernel
+
+
+def mamba2_split_conv1d_scan(
+    zxbcdt: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    *,
+    head_dim: int,
+    num_groups: int,
+    seq_idx: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_group_size: int | None = None,
+    norm_eps: float = 1e-5,
+    backend: SSDBackend = "torch",
+) -> Tensor:
+    """norm(silu(z) * (SSD(silu(conv(x, B, C)), softplus(dt + dt_bias)) + D x)), for training.
+
+    Args:
+        zxbcdt: [b, l, 2d + 2gn + h]; may be a transposed view of [l, b, .], which is not copied.
+        conv1d_weight: [c, k], the last tap on the token itself. conv1d_bias: [c].
+        dt_bias: [h]. A: [h], negative. D: [h]. Best in float32: they decide how states decay.
+        head_dim: p.
+        num_groups: g; head i reads group i // (h / g) of B and C.
+        seq_idx: integer labels [b, l]; states and taps start anew where the label changes.
+        norm_weight: [d] for a grouped RMSNorm after the gate; None: no norm.
+        norm_group_size: channels that share a mean square; needed with `norm_weight`.
+        norm_eps: added to the mean square.
+        backend: "torch" (one autograd function, blocks in the cache), "reference" (a composition
+            of the plain operations, for tests) or "mamba_ssm" (Triton, CUDA).
+
+    Returns:
+        [b, l, d] in zxbcdt's dtype. "torch" and "reference" compute in float64 for float64, else
+        in float32; for bfloat16 the GEMMs of "torch" take bfloat16 operands.
+
+    Raises:
+        UserError: shapes that do not fit; an unknown backend; "mamba_ssm" without the package.
+
+    Source: the counterpart of mamba-ssm's `mamba_split_conv1d_scan_combined`.
+    """
+    sizes = _sizes(zxbcdt, conv1d_weight, A, head_dim, num_groups)
+    norm = _norm(sizes, norm_weight, norm_group_size, norm_eps)
+    parameters = (conv1d_weight, conv1d_bias, dt_bias, A, D)
+    if backend == "torch":
+        return fused_core(zxbcdt, *parameters, norm_weight, sizes, norm, seq_idx)[0]
+    if backend == "mamba_ssm":
+        y = _mamba_ssm(zxbcdt, *parameters, sizes, seq_idx)
+    else:
+        y = _composed(zxbcdt, *parameters, sizes, seq_idx, backend)
+    if norm is None or norm_weight is None:
+        return y
+    return rms_norm_grouped(y, norm_weight, norm.group_size, norm.eps)
+
+
+def mamba2_prefill(
+    zxbcdt: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    *,
+    head_dim: int,
+    num_groups: int,
+    norm_weight: Tensor | None = None,
+    norm_group_size: int | None = None,
+    norm_eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A prompt for generation: `mamba2_split_conv1d_scan` and the states after the last token.
+
+    Returns:
+        y [b, l, d]; conv_state [b, c, k] in zxbcdt's dtype; ssm_state [b, h, p, n] in float64 for
+        float64 `zxbcdt`, else float32. The states carry no gradient.
+
+    Raises:
+        UserError: shapes that do not fit.
+    """
+    sizes = _sizes(zxbcdt, conv1d_weight, A, head_dim, num_groups)
+    norm = _norm(sizes, norm_weight, norm_group_size, norm_eps)
+    y, ssm_state = fused_core(
+        zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, norm_weight, sizes, norm, None
+    )
+    _, xbc, _ = _split(zxbcdt.detach(), sizes)
+    taps = conv1d_weight.shape[1]
+    last = F.pad(xbc[:, -taps:], (0, 0, max(taps - xbc.shape[1], 0), 0))
+    return y, last.transpose(1, 2).contiguous(), ssm_state
+
+
+@torch.no_grad()
+def mamba2_decode_step(
+    zxbcdt: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    *,
+    head_dim: int,
+    num_groups: int,
+    norm_weight: Tensor | None = None,
+    norm_group_size: int | None = None,
+    norm_eps: float = 1e-5,
+) -> Tensor:
+    """One token more after `mamba2_prefill`; both states move on in place.
+
+    Args:
+        zxbcdt: the new token's [b, 2d + 2gn + h].
+        conv_state: [b, c, k]. ssm_state: [b, h, p, n], dtype as `mamba2_prefill` returns it.
+        The others are as in `mamba2_split_conv1d_scan`.
+
+    Returns:
+        [b, d] in zxbcdt's dtype, equal to the last token of a forward over the whole sequence.
+
+    Raises:
+        UserError: shapes that do not fit.
+    """
+    sizes = _sizes(zxbcdt, conv1d_weight, A, head_dim, num_groups)
+    norm = _norm(sizes, norm_weight, norm_group_size, norm_eps)
+    compute = DTypes.of(zxbcdt.dtype).compute
+    batch, groups, rows = zxbcdt.shape[0], sizes.groups, sizes.heads_a_group * head_dim
+    z, xbc, dt = _split(zxbcdt, sizes)
+    x, B, C = sizes.split(
+        causal_conv1d_step(xbc.to(compute), conv_state, conv1d_weight, conv1d_bias)
+    )
+    dt = F.softplus(dt.to(compute) + dt_bias.to(compute))
+    ssm_state.mul_(torch.exp(dt * A.to(compute))[..., None, None])
+    by_group = ssm_state.view(batch * groups, rows, sizes.state)
+    inputs = (x * dt[..., None]).view(batch * groups, rows, 1)
+    by_group.baddbmm_(inputs, B.reshape(batch * groups, 1, sizes.state))
+    y = torch.bmm(by_group, C.reshape(batch * groups, sizes.state, 1)).view(x.shape)
+    y = y.addcmul_(x, D.to(compute)[:, None]).flatten(-2)
+    y = silu_gate(y, z)
+    if norm is not None and norm_weight is not None:
+        y = rms_norm_grouped(y, norm_weight, norm.group_size, norm.eps)
+    return y.to(zxbcdt.dtype)
+
+
+def _composed(
+    zxbcdt: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    sizes: Sizes,
+    seq_idx: Tensor | None,
+    backend: SSDBackend,
+) -> Tensor:
+    """The core without the norm from the operations of this package, each with its own autograd."""
+    compute = DTypes.of(zxbcdt.dtype).compute
+    z, xbc, dt = _split(zxbcdt, sizes)
+    convolved = causal_conv1d(xbc, conv1d_weight, conv1d_bias, seq_idx=seq_idx)
+    assert isinstance(convolved, Tensor)
+    x, B, C = sizes.split(convolved)
+    dt = F.softplus(dt.to(compute) + dt_bias.to(compute))
+    y = ssd(x, dt, A, B, C, D=D, seq_idx=seq_idx, backend=backend)
+    assert isinstance(y, Tensor)
+    return silu_gate(y.flatten(-2), z)
+
+
+def _mamba_ssm(
+    zxbcdt: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    sizes: Sizes,
+    seq_idx: Tensor | None,
+) -> Tensor:
+    """The core without the norm by mamba-ssm's fused kernel."""
+    kernel = load_kernel("mamba_split_conv1d_scan_combined")
+    y = kernel(
+        zxbcdt.contiguous(),
+        conv1d_weight,
+        conv1d_bias,
+        dt_bias,
+        A,
+        D=D,
+        chunk_size=CHUNK_TOKENS,
+        seq_idx=None if seq_idx is None else number_documents(seq_idx),
+        activation="silu",
+        headdim=sizes.head_dim,
+        ngroups=sizes.groups,
+        norm_before_gate=False,
+    )
+    assert isinstance(y, Tensor)
+    return y
+
+
+def _sizes(
+    zxbcdt: Tensor, conv1d_weight: Tensor, A: Tensor, head_dim: int, num_groups: int
+) -> Sizes:
+    """Sizes by the parameters' shapes, held against the width of `zxbcdt`."""
+    heads, channels = A.shape[0], A.shape[0] * head_dim
+    projected = conv1d_weight.shape[0] - channels
+    problems = []
+    if heads % num_groups:
+        problems.append(f"{num_groups=} must divide the {heads} heads of A")
+    if projected <= 0 or projected % (2 * num_groups):
+        problems.append(
+            f"conv1d_weight has {conv1d_weight.shape[0]} channels; with {heads} heads of "
+            f"{head_dim=} it must have {channels} + 2 * {num_groups=} * state"
+        )
+    width = channels + conv1d_weight.shape[0] + heads
+    if zxbcdt.shape[-1] != width:
+        problems.append(
+            f"zxbcdt has width {zxbcdt.shape[-1]}; with {heads} heads of {head_dim=} and "
+            f"{conv1d_weight.shape[0]} convolved channels it must be {width}"
+        )
+    if problems:
+        raise UserError("; ".join(problems))
+    return Sizes(heads, head_dim, num_groups, projected // (2 * num_groups))
+
+
+def _norm(sizes: Sizes, weight: Tensor | None, group_size: int | None, eps: float) -> Norm | None:
+    if weight is None:
+        return None
+    if not group_size or sizes.channels % group_size:
+        raise UserError(
+            f"norm_group_size={group_size} must divide the {sizes.channels} channels of y"
+        )
+    return Norm(group_size, eps)
+
+
+def _split(zxbcdt: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
+    """Views z [..., d], xBC [..., c] and dt [..., h]."""
+    z, xbc, dt = zxbcdt.split([sizes.channels, sizes.all_channels, sizes.heads], dim=-1)
+    return z, xbc, dt

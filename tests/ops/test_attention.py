@@ -1,0 +1,90 @@
+"""Blocked causal attention against the plain formula in float64."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_hybrid.ops.attention import causal_attention, plan_blocks
+
+
+def naive_attention(
+    query: Tensor, key: Tensor, value: Tensor, places: Tensor, window: int | None, seq_idx: Tensor
+) -> Tensor:
+    """softmax(q k / sqrt d) v with one dense mask; `places` are the queries' in the text."""
+    repeats = query.shape[2] // key.shape[2]
+    key, value = (t.repeat_interleave(repeats, dim=2) for t in (key, value))
+    logits = torch.einsum("sbnd,lbnd->bnsl", query, key) / query.shape[-1] ** 0.5
+    distance = places[:, None] - torch.arange(key.shape[0])
+    mask = distance >= 0
+    if window is not None:
+        mask = mask & (distance < window)
+    mask = mask[None] & (seq_idx[:, places, None] == seq_idx[:, None, :])
+    weights = logits.masked_fill(~mask[:, None], -torch.inf).softmax(dim=-1)
+    return torch.einsum("bnsl,lbnd->sbnd", weights, value).flatten(2)
+
+
+def documents(batch: int, length: int, mean_length: int) -> Tensor:
+    """Random document numbers `[b, l]`, other ones in each row."""
+    draws = torch.Generator().manual_seed(length)
+    return (torch.rand(batch, length, generator=draws) < 1 / mean_length).cumsum(dim=1)
+
+
+@pytest.mark.parametrize("length", [1, 63, 500, 1500])
+@pytest.mark.parametrize("window", [None, 1, 100, 300])
+@pytest.mark.parametrize("mean_document", [None, 3, 60, 700])
+def test_equals_formula(length: int, window: int | None, mean_document: int | None) -> None:
+    """Outputs and gradients of q, k and v, for windows and documents of any length."""
+    batch, heads, groups, size = 2, 4, 2, 8
+    torch.manual_seed(0)
+    query, key, value = (
+        torch.randn(length, batch, n, size, dtype=torch.float64, requires_grad=True)
+        for n in (heads, groups, groups)
+    )
+    seq_idx = None if mean_document is None else documents(batch, length, mean_document)
+    output = causal_attention(
+        query, key, value, chunks=[(0, length)], window=window, seq_idx=seq_idx
+    )
+    same_document = torch.zeros(batch, length) if seq_idx is None else seq_idx
+    expected = naive_attention(query, key, value, torch.arange(length), window, same_document)
+    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
+    upstream = torch.randn_like(output)
+    actual_grads = torch.autograd.grad(output, (query, key, value), upstream)
+    expected_grads = torch.autograd.grad(expected, (query, key, value), upstream)
+    for actual, wanted in zip(actual_grads, expected_grads, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_parts_of_a_sequence(packed: bool) -> None:
+    """Two zigzag chunks of queries get what they get in the whole text."""
+    length, chunks = 2400, [(600, 1200), (1800, 2400)]
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(length, 1, 2, 8, dtype=torch.float64) for _ in range(3))
+    seq_idx = documents(1, length, 400) if packed else None
+    whole = causal_attention(query, key, value, chunks=[(0, length)], seq_idx=seq_idx)
+    places = torch.cat([torch.arange(*chunk) for chunk in chunks])
+    part = causal_attention(query[places], key, value, chunks=chunks, seq_idx=seq_idx)
+    torch.testing.assert_close(part, whole[places], rtol=1e-12, atol=1e-12)
+
+
+def test_last_token_sees_all() -> None:
+    """A decoding step: one query at the end of a cache."""
+    torch.manual_seed(0)
+    key, value = (torch.randn(77, 3, 2, 8, dtype=torch.float64) for _ in range(2))
+    query = torch.randn(1, 3, 4, 8, dtype=torch.float64)
+    step = causal_attention(query, key, value, chunks=[(76, 77)])
+    expected = naive_attention(query, key, value, torch.tensor([76]), None, torch.zeros(3, 77))
+    torch.testing.assert_close(step, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_blocks_cover_the_queries_once() -> None:
+    """Blocks are adjacent, none mixes a long document with others, masks stay small."""
+    starts = [0, 5, 9, 900, 905, 3000]
+    blocks = plan_blocks([(0, 4000)], starts, 4000, None)
+    assert blocks[0].start == 0
+    assert blocks[-1].stop == 4000
+    assert all(a.stop == b.start for a, b in pairwise(blocks))
+    for block in blocks:
+        assert block.exactly_causal or block.stop - block.start <= 1024
