@@ -1,0 +1,113 @@
+"""One line a training step, with units; on a terminal also a progress bar under the lines."""
+
+import math
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from megatron_hybrid.training.metrics import StepMetrics
+
+
+def human_count(value: float) -> str:
+    """Three or four digits and a decimal unit: 812, 12.3K, 196.6K, 1.2B."""
+    for unit in ("", "K", "M", "B"):
+        # Not < 1000: 999.96 would be printed as 1000.0.
+        if value < 999.95:
+            return f"{value:.1f}{unit}" if unit else f"{value:.0f}"
+        value /= 1000
+    return f"{value:.1f}T"
+
+
+def human_duration(seconds: float) -> str:
+    """HH:MM:SS, with the days before it where there are any."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return (f"{days}d " if days else "") + f"{hour:02d}:{minute:02d}:{second:02d}"
+
+
+def step_line(metrics: "StepMetrics", total_iterations: int) -> str:
+    """The console line of a training step."""
+    parts = [
+        f"step {metrics.iteration}/{total_iterations}",
+        f"tokens {human_count(metrics.consumed_tokens)}",
+        f"loss {metrics.loss:.4f}",
+        f"lr {metrics.learning_rate:.1e}",
+        f"grad norm {metrics.grad_norm:.3f}",
+        f"{human_count(metrics.tokens_per_s)} tokens/s",
+        f"{metrics.model_tflops_per_rank:.2f} TFLOP/s/rank",
+        f"{metrics.step_ms:.0f} ms",
+        f"{metrics.peak_memory_gib:.2f} GiB",
+        f"ETA {human_duration(metrics.eta_s)}",
+    ]
+    if metrics.skipped:
+        parts.append("update skipped")
+    return " | ".join(parts)
+
+
+class RunConsole:
+    """Prints a run's lines to stdout; draws the bar only where stdout is a terminal.
+
+    Args:
+        total_iterations: steps of the whole run.
+        completed: steps that were done before this process started.
+    """
+
+    def __init__(self, total_iterations: int, completed: int) -> None:
+        self._total = total_iterations
+        self._bar: Progress | None = None
+        if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
+            return
+        self._bar = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:.0f}% | loss {task.fields[loss]} | elapsed"),
+            TimeElapsedColumn(),
+            TextColumn("| ETA {task.fields[eta]}"),
+            console=Console(file=sys.stdout),
+            expand=True,
+            auto_refresh=False,  # a refreshing thread would be alive in forks of this process
+        )
+        self._task = self._bar.add_task(
+            "train", total=total_iterations, completed=completed, loss="-", eta="-"
+        )
+        self._bar.start()
+
+    def step(self, metrics: "StepMetrics") -> None:
+        """Print a training step and move the bar."""
+        self.line(step_line(metrics, self._total))
+        if self._bar is not None:
+            self._bar.update(
+                self._task,
+                completed=metrics.iteration,
+                loss=f"{metrics.loss:.4f}",
+                eta=human_duration(metrics.eta_s),
+                refresh=True,
+            )
+
+    def validation(self, iteration: int, consumed_tokens: int, loss: float) -> None:
+        """Print a validation loss, and the perplexity that it means."""
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        self.line(
+            f"step {iteration}/{self._total} | tokens {human_count(consumed_tokens)} | "
+            f"validation loss {loss:.4f} | perplexity {perplexity:.2f}"
+        )
+
+    def line(self, text: str) -> None:
+        """Print a line as it is: no markup, no colours, no wrapping."""
+        if self._bar is None:
+            print(text, flush=True)
+        else:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was, the finished bar on its last line."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,86 @@
+"""Start and stop the ranks' process groups: torch.distributed and megatron-core's on top of it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_hybrid.config import RunConfig
+from megatron_hybrid.platform import Platform
+
+COLLECTIVE_TIMEOUT_MINUTES = 30
+
+
+def launched_world_size() -> int:
+    """How many ranks the launcher started (`WORLD_SIZE`), 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is the one that reports and writes shared files."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def select_device() -> None:
+    """Take this rank's GPU, where there are any; `platform.initialize` then finds it."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@contextmanager
+def process_groups(config: RunConfig, platform: Platform, *, alone: bool = False) -> Iterator[None]:
+    """torch.distributed, and the engine's model-parallel groups on top, for the time of the block.
+
+    Ranks come from the launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
+    MASTER_PORT); without one this process is the only rank.
+
+    Args:
+        alone: this process is the only rank, whatever the environment says.
+    """
+    timeout = timedelta(minutes=COLLECTIVE_TIMEOUT_MINUTES)
+    if "RANK" in os.environ and not alone:
+        dist.init_process_group(platform.distributed_backend, timeout=timeout)
+    else:
+        dist.init_process_group(
+            platform.distributed_backend,
+            store=dist.HashStore(),
+            rank=0,
+            world_size=1,
+            timeout=timeout,
+        )
+    try:
+        with model_parallel_groups(config, platform):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def model_parallel_groups(config: RunConfig, platform: Platform) -> Iterator[None]:
+    """megatron-core's groups for the layout of a config, and every random generator seeded.
+
+    torch.distributed is initialised already.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel = config.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        distributed_timeout_minutes=COLLECTIVE_TIMEOUT_MINUTES,
+        # On the CPU the groups are gloo's already.
+        create_gloo_process_groups=platform.has_cuda,
+    )
+    try:
+        torch.manual_seed(config.training.seed)
+        tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()

@@ -1,0 +1,284 @@
+"""What a run reports of itself: a JSONL file, TensorBoard, and the console.
+
+`metrics.jsonl` has one JSON object a line, its `kind` one of
+  "train"       a training step: the fields of `StepMetrics`
+  "validation"  an evaluation:   iteration, consumed_samples, consumed_tokens, loss, extra
+  "event"       anything else:   iteration, name, message
+in the order in which they happened. Floats are written with all their digits, so that two runs
+can be compared bit for bit; NaN and infinities, which JSON does not have, are written as null.
+"""
+
+import os
+import resource
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
+
+import orjson
+
+from megatron_hybrid.errors import UserError
+from megatron_hybrid.fileio import write_atomic
+from megatron_hybrid.training.console import RunConsole
+
+if TYPE_CHECKING:
+    import torch
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+# The fields that differ between two runs of the same config; all others are reproducible.
+TIMING_FIELDS = frozenset(
+    {"tokens_per_s", "model_tflops_per_rank", "step_ms", "peak_memory_gib", "eta_s"}
+)
+
+_TENSORBOARD_TAGS = {
+    "loss": "train/loss",
+    "learning_rate": "train/learning_rate",
+    "grad_norm": "train/grad_norm",
+    "consumed_tokens": "progress/consumed_tokens",
+    "tokens_per_s": "throughput/tokens_per_s",
+    "model_tflops_per_rank": "throughput/model_tflops_per_rank",
+    "step_ms": "throughput/step_ms",
+    "peak_memory_gib": "memory/peak_gib",
+}
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One training step, summed or averaged over all ranks unless the name says otherwise.
+
+    Attributes:
+        iteration: steps done, this one included.
+        consumed_samples, consumed_tokens: since the start of the run, over all data-parallel ranks.
+        loss: mean cross-entropy a token, in nats.
+        learning_rate: what the optimizer used in this step.
+        grad_norm: global L2 norm of the gradient before clipping.
+        tokens_per_s: of all ranks together.
+        model_tflops_per_rank: model FLOPs (recomputation not counted) a second and rank, in 1e12.
+        step_ms: wall time of the step.
+        peak_memory_gib: see `peak_memory_gib`; of the rank that reports.
+        eta_s: expected seconds until the last step.
+        skipped: the step's update was not applied.
+        nonfinite: the loss or the gradient norm was NaN or infinite.
+        extra: further values by name, e.g. the auxiliary losses of MoE layers or `params_norm`.
+    """
+
+    iteration: int
+    consumed_samples: int
+    consumed_tokens: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens_per_s: float
+    model_tflops_per_rank: float
+    step_ms: float
+    peak_memory_gib: float
+    eta_s: float
+    skipped: bool = False
+    nonfinite: bool = False
+    extra: Mapping[str, float] = field(default_factory=dict)
+
+
+class MetricsWriter:
+    """Writes a run's metrics; on all ranks but the one that reports, every call does nothing.
+
+    A run that was killed has steps in its files which are newer than its last checkpoint, and
+    possibly half a line. Opening the writer removes them, so that after the resumed run the file
+    holds what an uninterrupted run would have written (`TIMING_FIELDS` and events apart).
+
+    Args:
+        run_dir: the run's folder; created if missing.
+        enabled: whether this rank reports (one rank of a run does).
+        tensorboard: also write TensorBoard event files into `run_dir/tensorboard`.
+        resume_iteration: steps that the loaded checkpoint holds; 0 for a fresh run.
+        total_iterations: steps that the whole run will have done at its end.
+
+    Raises:
+        UserError: the existing metrics file is damaged before its last line.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        enabled: bool,
+        tensorboard: bool,
+        resume_iteration: int,
+        total_iterations: int,
+    ) -> None:
+        self._file: BinaryIO | None = None
+        self._events: _EventFile | None = None
+        self._console: RunConsole | None = None
+        if not enabled:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / METRICS_FILE
+        truncate_after(path, resume_iteration)
+        # Unbuffered: a line is one write, which a killed process leaves whole or not at all.
+        self._file = path.open("ab", buffering=0)
+        if tensorboard:
+            self._events = _EventFile(run_dir / TENSORBOARD_FOLDER, resume_iteration)
+        self._console = RunConsole(total_iterations, completed=resume_iteration)
+
+    def train(self, metrics: StepMetrics) -> None:
+        """Report one training step."""
+        if self._console is None:
+            return
+        record = {item.name: getattr(metrics, item.name) for item in fields(metrics)}
+        self._write("train", record | {"extra": dict(metrics.extra)})
+        if self._events is not None:
+            scalars = {tag: getattr(metrics, name) for name, tag in _TENSORBOARD_TAGS.items()}
+            scalars |= {f"train/{name}": value for name, value in metrics.extra.items()}
+            self._events.write(metrics.iteration, scalars)
+        self._console.step(metrics)
+
+    def validation(
+        self,
+        iteration: int,
+        consumed_samples: int,
+        consumed_tokens: int,
+        loss: float,
+        extra: Mapping[str, float] | None = None,
+    ) -> None:
+        """Report the mean loss, in nats a token, on the validation split."""
+        if self._console is None:
+            return
+        record = {
+            "iteration": iteration,
+            "consumed_samples": consumed_samples,
+            "consumed_tokens": consumed_tokens,
+            "loss": loss,
+            "extra": dict(extra or {}),
+        }
+        self._write("validation", record)
+        if self._events is not None:
+            scalars = {"loss": loss, **(extra or {})}
+            self._events.write(iteration, {f"validation/{k}": v for k, v in scalars.items()})
+        self._console.validation(iteration, consumed_tokens, loss)
+
+    def event(self, iteration: int, name: str, message: str) -> None:
+        """Report something that happened at `iteration`, e.g. "checkpoint"; prints `message`."""
+        if self._console is None:
+            return
+        self._write("event", {"iteration": iteration, "name": name, "message": message})
+        self._console.line(message)
+
+    def close(self) -> None:
+        """Close the files and take the progress bar off the terminal."""
+        if self._console is not None:
+            self._console.close()
+        if self._events is not None:
+            self._events.close()
+        if self._file is not None:
+            self._file.close()
+        self._console = self._events = self._file = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _write(self, kind: str, record: dict[str, Any]) -> None:
+        assert self._file is not None
+        self._file.write(orjson.dumps({"kind": kind} | record, option=orjson.OPT_APPEND_NEWLINE))
+
+
+class _EventFile:
+    """A TensorBoard event file, written without the thread that TensorBoard's own writer starts.
+
+    Threads and the forks of data loaders and checkpoint writers do not go well together.
+    """
+
+    def __init__(self, folder: Path, resume_iteration: int) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._new_event, self._new_summary = event_pb2.Event, summary_pb2.Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._records = RecordWriter((folder / name).open("xb"))
+        self._append(self._new_event(wall_time=time.time(), file_version="brain.Event:2"))
+        # Tells the reader to forget what earlier files hold of the steps that run again.
+        restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._append(
+            self._new_event(wall_time=time.time(), step=resume_iteration + 1, session_log=restart)
+        )
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        value = self._new_summary.Value
+        summary = self._new_summary(
+            value=[value(tag=tag, simple_value=scalar) for tag, scalar in scalars.items()]
+        )
+        self._append(self._new_event(wall_time=time.time(), step=step, summary=summary))
+
+    def close(self) -> None:
+        self._records.close()
+
+    def _append(self, event: Any) -> None:
+        self._records.write(event.SerializeToString())
+        self._records.flush()
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file; half a line at its end, left by a kill, is passed over.
+
+    Raises:
+        UserError: there is no such file, or a line before the last is not a metrics record.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: is it the folder of a training run?") from None
+    return list(_parse(path, lines))
+
+
+def _parse(path: Path, lines: list[bytes]) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            if number == len(lines):
+                return
+            record = None
+        if not isinstance(record, dict) or not {"kind", "iteration"} <= record.keys():
+            start = line[:80].decode(errors="replace")
+            raise UserError(
+                f"{path}:{number} is not a metrics record: {start!r}; "
+                "mend the line or move the file away"
+            )
+        yield record
+
+
+def truncate_after(path: Path, iteration: int) -> None:
+    """Remove from a metrics file what is newer than `iteration`; the file is replaced as a whole.
+
+    Raises:
+        UserError: a line before the last is not a metrics record.
+    """
+    if not path.exists():
+        return
+    kept = [record for record in read_records(path) if record["iteration"] <= iteration]
+    data = b"".join(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE) for record in kept)
+    if data != path.read_bytes():
+        write_atomic(path, data)
+
+
+def peak_memory_gib(device: "torch.device") -> float:
+    """The most memory used so far: allocated on the GPU, or resident of this process on the CPU."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB here

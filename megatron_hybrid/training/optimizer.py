@@ -1,0 +1,144 @@
+"""Data-parallel wrapping, megatron-core's optimizer over it, and the learning-rate schedule."""
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer import TransformerConfig
+
+from megatron_hybrid.config import RunConfig
+from megatron_hybrid.config.lengths import lengths
+
+
+def wrap_data_parallel(
+    config: RunConfig, engine_config: TransformerConfig, chunks: list[torch.nn.Module]
+) -> list[DistributedDataParallel]:
+    """Each pipeline chunk under the engine's DDP, gradients in fp32; hooks go into the config."""
+    parallel = config.parallel
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+    )
+    wrapped = [
+        DistributedDataParallel(
+            config=engine_config,
+            ddp_config=ddp_config,
+            module=chunk,
+            # Only the first chunk's backward comes last, with nothing left to overlap with.
+            disable_bucketing=index > 0,
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+    engine_config.finalize_model_grads_func = finalize_model_grads
+    if parallel.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        engine_config.no_sync_func = no_sync[0] if len(wrapped) == 1 else no_sync
+        if len(wrapped) > 1:
+            engine_config.grad_sync_func = [chunk.start_grad_sync for chunk in wrapped]
+    if parallel.overlap_param_gather and len(wrapped) > 1:
+        engine_config.param_sync_func = [chunk.start_param_sync for chunk in wrapped]
+    return wrapped
+
+
+def build_optimizer(
+    config: RunConfig, engine_config: TransformerConfig, model: list[DistributedDataParallel]
+) -> MegatronOptimizer:
+    """AdamW with fp32 main parameters; no weight decay on vectors (norms, biases, A_log, D)."""
+    options = config.optimizer
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
+        clip_grad=options.clip_grad,
+        bf16=engine_config.bf16,
+        params_dtype=engine_config.params_dtype,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+    )
+    overrides = get_standard_config_overrides(optimizer_config)
+    if engine_config.bf16:
+        # fp32 parameters among bf16 ones need a group of their own: within a group the engine
+        # puts them first, and then stores each one's state under another's name. A rate of its
+        # own, though the same, makes it one.
+        is_fp32 = ParamPredicate(name="fp32", fn=lambda p: p.dtype == torch.float32)
+        overrides[ParamKey(predicate=is_fp32)] = {"max_lr": options.lr}
+    optimizer = get_megatron_optimizer(
+        optimizer_config, model, config_overrides=overrides, use_gloo_process_groups=False
+    )
+    for part in _parts(optimizer):
+        if part.init_state_fn is not None and not part.is_stub_optimizer:
+            # From the start, so that a run can be saved before its first update.
+            part.init_state_fn(part.optimizer, optimizer_config)
+    engine_config.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The engine chains one optimizer for dense and one for expert parameters, or has just one."""
+    chained = isinstance(optimizer, ChainedOptimizer)
+    return optimizer.chained_optimizers if chained else [optimizer]
+
+
+def build_scheduler(
+    config: RunConfig, optimizer: MegatronOptimizer, consumed_samples: int
+) -> OptimizerParamScheduler:
+    """The engine's schedule, set to `consumed_samples`: a function of the config and that number.
+
+    It keeps no state of its own: editing the schedule of a run takes effect when it resumes.
+    """
+    options = config.optimizer
+    schedule = lengths(config)
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=options.lr,
+        min_lr=options.min_lr,
+        lr_warmup_steps=schedule.warmup_samples,
+        lr_decay_steps=schedule.decay_samples,
+        lr_decay_style=options.lr_decay_style,
+        start_wd=options.weight_decay,
+        end_wd=options.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        wsd_decay_steps=schedule.wsd_decay_samples,
+        lr_wsd_decay_style=options.lr_wsd_decay_style,
+    )
+    scheduler.step(consumed_samples)
+    return scheduler
+
+
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Make the reduced gradients ready for the optimizer; their global L2 norm, on every rank."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+def apply_gradients(optimizer: MegatronOptimizer, clip_grad: float, grad_norm: float) -> None:
+    """Clip the gradients that `gradient_norm` made ready, and step.
+
+    `optimizer.step()` in two halves, so that a caller may look at the norm before it steps.
+    """
+    if clip_grad > 0.0:
+        for part in _parts(optimizer):
+            parameters = part.get_parameters()
+            if parameters:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=grad_norm)
+    optimizer.step_with_ready_grads()

@@ -1,0 +1,271 @@
+"""The same few training steps of the same model, on the ranks of any layout.
+
+`train_steps` runs on each rank; `merge_gradients` puts the ranks' parts together again.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_hybrid.config import RunConfig, build_config
+from megatron_hybrid.data.batch import Batch
+from megatron_hybrid.data.packing import pack_documents
+
+STEPS = 3
+SEQ_LENGTH = 64
+GLOBAL_BATCH_SIZE = 4
+VOCAB_SIZE = 96
+LABELS = 3
+EOD = 0
+DENSE = "M-M*-M*-"
+MOE = "M-M*EM*E"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the parallel dimensions; `segments` is how the pattern is cut with `|`."""
+
+    name: str
+    ranks: int
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    ep: int = 1
+    segments: int = 1
+    needs_moe: bool = False
+    overlap: bool = False
+
+    def pattern(self, layers: str) -> str:
+        size = len(layers) // self.segments
+        return "|".join(layers[i : i + size] for i in range(0, len(layers), size))
+
+
+ONE_RANK = Layout("one rank", 1)
+LAYOUTS = (
+    Layout("TP2+SP", 2, tp=2),
+    Layout("PP2", 2, pp=2, segments=2),
+    Layout("PP2xVPP2", 2, pp=2, segments=4),
+    Layout("CP2", 2, cp=2),
+    Layout("DP2", 2),
+    Layout("DP2 overlapped", 2, overlap=True),
+    Layout("EP2", 2, ep=2, needs_moe=True),
+    Layout("TP2xPP2", 4, tp=2, pp=2, segments=2),
+    Layout("TP2xCP2", 4, tp=2, cp=2),
+    Layout("CP2xEP2", 2, cp=2, ep=2, needs_moe=True),
+    Layout("PP2xEP2", 4, pp=2, ep=2, segments=2, needs_moe=True),
+    Layout("DP2xEP2", 4, ep=2, needs_moe=True),
+)
+
+
+def layout_config(layout: Layout, layers: str, *, packed: bool, recompute: bool) -> RunConfig:
+    """A small fp32 model in a layout; the same weights and data whatever the layout."""
+    moe = {
+        "num_moe_experts": 4,
+        "moe_ffn_hidden_size": 32,
+        "moe_router_topk": 2,
+        "moe_shared_expert_intermediate_size": 32,
+        "moe_aux_loss_coeff": 0.01,
+        "moe_z_loss_coeff": 0.001,
+    }
+    return build_config(
+        {
+            "model": {
+                "hybrid_layer_pattern": layout.pattern(layers),
+                "hidden_size": 64,
+                "ffn_hidden_size": 128,
+                "num_attention_heads": 4,
+                "num_query_groups": 2,
+                "position_embedding_type": "rope",
+                "mamba_head_dim": 16,
+                "mamba_state_dim": 16,
+                "mamba_num_groups": 2,
+                "vocab_size": VOCAB_SIZE,
+                "make_vocab_size_divisible_by": 32,
+                **(moe if "E" in layers else {}),
+            },
+            "parallel": {
+                "tensor_model_parallel_size": layout.tp,
+                "sequence_parallel": layout.tp > 1,
+                "pipeline_model_parallel_size": layout.pp,
+                "context_parallel_size": layout.cp,
+                "expert_model_parallel_size": layout.ep,
+                "overlap_grad_reduce": layout.overlap,
+                "overlap_param_gather": layout.overlap,
+            },
+            "precision": {"recipe": "fp32"},
+            "data": {
+                "mock_data": True,
+                "tokenizer_type": "null",
+                "seq_length": SEQ_LENGTH,
+                "packed_documents": packed,
+            },
+            "training": {
+                "global_batch_size": GLOBAL_BATCH_SIZE,
+                "train_iters": STEPS,
+                "recompute_granularity": "full" if recompute else None,
+                "recompute_method": "uniform" if recompute else None,
+                "recompute_num_layers": 1 if recompute else None,
+            },
+            # Clipping would scale the gradients that are compared. Adam's first steps are signs,
+            # in which rounding of gradients near zero grows to whole steps, unless eps is large.
+            "optimizer": {
+                "lr": 1e-4,
+                "lr_decay_style": "constant",
+                "adam_eps": 1e-2,
+                "clip_grad": 1e9,
+            },
+        },
+        world_size=layout.ranks,
+        has_cuda=False,
+    )
+
+
+def sample(index: int, packed: bool) -> Batch:
+    """Sample `index` of the run: random tokens, with document ends when packed."""
+    draws = torch.Generator().manual_seed(index)
+    tokens = torch.randint(1, VOCAB_SIZE, (1, SEQ_LENGTH + 1), generator=draws)
+    if packed:
+        tokens[0, torch.randperm(SEQ_LENGTH, generator=draws)[:4]] = EOD
+    # Few different labels: gradients of the tokens then add up rather than cancel, and what is
+    # compared is not mostly rounding.
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:] % LABELS
+    if not packed:
+        positions = torch.arange(SEQ_LENGTH)[None]
+        return Batch(inputs, labels, torch.ones(1, SEQ_LENGTH), positions)
+    packing = pack_documents(inputs, EOD)
+    return Batch(
+        inputs, labels, packing.loss_mask, packing.position_ids,
+        packing.cu_seqlens, packing.max_seqlen, packing.seq_idx,
+    )  # fmt: skip
+
+
+def batches_of_this_rank(packed: bool) -> Iterator[Batch]:
+    """This data-parallel rank's contiguous share of each global batch, without end."""
+    from megatron.core import parallel_state
+
+    rank = parallel_state.get_data_parallel_rank()
+    share = GLOBAL_BATCH_SIZE // parallel_state.get_data_parallel_world_size()
+    step = 0
+    while True:
+        first = step * GLOBAL_BATCH_SIZE + rank * share
+        yield from (sample(i, packed) for i in range(first, first + share))
+        step += 1
+
+
+@contextmanager
+def built(config: RunConfig) -> Iterator[tuple[list[Any], Any, Any]]:
+    """(DDP chunks, optimizer, Stepper) of a config on this rank, as the trainer builds them."""
+    from megatron_hybrid.model.build import build_model_chunks
+    from megatron_hybrid.model.transformer_config import transformer_config
+    from megatron_hybrid.platform import initialize
+    from megatron_hybrid.training.distributed import model_parallel_groups
+    from megatron_hybrid.training.optimizer import build_optimizer, wrap_data_parallel
+    from megatron_hybrid.training.step import Stepper
+
+    platform = initialize()
+    with model_parallel_groups(config, platform):
+        engine_config = transformer_config(config, "torch", platform.device)
+        chunks = build_model_chunks(config, engine_config, "torch")
+        model = wrap_data_parallel(config, engine_config, chunks)
+        optimizer = build_optimizer(config, engine_config, model)
+        yield model, optimizer, Stepper(config, model, optimizer, "torch", platform.device)
+
+
+def save_weights(layers: str, folder: Path) -> None:
+    """A checkpoint that every layout starts from: weights drawn so that each one matters.
+
+    Norms and D are not all ones, so that a permuted or dropped one shows; steps and decays are
+    such that states carry much of the signal, else their gradients would be mostly rounding.
+    """
+    from megatron.core import dist_checkpointing
+
+    from megatron_hybrid.training.checkpoint import _metadata, _model_state
+
+    ranges = {"norm": (0.5, 1.5), "dt_bias": (-1.0, 1.0), "A_log": (-1.0, 1.0), ".D": (-1.0, 1.0)}
+    config = layout_config(ONE_RANK, layers, packed=False, recompute=False)
+    with built(config) as (model, _, _):
+        for name, parameter in model[0].named_parameters():
+            low, high = next((r for part, r in ranges.items() if part in name), (-0.2, 0.2))
+            parameter.data.uniform_(low, high)
+        dist_checkpointing.save(_model_state(model, _metadata()), str(folder))
+
+
+def train_steps(
+    layout: Layout, layers: str, weights: Path, *, packed: bool, recompute: bool
+) -> list[tuple[float, float, dict[str, Any]]]:
+    """On a rank: the steps' losses, gradient norms and this rank's parts of the gradients."""
+    from megatron_hybrid.training.checkpoint import load_checkpoint
+
+    config = layout_config(layout, layers, packed=packed, recompute=recompute)
+    results = []
+    with built(config) as (model, optimizer, stepper):
+        load_checkpoint(config, weights, model, optimizer, weights_only=True)
+        data = batches_of_this_rank(packed)
+        for _ in range(STEPS):
+            result = stepper.train(data, float("inf"), [])
+            assert result.refusal is None
+            results.append((result.loss, result.grad_norm, gradient_parts(model)))
+    return results
+
+
+def gradient_parts(model: list[Any]) -> dict[str, list[tuple[Any, ...]]]:
+    """{checkpoint key: [(global shape, global offset, gradient)]} of this rank's parameters.
+
+    The sharded state dict knows where each part of each parameter belongs in the whole model; it
+    is built here over the gradients.
+    """
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    from megatron_hybrid.training.checkpoint import _metadata, _model_state
+
+    for chunk in model:
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+            _complete_gradients(buffer)
+    values = [(p, p.data) for chunk in model for p in chunk.parameters()]
+    try:
+        for parameter, _ in values:
+            parameter.data = parameter.main_grad
+        state = _model_state(model, _metadata())
+        apply_factories(state)
+        parts: dict[str, list[tuple[Any, ...]]] = {}
+        for tensor in nested_values(state):
+            if isinstance(tensor, ShardedTensor):
+                place = (tensor.global_shape, tensor.global_offset, tensor.data.clone())
+                parts.setdefault(tensor.key, []).append(place)
+    finally:
+        for parameter, data in values:
+            parameter.data = data
+    return parts
+
+
+def _complete_gradients(buffer: Any) -> None:
+    """The distributed optimizer leaves each rank its shard of the sum: fetch the others'."""
+    group = buffer.data_parallel_group
+    for bucket in buffer.buckets:
+        shards = bucket.grad_data.chunk(group.size())
+        mine = shards[group.rank()].clone()
+        torch.distributed.all_gather_into_tensor(bucket.grad_data, mine, group=group)
+
+
+def merge_gradients(ranks: list[dict[str, list[tuple[Any, ...]]]]) -> dict[str, Tensor]:
+    """The whole gradients; parts that several ranks hold must agree, and nothing be missing."""
+    merged: dict[str, Tensor] = {}
+    for parts in ranks:
+        for key, places in parts.items():
+            for shape, offset, gradient in places:
+                whole = merged.setdefault(key, torch.full(shape, torch.nan))
+                sizes = (1,) * (len(shape) - gradient.dim()) + tuple(gradient.shape)
+                view = whole[tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))]
+                gradient = gradient.view(sizes)
+                if not view.isnan().any():
+                    torch.testing.assert_close(gradient, view, rtol=1e-5, atol=1e-7, msg=key)
+                view.copy_(gradient)
+    for key, whole in merged.items():
+        assert not whole.isnan().any(), f"no rank holds some part of {key}"
+    return merged

@@ -1,0 +1,95 @@
+"""A checkpoint of one layout goes on in any other: the same losses as if never interrupted."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_hybrid.testing import run_distributed
+from tests.distributed.layouts import (
+    LAYOUTS,
+    MOE,
+    ONE_RANK,
+    Layout,
+    batches_of_this_rank,
+    built,
+    layout_config,
+)
+
+BEFORE, AFTER = 3, 3
+LAYOUT = {layout.name: layout for layout in (ONE_RANK, *LAYOUTS)}
+
+
+def _config(layout: Layout, save: Path) -> Any:
+    config = layout_config(layout, MOE, packed=False, recompute=False)
+    # A larger rate than elsewhere: an optimizer state that went wrong must show.
+    optimizer = config.optimizer.model_copy(update={"lr": 1e-3})
+    checkpoint = config.checkpoint.model_copy(update={"save": save})
+    return config.model_copy(update={"checkpoint": checkpoint, "optimizer": optimizer})
+
+
+def train_and_save(layout: Layout, save: Path) -> list[float]:
+    """On a rank: train, save, train on; the losses after the save."""
+    from megatron_hybrid.data.tokenizer import NullTokenizer
+    from megatron_hybrid.training.checkpoint import Checkpointer, Progress
+
+    config = _config(layout, save)
+    with built(config) as (model, optimizer, stepper):
+        data = batches_of_this_rank(packed=False)
+        for _ in range(BEFORE):
+            stepper.train(data, float("inf"), [])
+        reports: list[str] = []
+        checkpointer = Checkpointer(
+            config, model, optimizer, NullTokenizer(96), lambda _, line: reports.append(line)
+        )
+        checkpointer.save(Progress(BEFORE, BEFORE * config.training.global_batch_size))
+        assert reports
+        return [stepper.train(data, float("inf"), []).loss for _ in range(AFTER)]
+
+
+def load_and_train(layout: Layout, save: Path) -> list[float]:
+    """On a rank: load, skip the data that was seen, train; the losses."""
+    from megatron_hybrid.training.checkpoint import load_checkpoint
+    from megatron_hybrid.training.checkpoint_files import latest_checkpoint
+
+    config = _config(layout, save)
+    with built(config) as (model, optimizer, stepper):
+        folder = latest_checkpoint(save)
+        assert folder is not None
+        progress = load_checkpoint(config, folder, model, optimizer, weights_only=False)
+        assert progress.iteration == BEFORE
+        data = batches_of_this_rank(packed=False)
+        share = config.training.global_batch_size // _data_parallel_size()
+        for _ in range(BEFORE * share):
+            next(data)
+        return [stepper.train(data, float("inf"), []).loss for _ in range(AFTER)]
+
+
+def _data_parallel_size() -> int:
+    from megatron.core import parallel_state
+
+    return int(parallel_state.get_data_parallel_world_size())
+
+
+@pytest.fixture(scope="module")
+def saved_by_tp2_pp2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+    """Checkpoints of a TP2xPP2 run, and the losses of its steps after the save."""
+    save = tmp_path_factory.mktemp("saved")
+    return save, run_distributed(train_and_save, 4, LAYOUT["TP2xPP2"], save)[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["one rank", "TP2+SP", "PP2xVPP2", "CP2", "DP2", "EP2", "TP2xPP2", "DP2xEP2"]
+)
+def test_loss_goes_on(name: str, saved_by_tp2_pp2: tuple[Path, list[float]]) -> None:
+    """What TP2xPP2 saved (weights, optimizer) goes on in every layout, to 1e-5 of the loss."""
+    save, expected = saved_by_tp2_pp2
+    losses = run_distributed(load_and_train, LAYOUT[name].ranks, LAYOUT[name], save)[0]
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_same_layout_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """Saved and loaded by the same layout, the losses are the very same numbers."""
+    layout = LAYOUT["DP2xEP2"]
+    expected = run_distributed(train_and_save, layout.ranks, layout, tmp_path)[0]
+    assert run_distributed(load_and_train, layout.ranks, layout, tmp_path)[0] == expected

@@ -1,0 +1,114 @@
+"""Generation: stepping with caches equals the full forward; sampling does what it says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_hybrid.errors import UserError
+from megatron_hybrid.generation import Sampling, choose
+from megatron_hybrid.testing import run_distributed
+from tests.distributed.layouts import LAYOUTS, MOE, built, layout_config, save_weights
+
+TWO_STAGES = next(layout for layout in LAYOUTS if layout.name == "TP2xPP2")
+
+
+def save_checkpoint(weights: Path, save: Path) -> None:
+    """On a rank: a checkpoint as a TP2xPP2 run leaves it."""
+    from megatron_hybrid.data.tokenizer import NullTokenizer
+    from megatron_hybrid.training.checkpoint import Checkpointer, Progress, load_checkpoint
+
+    config = layout_config(TWO_STAGES, MOE, packed=False, recompute=False)
+    checkpoint = config.checkpoint.model_copy(update={"save": save})
+    config = config.model_copy(update={"checkpoint": checkpoint})
+    with built(config) as (model, optimizer, _):
+        load_checkpoint(config, weights, model, optimizer, weights_only=True)
+        saver = Checkpointer(config, model, optimizer, NullTokenizer(96), lambda *_: None)
+        saver.save(Progress(1, 4))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("generation")
+    (folder / "weights").mkdir()
+    run_distributed(save_weights, 1, MOE, folder / "weights")
+    run_distributed(save_checkpoint, 4, folder / "weights", folder / "save")
+    return folder / "save"
+
+
+def compare_logits(checkpoint: Path, prompt_tokens: int) -> tuple[float, float]:
+    """On a rank: largest difference of logits with and without caches, and their deviation."""
+    from megatron_hybrid.generation import open_checkpoint
+
+    torch.distributed.destroy_process_group()  # generation makes its own
+    tokens = torch.randint(0, 96, (2, 150), generator=torch.Generator().manual_seed(0))
+    with open_checkpoint(checkpoint) as generator:
+        whole = generator.logits(tokens)[:, prompt_tokens - 1 :]
+        stepped = torch.stack(list(generator.stepwise_logits(tokens, prompt_tokens)), dim=1)
+        return (whole - stepped).abs().max().item(), whole.std().item()
+
+
+@pytest.mark.parametrize("prompt_tokens", [1, 3, 64, 149])
+def test_caches_equal_full_forward(checkpoint: Path, prompt_tokens: int) -> None:
+    """KV cache, convolution and scan states, all four layer kinds, RoPE: 1e-5 of the deviation."""
+    (difference, deviation) = run_distributed(compare_logits, 1, checkpoint, prompt_tokens)[0]
+    assert difference <= 1e-5 * deviation
+
+
+def generate_tokens(checkpoint: Path, sampling: Sampling) -> list[int]:
+    from megatron_hybrid.generation import open_checkpoint
+
+    torch.distributed.destroy_process_group()
+    with open_checkpoint(checkpoint) as generator:
+        return list(generator.generate([5, 17, 3], 20, sampling))
+
+
+def test_seed_decides_the_text(checkpoint: Path) -> None:
+    """The same seed draws the same tokens, another one others; greedy is one text."""
+    hot = [
+        run_distributed(generate_tokens, 1, checkpoint, Sampling(temperature=1.0, seed=seed))[0]
+        for seed in (1, 1, 2)
+    ]
+    assert hot[0] == hot[1] != hot[2]
+    greedy = run_distributed(generate_tokens, 1, checkpoint, Sampling())[0]
+    likeliest = run_distributed(generate_tokens, 1, checkpoint, Sampling(temperature=1.0, top_k=1))
+    assert greedy == likeliest[0]
+
+
+def _shares(sampling: Sampling, logits: torch.Tensor, draws: int = 4000) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.tensor([choose(logits, sampling, generator) for _ in range(draws)])
+    return torch.bincount(tokens, minlength=len(logits)) / draws
+
+
+def test_sampling_draws_from_the_right_tokens() -> None:
+    """Temperature, top-k and top-p give the shares that they define, to 3%."""
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    for sampling, expected in (
+        (Sampling(temperature=1.0), [0.5, 0.3, 0.15, 0.05]),
+        (Sampling(temperature=1.0, top_k=2), [0.625, 0.375, 0, 0]),
+        (Sampling(temperature=1.0, top_p=0.8), [0.625, 0.375, 0, 0]),
+        (Sampling(temperature=1.0, top_p=0.81), [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),
+        (Sampling(temperature=1.0, top_p=0.01), [1, 0, 0, 0]),
+        (Sampling(temperature=0.5), [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365]),
+        (Sampling(), [1, 0, 0, 0]),
+    ):
+        torch.testing.assert_close(
+            _shares(sampling, logits), torch.tensor(expected).float(), atol=0.03, rtol=0
+        )
+
+
+def test_wrong_sampling_names_every_field() -> None:
+    """All three fields in one message, with their values."""
+    with pytest.raises(UserError) as error:
+        Sampling(temperature=-1, top_k=-2, top_p=0)
+    for text in ("temperature=-1", "top_k=-2", "top_p=0"):
+        assert text in str(error.value)
+
+
+def test_missing_checkpoint_is_named(tmp_path: Path) -> None:
+    """A folder without a checkpoint is refused with its name."""
+    from megatron_hybrid.generation import open_checkpoint
+
+    with pytest.raises(UserError, match="holds no checkpoint"), open_checkpoint(tmp_path):
+        pass

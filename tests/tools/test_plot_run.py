@@ -1,0 +1,117 @@
+"""The plot of a run: a real picture, right figures in it, clear errors where there is nothing."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from megatron_hybrid.errors import UserError
+from megatron_hybrid.training.metrics import METRICS_FILE, MetricsWriter, StepMetrics
+from megatron_hybrid.training.plot import load_run, plot_runs
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "plot_run.py"
+
+
+def write_run(folder: Path, steps: int, nan_steps: range = range(0)) -> Path:
+    """A run whose loss falls from 9 to 3, with four evaluations."""
+    with MetricsWriter(
+        folder, enabled=True, tensorboard=False, resume_iteration=0, total_iterations=steps
+    ) as writer:
+        for i in range(1, steps + 1):
+            loss = math.nan if i in nan_steps else 3 + 6 * math.exp(-6 * i / steps)
+            rate = 3e-4 * min(1, i / 10)
+            writer.train(
+                StepMetrics(i, 8 * i, 8192 * i, loss, rate, 1.0, 6e3, 0.1, 800.0, 1.2, 0.0)
+            )
+            if i % max(1, steps // 4) == 0:
+                writer.validation(i, 8 * i, 8192 * i, loss + 0.1)
+    return folder
+
+
+def colors(path: Path) -> set[tuple[int, int, int]]:
+    pixels = (imread(path)[:, :, :3] * 255).round().astype(int)
+    return {tuple(pixel) for pixel in pixels.reshape(-1, 3)}
+
+
+def test_one_run_becomes_a_picture_beside_its_metrics(tmp_path: Path) -> None:
+    """The script prints where the PNG is; both curves are in it, in their colours."""
+    run = write_run(tmp_path / "run", 60)
+    done = subprocess.run(
+        [sys.executable, SCRIPT, run], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip() == str(run / "plot.png")
+    height, width, _ = imread(run / "plot.png").shape
+    assert 1200 < width < 4000
+    assert 800 < height < 3000
+    assert {(0x25, 0x63, 0xEB), (0xEA, 0x58, 0x0C)} <= colors(run / "plot.png")
+    assert 20e3 < (run / "plot.png").stat().st_size < 1e6
+
+
+def test_several_runs_are_overlaid_in_their_own_colours(tmp_path: Path) -> None:
+    """Runs of different lengths share one picture."""
+    runs = [write_run(tmp_path / name, steps) for name, steps in (("a", 40), ("b", 60), ("c", 1))]
+    plot_runs(runs, tmp_path / "new" / "all.png")
+    assert {(0x25, 0x63, 0xEB), (0xDB, 0x27, 0x77)} <= colors(tmp_path / "new" / "all.png")
+
+
+def test_steps_that_diverged_and_a_torn_line_do_not_keep_the_rest_from_view(
+    tmp_path: Path,
+) -> None:
+    """A run that was killed while its loss was NaN is still drawn; the NaN stays a gap."""
+    run = write_run(tmp_path / "run", 40, nan_steps=range(30, 41))
+    with (run / METRICS_FILE).open("ab") as file:
+        file.write(b'{"kind":"train","iteration":41,"lo')
+    loss = load_run(run).train["loss"]
+    assert len(loss) == 40
+    assert np.isnan(loss[29:]).all()
+    assert np.isfinite(loss[:29]).all()
+    plot_runs([run], tmp_path / "plot.png")
+    assert imread(tmp_path / "plot.png").ndim == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "metrics.jsonl does not exist: is it the folder of a training run?"),
+        ("", "metrics.jsonl holds no training step yet"),
+        ('{"kind":"event","iteration":0,"name":"start","message":""}\n', "no training step yet"),
+        ("not json\n{}\n", "metrics.jsonl:1 is not a metrics record: 'not json'"),
+    ],
+)
+def test_nothing_to_draw_is_one_clear_line(
+    tmp_path: Path, content: str | None, message: str
+) -> None:
+    """Missing, empty and damaged files are named; no picture and no traceback appear."""
+    run = tmp_path / "run"
+    run.mkdir()
+    if content is not None:
+        (run / METRICS_FILE).write_text(content)
+    with pytest.raises(UserError) as error:
+        plot_runs([run], run / "plot.png")
+    assert message in str(error.value)
+    assert str(run) in str(error.value)
+    assert not (run / "plot.png").exists()
+
+
+def test_script_exits_with_the_error_and_no_traceback(tmp_path: Path) -> None:
+    """On the command line a user error is one line on stderr and exit status 1."""
+    done = subprocess.run(
+        [sys.executable, SCRIPT, tmp_path], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_several_runs_need_a_named_output(tmp_path: Path) -> None:
+    """A comparison has no folder of its own, so the script asks where it goes."""
+    done = subprocess.run(
+        [sys.executable, SCRIPT, tmp_path, tmp_path], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert "-o PNG" in done.stderr
