@@ -7,7 +7,7 @@ except those with one number a token and head.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,17 @@ class Norm:
 
     group_size: int
     eps: float
+
+
+class _Inputs(NamedTuple):
+    zxbcdt: Tensor
+    conv1d_weight: Tensor
+    conv1d_bias: Tensor
+    dt_bias: Tensor
+    A: Tensor
+    D: Tensor
+    norm_weight: Tensor | None
+    documents: Tensor | None
 
 
 def fused_core(
@@ -70,8 +81,8 @@ class _FusedCore(torch.autograd.Function):
         norm: Norm | None,
         keep: bool,
     ) -> tuple[Tensor, Tensor]:
-        tensors = (zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, norm_weight, documents)
-        core = _Core(*tensors, sizes=sizes, norm=norm)
+        inputs = _Inputs(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, norm_weight, documents)
+        core = _Core(inputs, sizes, norm)
         scan, batch = core.scan, zxbcdt.shape[0]
         final_states = zxbcdt.new_zeros(batch, *scan.states_shape[2:], dtype=scan.dtypes.compute)
         kept_shape = scan.states_shape if keep else (batch, 0)
@@ -82,7 +93,7 @@ class _FusedCore(torch.autograd.Function):
                 before = states[row, block.chunks] if keep else block.buffers.states
                 core.forward(block, final_states[row], before, y[row, block.tokens])
         if keep:
-            ctx.save_for_backward(*tensors, states)
+            ctx.save_for_backward(*inputs, states)
             ctx.sizes, ctx.norm = sizes, norm
         ctx.mark_non_differentiable(final_states)
         return y, final_states
@@ -91,7 +102,7 @@ class _FusedCore(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, states = ctx.saved_tensors
-        core = _Core(*tensors, sizes=ctx.sizes, norm=ctx.norm)
+        core = _Core(_Inputs(*tensors), ctx.sizes, ctx.norm)
         gradients = _Gradients(core)
         for row in range(grad.shape[0]):
             gradients.start_row()
@@ -133,29 +144,16 @@ class _CoreBuffers:
 class _Core:
     """Blocks of the core: convolution before the scan, gate and norm after it."""
 
-    def __init__(
-        self,
-        zxbcdt: Tensor,
-        conv1d_weight: Tensor,
-        conv1d_bias: Tensor,
-        dt_bias: Tensor,
-        A: Tensor,
-        D: Tensor,
-        norm_weight: Tensor | None,
-        documents: Tensor | None,
-        sizes: Sizes,
-        norm: Norm | None,
-    ) -> None:
+    def __init__(self, inputs: _Inputs, sizes: Sizes, norm: Norm | None) -> None:
+        zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, norm_weight, documents = inputs
         dtypes = DTypes.of(zxbcdt.dtype)
         compute = dtypes.compute
-        self.sizes, self.norm, self.documents, self.A = sizes, norm, documents, A
-        self.parameters = (conv1d_weight, conv1d_bias, dt_bias, A, D, norm_weight)
+        self.inputs, self.sizes, self.norm, self.documents = inputs, sizes, norm, documents
         self.taps = conv1d_weight.shape[1]
         # By lag: row i weighs the input i tokens back.
         self.weight_of_lag = conv1d_weight.to(compute).t().flip(0).contiguous().unbind()
         self.conv_bias = conv1d_bias.to(compute)
         self.norm_weight = None if norm_weight is None else norm_weight.to(compute)
-        self.zxbcdt = zxbcdt
         self.z, self.xbc, dt = zxbcdt.split([sizes.channels, sizes.all_channels, sizes.heads], -1)
         self.dt_before_softplus = dt.to(compute) + dt_bias.to(compute)
         dt = F.softplus(self.dt_before_softplus)
@@ -235,7 +233,7 @@ class _Gradients:
 
     def __init__(self, core: _Core) -> None:
         self.core, sizes, taps = core, core.sizes, core.taps
-        self.of_zxbcdt = torch.empty_like(core.zxbcdt)
+        self.of_zxbcdt = torch.empty_like(core.inputs.zxbcdt)
         self.of_z, self.of_xbc, self.of_dt = self.of_zxbcdt.split(
             [sizes.channels, sizes.all_channels, sizes.heads], -1
         )
@@ -305,7 +303,7 @@ class _Gradients:
     def finish(self) -> tuple[Tensor | None, ...]:
         """Gradients of zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D and norm_weight."""
         core = self.core
-        grad_dt, grad_A, grad_D = self.of_steps.finish(core.A)
+        grad_dt, grad_A, grad_D = self.of_steps.finish(core.inputs.A)
         grad_dt.mul_(torch.sigmoid(core.dt_before_softplus))
         self.of_dt.copy_(grad_dt)
         of_parameters = (
@@ -318,5 +316,5 @@ class _Gradients:
         )
         return self.of_zxbcdt, *(
             None if parameter is None else gradient.to(parameter.dtype)
-            for gradient, parameter in zip(of_parameters, core.parameters, strict=True)
+            for gradient, parameter in zip(of_parameters, core.inputs[1:7], strict=True)
         )

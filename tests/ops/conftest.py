@@ -5,7 +5,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from megatron_hybrid.ops.ssd import buffers
+from megatron_hybrid.ops.ssd import block, buffers
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_blocks() -> Iterator[None]:
+    """Two chunks of the tests' small tensors a block, so that 500 tokens are several blocks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block, "BLOCK_ELEMENTS_A_THREAD", 2 * 64 * 32)
+        yield
 
 
 @pytest.fixture

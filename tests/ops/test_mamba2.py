@@ -142,6 +142,20 @@ def test_fused_in_bfloat16(length: int, groups: int, packed: bool, norm: bool) -
         assert error <= 2 * limits[name] + 4e-3, f"{name}: {error:.1e}, {limits[name]:.1e}"
 
 
+@pytest.mark.parametrize(
+    "lengths",
+    [(128, 200), (127, 1, 200), (129, 199), (126, 3, 199), (256, 1, 71), (320, 8)],
+    ids=str,
+)
+def test_documents_at_the_edges_of_blocks(lengths: tuple[int, ...]) -> None:
+    """Blocks are of 128 tokens here: a document that starts with one, or within its taps of one."""
+    seq_idx = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    seq_idx, case = seq_idx.expand(BATCH, -1), make_case(328, 2)
+    want = run(case, 2, "reference", seq_idx)
+    for name, error in errors(run(case, 2, "torch", seq_idx), want).items():
+        assert error < 1e-12, f"{name}: {error:.1e}"
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_poisoned_memory_changes_nothing(poisoned_memory: None, dtype: torch.dtype) -> None:
     """Nothing uninitialised is read: the result is finite and near the composition's."""
