@@ -105,7 +105,8 @@ def _engine() -> list[Finding]:
         findings.append(Finding("engine", _version("megatron-core") or "-", "broken", str(error)))
     missing = ", ".join(probe.missing)
     note = f"transformer_engine would need: {missing}" if missing else "everything is there"
-    findings.append(Finding("backend=auto", probe.backend, "ok", note))
+    state = "ok" if probe.backend else "broken"
+    findings.append(Finding("backend=auto", probe.backend or "-", state, note))
     return findings
 
 

@@ -13,6 +13,7 @@ import ast
 import hashlib
 import json
 import platform
+import random
 import sys
 import sysconfig
 import tempfile
@@ -90,9 +91,11 @@ def prepare(folder: Path) -> None:
 
 
 def standard_library_sources() -> Iterator[str]:
-    """The text of each source file, in the order of the paths."""
+    """The text of each source file, in an order drawn once: a split takes a range of documents."""
     root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
+    paths = sorted(root.rglob("*.py"))
+    random.Random(0).shuffle(paths)
+    for path in paths:
         if SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts):
             try:
                 text = path.read_text(encoding="utf-8")

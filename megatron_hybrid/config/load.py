@@ -139,6 +139,9 @@ def _from_checkpoint(load: str, typed: Values, layers: _Layers) -> None:
     stored = latest_folder(Path(load)) / CONFIG_FILE
     if stored.is_file():
         layers.values = _read_yaml(stored, layers)
+        for name in ("load", "finetune", "load_optim", "load_rng"):
+            # How that run began says nothing of how it goes on.
+            drop_path(layers.values, f"checkpoint.{name}")
     elif get_path(typed, "model.hybrid_layer_pattern") is None:
         layers.fail(
             f"checkpoint.load={load}: there is no {stored}; name a preset or a YAML file that "

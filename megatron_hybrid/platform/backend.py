@@ -22,6 +22,7 @@ ENGINE_FROM, ENGINE_BELOW = Version("0.19"), Version("0.20")
 
 # Packages that the transformer_engine backend needs, by what pip calls them.
 GPU_PACKAGES = ("transformer-engine", "mamba-ssm", "causal-conv1d")
+HIDE_GPUS = "CUDA_VISIBLE_DEVICES= (empty) in the environment"
 OTHER_PACKAGES = ("megatron-core", "torch", "triton", "flash-attn", "mpi4py")
 
 
@@ -47,9 +48,11 @@ class Probe:
     apex: Literal["nvidia", "unrelated"] | None
 
     @property
-    def backend(self) -> Backend:
-        """What `backend=auto` runs here."""
-        return "torch" if self.missing else "transformer_engine"
+    def backend(self) -> Backend | None:
+        """What `backend=auto` runs here; None where a GPU lacks its packages."""
+        if not self.missing:
+            return "transformer_engine"
+        return "torch" if self.cuda_device is None else None
 
 
 @cache
@@ -65,7 +68,7 @@ def probe() -> Probe:
 
 
 def resolve_backend(requested: str) -> Backend:
-    """The backend to run: `requested`, or for "auto" the fastest that can run here.
+    """The backend to run: `requested`, or for "auto" the one of this device.
 
     Logs what "auto" chose, once in a process.
 
@@ -77,6 +80,11 @@ def resolve_backend(requested: str) -> Backend:
     if requested == "auto":
         return _resolve_auto()
     if requested == "torch":
+        if device := probe().cuda_device:
+            raise BackendError(
+                f"backend=torch runs on the CPU, but this process sees {device}; "
+                f"allowed here: transformer_engine, auto, or torch with {HIDE_GPUS}"
+            )
         return "torch"
     if missing := probe().missing:
         raise BackendError(
@@ -89,6 +97,11 @@ def resolve_backend(requested: str) -> Backend:
 @cache
 def _resolve_auto() -> Backend:
     found = probe()
+    if found.backend is None:
+        raise BackendError(
+            f"backend=auto: on {found.cuda_device}, transformer_engine needs "
+            f"{_joined(found.missing)}; install it, or run on the CPU with {HIDE_GPUS}"
+        )
     if found.missing:
         logger.info("backend=auto: torch (transformer_engine needs %s)", _joined(found.missing))
     else:

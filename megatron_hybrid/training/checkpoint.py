@@ -4,7 +4,9 @@ Any layout loads any checkpoint: tensors are stored whole, under names that know
 """
 
 import logging
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from megatron.core.dist_checkpointing.validation import (
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_hybrid.config import ModelConfig, RunConfig, load_config
 from megatron_hybrid.config.tracker import CONFIG_FILE
@@ -30,6 +33,8 @@ from megatron_hybrid.data.tokenizer import Tokenizer
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import write_atomic
 from megatron_hybrid.training import checkpoint_files as files
+from megatron_hybrid.training.distributed import on_rank_zero
+from megatron_hybrid.training.optimizer import load_optimizer_state
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +128,7 @@ class Checkpointer:
         self.tokenizer = tokenizer
         self.report = report
         self._queue = AsyncCallsQueue()
+        self._in_background = 0  # the iteration that is being written there
 
     def save(self, progress: Progress, *, wait: bool = False) -> None:
         """Save now; with `checkpoint.async_save` the writing goes on in the background.
@@ -134,10 +140,18 @@ class Checkpointer:
         """
         self.finish()
         iteration = progress.iteration
-        partial = files.partial_folder(self.save_folder, iteration)
-        if dist.get_rank() == 0:
-            files.make_empty(partial)
-        dist.barrier()
+        with self._as_user_error(iteration):
+            on_rank_zero(lambda: files.start_partial(self.save_folder, iteration))
+            self._write(progress)
+        if wait:
+            self.finish()
+
+    def _write(self, progress: Progress) -> None:
+        iteration = progress.iteration
+        if self.config.parallel.overlap_param_gather:
+            for chunk in self.model:
+                # Each rank has updated its share; the others' would come with the next forward.
+                chunk.start_param_sync(force_sync=True)
         metadata = _metadata()
         state: dict[str, Any] = {
             "checkpoint_version": 3.0,
@@ -147,43 +161,70 @@ class Checkpointer:
             **_model_state(self.model, metadata),
         }
         state["optimizer"] = self.optimizer.sharded_state_dict(state, metadata=metadata)
-        in_background = self.config.checkpoint.async_save
         request = dist_checkpointing.save(
             state,
-            str(partial),
-            async_sharded_save=in_background,
+            str(files.partial_folder(self.save_folder, iteration)),
+            async_sharded_save=self.config.checkpoint.async_save,
             async_strategy="mcore",
             content_metadata={k: v for k, v in metadata.items() if k != "dp_cp_group"},
         )
         if request is None:
-            self._publish(partial, iteration)
+            self._publish(iteration)
             return
-        request.add_finalize_fn(lambda: self._publish(partial, iteration))
+        request.add_finalize_fn(lambda: self._publish(iteration))
         self._queue.schedule_async_request(request)
-        if wait:
-            self.finish()
+        self._in_background = iteration
 
     def poll(self) -> None:
         """Publish a background checkpoint if its writing has ended. All ranks call it together."""
-        if self._queue.get_num_unfinalized_calls():
-            self._queue.maybe_finalize_async_calls(blocking=False)
+        self._finalize(blocking=False)
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written, if any. All ranks call it together."""
-        if self._queue.get_num_unfinalized_calls():
-            self._queue.maybe_finalize_async_calls(blocking=True)
+        self._finalize(blocking=True)
 
-    def _publish(self, partial: Path, iteration: int) -> None:
+    def _finalize(self, blocking: bool) -> None:
+        if self._queue.get_num_unfinalized_calls():
+            with self._as_user_error(self._in_background):
+                self._queue.maybe_finalize_async_calls(blocking=blocking)
+
+    def _publish(self, iteration: int) -> None:
         """Every rank's part is written: complete the folder and give it its name."""
         options = self.config.checkpoint
-        if dist.get_rank() == 0:
+
+        def complete() -> None:
+            partial = files.partial_folder(self.save_folder, iteration)
             write_atomic(partial / CONFIG_FILE, self.config.to_yaml())
             self.tokenizer.save_copy(partial)
             if options.verify_integrity:
                 save_integrity_manifest(str(partial))
             files.publish(partial, self.save_folder, iteration, options.keep_last)
-        dist.barrier()
+
+        on_rank_zero(complete)
         self.report(iteration, f"saved {files.iteration_folder(self.save_folder, iteration)}")
+
+    @contextmanager
+    def _as_user_error(self, iteration: int) -> Iterator[None]:
+        """A disk that is full or gone is the user's to mend; what was saved before stays."""
+        try:
+            yield
+        except (OSError, UserError, CheckpointException) as error:
+            reason = _reason(error)
+            if isinstance(error, CheckpointException):
+                # Raised on every rank, but only the first knows why, and hardly: the commonest
+                # cause is worth a look.
+                there = next(f for f in (self.save_folder, *self.save_folder.parents) if f.exists())
+                free_gib = shutil.disk_usage(there).free / 2**30
+                reasons = [f"{reason} ({free_gib:.1f} GiB are free there)"]
+                dist.broadcast_object_list(reasons, src=0)
+                reason = reasons[0]
+            partial = files.partial_folder(self.save_folder, iteration)
+            if dist.get_rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(
+                f"checkpoint.save={self.save_folder}: step {iteration} could not be saved: "
+                f"{reason}; earlier checkpoints there are as they were"
+            ) from error
 
 
 def load_checkpoint(
@@ -208,28 +249,41 @@ def load_checkpoint(
         UserError: the checkpoint is torn, damaged, or of another model.
     """
     files.refuse_unsafe_index(folder)
-    refuse_other_model(folder, config)
+    saved = _saved_config(folder)
+    if saved is not None:
+        refuse_other_model(folder, config.model, saved.model)
     options = config.checkpoint
     loads_optimizer = optimizer if options.load_optim and not weights_only else None
     try:
-        if options.verify_integrity and (folder / files.INTEGRITY_FILE).exists():
-            verify_integrity_manifest(str(folder))
-        metadata = _metadata() | (dist_checkpointing.load_content_metadata(str(folder)) or {})
+        if options.verify_integrity and saved is not None and saved.checkpoint.verify_integrity:
+            _verify(folder)
+        with files.no_code_from_pickles():
+            content = dist_checkpointing.load_content_metadata(str(folder)) or {}
+        metadata = _metadata() | content
+        present = load_sharded_metadata(str(folder))
+        if loads_optimizer is not None and not any("optimizer." in key for key in present):
+            raise UserError(
+                "it holds no optimizer state; checkpoint.load_optim=false starts with a fresh one, "
+                "checkpoint.finetune=true at step 1 as well"
+            )
         state = _model_state(model, metadata)
         if loads_optimizer is not None:
             state["optimizer"] = loads_optimizer.sharded_state_dict(
                 state, is_loading=True, metadata=metadata
             )
-        if options.load_rng and not weights_only and _same_grid(folder):
+        # Megatron-LM's own has states of other generators under the same name.
+        if options.load_rng and not weights_only and saved is not None and _same_grid(present):
             state["rng_state"] = _rng_state()
-        loaded = dist_checkpointing.load(state, str(folder))
-    except (CheckpointingException, KeyError, RuntimeError, OSError) as error:
-        raise UserError(f"{folder} cannot be loaded: {error}") from error
+        with files.no_code_from_pickles():
+            loaded = dist_checkpointing.load(state, str(folder))
+    except (Exception, CheckpointException) as error:
+        # Damaged bytes make any reader stumble in its own way.
+        raise UserError(f"{folder} cannot be loaded: {_reason(error)}") from error
     for index, chunk in enumerate(unwrap_model(model)):
         chunk.load_state_dict(loaded["model" if len(model) == 1 else f"model{index}"])
     if loads_optimizer is not None:
         sharding_type = metadata["distrib_optim_sharding_type"]
-        _load_optimizer(loads_optimizer, loaded["optimizer"], sharding_type)
+        load_optimizer_state(loads_optimizer, loaded["optimizer"], sharding_type)
     elif optimizer is not None:
         optimizer.reload_model_params()
     if "rng_state" in state:
@@ -243,20 +297,22 @@ def load_checkpoint(
     return Progress(iteration, iteration * config.training.global_batch_size)
 
 
-def refuse_other_model(folder: Path, config: RunConfig) -> None:
+def _saved_config(folder: Path) -> RunConfig | None:
+    """The config of the run that saved a checkpoint; None for one of Megatron-LM's own."""
+    path = folder / CONFIG_FILE
+    return load_config([str(path)], which=()) if path.exists() else None
+
+
+def refuse_other_model(folder: Path, model: ModelConfig, saved: ModelConfig) -> None:
     """Refuse a checkpoint whose own config says that its tensors are not those of this model.
 
     Raises:
         UserError: every field that differs, with both values.
     """
-    path = folder / CONFIG_FILE
-    if not path.exists():  # Megatron-LM's own: the engine compares the tensors
-        return
-    saved = load_config([str(path)], which=()).model
     differences = [
         f"  - model.{name}={ours!r}, in the checkpoint {theirs!r}"
         for name in SHAPE_FIELDS
-        if (ours := _shape_value(config.model, name)) != (theirs := _shape_value(saved, name))
+        if (ours := _shape_value(model, name)) != (theirs := _shape_value(saved, name))
     ]
     if differences:
         raise UserError("\n".join([f"{folder} holds another model:", *differences]))
@@ -268,47 +324,42 @@ def _shape_value(model: ModelConfig, name: str) -> Any:
     return value.replace("|", "") if name == "hybrid_layer_pattern" else value
 
 
-def _load_optimizer(
-    optimizer: MegatronOptimizer, loaded: dict[Any, Any], sharding_type: str
-) -> None:
-    """Take the loaded tensors and the count of steps; all else follows from the config.
-
-    The engine chains one optimizer for dense and one for expert parameters, or has one for both,
-    as the layout asks; its untyped part of a checkpoint has the shape of the layout that saved.
-    """
-    steps = {
-        group["step"]
-        for part in (loaded, *loaded.values())
-        if isinstance(part, dict) and "optimizer" in part
-        for group in part["optimizer"]["param_groups"]
-        if "step" in group
-    }
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    for index, part in enumerate(chained):
-        state = part.state_dict()
-        for group in state["optimizer"]["param_groups"]:
-            group["step"] = max(steps, default=0)
-        tensors = loaded[index] if len(chained) > 1 else loaded
-        state["param_state"] = tensors["param_state"]
-        state["param_state_sharding_type"] = sharding_type
-        part.load_state_dict(state)
+def _verify(folder: Path) -> None:
+    if not (folder / files.INTEGRITY_FILE).exists():
+        raise UserError(
+            f"{files.INTEGRITY_FILE} is missing, which the run wrote; "
+            "checkpoint.verify_integrity=false loads the checkpoint unchecked"
+        )
+    verify_integrity_manifest(str(folder))
 
 
-def _same_grid(folder: Path) -> bool:
+def _reason(error: BaseException) -> str:
+    """An error in a line or few; torch's hold every rank's traceback, or every tensor's name."""
+    if isinstance(error, CheckpointException):
+        inner = {rank: wrapped[0] for rank, wrapped in error.failures.items()}
+        return "; ".join(f"rank {rank}: {_reason(cause)}" for rank, cause in inner.items())
+    speaks = isinstance(error, UserError | OSError | RuntimeError | CheckpointingException)
+    text = str(error) if speaks else f"{type(error).__name__}: {error}"
+    return text if len(text) <= 400 else f"{text[:400]} ..."
+
+
+def _same_grid(present: dict[str, Any]) -> bool:
     """Whether a checkpoint was saved by as many pipeline and tensor ranks as there are now.
 
     Generators belong to ranks: in another layout they start from the seed.
+
+    Args:
+        present: the checkpoint's sharded metadata.
     """
-    sharded = load_sharded_metadata(str(folder))
     shape = _rng_state().global_shape
     same = any(
         isinstance(entry, ShardedObject)
         and entry.key == "rng_state"
         and tuple(entry.global_shape) == shape
-        for entry in sharded.values()
+        for entry in present.values()
     )
     if not same and dist.get_rank() == 0:
-        logger.info("another layout saved %s: random generators start from the seed", folder)
+        logger.info("another layout saved it: random generators start from the seed")
     return same
 
 

@@ -12,7 +12,12 @@ text file name it.
 
 import os
 import pickle
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,8 +28,9 @@ from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import sync_folder, write_atomic
 
 INTEGRITY_FILE = "integrity.json"
-# All that the pickled index of a torch_dist checkpoint is made of: the records of these modules,
-# and a few names.
+_FOLDER = re.compile(r"iter_(\d{7,})")
+# All that the pickled index of a torch_dist checkpoint is made of: the records (dataclasses and
+# enums) of these modules, torch's dtypes, and a few names.
 INDEX_MODULES = (
     "torch.distributed.checkpoint.metadata",
     "torch.distributed.checkpoint.filesystem",
@@ -72,11 +78,11 @@ def partial_folder(save: Path, iteration: int) -> Path:
     return save / f".{iteration_folder(save, iteration).name}.part"
 
 
-def make_empty(folder: Path) -> None:
-    """A new, empty folder; what a killed run left there is removed."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+def start_partial(save: Path, iteration: int) -> None:
+    """Make an empty `partial_folder`; what killed runs left of theirs is removed."""
+    for stale in save.glob(".iter_*.part"):
+        shutil.rmtree(stale)
+    partial_folder(save, iteration).mkdir(parents=True)
 
 
 def publish(partial: Path, save: Path, iteration: int, keep_last: int | None) -> None:
@@ -99,7 +105,8 @@ def publish(partial: Path, save: Path, iteration: int, keep_last: int | None) ->
     write_atomic(save / TRACKER_FILE, f"{iteration}\n")
     if keep_last is None:
         return
-    iterations = sorted(int(path.name.removeprefix("iter_")) for path in save.glob("iter_*"))
+    names = [match.group(1) for path in save.iterdir() if (match := _FOLDER.fullmatch(path.name))]
+    iterations = sorted(map(int, names))
     for old in [i for i in iterations if i <= iteration][:-keep_last]:
         shutil.rmtree(iteration_folder(save, old))
 
@@ -125,16 +132,38 @@ def refuse_unsafe_index(folder: Path) -> None:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
+@contextmanager
+def no_code_from_pickles() -> Iterator[None]:
+    """Objects in a checkpoint are read as plain data, whatever the reader asks of torch.load.
+
+    torch.distributed.checkpoint asks for whole pickles, which can run code.
+    """
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 class _IndexReader(pickle.Unpickler):
     def __init__(self, file: BinaryIO, path: Path) -> None:
         super().__init__(file)
         self._path = path
 
     def find_class(self, module: str, name: str) -> Any:
-        # A dotted name could reach through a module into what that module imports.
-        if "." not in name:
+        # Judged before it is imported: an import runs code as well. A dotted name could reach
+        # through a module into what that module imports.
+        if (module, name) in INDEX_NAMES:
+            return super().find_class(module, name)
+        if module.startswith(INDEX_MODULES) and "." not in name:
             found = super().find_class(module, name)
-            record = isinstance(found, type) and found.__module__.startswith(INDEX_MODULES)
-            if record or isinstance(found, torch.dtype) or (module, name) in INDEX_NAMES:
+            if isinstance(found, type) and (is_dataclass(found) or issubclass(found, Enum)):
                 return found
+        elif module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
         raise UserError(f"{self._path} is refused: opening it would call {module}.{name}")

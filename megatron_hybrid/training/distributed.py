@@ -1,7 +1,7 @@
 """Start and stop the ranks' process groups: torch.distributed and megatron-core's on top of it."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_hybrid.config import RunConfig
+from megatron_hybrid.errors import UserError
 from megatron_hybrid.platform import Platform
 
 COLLECTIVE_TIMEOUT_MINUTES = 30
@@ -22,6 +23,23 @@ def launched_world_size() -> int:
 def is_rank_zero() -> bool:
     """Whether this process is the one that reports and writes shared files."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def on_rank_zero(work: Callable[[], None]) -> None:
+    """Do something with shared files on rank 0 while the others wait. All ranks call it together.
+
+    Raises:
+        UserError: rank 0 could not; on every rank, so that none waits for ever.
+    """
+    problem: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            work()
+        except OSError as error:
+            problem[0] = str(error)
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise UserError(problem[0])
 
 
 def select_device() -> None:

@@ -1,5 +1,7 @@
 """Data-parallel wrapping, megatron-core's optimizer over it, and the learning-rate schedule."""
 
+from typing import Any
+
 import torch
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -83,7 +85,7 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(
         optimizer_config, model, config_overrides=overrides, use_gloo_process_groups=False
     )
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         if part.init_state_fn is not None and not part.is_stub_optimizer:
             # From the start, so that a run can be saved before its first update.
             part.init_state_fn(part.optimizer, optimizer_config)
@@ -91,7 +93,7 @@ def build_optimizer(
     return optimizer
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """The engine chains one optimizer for dense and one for expert parameters, or has just one."""
     chained = isinstance(optimizer, ChainedOptimizer)
     return optimizer.chained_optimizers if chained else [optimizer]
@@ -137,8 +139,34 @@ def apply_gradients(optimizer: MegatronOptimizer, clip_grad: float, grad_norm: f
     `optimizer.step()` in two halves, so that a caller may look at the norm before it steps.
     """
     if clip_grad > 0.0:
-        for part in _parts(optimizer):
+        for part in optimizer_parts(optimizer):
             parameters = part.get_parameters()
             if parameters:
                 clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=grad_norm)
     optimizer.step_with_ready_grads()
+
+
+def load_optimizer_state(
+    optimizer: MegatronOptimizer, loaded: dict[Any, Any], sharding_type: str
+) -> None:
+    """Take the loaded tensors and the count of steps; all else follows from the config.
+
+    The engine chains one optimizer for dense and one for expert parameters, or has one for both,
+    as the layout asks; its untyped part of a checkpoint has the shape of the layout that saved.
+    """
+    steps = {
+        group["step"]
+        for part in (loaded, *loaded.values())
+        if isinstance(part, dict) and "optimizer" in part
+        for group in part["optimizer"]["param_groups"]
+        if "step" in group
+    }
+    parts = optimizer_parts(optimizer)
+    for index, part in enumerate(parts):
+        state = part.state_dict()
+        for group in state["optimizer"]["param_groups"]:
+            group["step"] = max(steps, default=0)
+        tensors = loaded[index] if len(parts) > 1 else loaded
+        state["param_state"] = tensors["param_state"]
+        state["param_state_sharding_type"] = sharding_type
+        part.load_state_dict(state)

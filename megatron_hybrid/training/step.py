@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.data.batch import Batch
+from megatron_hybrid.training.extras import MoeLosses
 from megatron_hybrid.training.optimizer import apply_gradients, gradient_norm
 
 
@@ -32,12 +33,14 @@ class StepResult(NamedTuple):
         grad_norm: of the mean loss, before clipping; NaN where the loss was not finite.
         refusal: why the optimizer was not stepped ("nonfinite", "loss_spike"), or None.
         votes: sums over ranks of the flags that the caller handed in.
+        moe_losses: mean over the MoE layers of each auxiliary loss, by megatron-core's names.
     """
 
     loss: float
     grad_norm: float
     refusal: str | None
     votes: list[float]
+    moe_losses: dict[str, float]
 
 
 class Stepper:
@@ -62,6 +65,16 @@ class Stepper:
         self.backend = backend
         self.device = device
         self._schedule = get_forward_backward_func()
+        training = config.training
+        replicas = parallel_state.get_data_parallel_world_size()
+        self._micro_batches = training.global_batch_size // training.micro_batch_size // replicas
+        self._moe_losses = MoeLosses(config.model, self._micro_batches)
+        self._expert_biases = [
+            module.expert_bias
+            for chunk in model
+            for module in chunk.modules()
+            if getattr(module, "expert_bias", None) is not None
+        ]
 
     def train(self, data: Iterator[Batch], spike_above: float, votes: list[float]) -> StepResult:
         """One step of the optimizer on the next global batch.
@@ -76,16 +89,23 @@ class Stepper:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss, summed_votes = self._reduce(self._run(data, forward_only=False), votes)
-        if not math.isfinite(loss):
-            return StepResult(loss, math.nan, "nonfinite", summed_votes)
-        grad_norm = gradient_norm(self.optimizer)
+        # The engine moves them with the backward pass, before anyone has seen the loss.
+        expert_biases = [bias.clone() for bias in self._expert_biases]
+        sums = self._run(data, forward_only=False)
+        loss, added = self._reduce(sums, [*votes, *self._moe_losses.take()])
+        moe_losses = dict(zip(self._moe_losses.names, added[len(votes) :], strict=True))
+        grad_norm = gradient_norm(self.optimizer) if math.isfinite(loss) else math.nan
         if not math.isfinite(grad_norm):
-            return StepResult(loss, grad_norm, "nonfinite", summed_votes)
-        if loss > spike_above:
-            return StepResult(loss, grad_norm, "loss_spike", summed_votes)
-        apply_gradients(self.optimizer, self.config.optimizer.clip_grad, grad_norm)
-        return StepResult(loss, grad_norm, None, summed_votes)
+            refusal = "nonfinite"
+        elif loss > spike_above:
+            refusal = "loss_spike"
+        else:
+            refusal = None
+            apply_gradients(self.optimizer, self.config.optimizer.clip_grad, grad_norm)
+        if refusal is not None:
+            for bias, before in zip(self._expert_biases, expert_biases, strict=True):
+                bias.copy_(before)
+        return StepResult(loss, grad_norm, refusal, added[: len(votes)], moe_losses)
 
     @torch.no_grad()
     def evaluate(self, data: Iterator[Batch], iterations: int) -> float:
@@ -100,13 +120,12 @@ class Stepper:
         """All micro batches of a global batch -> `[2]` float64: sum of losses, number of tokens."""
         training = self.config.training
         row_of = training.micro_batch_size if self.config.data.packed_documents else 1
-        replicas = parallel_state.get_data_parallel_world_size()
         iterators = [data] if len(self.model) == 1 else list(tee(data, len(self.model)))
         per_micro_batch = self._schedule(
             forward_step_func=self._forward,
             data_iterator=iterators[0] if len(self.model) == 1 else iterators,
             model=self.model[0] if len(self.model) == 1 else self.model,
-            num_microbatches=training.global_batch_size // training.micro_batch_size // replicas,
+            num_microbatches=self._micro_batches,
             seq_length=self.config.data.seq_length * row_of,
             micro_batch_size=training.micro_batch_size // row_of,
             forward_only=forward_only,
@@ -139,16 +158,18 @@ class Stepper:
         )
         return losses, partial(_sum_of_losses, local["loss_mask"])
 
-    def _reduce(self, sums: Tensor, votes: list[float]) -> tuple[float, list[float]]:
-        """Add up losses, tokens and votes over all ranks in one reduction -> mean loss, votes."""
+    def _reduce(self, sums: Tensor, others: list[float]) -> tuple[float, list[float]]:
+        """Add up losses, tokens and other numbers over all ranks at once -> mean loss, the others.
+
+        One reduction a step: it is also where the ranks agree.
+        """
         # Only one TP rank of a replica counts; stages but the last have zeros already.
         if parallel_state.get_tensor_model_parallel_rank() > 0:
             sums = torch.zeros_like(sums)
-        flags = torch.tensor(votes, dtype=torch.float64, device=self.device)
-        packed = torch.cat([sums, flags])
+        packed = torch.cat([sums, sums.new_tensor(others)])
         dist.all_reduce(packed)
-        loss_sum, tokens, *summed_votes = packed.tolist()
-        return loss_sum / max(tokens, 1.0), summed_votes
+        loss_sum, tokens, *added = packed.tolist()
+        return loss_sum / max(tokens, 1.0), added
 
 
 def packed_seq_params(batch: Batch, backend: str, device: torch.device) -> PackedSeqParams | None:

@@ -22,6 +22,7 @@ from megatron_hybrid.platform import Platform
 from megatron_hybrid.training import checkpoint_files
 from megatron_hybrid.training.checkpoint import Checkpointer, Progress, load_checkpoint
 from megatron_hybrid.training.distributed import is_rank_zero
+from megatron_hybrid.training.extras import params_norm
 from megatron_hybrid.training.metrics import MetricsWriter, StepMetrics, peak_memory_gib
 from megatron_hybrid.training.optimizer import (
     build_optimizer,
@@ -77,21 +78,31 @@ class Trainer:
 
     def _load(self) -> Progress:
         """Go on with this run's own checkpoint, else start from `checkpoint.load`, else anew."""
-        options = self.config.checkpoint
+        config, options = self.config, self.config.checkpoint
         assert options.save is not None
         folder = checkpoint_files.latest_checkpoint(options.save)
-        weights_only = False
-        if folder is None and options.load is not None:
-            folder, weights_only = (
-                checkpoint_files.latest_checkpoint(options.load),
-                options.finetune,
-            )
+        starts_elsewhere = (
+            options.load is not None and options.load.resolve() != options.save.resolve()
+        )
+        weights_only = options.finetune
+        if folder is None:
+            if options.load is None:
+                return Progress()
+            folder = checkpoint_files.latest_checkpoint(options.load)
             if folder is None:
                 raise UserError(f"checkpoint.load={options.load} holds no checkpoint")
-        if folder is None:
-            return Progress()
+        elif starts_elsewhere:
+            # The fields say how the run began; what it saved itself is taken up whole.
+            weights_only = False
+            whole = options.model_copy(update={"load_optim": True, "load_rng": True})
+            config = config.model_copy(update={"checkpoint": whole})
+        elif weights_only:
+            raise UserError(
+                f"checkpoint.finetune=true cannot start from checkpoint.load={options.load}, the "
+                "folder that this run saves to; give the new run a run_dir of its own"
+            )
         progress = load_checkpoint(
-            self.config, folder, self.model, self.optimizer, weights_only=weights_only
+            config, folder, self.model, self.optimizer, weights_only=weights_only
         )
         if is_rank_zero():
             print(f"loaded {folder}: step {progress.iteration}", flush=True)
@@ -131,7 +142,9 @@ class Trainer:
                 result = self.stepper.train(data, self._spike_threshold(), self._votes(signals))
                 self._account(result)
                 self._log(metrics, result, learning_rate, time.perf_counter() - step_started)
-                self._stop_if_unsound(result)
+                if unsound := self._unsound(result):
+                    checkpointer.finish()  # what was saved while the run was sound
+                    raise TrainingStoppedError(unsound)
                 checkpointer.poll()
                 if self._due(training.eval_interval):
                     self._evaluate(metrics, datasets[1])
@@ -177,22 +190,24 @@ class Trainer:
         factor, average = self.config.training.loss_spike_factor, self.progress.loss_average
         return math.inf if factor is None or average is None else factor * average
 
-    def _stop_if_unsound(self, result: StepResult) -> None:
+    def _unsound(self, result: StepResult) -> str | None:
+        """Why the run must not go on; None where it may."""
         training, iteration = self.config.training, self.progress.iteration
         if result.refusal == "nonfinite" and training.nonfinite_action == "stop":
-            raise TrainingStoppedError(
+            return (
                 f"step {iteration}: loss={result.loss} and grad_norm={result.grad_norm}, at least "
                 "one not finite; nothing was updated or saved. Resume from the last checkpoint "
                 "with a lower optimizer.lr, or pass over such steps with "
                 "training.nonfinite_action=skip"
             )
         if result.refusal == "loss_spike" and training.loss_spike_action == "stop":
-            raise TrainingStoppedError(
+            return (
                 f"step {iteration}: loss={result.loss:.4f} is over training.loss_spike_factor="
                 f"{training.loss_spike_factor} times its mean {self.progress.loss_average:.4f}; "
                 "nothing was updated or saved. Pass over such steps with "
                 "training.loss_spike_action=skip"
             )
+        return None
 
     def _votes(self, signals: ExitSignals) -> list[float]:
         """This rank's wishes to end the run, agreed on in the step's own reduction."""
@@ -235,6 +250,9 @@ class Trainer:
         tokens_per_s = self.config.training.global_batch_size * seq_length / seconds
         world_size = torch.distributed.get_world_size()
         mean_seconds = sum(self.step_seconds) / len(self.step_seconds)
+        extra = dict(result.moe_losses)
+        if self.config.logging.log_params_norm:
+            extra["params_norm"] = params_norm(self.optimizer)
         metrics.train(
             StepMetrics(
                 iteration=progress.iteration,
@@ -250,5 +268,6 @@ class Trainer:
                 eta_s=(self.length.train_iters - progress.iteration) * mean_seconds,
                 skipped=result.refusal is not None,
                 nonfinite=result.refusal == "nonfinite",
+                extra=extra,
             )
         )

@@ -95,6 +95,11 @@ ETP, EP = (f"parallel.{name}_parallel_size" for name in ("expert_tensor", "exper
             f"{ETP}=2 needs GPUs: gloo cannot gather shards of unequal size; allowed: 1",
             id="split experts on the CPU",
         ),
+        pytest.param(
+            "--reset-attention-mask --context-parallel-size 2", None, True,
+            f"{CP}=2 with data.packed_documents=true is not supported on GPUs; "
+            "allowed: 1, or data.packed_documents=false", id="packed documents and CP on GPUs",
+        ),
     ],
 )  # fmt: skip
 def test_wrong_for_these_ranks(

@@ -88,26 +88,31 @@ def test_auto_takes_transformer_engine_where_it_can_run(packages: dict) -> None:
     """With a GPU and the packages, auto and the request itself are granted."""
     assert backend.resolve_backend("auto") == "transformer_engine"
     assert backend.resolve_backend("transformer_engine") == "transformer_engine"
-    assert backend.resolve_backend("torch") == "torch"
+
+
+def test_torch_is_refused_on_a_gpu(packages: dict) -> None:
+    """The CPU's kernels are not run on a GPU in silence; the message says how to hide it."""
+    with pytest.raises(backend.BackendError, match="NVIDIA H100.*CUDA_VISIBLE_DEVICES="):
+        backend.resolve_backend("torch")
 
 
 @pytest.mark.parametrize("missing", backend.GPU_PACKAGES)
 def test_a_missing_package_is_named(packages: dict, missing: str) -> None:
-    """Without one of the packages auto takes torch, and the request fails saying which."""
+    """A GPU without one of the packages is an error that says which, for auto too."""
     del packages[missing]
-    assert backend.resolve_backend("auto") == "torch"
+    with pytest.raises(backend.BackendError, match=f"needs the package {missing}"):
+        backend.resolve_backend("auto")
     with pytest.raises(backend.BackendError, match=f"needs the package {missing}"):
         backend.resolve_backend("transformer_engine")
 
 
 def test_auto_is_logged_once(packages: dict, caplog: pytest.LogCaptureFixture) -> None:
-    """What auto chose, and why, is one line of the log, however often it is asked."""
-    del packages["mamba-ssm"]
+    """What auto chose is one line of the log, however often it is asked."""
     with caplog.at_level("INFO", logger=backend.__name__):
         backend.resolve_backend("auto")
         backend.resolve_backend("auto")
     assert [record.getMessage() for record in caplog.records] == [
-        "backend=auto: torch (transformer_engine needs the package mamba-ssm)"
+        "backend=auto: transformer_engine on NVIDIA H100"
     ]
 
 

@@ -179,17 +179,28 @@ def batch_size(c: RunConfig, facts: Facts) -> Problems:
 
 
 def overlap(c: RunConfig, _: Facts) -> Problems:
-    """Gathering parameters early is the distributed optimizer's, and rides on reduced gradients."""
+    """Gathering parameters early rides on reduced gradients."""
     p = c.parallel
-    if p.overlap_param_gather and not p.use_distributed_optimizer:
-        yield (
-            "parallel.overlap_param_gather=true needs parallel.use_distributed_optimizer=true; "
-            "it is false"
-        )
     if p.overlap_param_gather and not p.overlap_grad_reduce:
         yield (
             "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true; "
             "it is false"
+        )
+
+
+def distributed_optimizer(c: RunConfig, _: Facts) -> Problems:
+    """It costs nothing on one rank, and only its checkpoints load in any layout."""
+    if not c.parallel.use_distributed_optimizer:
+        yield "parallel.use_distributed_optimizer=false is not supported; allowed: true"
+
+
+def packed_context_parallel(c: RunConfig, facts: Facts) -> Problems:
+    """Transformer Engine cuts packed documents one by one, and they are not padded for that."""
+    cp = c.parallel.context_parallel_size
+    if c.data.packed_documents and cp > 1 and facts.has_cuda:
+        yield (
+            f"parallel.context_parallel_size={cp} with data.packed_documents=true is not "
+            "supported on GPUs; allowed: 1, or data.packed_documents=false"
         )
 
 
@@ -206,4 +217,6 @@ PARALLEL: tuple[Rule, ...] = (
     world_size,
     batch_size,
     overlap,
+    distributed_optimizer,
+    packed_context_parallel,
 )

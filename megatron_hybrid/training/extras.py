@@ -1,0 +1,87 @@
+"""What the log shows beside loss and gradient: auxiliary losses of MoE layers, parameter norm."""
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+from megatron_hybrid.config import ModelConfig
+from megatron_hybrid.model.pattern import MOE
+from megatron_hybrid.training.optimizer import optimizer_parts
+
+# megatron-core's names of the losses.
+_BALANCE_LOSS = {"aux_loss": "load_balancing_loss", "seq_aux_loss": "seq_load_balancing_loss"}
+_Z_LOSS = "z_loss"
+
+
+class MoeLosses:
+    """The auxiliary losses that megatron-core's routers leave behind in each micro batch.
+
+    Args:
+        micro_batches: of a step, on one rank.
+    """
+
+    def __init__(self, model: ModelConfig, micro_batches: int) -> None:
+        self.names: list[str] = []  # the same on every rank, whether it has MoE layers or not
+        self._layers = model.hybrid_layer_pattern.count(MOE)
+        self._micro_batches = micro_batches
+        if self._layers and model.moe_aux_loss_coeff:
+            self.names.append(_BALANCE_LOSS[model.moe_router_load_balancing_type])
+        if self._layers and model.moe_z_loss_coeff:
+            self.names.append(_Z_LOSS)
+
+    def take(self) -> list[float]:
+        """This rank's share of each loss of the step, which is forgotten: the next begins at 0.
+
+        Added up over all ranks, they are means over MoE layers, micro batches and data-parallel
+        ranks, without the coefficients of the config.
+        """
+        tracker = get_moe_metrics_tracker()
+        shares = [
+            float(tracker.metrics[name].values.double().sum()) / self._parts(name)
+            if name in tracker.metrics
+            else 0.0
+            for name in self.names
+        ]
+        tracker.clear()
+        return shares
+
+    def _parts(self, name: str) -> int:
+        """How many values there are for each one that the mean is made of."""
+        pipeline = parallel_state.get_pipeline_model_parallel_world_size()
+        # A balance loss comes in parts to be added over TP and CP; each z-loss is a mean in itself.
+        replicas = (
+            dist.get_world_size() // pipeline
+            if name == _Z_LOSS
+            else parallel_state.get_data_parallel_world_size()
+        )
+        return replicas * self._layers * self._micro_batches
+
+
+@torch.no_grad()
+def params_norm(optimizer: MegatronOptimizer) -> float:
+    """L2 norm of all parameters of the model, in fp32 as the optimizer keeps them.
+
+    All ranks call it together; it takes one reduction: the distributed optimizer has divided the
+    parameters among the ranks, all but those that tensor-parallel ranks each have whole.
+    """
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for part in optimizer_parts(optimizer):
+        own = [
+            parameter
+            for parameter in part.get_parameters()
+            if param_is_not_shared(parameter)
+            and param_is_not_tensor_parallel_duplicate(
+                parameter,
+                tp_group=getattr(part, "tp_group", None),
+                expert_tp_group=getattr(part, "expert_tp_group", None),
+            )
+        ]
+        if own:
+            total += torch.stack(torch._foreach_norm(own)).double().square().sum()
+    dist.all_reduce(total)
+    return float(total.sqrt())

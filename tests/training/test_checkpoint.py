@@ -1,0 +1,400 @@
+"""Checkpoints that are damaged, hostile, foreign or cannot be written; ways to start from one."""
+
+import contextlib
+import os
+import pickle
+import re
+import resource
+import shutil
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_hybrid.config import load_config
+from megatron_hybrid.errors import UserError
+from megatron_hybrid.testing import run_distributed
+from tests.training.runs import (
+    losses,
+    outcomes,
+    records,
+    same_tensors,
+    tensors_of_all,
+    trainer,
+    words,
+)
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+class Evil(str):
+    """A path, at which there is a file once this is unpickled."""
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return os.system, (f"touch {self}",)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoints of a run of four steps, at steps 2 and 4."""
+    run_dir = tmp_path_factory.mktemp("saved")
+    line = words(run_dir, "checkpoint.save_interval=2")
+    assert run_distributed(outcomes, 1, [line]) == [["finished"]]
+    return run_dir / "checkpoints"
+
+
+def flip_a_bit(folder: Path) -> None:
+    path = max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(folder: Path) -> None:
+    path = max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    os.truncate(path, path.stat().st_size // 2)
+
+
+UNVERIFIED = "checkpoint.verify_integrity=false"
+# name: (what is done to SAVE/iter_0000004, further words, the error)
+DAMAGE: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
+    "flipped bit": (flip_a_bit, [], "cannot be loaded: .*distcp: hash mismatch"),
+    "truncated": (truncate, [], "cannot be loaded: .*distcp: hash mismatch"),
+    "truncated, unverified": (truncate, [UNVERIFIED], "iter_0000004 cannot be loaded: "),
+    "no data": (
+        lambda folder: [path.unlink() for path in folder.glob("*.distcp")],
+        [UNVERIFIED],
+        "cannot be loaded: .*No such file",
+    ),
+    "no index": (lambda folder: (folder / ".metadata").unlink(), [], "it has no .metadata"),
+    "garbled index": (
+        lambda folder: (folder / ".metadata").write_bytes(b"\x80\x04garbage"), [],
+        r"\.metadata is damaged",
+    ),
+    "no sums": (
+        lambda folder: (folder / "integrity.json").unlink(), [],
+        "integrity.json is missing, .*checkpoint.verify_integrity=false",
+    ),
+    "garbled sums": (
+        lambda folder: (folder / "integrity.json").write_text("{"), [], "cannot be loaded: ",
+    ),
+    "no format": (
+        lambda folder: (folder / "metadata.json").unlink(), [UNVERIFIED], "cannot be loaded: ",
+    ),
+    "garbled config": (
+        lambda folder: (folder / "run_config.yaml").write_text("model: ["), [], "run_config.yaml",
+    ),
+    "missing folder": (shutil.rmtree, [], "names iter_0000004, .*there: iter_0000002"),
+    "garbage in the tracker": (
+        lambda folder: (folder.parent / TRACKER).write_text("release\n"), [],
+        f"{TRACKER} cannot be used: .*'release'.*must be the number of an iteration",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def refusals(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """How a run ends that meets each damage."""
+    lines = []
+    for damage, more, _ in DAMAGE.values():
+        run_dir = tmp_path_factory.mktemp("damaged")
+        shutil.copytree(saved, run_dir / "checkpoints")
+        damage(run_dir / "checkpoints" / "iter_0000004")
+        lines.append(words(run_dir, *more))
+    return dict(zip(DAMAGE, run_distributed(outcomes, 1, lines)[0], strict=True))
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_refused(name: str, refusals: dict[str, str]) -> None:
+    """Each damage is a UserError of a few lines that says what is wrong, never a silent start."""
+    found, pattern = refusals[name], DAMAGE[name][2]
+    assert re.match(r"(User|Config)Error: ", found), found
+    assert re.search(pattern, found, re.DOTALL), found
+    assert "Traceback" not in found
+    assert len(found) < 700
+
+
+def hostile(run_dir: Path, place: str, mark: Path) -> tuple[str, bool, bool]:
+    """On a rank: a run meets a checkpoint with code hidden in it.
+
+    Returns:
+        How the run ended, whether the code ran, and whether it does where nobody minds.
+    """
+    from megatron.core import dist_checkpointing
+
+    from megatron_hybrid.training.checkpoint import _metadata, _model_state, _rng_state
+
+    folder = run_dir / "checkpoints" / "iter_0000004"
+    folder.mkdir(parents=True)
+    with trainer(words(run_dir)) as run:
+        metadata = _metadata()
+        state = {"rng_state": _rng_state(), **_model_state(run.model, metadata)}
+        state["optimizer"] = run.optimizer.sharded_state_dict(state, metadata=metadata)
+        if place == "common state":
+            state["progress"] = Evil(mark)
+        if place == "generators":
+            state["rng_state"].data = Evil(mark)
+        dist_checkpointing.save(state, str(folder), async_strategy="mcore")
+        (folder / "run_config.yaml").write_text(run.config.to_yaml())
+    if place == "index":
+        (folder / ".metadata").write_bytes(pickle.dumps(Evil(mark)))
+    (folder.parent / TRACKER).write_text("4")
+    mark.unlink(missing_ok=True)
+    ended = outcomes([words(run_dir, UNVERIFIED)])[0]
+    ran = mark.exists()
+    with trainer(words(run_dir / "other")):
+        with contextlib.suppress(Exception, CheckpointException):
+            dist_checkpointing.load({"rng_state": _rng_state()}, str(folder))
+        return ended, ran, mark.exists()
+
+
+@pytest.mark.parametrize("place", ["index", "common state", "generators"])
+def test_code_in_a_checkpoint_does_not_run(place: str, tmp_path: Path) -> None:
+    """Neither the index nor any pickled object runs code, though plain readers do run it."""
+    ended, ran, works = run_distributed(hostile, 1, tmp_path / "run", place, tmp_path / "mark")[0]
+    assert works, "the attack is none"
+    assert not ran
+    assert ended.startswith("UserError: ")
+    assert "system" in ended
+
+
+def test_another_model_is_refused(saved: Path, tmp_path: Path) -> None:
+    """Every field that makes another model is named, with both values; nothing else is."""
+    other = [
+        "model.hidden_size=64", "model.hybrid_layer_pattern=M*M-", "model.mamba_state_dim=16",
+        "model.position_embedding_type=rope", f"checkpoint.load={saved}",
+    ]  # fmt: skip
+    text = run_distributed(outcomes, 1, [words(tmp_path, *other)])[0][0]
+    lines = text.splitlines()
+    assert lines[0] == f"UserError: {saved}/iter_0000004 holds another model:"
+    expected = {
+        "model.hybrid_layer_pattern='M*M-', in the checkpoint 'M*-'",
+        "model.hidden_size=64, in the checkpoint 32",
+        "model.mamba_state_dim=16, in the checkpoint 8",
+    }
+    assert {line.removeprefix("  - ") for line in lines[1:]} == expected
+
+
+def steps_of(run_dir: Path) -> list[int]:
+    return [record["iteration"] for record in records(run_dir)]
+
+
+def test_ways_to_start(saved: Path, tmp_path: Path) -> None:
+    """A checkpoint goes on, is fine-tuned from step 1, or goes on with a fresh optimizer."""
+    runs = {
+        "resumed": [], "finetuned": ["checkpoint.finetune=true"],
+        "no-optim": ["checkpoint.load_optim=false"], "no-rng": ["checkpoint.load_rng=false"],
+    }  # fmt: skip
+    folders = {name: tmp_path / name for name in runs}
+    lines = [
+        words(folders[name], f"checkpoint.load={saved}", "training.train_iters=6", *more)
+        for name, more in runs.items()
+    ]
+    again = [
+        # Interrupted and started again with the same words: now its own checkpoint counts, whole.
+        [*line, f"run_dir={tmp_path / 'again' / name}", *exit_early]
+        for name, line in zip(runs, lines, strict=True)
+        for exit_early in (["training.exit_interval=5"], [])
+    ]
+    found = run_distributed(outcomes, 1, [*lines, *again])[0]
+    assert found == ["finished"] * 4 + ["exit_interval", "finished"] * 4
+    for name in runs:
+        assert losses(tmp_path / "again" / name) == losses(folders[name]), name
+    for name in ("resumed", "no-optim", "no-rng"):
+        assert steps_of(folders[name]) == [5, 6]
+    assert steps_of(folders["finetuned"]) == [1, 2, 3, 4, 5, 6]
+    whole, fresh = losses(folders["resumed"]), losses(folders["no-optim"])
+    assert losses(folders["no-rng"]) == whole  # nothing is drawn at random
+    assert fresh[0] == whole[0]  # the same weights and data
+    assert fresh[1] != whole[1]  # another update
+    assert losses(folders["finetuned"])[0] < losses(saved.parent)[0] - 0.01
+
+
+def test_load_needs_no_other_word(saved: Path, tmp_path: Path) -> None:
+    """`--load DIR` alone takes the stored config and goes on where the run stood."""
+    shutil.copytree(saved.parent, tmp_path / "run")
+    load = ["--load", str(tmp_path / "run" / "checkpoints")]
+    stored = load_config(words(saved.parent))
+    config = load_config(load)
+    assert config.model_dump(exclude={"checkpoint"}) == stored.model_dump(exclude={"checkpoint"})
+    line = [*load, "--train-iters", "6", f"run_dir={tmp_path / 'new'}"]
+    assert run_distributed(outcomes, 1, [line]) == [["finished"]]
+    assert steps_of(tmp_path / "new") == [5, 6]
+
+
+def test_how_a_run_began_is_not_how_it_goes_on(saved: Path, tmp_path: Path) -> None:
+    """A fine-tuned run is resumed by `--load` as any other: its config no longer says finetune."""
+    line = words(tmp_path, f"checkpoint.load={saved}", "checkpoint.finetune=true")
+    assert run_distributed(outcomes, 1, [line]) == [["finished"]]
+    resumed = ["--load", str(tmp_path / "checkpoints"), "--train-iters", "6"]
+    assert run_distributed(outcomes, 1, [resumed]) == [["finished"]]
+    assert steps_of(tmp_path) == [1, 2, 3, 4, 5, 6]
+
+
+def test_finetuning_into_the_same_folder_is_refused(saved: Path, tmp_path: Path) -> None:
+    """A run cannot both start from weights and save over the run that they are of."""
+    shutil.copytree(saved, tmp_path / "checkpoints")
+    line = words(tmp_path, f"checkpoint.load={tmp_path}/checkpoints", "checkpoint.finetune=true")
+    text = run_distributed(outcomes, 1, [line])[0][0]
+    assert "checkpoint.finetune=true cannot start from checkpoint.load=" in text
+    assert "run_dir" in text
+
+
+def test_keep_last(tmp_path: Path) -> None:
+    """The newest N checkpoints stay, and whatever else is in the folder; half-written ones go."""
+    save = tmp_path / "checkpoints"
+    (save / "iter_0000001.bak").mkdir(parents=True)
+    (save / ".iter_0000099.part").mkdir()
+    line = words(tmp_path, "checkpoint.save_interval=1", "checkpoint.keep_last=2")
+    assert run_distributed(outcomes, 1, [line]) == [["finished"]]
+    expected = ["iter_0000001.bak", "iter_0000003", "iter_0000004", TRACKER]
+    assert sorted(path.name for path in save.iterdir()) == expected
+
+
+def saved_at_once(line: list[str]) -> tuple[bool, bool]:
+    """On a rank: save before the first step; was it named before and after it was finished?"""
+    from megatron_hybrid.training.checkpoint import Checkpointer, Progress
+
+    with trainer(line) as run:
+        checkpointer = Checkpointer(
+            run.config, run.model, run.optimizer, run.tokenizer, lambda *_: None
+        )
+        checkpointer.save(Progress())
+        tracker = run.config.checkpoint.save / TRACKER
+        early = tracker.exists()
+        checkpointer.finish()
+        return early, tracker.exists()
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_saved_before_the_first_step(background: bool, tmp_path: Path) -> None:
+    """A fresh run can be saved and goes on from it; it is named only once it is whole."""
+    line = words(tmp_path / "saved", f"checkpoint.async_save={str(background).lower()}")
+    assert run_distributed(saved_at_once, 2, line) == [(not background, True)] * 2
+    assert run_distributed(outcomes, 2, [line, words(tmp_path / "plain")])[0] == ["finished"] * 2
+    assert losses(tmp_path / "saved") == losses(tmp_path / "plain")
+
+
+def test_background_saves_are_the_same(tmp_path: Path) -> None:
+    """What is written while training goes on is the state at the time of the save."""
+    lines = [
+        words(tmp_path / mode, "checkpoint.save_interval=1", f"checkpoint.async_save={mode}")
+        for mode in ("false", "true")
+    ]
+    assert run_distributed(outcomes, 1, lines)[0] == ["finished"] * 2
+    names = [f"iter_{step:07d}" for step in (1, 2, 3, 4)]
+    folders = [tmp_path / m / "checkpoints" / name for m in ("false", "true") for name in names]
+    found = run_distributed(tensors_of_all, 1, folders)[0]
+    for one, other in zip(found[:4], found[4:], strict=True):
+        assert same_tensors(one, other)
+
+
+def test_saved_with_overlap(tmp_path: Path) -> None:
+    """Parameters still to be gathered when the run is saved are saved as they will be."""
+    overlap = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
+    lines = [
+        words(tmp_path / "plain", "checkpoint.save_interval=2"),
+        words(tmp_path / "overlap", *overlap, "training.exit_interval=2"),
+        words(tmp_path / "overlap", *overlap),
+    ]
+    found = run_distributed(outcomes, 2, lines)[0]
+    assert found == ["finished", "exit_interval", "finished"]
+    assert losses(tmp_path / "overlap") == losses(tmp_path / "plain")
+    folders = [tmp_path / name / "checkpoints/iter_0000002" for name in ("plain", "overlap")]
+    assert same_tensors(*run_distributed(tensors_of_all, 1, folders)[0])
+
+
+def full_disk(line: list[str]) -> tuple[str, list[str]]:
+    """On a rank: a save for which there is no room; its error, and what is left in the folder."""
+    from megatron_hybrid.training.checkpoint import Checkpointer, Progress
+
+    with trainer(line) as run:
+        run.run()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, resource.RLIM_INFINITY))
+        checkpointer = Checkpointer(
+            run.config, run.model, run.optimizer, run.tokenizer, lambda *_: None
+        )
+        try:
+            checkpointer.save(Progress(9, 36))
+            checkpointer.finish()
+        except UserError as error:
+            torch.distributed.barrier()
+            return str(error), sorted(path.name for path in run.config.checkpoint.save.iterdir())
+        return "saved", []
+
+
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_full_disk(background: str, tmp_path: Path) -> None:
+    """A save that fails midway is an error on every rank and leaves the one before as it was."""
+    line = words(tmp_path, f"checkpoint.async_save={background}")
+    for text, left in run_distributed(full_disk, 2, line):
+        assert f"checkpoint.save={tmp_path}/checkpoints: step 9 could not be saved: " in text
+        assert "rank 0: " in text
+        assert len(text) < 500
+        assert left == ["iter_0000004", TRACKER]
+    assert run_distributed(outcomes, 2, [[*line, "training.train_iters=5"]])[0] == ["finished"]
+    assert steps_of(tmp_path) == [1, 2, 3, 4, 5]
+
+
+def no_folder(line: list[str]) -> str:
+    """On a rank: the error of a run whose folder for checkpoints went away."""
+    with trainer(line) as run:
+        save = run.config.checkpoint.save
+        torch.distributed.barrier()
+        if torch.distributed.get_rank() == 0:
+            save.parent.mkdir(exist_ok=True)
+            save.write_text("not a folder")
+        with pytest.raises(UserError) as caught:
+            run.run()
+        return str(caught.value)
+
+
+def test_nowhere_to_save(tmp_path: Path) -> None:
+    """A folder that cannot be made is an error on every rank, and none waits for another."""
+    for text in run_distributed(no_folder, 2, words(tmp_path)):
+        assert f"checkpoint.save={tmp_path}/checkpoints: step 4 could not be saved: " in text
+        assert "Not a directory" in text or "File exists" in text
+
+
+def save_as_megatron_lm(line: list[str], folder: Path) -> None:
+    """On a rank: a checkpoint with what Megatron-LM puts into one, and nothing of ours."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    folder.mkdir(parents=True)
+    (folder.parent / TRACKER).write_text("7")
+    with trainer(line) as run:
+        run.run()
+        generators = [{"random_rng_state": (3, (1, 2), None), "torch_rng_state": 0}]
+        state = {
+            "args": Namespace(hidden_size=32, params_dtype=torch.float32),
+            "checkpoint_version": 3.0,
+            "iteration": 7,
+            "model": run.model[0].module.sharded_state_dict(),
+            "rng_state": ShardedObject("rng_state", generators, (1, 1), (0, 0), replica_id=0),
+        }
+        dist_checkpointing.save(state, str(folder), async_strategy="mcore")
+
+
+def test_megatron_lm_s_own(tmp_path: Path) -> None:
+    """A checkpoint without our files loads with a given config, and goes on at its iteration."""
+    save = tmp_path / "theirs"
+    run_distributed(save_as_megatron_lm, 1, words(tmp_path / "run"), save / "iter_0000007")
+    load = [f"checkpoint.load={save}", "training.train_iters=8"]
+    lines = [
+        words(tmp_path / "on", *load, "checkpoint.load_optim=false"),
+        words(tmp_path / "fine", *load, "checkpoint.finetune=true"),
+        words(tmp_path / "optim", *load),
+    ]
+    found = run_distributed(outcomes, 1, lines)[0]
+    assert found[:2] == ["finished"] * 2
+    assert steps_of(tmp_path / "on") == [8]
+    assert records(tmp_path / "on")[0]["consumed_samples"] == 32
+    assert steps_of(tmp_path / "fine") == list(range(1, 9))
+    assert losses(tmp_path / "fine")[0] < losses(tmp_path / "run")[0]
+    assert found[2].startswith(f"UserError: {save}/iter_0000007 cannot be loaded: ")
+    assert "checkpoint.load_optim=false" in found[2]
