@@ -1,4 +1,4 @@
-"""A norm and the column-parallel linear after it, as one module: `linear.layer_norm_weight`.
+"""Linears under tensor and sequence parallelism, one of them with the norm before it.
 
 Legend: s sequence (of this rank), b batch, h hidden size, o output size of this TP rank.
 """
@@ -6,16 +6,76 @@ Legend: s sequence (of this rank), b batch, h hidden size, o output size of this
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
     make_sharded_tensors_for_checkpoint,
 )
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_hybrid.layers.norm import norm_weight
 from megatron_hybrid.ops.gated_norm import rms_norm_grouped
+from megatron_hybrid.ops.linear import linear
+
+
+def parallel_linear(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    allreduce_dgrad: bool,
+    sequence_parallel: bool,
+    tp_group: ProcessGroup | None,
+) -> Tensor:
+    """The product in the engine's column- and row-parallel linears, by `ops.linear`.
+
+    With sequence parallelism the gathered input is kept for the backward pass, where the engine
+    gathers it anew: between processes of one machine that costs more than the memory.
+
+    Args:
+        hidden_states: `[s, b, h]`. weight: `[o, h]`. bias: `[o]`.
+        allreduce_dgrad: add up the input's gradient over TP.
+        sequence_parallel: gather the input over TP, and scatter the sum of its gradient.
+        tp_group: may be None where neither is asked for.
+
+    Returns:
+        `[s, b, o]`, with sequence parallelism `[s * TP, b, o]`.
+    """
+    if sequence_parallel:
+        hidden_states = gather_from_sequence_parallel_region(hidden_states, group=tp_group)
+    elif allreduce_dgrad:
+        hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=tp_group)
+    output = linear(hidden_states, weight)
+    return output if bias is None else output + bias
+
+
+def made_again_in_backward(
+    tensor: Tensor, make: Callable[[], Tensor]
+) -> torch.autograd.graph.saved_tensors_hooks:
+    """A context in which operations keep `make` instead of `tensor` for their backward pass.
+
+    For a tensor that is cheap to make from others which are kept anyway.
+    """
+    # Not the tensor itself, which autograd would keep as long as `pack`.
+    identity = (tensor.data_ptr(), tensor.shape)
+
+    def pack(saved: Tensor) -> Tensor | None:
+        return None if (saved.data_ptr(), saved.shape) == identity else saved
+
+    def unpack(packed: Tensor | None) -> Tensor:
+        if packed is not None:
+            return packed
+        with torch.no_grad():
+            return make()
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 class LayerNormColumnParallelLinear(ColumnParallelLinear):
@@ -44,10 +104,13 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
         self.eps = config.layernorm_epsilon
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
-        normed = rms_norm_grouped(
-            hidden_states, self.layer_norm_weight, self.layer_norm_weight.numel(), self.eps
-        )
-        return super().forward(normed)
+        def norm() -> Tensor:
+            weight = self.layer_norm_weight
+            return rms_norm_grouped(hidden_states, weight, weight.numel(), self.eps)
+
+        normed = norm()
+        with made_again_in_backward(normed, norm):
+            return super().forward(normed)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

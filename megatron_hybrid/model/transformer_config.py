@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.activations import squared_relu
+from megatron.core.activations import squared_relu as engine_squared_relu
 from megatron.core.transformer import TransformerConfig
 
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.model.pattern import MOE, parse_pattern
+from megatron_hybrid.ops.squared_relu import squared_relu
 
 # name -> (function, gated)
 ACTIVATIONS: dict[str, tuple[Callable, bool]] = {
@@ -51,6 +52,8 @@ def transformer_config(config: RunConfig, backend: str, device: torch.device) ->
     activation, gated = ACTIVATIONS[model.activation]
     dtype = torch.bfloat16 if config.precision.recipe == "bf16" else torch.float32
     on_transformer_engine = backend == "transformer_engine"
+    if on_transformer_engine and activation is squared_relu:
+        activation = engine_squared_relu  # which its fused experts know
     arguments: dict[str, Any] = {name: getattr(model, name) for name in MODEL_FIELDS}
     if pattern.has(MOE):
         arguments |= {name: getattr(model, name) for name in MOE_FIELDS}

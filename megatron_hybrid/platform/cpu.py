@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from megatron_hybrid.platform.adam import Adam
+from megatron_hybrid.platform.engine_layers import cross_entropy, final_norm, parallel_linear
 from megatron_hybrid.platform.results_file import ResultsFile
 from megatron_hybrid.platform.torch_view import ENGINE_TORCH
 
@@ -27,7 +28,7 @@ ENGINE = "megatron.core"
 
 @dataclass(frozen=True)
 class Patch:
-    """One place of megatron-core that cannot run without CUDA as it is.
+    """One place of megatron-core that without CUDA cannot run as it is, or runs slowly.
 
     Attributes:
         module: the module that holds the place.
@@ -118,13 +119,6 @@ def results_file(mp_mode: str = "spawn") -> ResultsFile:
     """How a checkpoint's writer reports back: through a file, for which nothing is started."""
     del mp_mode
     return ResultsFile()
-
-
-def final_norm(config: Any, hidden_size: int, eps: float) -> torch.nn.Module:
-    """The torch backend's norm, for the one norm that the hybrid stack builds by name."""
-    from megatron_hybrid.layers.norm import RMSNorm
-
-    return RMSNorm(config, hidden_size, eps)
 
 
 def stay_on_cpu_for_engine(patch: Patch) -> None:
@@ -333,6 +327,20 @@ PATCHES: tuple[Patch, ...] = (
         "the stack's last norm is Transformer Engine's, by name",
         "self.final_norm = TENorm(",
         set_to(final_norm),
+    ),
+    Patch(
+        f"{ENGINE}.tensor_parallel.layers",
+        "linear_with_grad_accumulation_and_async_allreduce",
+        "half as fast in fp32 as oneDNN on processors that are not Intel's",
+        "LinearWithGradAccumulationAndAsyncCommunication.apply(*args)",
+        replace_by(parallel_linear),
+    ),
+    Patch(
+        f"{ENGINE}.tensor_parallel.cross_entropy",
+        "vocab_parallel_cross_entropy",
+        "passes seven times over the logits, which are larger than the cache, and over a copy",
+        "_VocabParallelCrossEntropy.apply(",
+        replace_by(cross_entropy),
     ),
     Patch(
         f"{ENGINE}.dist_checkpointing.strategies.filesystem_async",

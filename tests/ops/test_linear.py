@@ -23,7 +23,11 @@ def test_equals_float64(x_shape: tuple[int, ...], outputs: int, dtype: torch.dty
     got = linear(x, weight)
     got.backward(grad)
     tolerance = 1e-6 if dtype == torch.float32 else 2**-8
-    for actual, expected in ((got, exact), (x.grad, exact_x.grad), (weight.grad, exact_weight.grad)):
+    for actual, expected in (
+        (got, exact),
+        (x.grad, exact_x.grad),
+        (weight.grad, exact_weight.grad),
+    ):
         assert actual is not None and expected is not None
         assert actual.dtype == dtype
         assert (actual.double() - expected).norm() <= tolerance * expected.norm()

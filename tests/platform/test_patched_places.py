@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hybrid.platform import cpu, initialize
+from megatron_hybrid.platform import cpu, engine_layers, initialize
 from megatron_hybrid.platform.cpu import PATCHES, Patch
 from megatron_hybrid.platform.torch_view import CUDA_NAMES, FACTORIES
 
@@ -28,6 +28,18 @@ ARGUMENTS = {
     "megatron.core.dist_checkpointing.strategies.filesystem_async.get_write_results_queue": (
         ["mp_mode"],
         cpu.results_file,
+    ),
+    "megatron.core.tensor_parallel.layers.linear_with_grad_accumulation_and_async_allreduce": (
+        [
+            *("input", "weight", "bias", "gradient_accumulation_fusion", "allreduce_dgrad"),
+            *("sequence_parallel", "grad_output_buffer", "wgrad_deferral_limit", "tp_group"),
+            "gtp_remat_size",
+        ],
+        engine_layers.parallel_linear,
+    ),
+    "megatron.core.tensor_parallel.cross_entropy.vocab_parallel_cross_entropy": (
+        ["vocab_parallel_logits", "target", "label_smoothing", "tp_group"],
+        engine_layers.cross_entropy,
     ),
 }
 

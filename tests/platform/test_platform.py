@@ -92,7 +92,7 @@ def test_auto_takes_transformer_engine_where_it_can_run(packages: dict) -> None:
 
 def test_torch_is_refused_on_a_gpu(packages: dict) -> None:
     """The CPU's kernels are not run on a GPU in silence; the message says how to hide it."""
-    with pytest.raises(backend.BackendError, match="NVIDIA H100.*CUDA_VISIBLE_DEVICES="):
+    with pytest.raises(backend.BackendError, match=r"NVIDIA H100.*CUDA_VISIBLE_DEVICES="):
         backend.resolve_backend("torch")
 
 

@@ -1,0 +1,162 @@
+"""The sides of `train_step.py`, each built and run in a process of its own: ours, peer, GEMM."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from step_model import (
+    ADAM_EPS,
+    BETAS,
+    CLIP_GRAD,
+    DTYPES,
+    LEARNING_RATE,
+    SEED,
+    WEIGHT_DECAY,
+    Case,
+    batch,
+    our_config,
+    peer_config,
+    to_our_names,
+)
+
+from megatron_hybrid.ops.linear import product
+
+# A step, run once a call; returns its loss.
+Step = Callable[[], float]
+GEMM_SIZE, GEMM_REPEATS = 2048, 4
+GEMM_FLOPS = 2.0 * GEMM_SIZE**3 * GEMM_REPEATS
+
+
+def ours(case: Case, weights: Path, resources: ExitStack) -> Step:
+    """Our trainer's step on one rank: DDP, distributed optimizer, clipping, AdamW."""
+    from megatron_hybrid.data.batch import Batch
+    from megatron_hybrid.model.build import build_model_chunks
+    from megatron_hybrid.model.transformer_config import transformer_config
+    from megatron_hybrid.platform import initialize
+    from megatron_hybrid.training.distributed import process_groups
+    from megatron_hybrid.training.optimizer import (
+        build_optimizer,
+        build_scheduler,
+        wrap_data_parallel,
+    )
+    from megatron_hybrid.training.step import Stepper
+
+    platform, config = initialize(), our_config(case)
+    resources.enter_context(process_groups(config, platform))
+    engine_config = transformer_config(config, "torch", platform.device)
+    (chunk,) = build_model_chunks(config, engine_config, "torch")
+    named = to_our_names(torch.load(weights, weights_only=True))
+    with torch.no_grad():
+        for name, parameter in chunk.named_parameters():
+            parameter.copy_(named.pop(name.removeprefix("module.")))
+    assert not named, f"parameters of the peer that ours has not: {list(named)}"
+    model = wrap_data_parallel(config, engine_config, [chunk])
+    optimizer = build_optimizer(config, engine_config, model)
+    build_scheduler(config, optimizer, 0)
+    stepper = Stepper(config, model, optimizer, "torch", platform.device)
+    tokens, labels = batch(case)
+    one = Batch(tokens, labels, torch.ones(1, case.length), torch.arange(case.length)[None])
+    data: Iterator[Batch] = itertools.repeat(one)
+    return lambda: stepper.train(data, float("inf"), []).loss
+
+
+def peer(case: Case, weights: Path, resources: ExitStack) -> Step:
+    """The same step with Hugging Face's NemotronH: SDPA, clipping, torch's fused AdamW.
+
+    In bf16 its parameters, gradients and AdamW states are bf16 altogether, the fastest and smallest
+    that it can do; ours keeps main parameters, gradients and states in fp32.
+    """
+    del resources
+    from transformers import NemotronHForCausalLM
+
+    torch.manual_seed(SEED)
+    model = NemotronHForCausalLM(peer_config())
+    torch.save(model.state_dict(), weights)
+    model = model.to(DTYPES[case.dtype]).train()
+    for layer in model.model.layers:
+        if layer.block_type == "linear_attention":
+            # It would raise step sizes to 0.001, which ours does not.
+            layer.mixer.time_step_limit = (0.0, float("inf"))
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+        lr=LEARNING_RATE,
+        betas=BETAS,
+        eps=ADAM_EPS,
+        weight_decay=WEIGHT_DECAY,
+        fused=True,
+    )
+    tokens, labels = batch(case)
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(tokens, labels=labels, shift_labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD, foreach=True)
+        optimizer.step()
+        return float(loss.detach())
+
+    return step
+
+
+def gemm(case: Case, weights: Path, resources: ExitStack) -> Step:
+    """Square matrix products, `GEMM_FLOPS` a step, by torch.mm and by oneDNN in turns.
+
+    In fp32 torch.mm is MKL's, which is not the fastest on every processor.
+    """
+    del weights, resources
+    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE).to(DTYPES[case.dtype]) for _ in range(2))
+    products = itertools.cycle([lambda: torch.mm(a, b.t()), lambda: product(a, b)])
+
+    def step() -> float:
+        multiply = next(products)
+        for _ in range(GEMM_REPEATS):
+            multiply()
+        return 0.0
+
+    return step
+
+
+SIDES = {"ours": ours, "peer": peer, "gemm": gemm}
+
+
+def serve(side: str, case: Case, weights: Path, pipe: Connection) -> None:
+    """Build a side; for each message of the pipe run a step and answer (seconds, loss, peak MiB).
+
+    The peak is VmHWM less the process's VmRSS with everything imported, before the model is built:
+    what building and training the model adds, weights and optimizer included.
+    """
+    torch.set_num_threads(case.threads)
+    _import_libraries(side)
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    baseline_mib = _resident_mib("VmRSS")
+    with ExitStack() as resources:
+        step = SIDES[side](case, weights, resources)
+        pipe.send("ready")
+        while pipe.recv():
+            start = time.perf_counter()
+            loss = step()
+            seconds = time.perf_counter() - start
+            pipe.send((seconds, loss, _resident_mib("VmHWM") - baseline_mib))
+
+
+def _import_libraries(side: str) -> None:
+    """What a side imports, ahead of the memory baseline."""
+    if side == "ours":
+        from megatron_hybrid.platform import initialize
+
+        initialize()
+        import megatron_hybrid.training.trainer  # noqa: F401
+    elif side == "peer":
+        from transformers import NemotronHForCausalLM  # noqa: F401
+
+
+def _resident_mib(field: str) -> float:
+    """A field of /proc/self/status: VmRSS now, VmHWM at its peak."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split(f"{field}:")[1].split()[0]) / 1024
