@@ -105,8 +105,9 @@ def _engine() -> list[Finding]:
         findings.append(Finding("engine", _version("megatron-core") or "-", "broken", str(error)))
     missing = ", ".join(probe.missing)
     note = f"transformer_engine would need: {missing}" if missing else "everything is there"
-    state = "ok" if probe.backend else "broken"
-    findings.append(Finding("backend=auto", probe.backend or "-", state, note))
+    findings.append(
+        Finding("backend=auto", probe.backend or "-", "ok" if probe.backend else "broken", note)
+    )
     return findings
 
 

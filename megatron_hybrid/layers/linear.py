@@ -7,7 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear as EngineColumnParallelLinear,
+)
+from megatron.core.tensor_parallel.layers import RowParallelLinear as EngineRowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -26,34 +29,50 @@ from megatron_hybrid.ops.linear import linear
 
 
 def parallel_linear(
-    hidden_states: Tensor,
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     *,
     allreduce_dgrad: bool,
     sequence_parallel: bool,
     tp_group: ProcessGroup | None,
+    **unused: object,
 ) -> Tensor:
-    """The product in the engine's column- and row-parallel linears, by `ops.linear`.
+    """The product in a column- or row-parallel linear, by `ops.linear`: its `_forward_impl`.
 
     With sequence parallelism the gathered input is kept for the backward pass, where the engine
     gathers it anew: between processes of one machine that costs more than the memory.
 
     Args:
-        hidden_states: `[s, b, h]`. weight: `[o, h]`. bias: `[o]`.
+        input: `[s, b, h]`.
+        weight: `[o, h]`.
+        bias: `[o]`.
         allreduce_dgrad: add up the input's gradient over TP.
         sequence_parallel: gather the input over TP, and scatter the sum of its gradient.
         tp_group: may be None where neither is asked for.
+        unused: what the engine's own product is told beside these.
 
     Returns:
         `[s, b, o]`, with sequence parallelism `[s * TP, b, o]`.
     """
     if sequence_parallel:
-        hidden_states = gather_from_sequence_parallel_region(hidden_states, group=tp_group)
+        input = gather_from_sequence_parallel_region(input, group=tp_group)
     elif allreduce_dgrad:
-        hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=tp_group)
-    output = linear(hidden_states, weight)
+        input = copy_to_tensor_model_parallel_region(input, group=tp_group)
+    output = linear(input, weight)
     return output if bias is None else output + bias
+
+
+class ColumnParallelLinear(EngineColumnParallelLinear):
+    """The engine's linear with the weight split by rows over TP, on our product."""
+
+    _forward_impl = staticmethod(parallel_linear)
+
+
+class RowParallelLinear(EngineRowParallelLinear):
+    """The engine's linear with the weight split by columns over TP, on our product."""
+
+    _forward_impl = staticmethod(parallel_linear)
 
 
 def made_again_in_backward(

@@ -9,7 +9,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.model.counts import padded_vocab_size
 from megatron_hybrid.model.pattern import parse_pattern
-from megatron_hybrid.model.specs import hybrid_stack_spec
+from megatron_hybrid.model.specs import hybrid_stack_spec, layer_classes
 
 
 def build_model(
@@ -34,7 +34,7 @@ def build_model(
         pattern = parse_pattern(pattern).layers
     last_chunk = (parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1) - 1
     assert model.vocab_size is not None, "resolved from the tokenizer before the model is built"
-    return HybridModel(
+    return layer_classes(backend).model(
         config=engine_config,
         hybrid_stack_spec=hybrid_stack_spec(backend),
         vocab_size=padded_vocab_size(model.vocab_size, model.make_vocab_size_divisible_by),

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from megatron_hybrid.platform.adam import Adam
-from megatron_hybrid.platform.engine_layers import cross_entropy, final_norm, parallel_linear
 from megatron_hybrid.platform.results_file import ResultsFile
 from megatron_hybrid.platform.torch_view import ENGINE_TORCH
 
@@ -28,7 +27,7 @@ ENGINE = "megatron.core"
 
 @dataclass(frozen=True)
 class Patch:
-    """One place of megatron-core that without CUDA cannot run as it is, or runs slowly.
+    """One place of megatron-core that cannot run without CUDA as it is.
 
     Attributes:
         module: the module that holds the place.
@@ -320,27 +319,6 @@ PATCHES: tuple[Patch, ...] = (
         "leaves the split sizes of CPU tensors as tensors, which all_to_all_single refuses",
         "tensor.is_cuda",
         replace_by(move_tensor_to_cpu),
-    ),
-    Patch(
-        f"{ENGINE}.models.hybrid.hybrid_block",
-        "TENorm",
-        "the stack's last norm is Transformer Engine's, by name",
-        "self.final_norm = TENorm(",
-        set_to(final_norm),
-    ),
-    Patch(
-        f"{ENGINE}.tensor_parallel.layers",
-        "linear_with_grad_accumulation_and_async_allreduce",
-        "half as fast in fp32 as oneDNN on processors that are not Intel's",
-        "LinearWithGradAccumulationAndAsyncCommunication.apply(*args)",
-        replace_by(parallel_linear),
-    ),
-    Patch(
-        f"{ENGINE}.tensor_parallel.cross_entropy",
-        "vocab_parallel_cross_entropy",
-        "passes seven times over the logits, which are larger than the cache, and over a copy",
-        "_VocabParallelCrossEntropy.apply(",
-        replace_by(cross_entropy),
     ),
     Patch(
         f"{ENGINE}.dist_checkpointing.strategies.filesystem_async",

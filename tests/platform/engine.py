@@ -1,6 +1,6 @@
 """megatron-core's own hybrid model, optimizer, schedules and checkpoints, as a rank runs them.
 
-Layers are the engine's local ones, under our norm: these tests hold the platform.
+Layers are the engine's local ones, with our norms: these tests hold the platform.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from megatron.core.distributed import (
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -34,6 +34,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_hybrid.layers.norm import RMSNorm
+from megatron_hybrid.model.hybrid import HybridStack
 from megatron_hybrid.testing import init_model_parallel
 
 VOCAB_SIZE, SEQ_LENGTH, BATCH = 64, 16, 4

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hybrid.platform import cpu, engine_layers, initialize
+from megatron_hybrid.platform import cpu, initialize
 from megatron_hybrid.platform.cpu import PATCHES, Patch
 from megatron_hybrid.platform.torch_view import CUDA_NAMES, FACTORIES
 
@@ -28,18 +28,6 @@ ARGUMENTS = {
     "megatron.core.dist_checkpointing.strategies.filesystem_async.get_write_results_queue": (
         ["mp_mode"],
         cpu.results_file,
-    ),
-    "megatron.core.tensor_parallel.layers.linear_with_grad_accumulation_and_async_allreduce": (
-        [
-            *("input", "weight", "bias", "gradient_accumulation_fusion", "allreduce_dgrad"),
-            *("sequence_parallel", "grad_output_buffer", "wgrad_deferral_limit", "tp_group"),
-            "gtp_remat_size",
-        ],
-        engine_layers.parallel_linear,
-    ),
-    "megatron.core.tensor_parallel.cross_entropy.vocab_parallel_cross_entropy": (
-        ["vocab_parallel_logits", "target", "label_smoothing", "tp_group"],
-        engine_layers.cross_entropy,
     ),
 }
 
@@ -153,19 +141,6 @@ def test_replaced_function_is_called_as_before(where: str) -> None:
     assert [argument.arg for argument in found.args.args] == expected
     code = ours.__code__
     assert list(code.co_varnames[: code.co_argcount]) == expected
-
-
-def test_final_norm_is_built_with_these_arguments() -> None:
-    """The stack builds its last norm with the arguments that ours takes."""
-    tree = ast.parse(source_of("megatron.core.models.hybrid.hybrid_block"))
-    calls = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "TENorm"
-    ]
-    assert [[keyword.arg for keyword in call.keywords] for call in calls] == [
-        ["config", "hidden_size", "eps"]
-    ]
 
 
 def test_every_use_of_torch_cuda_is_known() -> None:
