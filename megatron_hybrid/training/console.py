@@ -3,13 +3,11 @@
 import math
 import os
 import sys
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-if TYPE_CHECKING:
-    from megatron_hybrid.training.metrics import StepMetrics
+from megatron_hybrid.training.step_metrics import StepMetrics
 
 
 def human_count(value: float) -> str:
@@ -32,7 +30,7 @@ def human_duration(seconds: float) -> str:
     return (f"{days}d " if days else "") + f"{hour:02d}:{minute:02d}:{second:02d}"
 
 
-def step_line(metrics: "StepMetrics", total_iterations: int) -> str:
+def step_line(metrics: StepMetrics, total_iterations: int) -> str:
     """The console line of a training step."""
     parts = [
         f"step {metrics.iteration}/{total_iterations}",
@@ -79,7 +77,7 @@ class RunConsole:
         )
         self._bar.start()
 
-    def step(self, metrics: "StepMetrics") -> None:
+    def step(self, metrics: StepMetrics) -> None:
         """Print a training step and move the bar."""
         self.line(step_line(metrics, self._total))
         if self._bar is not None:

@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
@@ -24,17 +24,13 @@ import orjson
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import write_atomic
 from megatron_hybrid.training.console import RunConsole
+from megatron_hybrid.training.step_metrics import StepMetrics
 
 if TYPE_CHECKING:
     import torch
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
-
-# The fields that differ between two runs of the same config; all others are reproducible.
-TIMING_FIELDS = frozenset(
-    {"tokens_per_s", "model_tflops_per_rank", "step_ms", "peak_memory_gib", "eta_s"}
-)
 
 _TENSORBOARD_TAGS = {
     "loss": "train/loss",
@@ -46,42 +42,6 @@ _TENSORBOARD_TAGS = {
     "step_ms": "throughput/step_ms",
     "peak_memory_gib": "memory/peak_gib",
 }
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """One training step, summed or averaged over all ranks unless the name says otherwise.
-
-    Attributes:
-        iteration: steps done, this one included.
-        consumed_samples, consumed_tokens: since the start of the run, over all data-parallel ranks.
-        loss: mean cross-entropy a token, in nats.
-        learning_rate: what the optimizer used in this step.
-        grad_norm: global L2 norm of the gradient before clipping.
-        tokens_per_s: of all ranks together.
-        model_tflops_per_rank: model FLOPs (recomputation not counted) a second and rank, in 1e12.
-        step_ms: wall time of the step.
-        peak_memory_gib: see `peak_memory_gib`; of the rank that reports.
-        eta_s: expected seconds until the last step.
-        skipped: the step's update was not applied.
-        nonfinite: the loss or the gradient norm was NaN or infinite.
-        extra: further values by name, e.g. the auxiliary losses of MoE layers or `params_norm`.
-    """
-
-    iteration: int
-    consumed_samples: int
-    consumed_tokens: int
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    tokens_per_s: float
-    model_tflops_per_rank: float
-    step_ms: float
-    peak_memory_gib: float
-    eta_s: float
-    skipped: bool = False
-    nonfinite: bool = False
-    extra: Mapping[str, float] = field(default_factory=dict)
 
 
 class MetricsWriter:

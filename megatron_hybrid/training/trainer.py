@@ -23,7 +23,7 @@ from megatron_hybrid.training import checkpoint_files
 from megatron_hybrid.training.checkpoint import Checkpointer, Progress, load_checkpoint
 from megatron_hybrid.training.distributed import is_rank_zero
 from megatron_hybrid.training.extras import params_norm
-from megatron_hybrid.training.metrics import MetricsWriter, StepMetrics, peak_memory_gib
+from megatron_hybrid.training.metrics import MetricsWriter, peak_memory_gib
 from megatron_hybrid.training.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -31,6 +31,7 @@ from megatron_hybrid.training.optimizer import (
 )
 from megatron_hybrid.training.signals import ExitSignals
 from megatron_hybrid.training.step import Stepper, StepResult
+from megatron_hybrid.training.step_metrics import StepMetrics
 
 # Loss spikes are measured against an exponential mean over about this many steps.
 LOSS_AVERAGE_STEPS = 50

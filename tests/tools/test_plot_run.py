@@ -10,8 +10,9 @@ import pytest
 from matplotlib.image import imread
 
 from megatron_hybrid.errors import UserError
-from megatron_hybrid.training.metrics import METRICS_FILE, MetricsWriter, StepMetrics
+from megatron_hybrid.training.metrics import METRICS_FILE, MetricsWriter
 from megatron_hybrid.training.plot import load_run, plot_runs
+from megatron_hybrid.training.step_metrics import StepMetrics
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "plot_run.py"
 

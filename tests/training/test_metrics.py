@@ -21,12 +21,11 @@ from megatron_hybrid.training.console import (
 )
 from megatron_hybrid.training.metrics import (
     METRICS_FILE,
-    TIMING_FIELDS,
     MetricsWriter,
-    StepMetrics,
     peak_memory_gib,
     read_records,
 )
+from megatron_hybrid.training.step_metrics import TIMING_FIELDS, StepMetrics
 
 
 def step(iteration: int, step_ms: float = 812.0) -> StepMetrics:

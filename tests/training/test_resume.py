@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from megatron_hybrid.testing import run_distributed
-from megatron_hybrid.training.metrics import TIMING_FIELDS, read_records
+from megatron_hybrid.training.metrics import read_records
+from megatron_hybrid.training.step_metrics import TIMING_FIELDS
 
 STEPS = 20
 COMMAND = [

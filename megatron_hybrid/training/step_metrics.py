@@ -1,0 +1,45 @@
+"""One training step in numbers: what the metrics file, TensorBoard and the console show of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+# The fields that differ between two runs of the same config; all others are reproducible.
+TIMING_FIELDS = frozenset(
+    {"tokens_per_s", "model_tflops_per_rank", "step_ms", "peak_memory_gib", "eta_s"}
+)
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One training step, summed or averaged over all ranks unless the name says otherwise.
+
+    Attributes:
+        iteration: steps done, this one included.
+        consumed_samples, consumed_tokens: since the start of the run, over all data-parallel ranks.
+        loss: mean cross-entropy a token, in nats.
+        learning_rate: what the optimizer used in this step.
+        grad_norm: global L2 norm of the gradient before clipping.
+        tokens_per_s: of all ranks together.
+        model_tflops_per_rank: model FLOPs (recomputation not counted) a second and rank, in 1e12.
+        step_ms: wall time of the step.
+        peak_memory_gib: see `peak_memory_gib`; of the rank that reports.
+        eta_s: expected seconds until the last step.
+        skipped: the step's update was not applied.
+        nonfinite: the loss or the gradient norm was NaN or infinite.
+        extra: further values by name, e.g. the auxiliary losses of MoE layers or `params_norm`.
+    """
+
+    iteration: int
+    consumed_samples: int
+    consumed_tokens: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens_per_s: float
+    model_tflops_per_rank: float
+    step_ms: float
+    peak_memory_gib: float
+    eta_s: float
+    skipped: bool = False
+    nonfinite: bool = False
+    extra: Mapping[str, float] = field(default_factory=dict)
