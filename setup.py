@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 CORE = [
     "torch==2.13.0",
     "megatron-core>=0.19,<0.20",
-    "einops>=0.8",
+    "einops>=0.8",  # megatron-core imports it and does not ask for it
     "numpy>=1.26",
     "matplotlib>=3.9",
     "orjson>=3.10",
@@ -50,7 +50,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.12",
-    packages=find_packages(include=["megatron_hybrid*", "launchers*", "checkpoints_converter*"]),
+    packages=find_packages(include=["megatron_hybrid*", "launchers*"]),
     package_data={"megatron_hybrid": ["py.typed", "presets/*.yaml"]},
     install_requires=CORE,
     extras_require=EXTRAS,

@@ -49,7 +49,11 @@ def launch(argv: Sequence[str], nproc: int, grace_s: float = 10.0) -> int:
     """
     with tempfile.TemporaryDirectory(prefix="megatron-hybrid-") as folder:
         ranks = _Ranks(argv, nproc, Path(folder))
-        previous = {number: signal.signal(number, ranks.forward) for number in FORWARDED}
+        previous = {
+            number: signal.signal(number, ranks.forward)
+            for number in FORWARDED
+            if signal.getsignal(number) is not signal.SIG_IGN  # as nohup leaves SIGHUP
+        }
         try:
             ranks.start()
             return ranks.wait(grace_s)

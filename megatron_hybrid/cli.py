@@ -1,5 +1,6 @@
 """The command `megatron-hybrid`: one thin function a command. What is heavy loads on use."""
 
+import logging
 import os
 import sys
 import traceback
@@ -93,9 +94,11 @@ def generate(
     folder = inner if (inner / TRACKER_FILE).is_file() else checkpoint
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     pieces = generate_text(folder, prompt, max_new_tokens, sampling)
-    for number, piece in enumerate(pieces):
-        # Not before the model is loaded: an error would follow half a line.
-        print(piece if number else prompt + piece, end="", flush=True)
+    # The prompt not before the model is loaded: an error would follow half a line.
+    first = next(pieces, "")
+    print(prompt + first, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
     print()
 
 
@@ -117,6 +120,7 @@ def doctor() -> None:
 
 def main() -> None:
     """Run a command. Errors that a user can mend are printed as text; exit codes are 0, 1, 2."""
+    _show_log()
     try:
         app(prog_name="megatron-hybrid")
     except UserError as error:
@@ -128,6 +132,16 @@ def main() -> None:
         if not record_error(traceback.format_exc()):
             raise
         sys.exit(1)
+
+
+def _show_log() -> None:
+    """Choices made automatically go to stderr, from rank 0; the engine's own log stays quiet."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger = logging.getLogger("megatron_hybrid")
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from rich.table import Table
 from megatron_hybrid.config import RunConfig, presets
 from megatron_hybrid.config.describe import allowed, fields, plain_type
 from megatron_hybrid.config.flags import flags
+from megatron_hybrid.config.pattern import KINDS
 from megatron_hybrid.model.counts import count_parameters, flops_per_token
-from megatron_hybrid.model.pattern import KINDS
 
 _USAGE = """\
 [bold]megatron-hybrid pretrain[/] PRESET | FILE.yaml  \\[section.field=value | --flag value]...
@@ -18,7 +18,7 @@ _USAGE = """\
   --flag value        the same, by Megatron-LM's name of the field
   --load DIR          without PRESET or FILE: goes on with the config that the checkpoint holds
   --nproc N           start N ranks on this machine; without it this process is one rank, or the
-                      one that torchrun, Slurm or MPI made it
+                      one that torchrun or the like made it
   --dry-run           print the resolved config and exit
   --help              show this text
 

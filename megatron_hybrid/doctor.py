@@ -19,7 +19,7 @@ OPTIONAL = {
     "mamba-ssm": "fast Mamba-2 kernels on GPUs",
     "causal-conv1d": "fast convolutions of Mamba-2 on GPUs",
     "flash-attn": "fast attention on GPUs",
-    "mpi4py": "starting ranks with mpiexec",
+    "mpi4py": "MPI from Python; nothing here uses it yet",
     "transformers": "the peer in the benchmarks",
 }
 

@@ -99,7 +99,7 @@ class Generator:
         """The tokens that follow a prompt, up to the end of the document or `max_new_tokens`.
 
         Raises:
-            UserError: the prompt is empty, or the model learned positions and the text is too long.
+            UserError: the prompt is empty.
         """
         if not prompt:
             raise UserError("the prompt is empty: give at least one character")
@@ -211,7 +211,7 @@ def generate_text(
         tokenizer = generator.tokenizer
         prompt_ids = tokenizer.encode(prompt)
         ids: list[int] = []
-        shown = ""
+        text = shown = ""
         for token in generator.generate(prompt_ids, max_new_tokens, sampling):
             ids.append(token)
             # A character may be spread over several tokens: decode all, print what is settled.
@@ -220,3 +220,5 @@ def generate_text(
                 continue
             yield text[len(shown) :]
             shown = text
+        if text != shown:  # it ends within a character
+            yield text[len(shown) :]

@@ -10,10 +10,10 @@ from megatron_hybrid.config import rules
 from megatron_hybrid.config.derive import DERIVED, UnderivableError
 from megatron_hybrid.config.describe import allowed, fields, nearest, sections, shown, unknown_field
 from megatron_hybrid.config.partial import Partial, UnreadableError
+from megatron_hybrid.config.pattern import pattern_problems
 from megatron_hybrid.config.rules import Facts, Rule
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.errors import ConfigError
-from megatron_hybrid.model.pattern import pattern_problems
 
 Values = dict[str, Any]
 _MISSING = object()

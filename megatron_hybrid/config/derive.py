@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MOE, parse_pattern
 from megatron_hybrid.config.run import RunConfig
-from megatron_hybrid.model.pattern import ATTENTION, MAMBA, MOE, parse_pattern
 
 
 class UnderivableError(Exception):

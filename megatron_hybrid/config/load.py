@@ -139,6 +139,7 @@ def _from_checkpoint(load: str, typed: Values, layers: _Layers) -> None:
     stored = latest_folder(Path(load)) / CONFIG_FILE
     if stored.is_file():
         layers.values = _read_yaml(stored, layers)
+        _find_tokenizer(layers.values, stored.parent)
         for name in ("load", "finetune", "load_optim", "load_rng"):
             # How that run began says nothing of how it goes on.
             drop_path(layers.values, f"checkpoint.{name}")
@@ -147,6 +148,16 @@ def _from_checkpoint(load: str, typed: Values, layers: _Layers) -> None:
             f"checkpoint.load={load}: there is no {stored}; name a preset or a YAML file that "
             "describes the model"
         )
+
+
+def _find_tokenizer(values: Values, checkpoint: Path) -> None:
+    """Where the run's tokenizer is not, on another machine, take the copy in the checkpoint."""
+    model = get_path(values, "data.tokenizer_model")
+    if not isinstance(model, str) or Path(model).exists():
+        return
+    for copy_ in (checkpoint / "tokenizer.model", checkpoint / "tokenizer.json"):
+        if copy_.is_file():
+            set_path(values, "data.tokenizer_model", str(copy_))
 
 
 def _layers_below(line: CommandLine, typed: Values) -> _Layers:

@@ -98,7 +98,7 @@ class DataConfig(Section):
         default=False, description="attention, positions and SSM state start anew at each document"
     )
     data_cache_path: FilePath | None = Field(
-        default=None, description="folder of the sample indices; null: beside the data"
+        default=None, description="folder of the sample indices; null: run_dir/data_cache"
     )
     mock_data: bool = Field(default=False, description="train on made-up tokens")
     num_workers: int = Field(default=2, ge=0, description="processes that read data, on each rank")
@@ -215,7 +215,8 @@ class CheckpointConfig(Section):
     load_optim: bool = Field(default=True, description="load the optimizer's state")
     load_rng: bool = Field(default=True, description="load the random number generators' state")
     verify_integrity: bool = Field(
-        default=True, description="write SHA-256 sums when saving and check them when loading"
+        default=True,
+        description="rank 0 writes SHA-256 sums of all files when saving, and checks when loading",
     )
 
 

@@ -37,17 +37,16 @@ _COMPLETE_MARK = "complete"
 
 
 def build_datasets(
-    config: RunConfig, tokenizer: Tokenizer, *, needed: bool = True
+    config: RunConfig, tokenizer: Tokenizer
 ) -> tuple[Windows | None, Windows | None]:
     """The training and validation windows of a run; all ranks must call this together.
 
     Args:
         config: `data`, `training`, and `run_dir` for the index files.
         tokenizer: the one the files were made with.
-        needed: False on ranks that read no data: they only wait where the others do.
 
     Returns:
-        (train, valid); None where not needed, and valid without `training.eval_interval`.
+        (train, valid); valid is None without `training.eval_interval`.
 
     Raises:
         DataError: a file is missing or damaged, or a source has nothing for a split.
@@ -55,12 +54,12 @@ def build_datasets(
     sizes = split_sizes(config)
     if config.data.mock_data:
         train, valid = (
-            _mock(config, tokenizer, number, size) if needed and size else None
+            _mock(config, tokenizer, number, size) if size else None
             for number, size in enumerate(sizes)
         )
         return train, valid
     blend = _Blend.open(config, sizes)
-    engine_datasets = _build_with_engine(config, tokenizer, blend, needed)
+    engine_datasets = _build_with_engine(config, tokenizer, blend)
     windows = [
         _EngineWindows(dataset, size, tokenizer) if dataset is not None else None
         for dataset, size in zip(engine_datasets, sizes, strict=True)
@@ -185,10 +184,8 @@ def _documents_between(
     return document_lengths[begin:end]
 
 
-def _build_with_engine(
-    config: RunConfig, tokenizer: Tokenizer, blend: _Blend, needed: bool
-) -> list[Any]:
-    """megatron-core's dataset of each split, or None where not needed or empty."""
+def _build_with_engine(config: RunConfig, tokenizer: Tokenizer, blend: _Blend) -> list[Any]:
+    """megatron-core's dataset of each split, or None where empty."""
     platform.initialize()
     try:
         from megatron.core.datasets import helpers_cpp  # noqa: F401
@@ -226,7 +223,7 @@ def _build_with_engine(
     ]
     engine_config.split_matrix = [*drawn, None]
     builder = BlendedMegatronDatasetBuilder(
-        GPTDataset, [*blend.sizes, 0], lambda: needed, engine_config
+        GPTDataset, [*blend.sizes, 0], lambda: True, engine_config
     )
     try:
         train, valid, _ = builder.build()

@@ -149,5 +149,5 @@ def _stack(windows: Sequence[NDArray[np.int64]]) -> Tensor:
 def _ignore_signals(worker: int) -> None:
     """Leave the run's signals to the trainer: a scheduler sends them to every process of a job,
     and a reader that ended early would take the last, orderly steps of the run with it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

@@ -4,8 +4,11 @@ Legend: s sequence of this rank, l whole sequence (keys), b batch, n query heads
 heads of this TP rank, d head size.
 """
 
+from contextlib import nullcontext
+
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -72,13 +75,17 @@ class DotProductAttention(MegatronModule):
             chunks = local_chunks(length, self.cp_group)
         else:
             chunks = [(length - query.shape[0], length)]
-        return causal_attention(
-            query,
-            key,
-            value,
-            chunks=chunks,
-            window=self.window,
-            seq_idx=None if packed_seq_params is None else packed_seq_params.seq_idx,
-            dropout=self.dropout if self.training else 0.0,
-            scale=self.softmax_scale,
-        )
+        dropout = self.dropout if self.training else 0.0
+        # Each TP rank has other heads, and draws for them from a generator of its own.
+        own_draws = get_cuda_rng_tracker().fork() if dropout else nullcontext()
+        with own_draws:
+            return causal_attention(
+                query,
+                key,
+                value,
+                chunks=chunks,
+                window=self.window,
+                seq_idx=None if packed_seq_params is None else packed_seq_params.seq_idx,
+                dropout=dropout,
+                scale=self.softmax_scale,
+            )

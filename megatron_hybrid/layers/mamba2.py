@@ -259,13 +259,6 @@ class Mamba2Mixer(MegatronModule):
         y = mamba2_decode_step(projected.squeeze(0), *states[self.layer_number], **parameters)
         return y.unsqueeze(0)
 
-    def mamba_state_shapes_per_request(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of the states of one sequence: convolution, scan."""
-        return (
-            (sum(self.conv_parts.values()), CONV_KERNEL_SIZE),
-            (self.num_heads, self.head_dim, self.state_dim),
-        )
-
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict:

@@ -7,8 +7,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 from megatron_hybrid.config import RunConfig
+from megatron_hybrid.config.pattern import parse_pattern
 from megatron_hybrid.model.counts import padded_vocab_size
-from megatron_hybrid.model.pattern import parse_pattern
 from megatron_hybrid.model.specs import hybrid_stack_spec, layer_classes
 
 
@@ -28,10 +28,7 @@ def build_model(
     """
     model = config.model
     pp_group = parallel_state.get_pipeline_model_parallel_group()
-    pattern = model.hybrid_layer_pattern
-    if pp_group.size() == 1:
-        # The engine would build the first segment alone.
-        pattern = parse_pattern(pattern).layers
+    pattern = parse_pattern(model.hybrid_layer_pattern)
     last_chunk = (parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1) - 1
     assert model.vocab_size is not None, "resolved from the tokenizer before the model is built"
     return layer_classes(backend).model(
@@ -39,7 +36,7 @@ def build_model(
         hybrid_stack_spec=hybrid_stack_spec(backend),
         vocab_size=padded_vocab_size(model.vocab_size, model.make_vocab_size_divisible_by),
         max_sequence_length=config.data.seq_length,
-        hybrid_layer_pattern=pattern,
+        hybrid_layer_pattern=pattern.engine_text(pp_group.size()),
         pre_process=pp_group.rank() == 0 and vp_stage in (None, 0),
         post_process=pp_group.rank() == pp_group.size() - 1 and vp_stage in (None, last_chunk),
         share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.config.pattern import ATTENTION, KINDS, MAMBA, MLP, MOE, parse_pattern
 from megatron_hybrid.errors import ConfigError
-from megatron_hybrid.model.pattern import ATTENTION, KINDS, MAMBA, MLP, MOE, parse_pattern
 
 CONV_KERNEL = 4
 

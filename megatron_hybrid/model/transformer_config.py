@@ -9,7 +9,7 @@ from megatron.core.activations import squared_relu as engine_squared_relu
 from megatron.core.transformer import TransformerConfig
 
 from megatron_hybrid.config import RunConfig
-from megatron_hybrid.model.pattern import MOE, parse_pattern
+from megatron_hybrid.config.pattern import MOE, parse_pattern
 from megatron_hybrid.ops.squared_relu import squared_relu
 
 # name -> (function, gated)

@@ -252,6 +252,8 @@ def load_checkpoint(
     saved = _saved_config(folder)
     if saved is not None:
         refuse_other_model(folder, config.model, saved.model)
+        if not weights_only:
+            refuse_other_batches(folder, config, saved)
     options = config.checkpoint
     loads_optimizer = optimizer if options.load_optim and not weights_only else None
     try:
@@ -295,6 +297,29 @@ def load_checkpoint(
     # Megatron-LM's own checkpoint: it knows its iteration, and its samples if the batch was fixed.
     iteration = int(loaded.get("iteration", 0))
     return Progress(iteration, iteration * config.training.global_batch_size)
+
+
+def refuse_other_batches(folder: Path, config: RunConfig, saved: RunConfig) -> None:
+    """Refuse to resume with steps of another size: data are counted in samples, a run in steps.
+
+    Raises:
+        UserError: every field that differs, with both values.
+    """
+    fields = {
+        "training.global_batch_size": (
+            config.training.global_batch_size,
+            saved.training.global_batch_size,
+        ),
+        "data.seq_length": (config.data.seq_length, saved.data.seq_length),
+    }
+    differences = [
+        f"  - {name}={ours}, in the checkpoint {theirs}"
+        for name, (ours, theirs) in fields.items()
+        if ours != theirs
+    ]
+    if differences:
+        head = f"{folder} cannot be resumed with steps of another size (checkpoint.finetune can):"
+        raise UserError("\n".join([head, *differences]))
 
 
 def _saved_config(folder: Path) -> RunConfig | None:

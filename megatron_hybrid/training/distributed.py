@@ -13,11 +13,28 @@ from megatron_hybrid.errors import UserError
 from megatron_hybrid.platform import Platform
 
 COLLECTIVE_TIMEOUT_MINUTES = 30
+STAGE_SEED_STEP = 100
+# Ranks as Slurm, Open MPI and MPICH count them, in whose environment torch's variables are missing.
+OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 def launched_world_size() -> int:
-    """How many ranks the launcher started (`WORLD_SIZE`), 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many ranks the launcher started (`WORLD_SIZE`), 1 without one.
+
+    Raises:
+        UserError: something started several processes and left out the variables that join them.
+    """
+    launched = os.environ.get("WORLD_SIZE")
+    if launched is not None:
+        return int(launched)
+    for name in OTHER_LAUNCHERS:
+        if int(os.environ.get(name, "1")) > 1:
+            raise UserError(
+                f"{name}={os.environ[name]}, but WORLD_SIZE is not set: these processes would be "
+                "runs of their own in one folder; set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR "
+                "and MASTER_PORT in each, or start one torchrun a node"
+            )
+    return 1
 
 
 def is_rank_zero() -> bool:
@@ -35,8 +52,8 @@ def on_rank_zero(work: Callable[[], None]) -> None:
     if dist.get_rank() == 0:
         try:
             work()
-        except OSError as error:
-            problem[0] = str(error)
+        except Exception as error:
+            problem[0] = str(error) or type(error).__name__
     dist.broadcast_object_list(problem, src=0)
     if problem[0] is not None:
         raise UserError(problem[0])
@@ -45,7 +62,13 @@ def on_rank_zero(work: Callable[[], None]) -> None:
 def select_device() -> None:
     """Take this rank's GPU, where there are any; `platform.initialize` then finds it."""
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local_rank >= devices:
+            raise UserError(
+                f"LOCAL_RANK={local_rank} has no GPU of its own: this node shows {devices}; "
+                f"allowed: at most {devices} ranks a node"
+            )
+        torch.cuda.set_device(local_rank)
 
 
 @contextmanager
@@ -97,8 +120,11 @@ def model_parallel_groups(config: RunConfig, platform: Platform) -> Iterator[Non
         create_gloo_process_groups=platform.has_cuda,
     )
     try:
-        torch.manual_seed(config.training.seed)
-        tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
+        # Stages draw other weights; the engine itself tells only tensor and expert ranks apart.
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        seed = config.training.seed + STAGE_SEED_STEP * stage
+        torch.manual_seed(seed)
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
         yield
     finally:
         parallel_state.destroy_model_parallel()

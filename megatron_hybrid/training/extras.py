@@ -9,7 +9,7 @@ from megatron.core.transformer.module import param_is_not_shared
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
 from megatron_hybrid.config import ModelConfig
-from megatron_hybrid.model.pattern import MOE
+from megatron_hybrid.config.pattern import MOE
 from megatron_hybrid.training.optimizer import optimizer_parts
 
 # megatron-core's names of the losses.

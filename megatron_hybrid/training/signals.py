@@ -1,10 +1,10 @@
-"""Signals that ask a run to save and end: SIGTERM, SIGUSR1 and SIGINT (Ctrl-C)."""
+"""Signals that ask a run to save and end: SIGTERM, SIGUSR1, SIGHUP and SIGINT (Ctrl-C)."""
 
 import signal
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-EXIT_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+EXIT_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
 class ExitSignals:
@@ -30,7 +30,8 @@ class ExitSignals:
 
     def __enter__(self) -> Self:
         for number in EXIT_SIGNALS:
-            self._previous[number] = signal.signal(number, self._remember)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+                self._previous[number] = signal.signal(number, self._remember)
         return self
 
     def __exit__(

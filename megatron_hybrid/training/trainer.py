@@ -3,16 +3,18 @@
 import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
 
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.lengths import lengths
+from megatron_hybrid.config.tracker import CONFIG_FILE
 from megatron_hybrid.data.batch import Batch
 from megatron_hybrid.data.blend import build_datasets
 from megatron_hybrid.data.loader import build_iterator
-from megatron_hybrid.data.tokenizer import Tokenizer
+from megatron_hybrid.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_hybrid.data.windows import Windows
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.model.build import build_model_chunks
@@ -35,7 +37,7 @@ from megatron_hybrid.training.step_metrics import StepMetrics
 
 # Loss spikes are measured against an exponential mean over about this many steps.
 LOSS_AVERAGE_STEPS = 50
-# Rates in the log are means over the last steps, this many at most.
+# The ETA goes by the mean of the last steps, this many at most.
 RATE_STEPS = 20
 
 
@@ -51,7 +53,7 @@ class Trainer:
     Args:
         config: resolved and valid.
         backend: "torch" or "transformer_engine".
-        started: `time.monotonic()` at the start of the process, for the exit duration.
+        started: `time.monotonic()` when the run was started, for the exit duration.
     """
 
     def __init__(
@@ -105,9 +107,19 @@ class Trainer:
         progress = load_checkpoint(
             config, folder, self.model, self.optimizer, weights_only=weights_only
         )
+        if not weights_only and (folder / CONFIG_FILE).exists():
+            self._refuse_other_tokenizer(folder)
         if is_rank_zero():
             print(f"loaded {folder}: step {progress.iteration}", flush=True)
         return progress
+
+    def _refuse_other_tokenizer(self, folder: Path) -> None:
+        """Other ids for the same words would be learned without a word of warning."""
+        if load_tokenizer(folder).fingerprint != self.tokenizer.fingerprint:
+            raise UserError(
+                f"data.tokenizer_model={self.config.data.tokenizer_model} is not the tokenizer of "
+                f"{folder}, which is there as a copy; checkpoint.finetune=true may change it"
+            )
 
     def run(self) -> str:
         """Train to the end, or until a signal or a limit ends the run early.
@@ -246,7 +258,7 @@ class Trainer:
     ) -> None:
         progress, seq_length = self.progress, self.config.data.seq_length
         self.step_seconds = [*self.step_seconds, seconds][-RATE_STEPS:]
-        if not self._due(self.config.training.log_interval):
+        if result.refusal is None and not self._due(self.config.training.log_interval):
             return
         tokens_per_s = self.config.training.global_batch_size * seq_length / seconds
         world_size = torch.distributed.get_world_size()

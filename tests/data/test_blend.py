@@ -123,27 +123,20 @@ def test_mock_splits_differ(make_config: MakeConfig) -> None:
     assert (train[0] != valid[0]).any()
 
 
-def _build_twice(*configs: dict[str, object]) -> list[list[list[int]] | None]:
-    """Build where every rank needs data, then where rank 1 needs none."""
-    import torch.distributed as dist
-
+def _build(values: dict[str, object]) -> list[list[int]]:
     tokenizer = build_tokenizer("null", None, vocab_size=VOCAB_SIZE)
-    built: list[list[list[int]] | None] = []
-    for values, needed in zip(configs, (True, dist.get_rank() == 0), strict=True):
-        train, _ = build_datasets(RunConfig.model_validate(values), tokenizer, needed=needed)
-        built.append(None if train is None else [train[i].tolist() for i in range(len(train))])
-    return built
+    train, _ = build_datasets(RunConfig.model_validate(values), tokenizer)
+    assert train is not None
+    return [train[i].tolist() for i in range(len(train))]
 
 
 def test_ranks_agree(tmp_path: Path, make_config: MakeConfig) -> None:
-    """Two ranks read the same windows as one; a rank that needs none does not hold up the other."""
+    """Two ranks read the same windows as one."""
     from megatron_hybrid.testing import run_distributed
 
     blend = [[3, corpus(tmp_path / "a", 0)], [7, corpus(tmp_path / "b", 500)]]
     config = make_config({"data_path": blend})
     expected = [window.tolist() for window in _all(datasets(config)[0])]
     values = config.model_dump(mode="json")
-    fresh = [values | {"run_dir": str(tmp_path / name)} for name in ("both", "one")]
-    first, second = run_distributed(_build_twice, 2, *fresh)
-    assert first == [expected, expected]
-    assert second == [expected, None]
+    fresh = values | {"run_dir": str(tmp_path / "ranks")}
+    assert run_distributed(_build, 2, fresh) == [expected, expected]

@@ -1,6 +1,7 @@
 """Rules of the network itself, whatever it runs on."""
 
 from megatron_hybrid.config.describe import fields, shown
+from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MOE
 from megatron_hybrid.config.rules.common import (
     Facts,
     Problems,
@@ -8,7 +9,6 @@ from megatron_hybrid.config.rules.common import (
     must_divide,
 )
 from megatron_hybrid.config.run import RunConfig
-from megatron_hybrid.model.pattern import ATTENTION, MAMBA, MOE
 
 _MOE_FIELDS = tuple(
     name for name in fields() if name.startswith(("model.moe_", "model.num_moe_experts"))

@@ -1,5 +1,6 @@
 """Rules of the layout: what the ranks may divide, and how many there must be."""
 
+from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, parse_pattern
 from megatron_hybrid.config.rules.common import (
     Facts,
     Problems,
@@ -10,7 +11,6 @@ from megatron_hybrid.config.rules.common import (
     must_divide,
 )
 from megatron_hybrid.config.run import RunConfig
-from megatron_hybrid.model.pattern import ATTENTION, MAMBA, MLP, MOE, parse_pattern
 
 _TP = "parallel.tensor_model_parallel_size"
 _CP = "parallel.context_parallel_size"
@@ -169,12 +169,12 @@ def batch_size(c: RunConfig, facts: Facts) -> Problems:
     yield from must_be_multiple("training.global_batch_size", batch, name, micro * dp)
     count = batch // (micro * dp)
     interleaved = p.virtual_pipeline_model_parallel_size is not None and stages > 1
-    if interleaved and batch % (micro * dp) == 0 and count < stages:
-        least = micro * dp * stages
+    if interleaved and batch % (micro * dp) == 0 and count % stages:
+        whole = micro * dp * stages
         yield (
             f"training.global_batch_size={batch} is {count} micro-batches a rank, but "
-            f"{_VPP}={p.virtual_pipeline_model_parallel_size} needs at least {_PP}={stages}; "
-            f"allowed: {least} and more"
+            f"{_VPP}={p.virtual_pipeline_model_parallel_size} needs a multiple of {_PP}={stages}; "
+            f"allowed: {whole}, {2 * whole}, {3 * whole}, ..."
         )
 
 

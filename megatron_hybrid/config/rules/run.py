@@ -1,9 +1,9 @@
 """Rules of a run's course: its length, its learning rate, its recomputation and its checkpoints."""
 
 from megatron_hybrid.config.lengths import lengths
+from megatron_hybrid.config.pattern import parse_pattern
 from megatron_hybrid.config.rules.common import Facts, Problems, Rule, at_most_one
 from megatron_hybrid.config.run import RunConfig
-from megatron_hybrid.model.pattern import parse_pattern
 
 _LENGTHS = ("training.train_iters", "training.train_samples", "training.train_tokens")
 _WSD_DECAY = ("optimizer.lr_wsd_decay_samples", "optimizer.lr_wsd_decay_tokens")

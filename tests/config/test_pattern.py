@@ -1,8 +1,8 @@
-"""The layer pattern: what it holds, how it falls on pipeline stages, what is wrong with it."""
+"""The layer pattern: what it holds, what the engine gets of it, what is wrong with it."""
 
 import pytest
 
-from megatron_hybrid.model.pattern import parse_pattern, pattern_problems
+from megatron_hybrid.config.pattern import parse_pattern, pattern_problems
 
 
 def test_kinds_and_segments() -> None:
@@ -13,22 +13,6 @@ def test_kinds_and_segments() -> None:
     assert pattern.num_layers == 6
     assert [pattern.count(symbol) for symbol in "M*-E"] == [3, 1, 1, 1]
     assert pattern.has("E") and not parse_pattern("M-").has("E")
-
-
-@pytest.mark.parametrize(
-    ("text", "size", "stages"),
-    [
-        ("M-M*", 1, [("M-M*",)]),
-        ("M-|M*", 1, [("M-M*",)]),
-        ("M-M*", 2, [("M-",), ("M*",)]),
-        ("M-M|*", 2, [("M-M",), ("*",)]),
-        ("M-|M*|ME|-", 2, [("M-", "ME"), ("M*", "-")]),
-        ("M-|M*|ME|-", 4, [("M-",), ("M*",), ("ME",), ("-",)]),
-    ],
-)
-def test_stages(text: str, size: int, stages: list[tuple[str, ...]]) -> None:
-    """Segment i is chunk i // PP of stage i % PP; without bars layers are cut evenly."""
-    assert list(parse_pattern(text).stages(size)) == stages
 
 
 def test_the_engine_gets_bars_only_with_stages() -> None:

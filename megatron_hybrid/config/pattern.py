@@ -3,7 +3,6 @@
 A leaf: it imports nothing of this package and no torch, so that the config's rules can use it.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -72,22 +71,6 @@ class Pattern:
         Without pipelining the engine would build the first segment only, so `|` is left out.
         """
         return self.layers if pipeline_size == 1 else SEPARATOR.join(self.segments)
-
-    def stages(self, pipeline_size: int) -> Sequence[tuple[str, ...]]:
-        """For each pipeline stage, the segments it holds, in the order it runs them.
-
-        Segment i belongs to stage i % pipeline_size, as its chunk i // pipeline_size; a pattern
-        without `|` is cut evenly. `pipeline_size` must divide the segments, or the layers.
-        """
-        if pipeline_size == 1:
-            return [(self.layers,)]
-        if len(self.segments) == 1:
-            per_stage, rest = divmod(len(self.layers), pipeline_size)
-            assert rest == 0, (self, pipeline_size)
-            starts = range(0, len(self.layers), per_stage)
-            return [(self.layers[start : start + per_stage],) for start in starts]
-        assert len(self.segments) % pipeline_size == 0, (self, pipeline_size)
-        return [self.segments[stage::pipeline_size] for stage in range(pipeline_size)]
 
 
 def parse_pattern(text: str) -> Pattern:
