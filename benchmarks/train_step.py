@@ -25,6 +25,7 @@ from step_model import Case, our_config
 from step_sides import GEMM_FLOPS, serve
 
 from megatron_hybrid.model.counts import flops_per_token
+from megatron_hybrid.platform.threads import spin_before_sleeping
 
 # First losses of the same weights, in nats: fp32 differs by rounding, bf16 by far more.
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
@@ -56,7 +57,12 @@ def side_process(side: str, case: Case, weights: Path) -> Iterator[Connection]:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=serve, args=(side, case, weights, there))
+    environment = dict(os.environ)
+    if side == "ours":
+        spin_before_sleeping()  # as the command line does; the peer's threads spin 3 ms as they are
     process.start()
+    os.environ.clear()
+    os.environ.update(environment)
     there.close()
     try:
         if not here.poll(BUILD_TIMEOUT_S):

@@ -14,6 +14,7 @@ from launchers.local import launch, record_error
 from megatron_hybrid import cli_text
 from megatron_hybrid.config import TRACKER_FILE, RunConfig, load_config, rules, validate
 from megatron_hybrid.errors import UserError
+from megatron_hybrid.platform.threads import spin_before_sleeping
 
 app = typer.Typer(
     help="Train hybrid Mamba-Transformer language models on megatron-core.",
@@ -56,6 +57,7 @@ def pretrain(
         )
     config = load_config(context.args, world_size=world_size or 1)
     if nproc is None or nproc == 1:
+        spin_before_sleeping()
         from megatron_hybrid.training.pretrain import pretrain as run
 
         run(config)

@@ -5,13 +5,14 @@ import pickle
 import queue
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_hybrid import platform
 from megatron_hybrid.errors import UserError
-from megatron_hybrid.platform import backend
+from megatron_hybrid.platform import backend, threads
 from megatron_hybrid.platform.results_file import ResultsFile
 from megatron_hybrid.testing import run_distributed
 
@@ -152,3 +153,18 @@ def test_results_file_of_a_dead_writer_is_empty(written: bytes) -> None:
     results._file.write(written)
     with pytest.raises(queue.Empty):
         results.get_nowait()
+
+
+def test_openmp_waits_as_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Threads spin a little without GPUs; a choice of the user's stands, and so does a GPU node."""
+    monkeypatch.setattr(threads, "NVIDIA_DRIVER", tmp_path / "none")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    threads.spin_before_sleeping()
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    threads.spin_before_sleeping()
+    assert os.environ["OMP_WAIT_POLICY"] == "active"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr(threads, "NVIDIA_DRIVER", tmp_path)
+    threads.spin_before_sleeping()
+    assert "OMP_WAIT_POLICY" not in os.environ
