@@ -7,13 +7,13 @@ NVIDIA_DRIVER = Path("/proc/driver/nvidia")
 
 
 def spin_before_sleeping() -> None:
-    """Without GPUs, let waiting threads spin for 10 µs, unless the user says otherwise.
+    """Without GPUs, let waiting threads spin a little longer, unless the user says otherwise.
 
-    A process group that moves large tensors computes in threads of its own, so a training process
-    has more OpenMP threads than cores, and GNU's OpenMP then lets them spin for 1 µs only: shorter
-    than the pause between two of the thousands of small operations of a scan. With the "active"
-    policy it is 10 µs, which takes a tenth to a fifth off a step of `benchmarks/train_step.py` on
-    two threads; threads that have nothing to do still sleep.
+    A scan is thousands of small operations, between which threads should not fall asleep. GNU's
+    OpenMP spins shortest in a process that has more of its threads than cores, which a training
+    process seems to be: with the "active" policy a step of `benchmarks/train_step.py` on two
+    threads takes a tenth to a fifth less time, and in two idle seconds after it the process used
+    0.02 s of CPU, so that threads with nothing to do still sleep.
     """
     if not NVIDIA_DRIVER.exists():
         os.environ.setdefault("OMP_WAIT_POLICY", "active")
