@@ -39,11 +39,11 @@ def ours(case: Case, weights: Path, resources: ExitStack) -> Step:
     from megatron_hybrid.platform import initialize
     from megatron_hybrid.training.distributed import process_groups
     from megatron_hybrid.training.optimizer import (
+        LearningRate,
         build_optimizer,
-        build_scheduler,
         wrap_data_parallel,
     )
-    from megatron_hybrid.training.step import Stepper
+    from megatron_hybrid.training.step import BatchShape, Stepper
 
     platform, config = initialize(), our_config(case)
     resources.enter_context(process_groups(config, platform))
@@ -56,12 +56,13 @@ def ours(case: Case, weights: Path, resources: ExitStack) -> Step:
     assert not named, f"parameters of the peer that ours has not: {list(named)}"
     model = wrap_data_parallel(config, engine_config, [chunk])
     optimizer = build_optimizer(config, engine_config, model)
-    build_scheduler(config, optimizer, 0)
+    LearningRate(config, optimizer).set(0)
     stepper = Stepper(config, model, optimizer, "torch", platform.device)
     tokens, labels = batch(case)
     one = Batch(tokens, labels, torch.ones(1, case.length), torch.arange(case.length)[None])
     data: Iterator[Batch] = itertools.repeat(one)
-    return lambda: stepper.train(data, float("inf"), []).loss
+    shape = BatchShape(1, case.length)
+    return lambda: stepper.train(data, shape, float("inf"), []).loss
 
 
 def peer(case: Case, weights: Path, resources: ExitStack) -> Step:

@@ -9,11 +9,14 @@ Legend: s queries, l keys, b batch, n query heads, k key/value heads, d head siz
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from megatron_hybrid.ops.bf16 import through_fp32
 
 # Documents shorter than this share a block; a block that needs a mask has at most the other many
 # queries, so that the mask stays small.
@@ -125,13 +128,14 @@ def _attend_rows(
     """`[s, b, n, d]` -> `[s, b, n * d]` for rows with the same documents."""
     # SDPA: [batch, heads, tokens, head size]
     query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+    attend = _attend_through_fp32 if through_fp32(query) else F.scaled_dot_product_attention
     outputs = []
     done = 0
     for block in blocks:
         size = block.stop - block.start
         mask = None if block.exactly_causal else _mask(block, window, starts, query.device)
         outputs.append(
-            F.scaled_dot_product_attention(
+            attend(
                 query[:, :, done : done + size],
                 key[:, :, block.key_start : block.stop],
                 value[:, :, block.key_start : block.stop],
@@ -145,6 +149,30 @@ def _attend_rows(
         done += size
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     return output.permute(2, 0, 1, 3).flatten(2)
+
+
+def _attend_through_fp32(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """SDPA of bf16 `[b, n, s, d]` and `[b, k, l, d]`, computed in fp32 and rounded to bf16.
+
+    One key/value head at a time, so that the fp32 copies are small; what is kept for the backward
+    pass is bf16.
+    """
+    by_head = (tensor.chunk(key.shape[1], dim=1) for tensor in (query, key, value))
+    outputs = []
+    for heads in zip(*by_head, strict=True):
+        with saved_tensors_hooks(_to_bf16, _to_fp32):
+            output = F.scaled_dot_product_attention(*(part.float() for part in heads), **options)
+        outputs.append(output.to(torch.bfloat16))
+    return torch.cat(outputs, dim=1)
+
+
+def _to_bf16(saved: Tensor) -> Tensor:
+    """What SDPA keeps that has tokens and channels; the log-sum-exps `[b, n, s]` stay fp32."""
+    return saved.to(torch.bfloat16) if saved.dim() == 4 else saved
+
+
+def _to_fp32(kept: Tensor) -> Tensor:
+    return kept.float() if kept.dtype == torch.bfloat16 else kept
 
 
 def _mask(

@@ -52,7 +52,8 @@ def mamba2_split_conv1d_scan(
 
     Returns:
         [b, l, d] in zxbcdt's dtype. "torch" and "reference" compute in float64 for float64, else
-        in float32; for bfloat16 the GEMMs of "torch" take bfloat16 operands.
+        in float32; for bfloat16 the GEMMs of "torch" take bfloat16 operands where the device
+        multiplies those.
 
     Raises:
         UserError: shapes that do not fit; an unknown backend; "mamba_ssm" without the package.
@@ -139,7 +140,7 @@ def mamba2_decode_step(
     """
     sizes = _sizes(zxbcdt, conv1d_weight, A, head_dim, num_groups)
     norm = _norm(sizes, norm_weight, norm_group_size, norm_eps)
-    compute = DTypes.of(zxbcdt.dtype).compute
+    compute = DTypes.of(zxbcdt).compute
     batch, groups, rows = zxbcdt.shape[0], sizes.groups, sizes.heads_a_group * head_dim
     z, xbc, dt = _split(zxbcdt, sizes)
     x, B, C = sizes.split(
@@ -170,7 +171,7 @@ def _composed(
     backend: SSDBackend,
 ) -> Tensor:
     """The core without the norm from the operations of this package, each with its own autograd."""
-    compute = DTypes.of(zxbcdt.dtype).compute
+    compute = DTypes.of(zxbcdt).compute
     z, xbc, dt = _split(zxbcdt, sizes)
     convolved = causal_conv1d(xbc, conv1d_weight, conv1d_bias, seq_idx=seq_idx)
     assert isinstance(convolved, Tensor)

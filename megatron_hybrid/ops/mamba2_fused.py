@@ -86,7 +86,7 @@ class _FusedCore(torch.autograd.Function):
         scan, batch = core.scan, zxbcdt.shape[0]
         final_states = zxbcdt.new_zeros(batch, *scan.states_shape[2:], dtype=scan.dtypes.compute)
         kept_shape = scan.states_shape if keep else (batch, 0)
-        states = zxbcdt.new_empty(kept_shape, dtype=scan.dtypes.operands)
+        states = zxbcdt.new_empty(kept_shape, dtype=scan.dtypes.kept)
         y = _empty_in_layout_of(zxbcdt, sizes.channels)
         for row in range(batch):
             for block in scan.blocks(row):
@@ -146,7 +146,7 @@ class _Core:
 
     def __init__(self, inputs: _Inputs, sizes: Sizes, norm: Norm | None) -> None:
         zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, norm_weight, documents = inputs
-        dtypes = DTypes.of(zxbcdt.dtype)
+        dtypes = DTypes.of(zxbcdt)
         compute = dtypes.compute
         self.inputs, self.sizes, self.norm, self.documents = inputs, sizes, norm, documents
         self.taps = conv1d_weight.shape[1]

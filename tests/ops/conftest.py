@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from megatron_hybrid.ops import bf16
 from megatron_hybrid.ops.ssd import block, buffers
 
 
@@ -24,3 +25,10 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["as they are", "through fp32"])
+def bf16_products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test both ways of multiplying bf16, whatever this processor would choose."""
+    monkeypatch.setattr(bf16, "_choose_fp32", lambda: request.param == "through fp32")
+    return request.param

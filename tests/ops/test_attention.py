@@ -5,7 +5,10 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_hybrid.ops import attention
 from megatron_hybrid.ops.attention import causal_attention, plan_blocks
 
 
@@ -54,6 +57,53 @@ def test_equals_formula(length: int, window: int | None, mean_document: int | No
     expected_grads = torch.autograd.grad(expected, (query, key, value), upstream)
     for actual, wanted in zip(actual_grads, expected_grads, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("mean_document", [None, 60])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_bf16_is_as_good_as_its_inputs(
+    groups: int, mean_document: int | None, window: int | None, bf16_products: str
+) -> None:
+    """Outputs and gradients cost a few roundings (2^-9) over the formula in float64."""
+    batch, length, heads, size = 2, 500, 4, 16
+    draws = torch.Generator().manual_seed(groups)
+    inputs = [
+        torch.randn(length, batch, n, size, generator=draws).bfloat16().requires_grad_()
+        for n in (heads, groups, groups)
+    ]
+    seq_idx = None if mean_document is None else documents(batch, length, mean_document)
+    output = causal_attention(*inputs, chunks=[(0, length)], window=window, seq_idx=seq_idx)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    same_document = torch.zeros(batch, length) if seq_idx is None else seq_idx
+    expected = naive_attention(*exact, torch.arange(length), window, same_document)
+    upstream = torch.randn(output.shape, generator=draws).bfloat16()
+    actual = (output, *torch.autograd.grad(output, inputs, upstream))
+    wanted = (expected, *torch.autograd.grad(expected, exact, upstream.double()))
+    for got, want in zip(actual, wanted, strict=True):
+        assert got.dtype == torch.bfloat16
+        assert (got.double() - want).norm() <= 1e-2 * want.norm()
+
+
+def test_bf16_through_fp32_keeps_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the fp32 tensors of tokens and channels none is kept for the backward pass."""
+    monkeypatch.setattr(attention, "through_fp32", lambda tensor: True)
+    made: list[StorageWeakRef] = []
+
+    class Fp32(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            results = func(*args, **(kwargs or {}))
+            for out in results if isinstance(results, tuple) else (results,):
+                if isinstance(out, Tensor) and out.dtype == torch.float32 and out.dim() == 4:
+                    made.append(StorageWeakRef(out.untyped_storage()))
+            return results
+
+    inputs = [torch.randn(300, 1, n, 8).bfloat16().requires_grad_() for n in (4, 2, 2)]
+    with Fp32():
+        output = causal_attention(*inputs, chunks=[(0, 300)], window=70)
+    assert made and all(ref.expired() for ref in made)
+    output.sum().backward()
+    assert inputs[0].grad is not None
 
 
 @pytest.mark.parametrize("packed", [False, True])

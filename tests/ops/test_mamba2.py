@@ -131,7 +131,9 @@ def test_fused_equals_composition(length: int, groups: int, packed: bool, norm: 
 
 
 @CASES
-def test_fused_in_bfloat16(length: int, groups: int, packed: bool, norm: bool) -> None:
+def test_fused_in_bfloat16(
+    length: int, groups: int, packed: bool, norm: bool, bf16_products: str
+) -> None:
     """Against float64 of the same inputs: at most twice the composition's bf16 error, plus 4e-3."""
     case = cast(make_case(length, groups), torch.bfloat16)
     seq_idx = documents(length) if packed else None
@@ -157,7 +159,9 @@ def test_documents_at_the_edges_of_blocks(lengths: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_poisoned_memory_changes_nothing(poisoned_memory: None, dtype: torch.dtype) -> None:
+def test_poisoned_memory_changes_nothing(
+    poisoned_memory: None, bf16_products: str, dtype: torch.dtype
+) -> None:
     """Nothing uninitialised is read: the result is finite and near the composition's."""
     case, seq_idx = cast(make_case(200, 2), dtype), documents(200)
     got = run(case, 2, "torch", seq_idx)
@@ -176,10 +180,13 @@ def test_strided_input_equals_contiguous() -> None:
         assert y.transpose(0, 1).is_contiguous() == (layout is case)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_recomputation_gives_the_same_bits(reentrant: bool) -> None:
+def test_recomputation_gives_the_same_bits(
+    reentrant: bool, dtype: torch.dtype, bf16_products: str
+) -> None:
     """Under activation checkpointing: first without gradients, then again with them."""
-    case = cast(make_case(150, 2), torch.float32)
+    case = cast(make_case(150, 2), dtype)
     want = run(case, 2)
     inputs = [t.detach().requires_grad_() for t in case[:6]]
     y = checkpoint(

@@ -120,12 +120,22 @@ def test_float32_is_accurate_at_trained_step_sizes() -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 8])
-def test_bfloat16_is_as_good_as_its_inputs(groups: int) -> None:
+def test_bfloat16_is_as_good_as_its_inputs(groups: int, bf16_products: str) -> None:
     """bf16 operands cost no more than a few roundings (2^-9), in dt and A too."""
     case = make_case(500, groups)
     rounded = case._replace(**{n: getattr(case, n).bfloat16().double() for n in "xBC"})
     want = run(rounded, "reference")
     assert_close(run(rounded, "torch", torch.bfloat16), want, default=6e-3, dA=1e-2)
+
+
+def test_bfloat16_keeps_its_states_in_bfloat16(bf16_products: str) -> None:
+    """For the backward pass the states take the inputs' memory a number, not that of float32."""
+    case = make_case(500, 2)
+    x = case.x.bfloat16().requires_grad_()
+    y = ssd(x, *case[1:3], *(t.bfloat16() for t in case[3:5]))
+    assert isinstance(y, Tensor)
+    states = [t for t in y.grad_fn.saved_tensors if t is not None and t.dim() == 5]
+    assert [t.dtype for t in states] == [torch.bfloat16]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +204,7 @@ def test_any_packing_equals_recurrence(lengths: list[int], groups: int, seed: in
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("step", [0.0, 1e-30, 1e-4, 10.0, 1e6], ids=str)
 def test_extreme_steps_give_finite_gradients(
-    poisoned_memory: None, dtype: torch.dtype, step: float
+    poisoned_memory: None, bf16_products: str, dtype: torch.dtype, step: float
 ) -> None:
     """No NaN or infinity anywhere, from memory that starts as NaN, packed and with a short end."""
     case = make_case(200, 2)
@@ -211,7 +221,7 @@ def test_mixed_steps_in_poisoned_memory_equal_recurrence(poisoned_memory: None) 
     assert_close(run(case, "torch", seq_idx=seq_idx), want, default=1e-12, dA=1e-11)
 
 
-def test_workspaces_carry_nothing_over() -> None:
+def test_workspaces_carry_nothing_over(bf16_products: str) -> None:
     """A call gives the same bits whatever shapes and dtypes used the workspaces before it."""
     case = make_case(150, 2)
     first = run(case, "torch", torch.float32)

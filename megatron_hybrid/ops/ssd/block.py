@@ -68,7 +68,7 @@ class BlockScan:
         A: [h], negative.
         D: skip [h].
         documents: [b, l] int32 or None.
-        dtypes: of computing and of the GEMMs.
+        dtypes: of computing, of the GEMMs and of what is kept.
     """
 
     def __init__(
@@ -133,8 +133,8 @@ class BlockScan:
             block: which tokens; x, B and C are in its buffers.
             carry: state before the block [h, p, n]; becomes the state after it. None: `states`
                 are given.
-            states: states before each chunk [K, h, p, n], operands' dtype; written from `carry`,
-                read without.
+            states: states before each chunk [K, h, p, n], kept dtype; written from `carry`, read
+                without.
 
         Returns:
             [T, h, p], a workspace, computing dtype.
@@ -157,6 +157,7 @@ class BlockScan:
             for k in range(K):
                 states[k].copy_(carry)
                 carry.mul_(through[k]).add_(copy_if_other(at.added_c[k], at.added[k]))
+        states = at.states_as(self.dtypes.operands, states)
         torch.bmm(at.C_mm, states.view(at.added_mm.shape).mT, out=at.outer_mm)
         from_start = steps.from_start.view(K, Q, g, r, 1).transpose(1, 2)
         at.y_by_group.addcmul_(copy_if_other(at.outer_c, at.outer), from_start)
@@ -196,6 +197,7 @@ class BlockScan:
         at, steps = block.buffers, block.steps
         K, Q = block.shape
         g, r = self.sizes.groups, self.sizes.heads_a_group
+        states = at.states_as(self.dtypes.operands, states)
         torch.sum(torch.mul(at.grad_y, at.x, out=at.product), -1, out=grads.grad_y_x)
         torch.mul(at.grad_y_by_group, at.outer_c, out=at.product_by_group)
         torch.sum(at.product, -1, out=grads.grad_y_outer)
@@ -231,7 +233,7 @@ class BlockScan:
         torch.bmm(at.grad_at_start_mm.mT, at.C_mm, out=at.added_mm)
         through = steps.through[..., None, None].unbind()
         added = copy_if_other(at.added_c, at.added)
-        states_c = states if states.dtype == at.states_c.dtype else at.states_c.copy_(states)
+        states_c = at.states_as(self.dtypes.compute, states)
         for k in reversed(range(K)):
             at.grad_after[k].copy_(grad_carry)
             grad_carry.mul_(through[k])

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_hybrid.ops.bf16 import through_fp32
 from megatron_hybrid.ops.ssd.steps import BlockShape
 
 
@@ -73,16 +74,20 @@ WORKSPACE = Workspace()
 
 @dataclass(frozen=True)
 class DTypes:
-    """`compute` for decays, states and sums; `operands` for what the GEMMs take and give."""
+    """`compute` for decays and sums; `operands` for what the GEMMs take and give; `kept` for the
+    states before each chunk, which the backward pass needs again."""
 
     compute: torch.dtype
     operands: torch.dtype
+    kept: torch.dtype
 
     @classmethod
-    def of(cls, inputs: torch.dtype) -> "DTypes":
-        """float64 for float64, bfloat16 operands for bfloat16, else float32."""
-        compute = torch.float64 if inputs == torch.float64 else torch.float32
-        return cls(compute, torch.bfloat16 if inputs == torch.bfloat16 else compute)
+    def of(cls, inputs: Tensor) -> "DTypes":
+        """All float64 for float64, else all float32; but for bfloat16 the states are kept in
+        bfloat16, which the operands have as well where the processor multiplies it."""
+        compute = torch.float64 if inputs.dtype == torch.float64 else torch.float32
+        kept = torch.bfloat16 if inputs.dtype == torch.bfloat16 else compute
+        return cls(compute, compute if through_fp32(inputs) else kept, kept)
 
 
 class Buffers:
@@ -152,7 +157,8 @@ class Buffers:
             t.view(K * g, r * p, n) for t in (self.added, self.grad_after)
         )
         self.added_c = self.computing("added_c", self.added)
-        self.states = self.operand("states", K, h, p, n)  # where nobody keeps them
+        # Where nobody keeps them.
+        self.states = self._get("states", dtypes.kept, K, h, p, n)
         self.states_c = self.computing("states_c", self.states)
         self.state_product = self.compute("state_product", h, p, n)
         self._views(K, Q, h, p, g, r, n)
@@ -183,11 +189,16 @@ class Buffers:
         """A workspace in the operands' dtype."""
         return self._get(name, self._dtypes.operands, *shape)
 
-    def computing(self, name: str, operand: Tensor) -> Tensor:
-        """`operand` itself, or a workspace like it, if its dtype is not the computing one."""
-        if operand.dtype == self._dtypes.compute:
-            return operand
-        return self.compute(name, *operand.shape)
+    def computing(self, name: str, tensor: Tensor) -> Tensor:
+        """`tensor` itself, or a workspace like it, if its dtype is not the computing one."""
+        if tensor.dtype == self._dtypes.compute:
+            return tensor
+        return self.compute(name, *tensor.shape)
+
+    def states_as(self, dtype: torch.dtype, states: Tensor) -> Tensor:
+        """`states` [K, h, p, n], which are in the kept dtype, in the operands' or the computing
+        one: themselves or in `states_c`."""
+        return states if states.dtype == dtype else self.states_c.copy_(states)
 
     def _get(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
         return WORKSPACE.get(name, dtype, self._device, shape)

@@ -30,7 +30,7 @@ def ssd_torch(
     """SSD by chunks; arguments as in `megatron_hybrid.ops.ssd.ssd`.
 
     Computes in float64 for float64 `x`, else in float32; for bfloat16 `x` the GEMMs take bfloat16
-    operands. Differentiable once, for every float argument.
+    operands where the device multiplies those. Differentiable once, for every float argument.
 
     Returns:
         y [b, l, h, p] in x's dtype and the final states [b, h, p, n] in the computing dtype.
@@ -56,7 +56,7 @@ class _ChunkedSSD(torch.autograd.Function):
         carry = x.new_zeros(*x.shape[:1], *scan.states_shape[2:], dtype=scan.dtypes.compute)
         if initial_states is not None:
             carry.copy_(initial_states)
-        states = x.new_empty(scan.states_shape, dtype=scan.dtypes.operands)
+        states = x.new_empty(scan.states_shape, dtype=scan.dtypes.kept)
         y = torch.empty_like(x)
         for row in range(x.shape[0]):
             for block in scan.blocks(row):
@@ -100,7 +100,7 @@ class _ChunkedSSD(torch.autograd.Function):
 def _block_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, D: Tensor | None, documents: Tensor | None
 ) -> BlockScan:
-    dtypes = DTypes.of(x.dtype)
+    dtypes = DTypes.of(x)
     sizes = Sizes(x.shape[2], x.shape[3], B.shape[2], B.shape[3])
     skip = torch.zeros_like(A) if D is None else D
     return BlockScan(sizes, dt.to(dtypes.compute), A, skip, documents, dtypes)
