@@ -8,10 +8,12 @@ CORE = [
     "torch==2.13.0",
     "megatron-core>=0.19,<0.20",
     "einops>=0.8",  # megatron-core imports it and does not ask for it
+    "fastokens>=0.3.5",  # byte-pair encoding, checked against tokenizers before it is used
     "numpy>=1.26",
     "matplotlib>=3.9",
     "orjson>=3.10",
     "packaging>=24",
+    "pyarrow>=17",  # parquet and zstd input
     "psutil>=6",  # megatron-core's checkpoint writer sizes its workers with it
     "pydantic>=2.9,<3",
     "PyYAML>=6",

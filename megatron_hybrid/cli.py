@@ -12,6 +12,7 @@ from rich.console import Console
 
 from launchers.local import launch, record_error
 from megatron_hybrid import cli_text
+from megatron_hybrid.commands import data as data_commands
 from megatron_hybrid.config import TRACKER_FILE, RunConfig, load_config, rules, validate
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.platform.threads import spin_before_sleeping
@@ -22,6 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(data_commands.app, name="data")
 # Words that are ours to read: presets, section.field=value, Megatron-LM's flags.
 _CONFIG_WORDS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -63,6 +65,7 @@ def pretrain(
         run(config)
         return
     _check_device(config, nproc)
+    _check_files(config, nproc)
     raise typer.Exit(launch(["-m", "megatron_hybrid.cli", "pretrain", *context.args], nproc))
 
 
@@ -77,6 +80,14 @@ def _check_device(config: RunConfig, world_size: int) -> None:
 
         resolve_backend(config.backend)
         validate(config, world_size, has_cuda=probe().cuda_device is not None)
+
+
+def _check_files(config: RunConfig, world_size: int) -> None:
+    """Refuse before any rank starts what cannot be read, or gone on with; takes no torch."""
+    from megatron_hybrid.training.start import open_run
+
+    logging.getLogger("megatron_hybrid").setLevel(logging.ERROR)  # rank 0 says the rest
+    open_run(config, world_size)
 
 
 @app.command()

@@ -1,11 +1,14 @@
 """What the command line prints: the help of `pretrain`, made from the fields, and the counts."""
 
+from typing import get_origin
+
+from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from megatron_hybrid.config import RunConfig, presets
-from megatron_hybrid.config.describe import allowed, fields, plain_type
+from megatron_hybrid.config.describe import allowed, fields, items_of, plain_type, section_of
 from megatron_hybrid.config.flags import flags
 from megatron_hybrid.config.pattern import KINDS
 from megatron_hybrid.model.counts import count_parameters, flops_per_token
@@ -27,6 +30,8 @@ _USAGE = """\
   megatron-hybrid pretrain run.yaml parallel.tensor_model_parallel_size=2 --sequence-parallel \
 --nproc 2
   megatron-hybrid pretrain nemotron_h_8b --data-path 0.3 code 0.7 web --dry-run
+  megatron-hybrid pretrain phases.yaml data.sources.web.max_epochs=2 \
+data.phases\\[1].weights.web=0.5
   megatron-hybrid pretrain --load runs/default/checkpoints --train-iters 2000
 """
 
@@ -49,13 +54,25 @@ def print_pretrain_help(console: Console) -> None:
         kind = "" if plain_type(info) is bool else f"  {allowed(info)}"
         console.print(f"  {', '.join(by_path[path])}{escape(kind)}", highlight=False)
         console.print(f"      {escape(f'{info.description} ({default})')}", highlight=False)
+        _print_inner_fields(path, info, console)
+
+
+def _print_inner_fields(path: str, info: FieldInfo, console: Console) -> None:
+    """The fields of a source or a phase, as overrides and YAML reach them."""
+    item = items_of(info)
+    if item is None or (section := section_of(item)) is None:
+        return
+    place = f"{path}[N]" if get_origin(plain_type(info)) is tuple else f"{path}.NAME"
+    for name, field in section.model_fields.items():
+        line = f"{place}.{name}=...  {allowed(field)}: {field.description}"
+        console.print(f"        {escape(line)}", highlight=False)
 
 
 def _shown(value: object) -> str:
     """A default as YAML would say it."""
     if isinstance(value, bool):
         return str(value).lower()
-    return "null" if value in (None, ()) else str(value)
+    return "null" if value in (None, (), {}) else str(value)
 
 
 def print_counts(config: RunConfig, console: Console) -> None:

@@ -88,6 +88,7 @@ def _engine() -> list[Finding]:
         torch = importlib.import_module("torch")
         backend = importlib.import_module("megatron_hybrid.platform.backend")
         probe = backend.probe()
+        has_bf16 = importlib.import_module("megatron_hybrid.ops.bf16").cpu_multiplies_bf16()
     except (ImportError, OSError) as error:
         return [Finding("torch", "-", "broken", f"cannot be imported: {error}")]
     cuda = torch.version.cuda
@@ -97,6 +98,8 @@ def _engine() -> list[Finding]:
         Finding("torch build", torch.__version__, "ok", build),
         Finding("CUDA device", device or "-", "ok" if device else "missing", "" if device else
                 "training runs on the CPU, over gloo"),
+        Finding("bf16 on the CPU", "instructions" if has_bf16 else "through fp32", "ok", "" if
+                has_bf16 else "precision.recipe=bf16 is no faster here than fp32"),
         _apex(probe.apex),
     ]  # fmt: skip
     try:

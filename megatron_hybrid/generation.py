@@ -183,10 +183,23 @@ def open_checkpoint(checkpoint: Path) -> Iterator[Generator]:
     folder = checkpoint if is_one else checkpoint_files.latest_checkpoint(checkpoint)
     if folder is None:
         raise UserError(f"{checkpoint} holds no checkpoint: it has no {TRACKER_FILE}")
-    platform = initialize()
     config = load_config([str(folder / CONFIG_FILE), *ONE_RANK], which=rules.NO_FILES)
-    backend = resolve_backend("auto")
-    tokenizer = load_tokenizer(folder)
+    with open_model(config, folder, load_tokenizer(folder)) as generator:
+        yield generator
+
+
+@contextmanager
+def open_model(config: RunConfig, folder: Path, tokenizer: Tokenizer) -> Iterator[Generator]:
+    """The model of one rank, with the weights of a checkpoint, for the time of the block.
+
+    Args:
+        config: of a single rank (`ONE_RANK`).
+        folder: the checkpoint itself, `.../iter_0000100`, saved by any layout.
+
+    Raises:
+        UserError: it cannot be loaded, or is of another model.
+    """
+    platform, backend = initialize(), resolve_backend("auto")
     with process_groups(config, platform, alone=True):
         from megatron_hybrid.model.build import build_model_chunks
         from megatron_hybrid.model.transformer_config import transformer_config

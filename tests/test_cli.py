@@ -90,7 +90,7 @@ def test_doctor() -> None:
     """What is required is there, so it exits 0 and names the backend that would run."""
     done = run("doctor")
     assert done.returncode == 0, done.stdout
-    for word in ("torch", "megatron-core", "transformer-engine", "apex", "backend=auto"):
+    for word in ("torch", "megatron-core", "transformer-engine", "apex", "backend=auto", "bf16"):
         assert word in done.stdout
     assert "ready to train" in done.stdout
 

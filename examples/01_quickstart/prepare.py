@@ -3,9 +3,10 @@
 
     python examples/01_quickstart/prepare.py [folder]      (default: data/quickstart)
 
-writes code.jsonl (the standard library's sources, a document a file) and docs.jsonl (their
-documentation strings), trains a sentencepiece tokenizer on both, and tokenises them with the code
-behind tools/preprocess_data.py. Does nothing when the folder already holds it all, whole.
+writes three sources as JSONL: code (the standard library's modules, a document a file), docs (their
+documentation strings) and reference (the language reference that help() shows, a document a topic).
+Then it trains a sentencepiece tokenizer on them, and tokenises them with the code behind
+`megatron-hybrid data tokenize`. Does nothing when the folder already holds it all, whole.
 """
 
 import argparse
@@ -13,7 +14,6 @@ import ast
 import hashlib
 import json
 import platform
-import random
 import sys
 import sysconfig
 import tempfile
@@ -21,11 +21,12 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 
 from sentencepiece import SentencePieceTrainer
 
 from megatron_hybrid.data.errors import DataError
-from megatron_hybrid.data.tokenize import TokenizeSettings, tokenize_jsonl
+from megatron_hybrid.data.tokenizing import TokenizeSettings, tokenize
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import write_atomic
 
@@ -33,11 +34,13 @@ VOCAB_SIZE = 4096
 TRAINING_TEXT_CHARS = 4_000_000
 TRAINING_PIECE_CHARS = 2_000
 # Not the library's own prose and code, or not shipped everywhere.
-SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
+SKIPPED_FOLDERS = {
+    "site-packages", "dist-packages", "test", "tests", "idlelib", "pydoc_data", "__pycache__",
+}  # fmt: skip
 TOKENIZER = "tokenizer.model"
 MANIFEST = "manifest.json"
-SOURCES = ("code", "docs")
-ENDINGS = (".jsonl", "_text_document.bin", "_text_document.idx")
+SOURCES = ("code", "docs", "reference")
+ENDINGS = (".jsonl", ".bin", ".idx", ".meta.json")
 MADE = (TOKENIZER, *(source + ending for source in SOURCES for ending in ENDINGS))
 
 
@@ -61,41 +64,42 @@ def prepare(folder: Path) -> None:
     start = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
-    sources: dict[str, list[str]] = {name: [] for name in SOURCES}
-    for text in standard_library_sources():
-        sources["code"].append(text)
-        if docs := documentation(text):
-            sources["docs"].append(docs)
-    if not sources["code"]:
+    code = list(standard_library_sources())
+    sources = {
+        "code": code,
+        "docs": [docs for text in code if (docs := documentation(text))],
+        "reference": [text for text in topics.values() if text.strip()],
+    }
+    if not code:
         raise DataError(f"no Python sources in {sysconfig.get_path('stdlib')}")
     train_tokenizer([text for texts in sources.values() for text in texts], folder / TOKENIZER)
     for name, texts in sources.items():
         lines = (json.dumps({"text": text}) for text in texts)
         write_atomic(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
-        report = tokenize_jsonl(
+        prefix = folder / name
+        report = tokenize(
             TokenizeSettings(
-                input=folder / f"{name}.jsonl",
-                output_prefix=folder / name,
+                inputs=(str(folder / f"{name}.jsonl"),),
+                outputs={"text": prefix},
+                rejected_path=folder / f"{name}_rejected.jsonl",
                 tokenizer_type="sentencepiece",
                 tokenizer_model=folder / TOKENIZER,
-                append_eod=True,
+                shuffle_seed=0,  # what is held out is the end of the file
             )
         )
-        megabytes = (folder / f"{name}.jsonl").stat().st_size / 1e6
+        facts = report.facts["text"]
         print(
-            f"{folder / name}_text_document: {report.documents} documents, {megabytes:.1f} MB, "
-            f"{report.tokens['text']:,} tokens"
+            f"{prefix}: {facts.documents} documents, {report.input_bytes / 1e6:.1f} MB, "
+            f"{facts.tokens:,} tokens"
         )
     write_atomic(folder / MANIFEST, json.dumps(describe(folder), indent=2) + "\n")
     print(f"{folder / TOKENIZER}: {VOCAB_SIZE} pieces; all in {time.monotonic() - start:.0f} s")
 
 
 def standard_library_sources() -> Iterator[str]:
-    """The text of each source file, in an order drawn once: a split takes a range of documents."""
+    """The text of each source file."""
     root = Path(sysconfig.get_path("stdlib"))
-    paths = sorted(root.rglob("*.py"))
-    random.Random(0).shuffle(paths)
-    for path in paths:
+    for path in sorted(root.rglob("*.py")):
         if SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts):
             try:
                 text = path.read_text(encoding="utf-8")

@@ -16,6 +16,7 @@ bin=${bin#"$PWD/"}
 cat <<RESULT
 
 plot         $plot
+data         $run/data_plan.png
 metrics      $run/metrics.jsonl  ($bin/tensorboard --logdir $run/tensorboard)
 checkpoints  $run/checkpoints
 write text   $bin/megatron-hybrid generate $run --prompt 'def main('

@@ -4,13 +4,14 @@ Imports neither torch nor the engine, so that a wrong config is found in a momen
 """
 
 from megatron_hybrid.config.check import build_config, validate
+from megatron_hybrid.config.data import DataConfig, PhaseConfig, SourceConfig
 from megatron_hybrid.config.lengths import Lengths, lengths
 from megatron_hybrid.config.load import load_config, presets
 from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.config.phases import Phase, batch_sizes, phases, run_tokens, sources
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.sections import (
     CheckpointConfig,
-    DataConfig,
     LoggingConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -29,13 +30,20 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "Phase",
+    "PhaseConfig",
     "PrecisionConfig",
     "RunConfig",
+    "SourceConfig",
     "TrainingConfig",
+    "batch_sizes",
     "build_config",
     "latest_folder",
     "lengths",
     "load_config",
+    "phases",
     "presets",
+    "run_tokens",
+    "sources",
     "validate",
 ]

@@ -1,44 +1,41 @@
 """From plain values to a valid `RunConfig`, or to one error that names every problem."""
 
 import copy
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Iterable, Mapping
+from typing import Any, cast, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from megatron_hybrid.config import rules
 from megatron_hybrid.config.derive import DERIVED, UnderivableError
-from megatron_hybrid.config.describe import allowed, fields, nearest, sections, shown, unknown_field
+from megatron_hybrid.config.describe import (
+    allowed,
+    field_at,
+    fields,
+    nearest,
+    plain_type,
+    section_of,
+    sections,
+    shown,
+    unknown_field,
+)
 from megatron_hybrid.config.partial import Partial, UnreadableError
 from megatron_hybrid.config.pattern import pattern_problems
+from megatron_hybrid.config.places import (
+    Place,
+    Values,
+    drop_path,
+    get_path,
+    set_path,
+    write_place,
+)
 from megatron_hybrid.config.rules import Facts, Rule
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.errors import ConfigError
 
-Values = dict[str, Any]
 _MISSING = object()
-
-
-def get_path(values: Mapping[str, Any], path: str, default: Any = None) -> Any:
-    """The value at a dotted path of nested dicts, or `default`."""
-    section, _, leaf = path.rpartition(".")
-    inner = values.get(section) if section else values
-    return inner.get(leaf, default) if isinstance(inner, Mapping) else default
-
-
-def set_path(values: Values, path: str, value: Any) -> None:
-    """Set the value at a dotted path, making its section if there is none."""
-    section, _, leaf = path.rpartition(".")
-    inner = values.setdefault(section, {}) if section else values
-    inner[leaf] = value
-
-
-def drop_path(values: Values, path: str) -> None:
-    """Remove the value at a dotted path, if there is one."""
-    section, _, leaf = path.rpartition(".")
-    inner = values.get(section) if section else values
-    if isinstance(inner, dict):
-        inner.pop(leaf, None)
 
 
 def keep_known(values: Mapping[str, Any]) -> tuple[Values, list[str]]:
@@ -58,7 +55,7 @@ def keep_known(values: Mapping[str, Any]) -> tuple[Values, list[str]]:
         else:
             known = section.model_fields
             kept[name] = {key: copy.deepcopy(value[key]) for key in value if key in known}
-            problems += [unknown_field(f"{name}.{key}") for key in value if key not in known]
+            problems += [unknown_field((name, str(key))) for key in value if key not in known]
     return kept, problems
 
 
@@ -71,45 +68,92 @@ def _unknown_section(name: str, value: Any) -> str:
     guess = nearest(name, sections())
     if isinstance(value, Mapping) and guess:
         return f"{name} is not a section; did you mean {guess}?"
-    return unknown_field(name)
+    return unknown_field((name,))
 
 
-def _stand_in(path: str) -> Any:
+def _stand_in(field: FieldInfo) -> Any:
     """A value of the right type for a required field; no rule reads it."""
-    return {str: "M", int: 1, float: 1.0}[cast(type, fields()[path].annotation)]
+    kind = plain_type(field)
+    if get_origin(kind) is dict:
+        return {"stand-in": 1.0}
+    return "M" if get_origin(kind) is tuple else {str: "M", int: 1, float: 1.0}[kind]
 
 
-def _field_problem(path: str, value: Any) -> str:
-    field = fields()[path]
+def _wrong_place(place: Place) -> tuple[Place, Place]:
+    """What to show of a wrong value, and what to leave out of the config for it.
+
+    Lists of plain values are shown whole. Left out is the innermost field of a section, as the
+    entries of a mapping mean little without the others.
+    """
+    _, shown_place = field_at(place)
+    field = shown_place
+    while True:
+        _, outer = field_at(field[:-1])
+        info, _ = field_at(outer)
+        if info is None or section_of(info):
+            return shown_place, field
+        field = outer
+
+
+def _field_problem(place: Place, value: Any) -> str:
+    info, _ = field_at(place)
+    assert info is not None
+    path = write_place(place)
     if value is _MISSING:
-        return f"{path} is not set; it must be {allowed(field)}: {field.description}"
-    return f"{path}={shown(value)} must be {allowed(field)}"
+        return f"{path} is not set; it must be {allowed(info)}: {info.description}"
+    return f"{path}={shown(value)} must be {allowed(info)}"
 
 
 def check_types(values: Values) -> tuple[RunConfig, set[str], list[str]]:
-    """Validate each field by itself; bad ones are left out of the config and named as broken."""
+    """Validate each field by itself; bad ones are left out of the config and named as broken.
+
+    Bad fields are left out of `values` too.
+    """
     for name in sections():
         values.setdefault(name, {})
-    broken: dict[str, str] = {}
+    broken: set[str] = set()
+    problems: list[str] = []
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        for item in error.errors(include_url=False):
-            path = ".".join(str(part) for part in item["loc"][:2])
-            path = path if path in fields() else str(item["loc"][0])
-            broken[path] = _field_problem(path, get_path(values, path, _MISSING))
-        for path in broken:
-            drop_path(values, path)
-            if fields()[path].is_required():
-                set_path(values, path, _stand_in(path))
+        bad = [_bad_field(item, values) for item in error.errors(include_url=False)]
+        problems += [problem for _, problem in bad]
+        for place in _outermost(place for place, _ in bad):
+            info, _ = field_at(place)
+            drop_path(values, place)
+            if info is not None:
+                broken.add(write_place(place))
+                if info.is_required():
+                    set_path(values, place, _stand_in(info))
         config = RunConfig.model_validate(values)
     pattern = "model.hybrid_layer_pattern"
-    problems = list(broken.values())
     if pattern not in broken and (found := pattern_problems(config.model.hybrid_layer_pattern)):
         text = config.model.hybrid_layer_pattern
         problems += [f"{pattern}={text!r}: {problem}" for problem in found]
-        broken[pattern] = text
-    return config, set(broken), problems
+        broken.add(pattern)
+    return config, broken, list(dict.fromkeys(problems))
+
+
+def _bad_field(error: ErrorDetails, values: Values) -> tuple[Place, str]:
+    """What is left out because of an error of pydantic's, and the error's sentence."""
+    place = error["loc"]
+    if place[-1] == "[key]":  # pydantic's mark for the name of an entry
+        _, field = _wrong_place(place[:-2])
+        what = f"{write_place(field)} has the name {place[-2]!r}"
+        return field, f"{what}; a name must be of letters, digits, '_', '-' or '+'"
+    if error["type"] == "extra_forbidden":
+        return place, unknown_field(place)
+    shown_place, field = _wrong_place(place)
+    return field, _field_problem(shown_place, get_path(values, shown_place, _MISSING))
+
+
+def _outermost(places: Iterable[Place]) -> list[Place]:
+    """The places that lie in no other one of them."""
+    found: list[Place] = []
+    for place in sorted(set(places), key=len):
+        if not any(place[: len(outer)] == outer for outer in found):
+            found.append(place)
+    return found
 
 
 def _with(config: RunConfig, path: str, value: Any) -> RunConfig:

@@ -11,6 +11,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from megatron_hybrid.config.base import Section, Words
+from megatron_hybrid.config.places import Place, write_place
 from megatron_hybrid.config.run import RunConfig
 
 
@@ -84,16 +86,55 @@ def allowed(field: FieldInfo) -> str:
         for item in metadata
         if isinstance(item, marker)
     ]
-    if get_origin(kind) is Literal:
+    words = [item.text for item in metadata if isinstance(item, Words)]
+    if words:
+        text = words[-1]
+    elif get_origin(kind) is Literal:
         text = "one of " + ", ".join(str(choice) for choice in get_args(kind))
-    elif get_origin(kind) is tuple and get_args(kind) == (int, int):
-        text = "two whole numbers such as [128, 0]"
-    elif get_origin(kind) is tuple:
-        text = "one prefix, or weights above 0 and prefixes such as [[0.3, a], [0.7, b]]"
+    elif isinstance(kind, type) and issubclass(kind, Section):
+        text = "a mapping of " + ", ".join(kind.model_fields)
     else:
         names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
         text = (names | {Path: "a path"})[kind]
     return " ".join([text, " and ".join(limits)]).strip() + (", or null" if optional else "")
+
+
+def items_of(field: FieldInfo) -> FieldInfo | None:
+    """What a field's entries (of a mapping) or items (of a list) are, if they have places."""
+    kind = plain_type(field)
+    if get_origin(kind) is dict:
+        return FieldInfo.from_annotation(get_args(kind)[1])
+    if get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis:
+        item = FieldInfo.from_annotation(get_args(kind)[0])
+        # Only a list of sections: pairs and prefixes are one value.
+        return item if section_of(item) else None
+    return None
+
+
+def section_of(field: FieldInfo) -> type[Section] | None:
+    """The section that a field's value is, if it is one."""
+    kind = plain_type(field)
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def field_at(place: Place) -> tuple[FieldInfo | None, Place]:
+    """The field, entry or item at a place of a config.
+
+    Returns:
+        It, and the place itself; None, and the longest part of the place that there is.
+    """
+    found: FieldInfo | None = None
+    for number, part in enumerate(place):
+        inner = section_of(found) if found else RunConfig
+        if inner is not None:
+            found = inner.model_fields.get(str(part))
+        else:
+            assert found is not None
+            listed = get_origin(plain_type(found)) is tuple
+            found = items_of(found) if listed == isinstance(part, int) else None
+        if found is None:
+            return None, place[:number]
+    return found, place
 
 
 def nearest(name: str, known: Iterable[str], likeness: float = 0.6) -> str | None:
@@ -102,8 +143,11 @@ def nearest(name: str, known: Iterable[str], likeness: float = 0.6) -> str | Non
     return matches[0] if matches else None
 
 
-def unknown_field(path: str) -> str:
+def unknown_field(place: Place) -> str:
     """The sentence for a key that is no field, with the nearest one that is."""
+    if len(place) > 2 and f"{place[0]}.{place[1]}" in fields():
+        return _unknown_inside(place)
+    path = write_place(place[:2])
     section, _, leaf = path.rpartition(".")
     by_leaf = {known.rpartition(".")[2]: known for known in fields()}
     siblings = list(sections()[section].model_fields) if section in sections() else []
@@ -119,6 +163,23 @@ def unknown_field(path: str) -> str:
     if siblings:
         return f"{path} is not a field; {section} has: {', '.join(siblings)}"
     return f"{path} is not a field; sections: {', '.join(sections())}"
+
+
+def _unknown_inside(place: Place) -> str:
+    """The sentence for a key inside a field: a source's, a phase's."""
+    _, known = field_at(place)
+    info, _ = field_at(known)
+    assert info is not None
+    path, outer = write_place(place), write_place(known)
+    if section := section_of(info):
+        guess = nearest(str(place[len(known)]), section.model_fields, likeness=0.5)
+        if guess:
+            return f"{path} is not a field; did you mean {outer}.{guess}?"
+        return f"{path} is not a field; {outer} has: {', '.join(section.model_fields)}"
+    if (item := items_of(info)) and (section := section_of(item)):
+        form = f"{outer}[N]" if get_origin(plain_type(info)) is tuple else f"{outer}.NAME"
+        return f"{path} is not a field; write {form}.{next(iter(section.model_fields))}"
+    return f"{path} is not a field; {outer} must be {allowed(info)}"
 
 
 def shown(value: object) -> str:

@@ -11,14 +11,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from pydantic.fields import FieldInfo
+
 from megatron_hybrid.config.describe import (
     allowed,
+    field_at,
     fields,
     is_optional,
     nearest,
     plain_type,
     unknown_field,
 )
+from megatron_hybrid.config.places import PLACE, read_place
 from megatron_hybrid.config.yaml_text import parse_yaml
 
 _OTHER_NAMES = {
@@ -41,7 +45,7 @@ _MEGATRON_VALUES = {
         "NullTokenizer": "null",
     }
 }
-_OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.DOTALL)
+_OVERRIDE = re.compile(rf"({PLACE})=(.*)", re.DOTALL)
 _FLAG = re.compile(r"(--[a-z][\w-]*)(?:=(.*))?", re.DOTALL)
 
 
@@ -84,18 +88,26 @@ class CommandLine:
 
 def read_value(path: str, text: str) -> Any:
     """A field's value from its text; what cannot be read stays text, which its type refuses."""
-    info = fields()[path]
+    info, _ = field_at(read_place(path))
+    assert info is not None
     kind = plain_type(info)
     if is_optional(info) and text == "null":
         return None
     if kind in (str, Path) or get_origin(kind) is Literal:
         return _MEGATRON_VALUES.get(path, {}).get(text, text)
+    if get_origin(kind) is tuple and _holds_text(kind) and not text.startswith("["):
+        return text
     if get_origin(kind) is tuple and get_args(kind) == (int, int):
         text = f"[{text.strip('()[]')}]"
     try:
         return parse_yaml(text)
     except ValueError:
         return text
+
+
+def _holds_text(kind: Any) -> bool:
+    """Whether the items of a list are text, so that a single one needs no quotes."""
+    return plain_type(FieldInfo.from_annotation(get_args(kind)[0])) is str
 
 
 def _read_blend(words: Sequence[str]) -> Any:
@@ -112,7 +124,13 @@ def _read_blend(words: Sequence[str]) -> Any:
 def _starts_something(word: str) -> bool:
     """Whether a word is a flag or an override, and so no value of the flag before it."""
     override = _OVERRIDE.fullmatch(word)
-    return bool(_FLAG.fullmatch(word)) or (override is not None and override[1] in fields())
+    return bool(_FLAG.fullmatch(word)) or (override is not None and _is_field(override[1]))
+
+
+def _is_field(path: str) -> bool:
+    """Whether a path names a field, or an entry or item inside one, and no whole section."""
+    info, _ = field_at(read_place(path))
+    return info is not None and (path in fields() or "." in path)
 
 
 def _take_flag(words: list[str], line: CommandLine) -> None:
@@ -163,8 +181,8 @@ def parse_command_line(args: Sequence[str]) -> CommandLine:
                 f"{word!r} is neither section.field=value nor a flag; a preset or a YAML file "
                 "comes first"
             )
-        elif match[1] not in fields():
-            line.problems.append(unknown_field(match[1]))
+        elif not _is_field(match[1]):
+            line.problems.append(unknown_field(read_place(match[1])))
         else:
             path, text = match[1], match[2]
             blend = path == "data.data_path"

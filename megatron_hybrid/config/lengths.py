@@ -1,39 +1,46 @@
-"""The lengths of a run and of its learning-rate schedule, all in samples."""
+"""The lengths of a run's learning-rate schedule: it goes by the tokens that a run has consumed."""
 
+import math
 from dataclasses import dataclass
 
+from megatron_hybrid.config.phases import run_tokens, sequence_lengths
 from megatron_hybrid.config.run import RunConfig
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Whole-number lengths; tokens are rounded up to samples, the run to whole global batches."""
+    """All in tokens, rounded up to whole multiples of `unit_tokens`.
 
-    train_iters: int
-    train_samples: int
+    Attributes:
+        unit_tokens: the largest number that divides every sequence length of the run, so that a
+            run has consumed a whole multiple of it at any time; with one sequence length, a sample.
+        train_tokens: nominal; the last steps may go a little further.
+        warmup_tokens: 0 without a warm-up.
+        decay_tokens: where the learning rate is at its lowest, from the start of the run.
+        wsd_decay_tokens: the final decay of WSD, None without one.
+    """
+
+    unit_tokens: int
     train_tokens: int
-    warmup_samples: int
-    decay_samples: int
-    wsd_decay_samples: int | None
-
-
-def _samples(samples: int | None, tokens: int | None, seq_length: int) -> int | None:
-    return -(-tokens // seq_length) if tokens is not None else samples
+    warmup_tokens: int
+    decay_tokens: int
+    wsd_decay_tokens: int | None
 
 
 def lengths(config: RunConfig) -> Lengths:
     """Work out the lengths of a valid config (one of train_iters, _samples, _tokens is set)."""
-    training, optimizer, seq_length = config.training, config.optimizer, config.data.seq_length
-    iters = training.train_iters
-    if iters is None:
-        asked = _samples(training.train_samples, training.train_tokens, seq_length)
-        assert asked is not None
-        iters = -(-asked // training.global_batch_size)
-    total = iters * training.global_batch_size
-    decay = _samples(optimizer.lr_decay_samples, optimizer.lr_decay_tokens, seq_length)
-    decay = total if decay is None else decay
-    warmup = _samples(optimizer.lr_warmup_samples, optimizer.lr_warmup_tokens, seq_length)
+    optimizer, unit = config.optimizer, math.gcd(*sequence_lengths(config))
+
+    def whole(samples: int | None, tokens: int | None) -> int | None:
+        if samples is not None:  # of one length, as the rules see to
+            return samples * unit
+        return None if tokens is None else -(-tokens // unit) * unit
+
+    train = whole(None, run_tokens(config))
+    decay = whole(optimizer.lr_decay_samples, optimizer.lr_decay_tokens) or train
+    assert train is not None and decay is not None
+    warmup = whole(optimizer.lr_warmup_samples, optimizer.lr_warmup_tokens)
     if warmup is None:
-        warmup = round((optimizer.lr_warmup_fraction or 0.0) * decay)
-    wsd_decay = _samples(optimizer.lr_wsd_decay_samples, optimizer.lr_wsd_decay_tokens, seq_length)
-    return Lengths(iters, total, total * seq_length, warmup, decay, wsd_decay)
+        warmup = round((optimizer.lr_warmup_fraction or 0.0) * (decay // unit)) * unit
+    wsd_decay = whole(optimizer.lr_wsd_decay_samples, optimizer.lr_wsd_decay_tokens)
+    return Lengths(unit, train, warmup, decay, wsd_decay)

@@ -10,20 +10,17 @@ from typing import Any, cast
 
 from megatron_hybrid.config import rules
 from megatron_hybrid.config.check import (
-    Values,
     build_config,
     check_types,
-    drop_path,
-    get_path,
     keep_known,
     section_problem,
-    set_path,
 )
 from megatron_hybrid.config.derive import DERIVED, FOLLOWING
-from megatron_hybrid.config.describe import nearest, sections
+from megatron_hybrid.config.describe import fields, nearest, sections
 from megatron_hybrid.config.flags import CommandLine, parse_command_line
 from megatron_hybrid.config.partial import Partial, UnreadableError
-from megatron_hybrid.config.rules import ALTERNATIVES, Rule
+from megatron_hybrid.config.places import Values, drop_path, get_path, read_place, set_path
+from megatron_hybrid.config.rules import REPLACED, REPLACED_INSIDE, Rule
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.tracker import CONFIG_FILE, latest_folder, load_problems
 from megatron_hybrid.config.yaml_text import parse_yaml
@@ -85,14 +82,14 @@ def _read_yaml(path: Path, layers: _Layers) -> Values:
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Values:
     """`over` on top of `base`, field by field.
 
-    Of fields that say the same thing (train_iters, train_samples, train_tokens), one in `over`
-    replaces any in `base`.
+    A field in `over` replaces those in `base` that say the same thing in another way
+    (train_iters and train_tokens; data_path and sources), where it says anything.
     """
     merged = copy.deepcopy(dict(base))
-    for names in ALTERNATIVES:
-        if any(get_path(over, name) is not None for name in names):
-            for name in names:
-                drop_path(merged, name)
+    for name, others in REPLACED.items():
+        if get_path(over, name) not in (None, [], {}):
+            for other in others:
+                drop_path(merged, other)
     for name, value in over.items():
         inner = merged.get(name)
         if isinstance(inner, dict) and isinstance(value, Mapping):
@@ -183,6 +180,28 @@ def _layers_below(line: CommandLine, typed: Values) -> _Layers:
     return layers
 
 
+def _sort_typed(line: CommandLine) -> tuple[Values, dict[str, Any]]:
+    """What was typed: whole fields, nested, and by path the places inside fields.
+
+    The latter change what the file says, so they wait until it is there; a whole field that was
+    typed after them takes them back.
+    """
+    typed: Values = {}
+    inside: dict[str, Any] = {}
+    for path, value in line.values:
+        if path in fields():
+            set_path(typed, path, value)
+            inside = {
+                place: old
+                for place, old in inside.items()
+                if not place.startswith((f"{path}.", f"{path}["))
+            }
+        else:
+            inside.pop(path, None)  # the later one comes last
+            inside[path] = value
+    return typed, inside
+
+
 def load_config(
     args: Sequence[str],
     *,
@@ -204,9 +223,7 @@ def load_config(
         ConfigError: every problem in what was typed, read and made of it.
     """
     line = parse_command_line(args)
-    typed: Values = {}
-    for path, value in line.values:
-        set_path(typed, path, value)
+    typed, inside = _sort_typed(line)
     layers = _layers_below(line, typed)
     problems = (*line.problems, *layers.problems)
     if not layers.whole:
@@ -216,6 +233,12 @@ def load_config(
         raise ConfigError([*problems, *(text for text in found if not text.startswith(unset))])
     typed.pop("preset", None)
     values = merge(_forget_following(layers.values), typed)
+    for path, value in inside.items():
+        *outer, last = read_place(path)
+        for other in REPLACED_INSIDE.get(last, ()) if value is not None else ():
+            drop_path(values, (*outer, other))
+        if problem := set_path(values, path, value):
+            problems = (*problems, problem)
     return build_config(
         values, which=which, world_size=world_size, has_cuda=has_cuda, problems=problems
     )

@@ -4,7 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
-from megatron_hybrid.config.base import Positive, Section
+from megatron_hybrid.config.base import Positive, Section, Words
+
+Window = Annotated[tuple[int, int], Strict(False), Words("two whole numbers such as [128, 0]")]
 
 
 class ModelConfig(Section):
@@ -31,7 +33,7 @@ class ModelConfig(Section):
         default=None,
         description="channels of one attention head; null: hidden_size / num_attention_heads",
     )
-    window_size: Annotated[tuple[int, int], Strict(False)] | None = Field(
+    window_size: Window | None = Field(
         default=None, description="sliding attention: [tokens seen to the left, 0]; null: all"
     )
     position_embedding_type: Literal["none", "rope"] = Field(

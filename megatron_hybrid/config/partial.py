@@ -25,5 +25,14 @@ class Partial:
         path = self._prefix + name
         if path in self._broken:
             raise UnreadableError(path)
-        value = getattr(self._section, name)
-        return Partial(value, self._broken, f"{path}.") if isinstance(value, Section) else value
+        return self._wrap(getattr(self._section, name), path)
+
+    def _wrap(self, value: Any, path: str) -> Any:
+        """The value at `path`, with every section in it read as this one is."""
+        if isinstance(value, Section):
+            return Partial(value, self._broken, f"{path}.")
+        if isinstance(value, tuple):
+            return tuple(self._wrap(item, f"{path}[{n}]") for n, item in enumerate(value))
+        if isinstance(value, dict):
+            return {name: self._wrap(item, f"{path}.{name}") for name, item in value.items()}
+        return value

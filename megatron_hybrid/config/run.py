@@ -6,10 +6,10 @@ from typing import Literal
 from pydantic import Field
 
 from megatron_hybrid.config.base import FilePath, Section
+from megatron_hybrid.config.data import DataConfig
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.sections import (
     CheckpointConfig,
-    DataConfig,
     LoggingConfig,
     OptimizerConfig,
     ParallelConfig,

@@ -1,11 +1,10 @@
-"""The sections of a run beside the model: layout, precision, data, training, checkpoints, logs."""
+"""The sections of a run beside model and data: layout, precision, training, checkpoints, logs."""
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, Strict
 
-from megatron_hybrid.config.base import Amount, FilePath, Positive, Section
+from megatron_hybrid.config.base import Amount, FilePath, Positive, Section, Words
 
 
 class ParallelConfig(Section):
@@ -50,58 +49,12 @@ class PrecisionConfig(Section):
     )
 
 
-def _blend(value: Any) -> Any:
-    """Bring a prefix, `[w, a, w, b]` and `[[w, a], [w, b]]` to pairs; anything else is refused."""
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        return ((1.0, value),)
-    if not isinstance(value, Sequence):
-        raise ValueError("neither a prefix nor a list")
-    if len(value) == 1 and isinstance(value[0], str):
-        return ((1.0, value[0]),)
-    if value and not isinstance(value[0], Sequence):
-        if len(value) % 2:
-            raise ValueError("a weight without a prefix")
-        return tuple(zip(value[::2], value[1::2], strict=True))
-    return tuple(tuple(part) if isinstance(part, list) else part for part in value)
-
-
-def _null_is_a_name(value: Any) -> Any:
-    """YAML reads a bare `null` as nothing; here it names the tokenizer."""
-    return "null" if value is None else value
-
-
-Blend = Annotated[
-    tuple[tuple[Annotated[float, Field(gt=0)], str], ...], Strict(False), BeforeValidator(_blend)
+BatchSizes = Annotated[
+    tuple[Annotated[tuple[Amount, Positive], Strict(False)], ...],
+    Strict(False),
+    BeforeValidator(lambda value: () if value is None else value),
+    Words("pairs of tokens and a global batch size, both at least 1, such as [[1e12, 1536]]"),
 ]
-
-
-class DataConfig(Section):
-    """What is read, and how it is cut into samples."""
-
-    data_path: Blend = Field(
-        default=(),
-        description="token files: one prefix, or weights and prefixes (prefix.bin, prefix.idx)",
-    )
-    split: str = Field(
-        default="969,30,1", description="shares of the documents to train, validate and test on"
-    )
-    seq_length: Positive = Field(default=1024, description="tokens in a sample")
-    tokenizer_type: Annotated[
-        Literal["sentencepiece", "huggingface", "null"], BeforeValidator(_null_is_a_name)
-    ] = Field(default="sentencepiece", description="kind of tokenizer; null: token ids only")
-    tokenizer_model: FilePath | None = Field(
-        default=None, description="the tokenizer's file (sentencepiece) or folder (huggingface)"
-    )
-    packed_documents: bool = Field(
-        default=False, description="attention, positions and SSM state start anew at each document"
-    )
-    data_cache_path: FilePath | None = Field(
-        default=None, description="folder of the sample indices; null: run_dir/data_cache"
-    )
-    mock_data: bool = Field(default=False, description="train on made-up tokens")
-    num_workers: int = Field(default=2, ge=0, description="processes that read data, on each rank")
 
 
 class TrainingConfig(Section):
@@ -111,6 +64,11 @@ class TrainingConfig(Section):
         default=1, description="samples in one forward pass on one rank"
     )
     global_batch_size: Positive = Field(default=1, description="samples in one optimizer step")
+    batch_size_schedule: BatchSizes = Field(
+        default=(),
+        description="other global batch sizes later in the run: pairs of the tokens from which, "
+        "and the size",
+    )
     train_iters: Amount | None = Field(
         default=None, description="length of the run in optimizer steps"
     )

@@ -6,26 +6,26 @@ n + 1 marks (i64). Written here without the engine, so that preprocessing starts
 byte for byte as `megatron.core.datasets.indexed_dataset.IndexedDatasetBuilder` writes it.
 """
 
-import fcntl
 import hashlib
-import logging
 import os
 import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_hybrid.data.errors import DataError
+from megatron_hybrid.data.facts import Facts, FileFacts, facts_path
+from megatron_hybrid.data.part_file import PartFile, writing
 from megatron_hybrid.fileio import sync_folder
-
-logger = logging.getLogger(__name__)
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
+_INDEX_BLOCK = 1 << 20  # documents
 _DTYPE_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
@@ -60,25 +60,11 @@ def open_indexed(prefix: Path) -> IndexedFile:
         if not path.is_file():
             raise DataError(f"data.data_path: {path} is missing")
     with idx_path.open("rb") as file:
-        header = file.read(_HEADER.size)
-        if len(header) < _HEADER.size or not header.startswith(_MAGIC):
-            raise DataError(f"{idx_path} is not an index of Megatron's format")
-        _, version, code, sequences, marks = _HEADER.unpack(header)
+        dtype, sequences = read_header(file, idx_path)
+        lengths = np.fromfile(file, dtype="<i4", count=sequences)
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if version != 1 or code not in _DTYPES:
-        raise DataError(
-            f"{idx_path} has version {version} and dtype code {code}; "
-            f"allowed: version 1, dtype codes {sorted(_DTYPES)} (int32, uint16)"
-        )
-    expected_idx_bytes = _HEADER.size + 12 * sequences + 8 * marks
-    if idx_path.stat().st_size != expected_idx_bytes:
-        raise DataError(
-            f"{idx_path} has {idx_path.stat().st_size} bytes; its header promises "
-            f"{expected_idx_bytes}: it was cut short or damaged"
-        )
-    lengths = np.fromfile(idx_path, dtype="<i4", count=sequences, offset=_HEADER.size)
-    expected_bin_bytes = int(lengths.sum(dtype=np.int64)) * _DTYPES[code].itemsize
+    expected_bin_bytes = int(lengths.sum(dtype=np.int64)) * dtype.itemsize
     if bin_path.stat().st_size != expected_bin_bytes:
         raise DataError(
             f"{bin_path} has {bin_path.stat().st_size} bytes; {idx_path.name} describes "
@@ -87,88 +73,181 @@ def open_indexed(prefix: Path) -> IndexedFile:
     return IndexedFile(prefix, lengths, digest)
 
 
+def read_header(file: IO[bytes], path: Path) -> tuple[np.dtype[Any], int]:
+    """The type of the ids and the number of sequences n of an `.idx`, whose size must fit them.
+
+    Leaves `file` at the n lengths, which the n offsets follow.
+
+    Raises:
+        DataError: another format, a type of ids that has no place here, or another size.
+    """
+    header = file.read(_HEADER.size)
+    if len(header) < _HEADER.size or not header.startswith(_MAGIC):
+        raise DataError(f"{path} is not an index of Megatron's format")
+    _, version, code, sequences, marks = _HEADER.unpack(header)
+    if version != 1 or code not in _DTYPES:
+        raise DataError(
+            f"{path} has version {version} and dtype code {code}; "
+            f"allowed: version 1, dtype codes {sorted(_DTYPES)} (int32, uint16)"
+        )
+    size, promised = os.fstat(file.fileno()).st_size, _HEADER.size + 12 * sequences + 8 * marks
+    if size != promised:
+        raise DataError(
+            f"{path} has {size} bytes; its header promises {promised}: it was cut short or damaged"
+        )
+    return _DTYPES[code], sequences
+
+
 def indexed_paths(prefix: Path) -> tuple[Path, Path]:
     """The `.bin` and `.idx` of a prefix, which may itself hold dots."""
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
 
 
-class IndexedFileWriter:
-    """Writes one pair so that it appears whole or not at all.
+@dataclass(frozen=True)
+class Written:
+    """What an `IndexedFileWriter` wrote; the fields are those of `facts.Facts`."""
 
-    Bytes go to `.part` files. `finish` makes them durable; `publish` removes the old `.idx`, then
-    moves the `.bin`, then the new `.idx`: without an `.idx` nothing loads, so a kill at any moment
-    leaves the old pair, no pair or the new pair, never a mixture.
+    bin: FileFacts
+    idx: FileFacts
+    dtype: Literal["uint16", "int32"]
+    documents: int
+    tokens: int
+    longest_document_tokens: int
+    highest_token: int
+
+
+class IndexedFileWriter:
+    """Writes one pair, and the facts beside it, so that they appear whole or not at all.
+
+    Bytes go to `.part` files. `finish` makes the pair durable, `attach` the facts; `publish` moves
+    them into place. Until then, and after a failure, what was published before is untouched.
+    Holds 4 bytes of memory a document.
     """
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
-        """Raises DataError if another process is writing this prefix."""
+        """Raises DataError if another process is writing this prefix, or no file can be made."""
+        self.prefix = prefix
         self.token_count = 0
         self._dtype = token_dtype(vocab_size)
-        self._bin_path, self._idx_path = indexed_paths(prefix)
-        self._bin_part = Path(f"{self._bin_path}.part")
-        self._idx_part = Path(f"{self._idx_path}.part")
-        # The lock is on the file that is moved last, so it covers the whole of publish().
-        self._idx_file = _open_locked(self._idx_part)
-        self._bin_file = self._bin_part.open("wb")
         self._lengths: list[NDArray[np.int32]] = []
+        self._highest = 0
+        paths = indexed_paths(prefix)
+        with writing(prefix):
+            # The lock is on the file that is moved last, so it covers the whole of publish().
+            self._idx = PartFile(paths[1], locked=True)
+            try:
+                self._bin = PartFile(paths[0])
+            except OSError:
+                self._idx.discard()
+                raise
+        self._facts: PartFile | None = None
 
-    def add_documents(self, tokens: bytes, lengths: NDArray[np.int32]) -> None:
-        """Append documents: their ids in the file's dtype, end to end, and their lengths."""
-        assert len(tokens) == int(lengths.sum(dtype=np.int64)) * self._dtype.itemsize
-        self._bin_file.write(tokens)
+    def add_documents(self, tokens: bytes | memoryview, lengths: NDArray[np.int32]) -> None:
+        """Append documents: their ids in the file's dtype, end to end, and their lengths.
+
+        Raises:
+            DataError: the file cannot be written, as on a full disk.
+        """
+        ids = np.frombuffer(tokens, dtype=self._dtype)
+        assert len(ids) == int(lengths.sum(dtype=np.int64))
+        if len(ids):
+            self._highest = max(self._highest, int(ids.max()))
+        with writing(self.prefix):
+            self._bin.write(tokens)
         self._lengths.append(lengths)
-        self.token_count += len(tokens) // self._dtype.itemsize
+        self.token_count += len(ids)
 
-    def finish(self) -> None:
-        """Write the index and make both `.part` files durable."""
+    def finish(self) -> Written:
+        """Write the index and make both `.part` files durable.
+
+        Raises:
+            DataError: a file cannot be written.
+        """
         lengths = np.concatenate([np.empty(0, dtype="<i4"), *self._lengths])
-        offsets = np.zeros(len(lengths), dtype="<i8")
-        np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
-        offsets *= self._dtype.itemsize
-        code = _DTYPE_CODES[self._dtype]
-        self._idx_file.truncate(0)
-        self._idx_file.write(_HEADER.pack(_MAGIC, 1, code, len(lengths), len(lengths) + 1))
-        for column in (lengths, offsets, np.arange(len(lengths) + 1, dtype="<i8")):
-            self._idx_file.write(column.tobytes())
-        for file in (self._bin_file, self._idx_file):
-            file.flush()
-            os.fsync(file.fileno())
+        with writing(self.prefix):
+            for block in _index_blocks(lengths, self._dtype):
+                self._idx.write(block)
+            return Written(
+                bin=self._bin.sync(),
+                idx=self._idx.sync(),
+                dtype="uint16" if self._dtype.itemsize == 2 else "int32",
+                documents=len(lengths),
+                tokens=self.token_count,
+                longest_document_tokens=int(lengths.max(initial=0)),
+                highest_token=self._highest,
+            )
+
+    def attach(self, facts: Facts) -> None:
+        """Have `publish` put these facts beside the pair.
+
+        Raises:
+            DataError: the file cannot be written.
+        """
+        with writing(self.prefix):
+            self._facts = PartFile(facts_path(self.prefix))
+            self._facts.write(facts.to_json().encode())
+            self._facts.sync()
 
     def publish(self) -> None:
-        """Put the finished pair in place of whatever was there."""
-        folder = self._idx_path.parent
-        self._idx_path.unlink(missing_ok=True)
-        sync_folder(folder)
-        self._bin_part.replace(self._bin_path)
-        sync_folder(folder)
-        self._idx_part.replace(self._idx_path)
-        sync_folder(folder)
-        self._close()
+        """Put the finished pair in place of whatever was there; see `publish_all`."""
+        publish_all([self])
 
     def discard(self) -> None:
         """Leave no trace; what was published before stays."""
-        self._bin_part.unlink(missing_ok=True)
-        self._idx_part.unlink(missing_ok=True)
-        self._close()
+        # The index last: it holds the lock.
+        for part in (self._facts, self._bin, self._idx):
+            if part is not None:
+                part.discard()
 
-    def _close(self) -> None:
-        self._bin_file.close()
-        self._idx_file.close()
+    def _retract(self) -> None:
+        self._idx.path.unlink(missing_ok=True)
+
+    def _move_tokens(self) -> None:
+        self._bin.publish()
+        if self._facts is not None:
+            self._facts.publish()
+        else:  # those of the pair before
+            facts_path(self.prefix).unlink(missing_ok=True)
+
+    def _move_index(self) -> None:
+        self._idx.publish()
 
 
-def _open_locked(path: Path) -> IO[bytes]:
-    """Open `path` for writing, held by this process alone until closed."""
-    file = path.open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Its holder may have published it between the two calls: then this is no longer a .part.
-        still_there = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except BlockingIOError:
-        still_there = False
-    except OSError as error:  # some cluster file systems have no locks
-        logger.warning("%s: %s; write it from one run at a time", path, error.strerror)
-        still_there = True
-    if not still_there:
-        file.close()
-        raise DataError(f"another process is writing {path.with_suffix('')}")
-    return file
+def publish_all(writers: Sequence[IndexedFileWriter]) -> None:
+    """Put finished pairs that belong together in place of whatever was there.
+
+    Every old `.idx` goes first and every new one comes last: without an `.idx` nothing loads, so a
+    kill at any moment leaves the old pair, no pair or the new pair of a prefix, never a mixture,
+    and never an old pair beside a new one.
+
+    Raises:
+        DataError: a file cannot be moved; what is left does not load.
+    """
+    folders = {writer.prefix.parent for writer in writers}
+    moves = (
+        IndexedFileWriter._retract,
+        IndexedFileWriter._move_tokens,
+        IndexedFileWriter._move_index,
+    )
+    for move in moves:
+        for writer in writers:
+            with writing(writer.prefix, "what is there does not load; run it again"):
+                move(writer)
+        for folder in folders:
+            sync_folder(folder)
+
+
+def _index_blocks(lengths: NDArray[np.int32], dtype: np.dtype[Any]) -> Iterator[bytes]:
+    """The content of an `.idx`, in blocks: many documents would need much memory at once."""
+    count = len(lengths)
+    yield _HEADER.pack(_MAGIC, 1, _DTYPE_CODES[dtype], count, count + 1)
+    for begin in range(0, count, _INDEX_BLOCK):
+        yield lengths[begin : begin + _INDEX_BLOCK].astype("<i4").tobytes()
+    offset = 0  # in bytes
+    for begin in range(0, count, _INDEX_BLOCK):
+        sizes = lengths[begin : begin + _INDEX_BLOCK].astype("<i8") * dtype.itemsize
+        ends = offset + np.cumsum(sizes)
+        yield (ends - sizes).tobytes()
+        offset = int(ends[-1])
+    for begin in range(0, count + 1, _INDEX_BLOCK):
+        yield np.arange(begin, min(begin + _INDEX_BLOCK, count + 1), dtype="<i8").tobytes()

@@ -1,15 +1,16 @@
 """Windows to micro-batches: which rank reads which samples, and in what order.
 
-Samples are numbered through the run. A global batch is the next `global_batch_size` of them,
-whatever the layout: data-parallel rank r takes the r-th contiguous share of it and cuts that into
-micro-batches. So the place in the data is one integer, and a run may go on with another
-data-parallel or micro-batch size over the very same global batches.
+Samples are numbered through the run, and `Steps` says which of them a global batch takes, whatever
+the layout. Within a batch, places are shuffled by a key of its first sample; data-parallel rank r
+takes the r-th contiguous share and cuts it into micro-batches. So the place in the data is one
+integer, a run may go on with another data-parallel or micro-batch size over the very same global
+batches, and no rank is given one source of a blend again and again.
 
 Shapes: b = micro_batch_size, s = seq_length; packed batches are one row, `[1, b*s]`.
 """
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,47 +21,54 @@ from torch.utils.data import DataLoader, Sampler
 
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.batch import Batch
+from megatron_hybrid.data.batches import Steps
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.packing import pack_documents
+from megatron_hybrid.data.permutation import derive, permute
 from megatron_hybrid.data.windows import Windows
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One of the data-parallel ranks, `rank` in `[0, size)`."""
+
+    rank: int = 0
+    size: int = 1
 
 
 def build_iterator(
     dataset: Windows,
+    steps: Steps,
     config: RunConfig,
     *,
     consumed_samples: int,
-    data_parallel_rank: int,
-    data_parallel_size: int,
+    replica: Replica,
 ) -> Iterator[Batch]:
     """Micro-batches of one data-parallel rank, in order, from sample `consumed_samples` on.
 
     Args:
         dataset: the windows of a split.
-        config: `training` batch sizes, `data.packed_documents`, `data.num_workers`.
+        steps: its global batches, each a multiple of `micro_batch_size` times `replica.size`.
+        config: `training.micro_batch_size`, `training.seed`, `data.packed_documents`,
+            `data.num_workers`.
         consumed_samples: samples that all ranks together have read before.
-        data_parallel_rank: in `[0, data_parallel_size)`.
-        data_parallel_size: must divide `global_batch_size / micro_batch_size`.
 
     Yields:
-        `global_batch_size / (micro_batch_size * data_parallel_size)` batches a global batch.
+        `batch / (micro_batch_size * replica.size)` micro-batches a global batch.
 
     Raises:
-        DataError: at the end of the data, or at an id outside the tokenizer's vocabulary.
+        DataError: at an id outside the tokenizer's vocabulary.
     """
     training = config.training
     micro_batches = _MicroBatches(
-        samples=len(dataset),
-        consumed_samples=consumed_samples,
-        global_batch_size=training.global_batch_size,
-        micro_batch_size=training.micro_batch_size,
-        data_parallel_rank=data_parallel_rank,
-        data_parallel_size=data_parallel_size,
+        steps, consumed_samples, training.micro_batch_size, replica, training.seed
     )
     loader: DataLoader[Tensor] = DataLoader(
         dataset,  # type: ignore[arg-type]  # torch asks for its base class, and uses none of it
         batch_sampler=micro_batches,
-        collate_fn=_stack,
+        # One tensor a micro-batch: handing a tensor over between processes costs more than filling
+        # it, so the rest of a batch is made where it is used.
+        collate_fn=torch.from_numpy,
         num_workers=config.data.num_workers,
         # A forked worker starts in milliseconds and shares the parent's maps of the data.
         multiprocessing_context="fork" if config.data.num_workers else None,
@@ -68,29 +76,20 @@ def build_iterator(
         # Torch draws a seed for its workers, by default from the model's own random numbers.
         generator=torch.Generator(),
     )
-    return _batches(loader, micro_batches, dataset, config.data.packed_documents)
+    return _batches(loader, dataset, config.data.packed_documents)
 
 
-def _batches(
-    loader: DataLoader[Tensor], plan: "_MicroBatches", dataset: Windows, packed: bool
-) -> Iterator[Batch]:
+def _batches(loader: DataLoader[Tensor], dataset: Windows, packed: bool) -> Iterator[Batch]:
     has_cuda = torch.cuda.is_available()
     for rows in loader:
         highest = int(rows.max())
         if highest >= dataset.vocab_size:
             raise DataError(
-                f"data.data_path holds the token id {highest}; the tokenizer has "
-                f"{dataset.vocab_size} ids: the files were made with another tokenizer"
+                f"the data hold the token id {highest}; the tokenizer has {dataset.vocab_size} "
+                "ids: the files were made with another tokenizer"
             )
         batch = _packed_batch(rows, dataset.eod) if packed else _plain_batch(rows)
         yield batch.pin_memory() if has_cuda else batch
-    left = (plan.samples - plan.consumed_samples) % plan.global_batch_size
-    raise DataError(
-        f"the data ends here: {plan.samples} samples were planned, reading began at sample "
-        f"{plan.consumed_samples}, and the {left} left are less than a global batch of "
-        f"{plan.global_batch_size}; a longer run needs more training.train_iters, "
-        "training.train_samples or training.train_tokens"
-    )
 
 
 def _plain_batch(rows: Tensor) -> Batch:
@@ -123,27 +122,29 @@ def _packed_batch(rows: Tensor, eod: int) -> Batch:
 class _MicroBatches(Sampler[list[int]]):
     """The sample numbers of each micro-batch of one rank."""
 
-    samples: int
+    steps: Steps
     consumed_samples: int
-    global_batch_size: int
     micro_batch_size: int
-    data_parallel_rank: int
-    data_parallel_size: int
+    replica: Replica
+    seed: int
 
     def __iter__(self) -> Iterator[list[int]]:
-        share, rest = divmod(self.global_batch_size, self.data_parallel_size)
-        assert rest == 0 and share % self.micro_batch_size == 0, "the config's rules let this pass"
-        last = self.samples - self.global_batch_size
-        for batch in range(self.consumed_samples, last + 1, self.global_batch_size):
-            first = batch + self.data_parallel_rank * share
-            for micro in range(first, first + share, self.micro_batch_size):
-                yield list(range(micro, micro + self.micro_batch_size))
+        first = self.consumed_samples
+        while first < self.steps.samples:
+            size = self.steps.batch_size(first)
+            share, rest = divmod(size, self.replica.size)
+            assert rest == 0 and share % self.micro_batch_size == 0, "checked when the run began"
+            own = slice(self.replica.rank * share, (self.replica.rank + 1) * share)
+            samples = (first + _places(size, self.seed, first)[own]).tolist()
+            for micro in range(0, share, self.micro_batch_size):
+                yield samples[micro : micro + self.micro_batch_size]
+            first += size
 
 
-def _stack(windows: Sequence[NDArray[np.int64]]) -> Tensor:
-    """One tensor a micro-batch: handing a tensor over between processes costs more than filling
-    it, so the rest of a batch is made where it is used."""
-    return torch.from_numpy(np.stack(windows))
+def _places(size: int, seed: int, first_sample: int) -> NDArray[np.int64]:
+    """The places `[0, size)` of a global batch in the order in which ranks take them."""
+    key = derive(derive(np.zeros(1, dtype=np.uint64), seed), first_sample)
+    return permute(np.arange(size), size, key).astype(np.int64)
 
 
 def _ignore_signals(worker: int) -> None:

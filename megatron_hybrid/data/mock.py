@@ -1,5 +1,7 @@
 """Made-up documents that a model can learn, for tests and speed measurements without data."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,7 +27,10 @@ class MockWindows:
     def __len__(self) -> int:
         return self._size
 
-    def __getitem__(self, index: int) -> NDArray[np.int64]:
+    def __getitems__(self, indices: Sequence[int]) -> NDArray[np.int64]:
+        return np.stack([self._window(index) for index in indices])
+
+    def _window(self, index: int) -> NDArray[np.int64]:
         if not 0 <= index < self._size:
             raise IndexError(f"window {index} of {self._size}")
         random = np.random.default_rng((*self._seed, index))

@@ -1,9 +1,10 @@
 """The seam of this package: a dataset is a sized row of windows of token ids.
 
-Whoever plans the data (today megatron-core's blend, or the mock) hands the loader a `Windows`;
-the loader knows nothing else about where tokens come from.
+Whoever plans the data (a plan of phases, megatron-core's own order, or the mock) hands the loader a
+`Windows`; the loader knows nothing else about where tokens come from.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +24,10 @@ class Windows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> NDArray[np.int64]:
-        """Window `index`: `[seq_length + 1]` ids, one more than a sample, for the last label."""
+    def __getitems__(self, indices: Sequence[int]) -> NDArray[np.int64]:
+        """The windows of a micro-batch, all of one sequence length.
+
+        Returns:
+            `[len(indices), seq_length + 1]` ids: one more than a sample, for the last label.
+        """
         ...

@@ -8,6 +8,7 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.pattern import parse_pattern
+from megatron_hybrid.config.phases import sequence_lengths
 from megatron_hybrid.model.counts import padded_vocab_size
 from megatron_hybrid.model.specs import hybrid_stack_spec, layer_classes
 
@@ -35,7 +36,7 @@ def build_model(
         config=engine_config,
         hybrid_stack_spec=hybrid_stack_spec(backend),
         vocab_size=padded_vocab_size(model.vocab_size, model.make_vocab_size_divisible_by),
-        max_sequence_length=config.data.seq_length,
+        max_sequence_length=max(sequence_lengths(config)),
         hybrid_layer_pattern=pattern.engine_text(pp_group.size()),
         pre_process=pp_group.rank() == 0 and vp_stage in (None, 0),
         post_process=pp_group.rank() == pp_group.size() - 1 and vp_stage in (None, last_chunk),

@@ -4,6 +4,7 @@
     SAVE/iter_0000100/                          a torch_dist checkpoint of megatron-core
                      /run_config.yaml           the resolved config of the run
                      /tokenizer.model (.json)   the tokenizer's file
+                     /data_plan.json            the plan of its data, and how far it was read
                      /integrity.json            SHA-256 of every file (megatron-core's format)
 
 A checkpoint is written to `.iter_0000100.part` and renamed when it is whole; only then does the
@@ -20,8 +21,6 @@ from dataclasses import is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
-
-import torch
 
 from megatron_hybrid.config.tracker import TRACKER_FILE, latest_folder
 from megatron_hybrid.errors import UserError
@@ -164,6 +163,9 @@ class _IndexReader(pickle.Unpickler):
             found = super().find_class(module, name)
             if isinstance(found, type) and (is_dataclass(found) or issubclass(found, Enum)):
                 return found
-        elif module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
-            return found
+        elif module == "torch":
+            import torch  # here alone: folders are looked at before torch is needed
+
+            if isinstance(found := getattr(torch, name, None), torch.dtype):
+                return found
         raise UserError(f"{self._path} is refused: opening it would call {module}.{name}")

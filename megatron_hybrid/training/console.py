@@ -7,27 +7,8 @@ import sys
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from megatron_hybrid.human import human_count, human_duration
 from megatron_hybrid.training.step_metrics import StepMetrics
-
-
-def human_count(value: float) -> str:
-    """Three or four digits and a decimal unit: 812, 12.3K, 196.6K, 1.2B."""
-    for unit in ("", "K", "M", "B"):
-        # Not < 1000: 999.96 would be printed as 1000.0.
-        if value < 999.95:
-            return f"{value:.1f}{unit}" if unit else f"{value:.0f}"
-        value /= 1000
-    return f"{value:.1f}T"
-
-
-def human_duration(seconds: float) -> str:
-    """HH:MM:SS, with the days before it where there are any."""
-    if not math.isfinite(seconds):
-        return "unknown"
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    return (f"{days}d " if days else "") + f"{hour:02d}:{minute:02d}:{second:02d}"
 
 
 def step_line(metrics: StepMetrics, total_iterations: int) -> str:
@@ -35,6 +16,7 @@ def step_line(metrics: StepMetrics, total_iterations: int) -> str:
     parts = [
         f"step {metrics.iteration}/{total_iterations}",
         f"tokens {human_count(metrics.consumed_tokens)}",
+        *([f"phase {metrics.phase}"] if metrics.phase is not None else []),
         f"loss {metrics.loss:.4f}",
         f"lr {metrics.learning_rate:.1e}",
         f"grad norm {metrics.grad_norm:.3f}",

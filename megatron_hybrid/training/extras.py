@@ -18,30 +18,28 @@ _Z_LOSS = "z_loss"
 
 
 class MoeLosses:
-    """The auxiliary losses that megatron-core's routers leave behind in each micro batch.
+    """The auxiliary losses that megatron-core's routers leave behind in each micro batch."""
 
-    Args:
-        micro_batches: of a step, on one rank.
-    """
-
-    def __init__(self, model: ModelConfig, micro_batches: int) -> None:
+    def __init__(self, model: ModelConfig) -> None:
         self.names: list[str] = []  # the same on every rank, whether it has MoE layers or not
         self._layers = model.hybrid_layer_pattern.count(MOE)
-        self._micro_batches = micro_batches
         if self._layers and model.moe_aux_loss_coeff:
             self.names.append(_BALANCE_LOSS[model.moe_router_load_balancing_type])
         if self._layers and model.moe_z_loss_coeff:
             self.names.append(_Z_LOSS)
 
-    def take(self) -> list[float]:
+    def take(self, micro_batches: int) -> list[float]:
         """This rank's share of each loss of the step, which is forgotten: the next begins at 0.
 
         Added up over all ranks, they are means over MoE layers, micro batches and data-parallel
         ranks, without the coefficients of the config.
+
+        Args:
+            micro_batches: of the step, on one rank.
         """
         tracker = get_moe_metrics_tracker()
         shares = [
-            float(tracker.metrics[name].values.double().sum()) / self._parts(name)
+            float(tracker.metrics[name].values.double().sum()) / (self._parts(name) * micro_batches)
             if name in tracker.metrics
             else 0.0
             for name in self.names
@@ -50,7 +48,7 @@ class MoeLosses:
         return shares
 
     def _parts(self, name: str) -> int:
-        """How many values there are for each one that the mean is made of."""
+        """How many values there are in a micro batch for each one that the mean is made of."""
         pipeline = parallel_state.get_pipeline_model_parallel_world_size()
         # A balance loss comes in parts to be added over TP and CP; each z-loss is a mean in itself.
         replicas = (
@@ -58,7 +56,7 @@ class MoeLosses:
             if name == _Z_LOSS
             else parallel_state.get_data_parallel_world_size()
         )
-        return replicas * self._layers * self._micro_batches
+        return replicas * self._layers
 
 
 @torch.no_grad()

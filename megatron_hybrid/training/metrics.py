@@ -89,11 +89,14 @@ class MetricsWriter:
         """Report one training step."""
         if self._console is None:
             return
-        record = {item.name: getattr(metrics, item.name) for item in fields(metrics)}
-        self._write("train", record | {"extra": dict(metrics.extra)})
+        values = {item.name: getattr(metrics, item.name) for item in fields(metrics)}
+        plain = {name: dict(value) for name, value in values.items() if isinstance(value, Mapping)}
+        self._write("train", values | plain)
         if self._events is not None:
             scalars = {tag: getattr(metrics, name) for name, tag in _TENSORBOARD_TAGS.items()}
             scalars |= {f"train/{name}": value for name, value in metrics.extra.items()}
+            scalars |= {f"data/tokens/{name}": n for name, n in metrics.source_tokens.items()}
+            scalars |= {f"data/epochs/{name}": n for name, n in metrics.source_epochs.items()}
             self._events.write(metrics.iteration, scalars)
         self._console.step(metrics)
 

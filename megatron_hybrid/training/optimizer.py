@@ -99,32 +99,44 @@ def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return optimizer.chained_optimizers if chained else [optimizer]
 
 
-def build_scheduler(
-    config: RunConfig, optimizer: MegatronOptimizer, consumed_samples: int
-) -> OptimizerParamScheduler:
-    """The engine's schedule, set to `consumed_samples`: a function of the config and that number.
+class LearningRate:
+    """The engine's schedule of the learning rate over the tokens that a run has consumed.
 
-    It keeps no state of its own: editing the schedule of a run takes effect when it resumes.
+    A function of the config and that number, without a state of its own: editing the schedule of a
+    run takes effect when it resumes.
     """
-    options = config.optimizer
-    schedule = lengths(config)
-    scheduler = OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=options.lr,
-        min_lr=options.min_lr,
-        lr_warmup_steps=schedule.warmup_samples,
-        lr_decay_steps=schedule.decay_samples,
-        lr_decay_style=options.lr_decay_style,
-        start_wd=options.weight_decay,
-        end_wd=options.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-        wsd_decay_steps=schedule.wsd_decay_samples,
-        lr_wsd_decay_style=options.lr_wsd_decay_style,
-    )
-    scheduler.step(consumed_samples)
-    return scheduler
+
+    def __init__(self, config: RunConfig, optimizer: MegatronOptimizer) -> None:
+        options = config.optimizer
+        schedule = lengths(config)
+        # The engine's steps are ours of `unit_tokens`: samples, as long as all are equally long.
+        self._unit_tokens = unit = schedule.unit_tokens
+        wsd_decay = schedule.wsd_decay_tokens
+        self._optimizer = optimizer
+        self._scheduler = OptimizerParamScheduler(
+            optimizer,
+            init_lr=0.0,
+            max_lr=options.lr,
+            min_lr=options.min_lr,
+            lr_warmup_steps=schedule.warmup_tokens // unit,
+            lr_decay_steps=schedule.decay_tokens // unit,
+            lr_decay_style=options.lr_decay_style,
+            start_wd=options.weight_decay,
+            end_wd=options.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+            wsd_decay_steps=None if wsd_decay is None else wsd_decay // unit,
+            lr_wsd_decay_style=options.lr_wsd_decay_style,
+        )
+
+    def set(self, consumed_tokens: int) -> None:
+        """Give the optimizer the rate of the step that begins after so many tokens."""
+        self._scheduler.num_steps = consumed_tokens // self._unit_tokens
+        self._scheduler.step(0)
+
+    def current(self) -> float:
+        """The rate of the next step."""
+        return float(self._scheduler.get_lr(self._optimizer.param_groups[0]))
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:

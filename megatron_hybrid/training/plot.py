@@ -1,9 +1,9 @@
 """Draws what a run's metrics file holds: loss, learning rate and throughput over tokens."""
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +14,26 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from megatron_hybrid.errors import UserError
-from megatron_hybrid.fileio import write_atomic
-from megatron_hybrid.training.console import human_count, human_duration
+from megatron_hybrid.human import human_count, human_duration
+from megatron_hybrid.plotting import COLORS, INK, PALE_INK, STYLE, save_png, title, token_axis
 from megatron_hybrid.training.metrics import METRICS_FILE, read_records
 
-_INK, _PALE_INK, _GRID = "#1f2937", "#6b7280", "#e5e7eb"
-_COLORS = ("#2563eb", "#db2777", "#059669", "#d97706", "#7c3aed", "#0891b2", "#dc2626", "#4d7c0f")
 _VALIDATION_COLOR = "#ea580c"
-_STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.color": _INK,
-    "axes.edgecolor": "#9ca3af",
-    "axes.labelcolor": _PALE_INK,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": _PALE_INK,
-    "ytick.color": _PALE_INK,
-    "lines.solid_capstyle": "round",
-}
-_UNITS = ((1e12, "trillions"), (1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
+_LETTER_WIDTH = 0.009  # of the width of the loss panel
 
 
 @dataclass(frozen=True)
 class Run:
-    """The metrics of one run as float64 arrays, one value a step or evaluation."""
+    """The metrics of one run as float64 arrays, one value a step or evaluation.
+
+    Attributes:
+        phases: where each phase of the data begins, in tokens, and its name; empty if there is one.
+    """
 
     name: str
     train: dict[str, np.ndarray]
     validation: dict[str, np.ndarray]
+    phases: list[tuple[float, str]]
 
 
 def load_run(run_dir: Path) -> Run:
@@ -62,7 +49,20 @@ def load_run(run_dir: Path) -> Run:
     train = _columns(records, "train", (*names, *timing))
     if not len(train["iteration"]):
         raise UserError(f"{path} holds no training step yet: there is nothing to draw")
-    return Run(run_dir.resolve().name, train, _columns(records, "validation", names))
+    name, validation = run_dir.resolve().name, _columns(records, "validation", names)
+    return Run(name, train, validation, _phases(records))
+
+
+def _phases(records: list[dict[str, Any]]) -> list[tuple[float, str]]:
+    found: list[tuple[float, str]] = []
+    tokens = 0
+    for record in records:
+        if record["kind"] == "train":
+            name = record.get("phase")  # runs of earlier versions do not say
+            if name is not None and (not found or name != found[-1][1]):
+                found.append((tokens, name))
+            tokens = record["consumed_tokens"]
+    return found
 
 
 def _columns(
@@ -79,7 +79,7 @@ def plot_runs(run_dirs: Sequence[Path], output: Path) -> None:
         UserError: as `load_run`; nothing is written then.
     """
     runs = [load_run(run_dir) for run_dir in run_dirs]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         heading = 1.6 if len(runs) == 1 else 1.2 + 0.24 * len(runs)  # inches
         height = heading + 6
         figure = Figure(figsize=(11, height), dpi=160, facecolor="white")
@@ -93,12 +93,10 @@ def plot_runs(run_dirs: Sequence[Path], output: Path) -> None:
         _draw_throughput(panels[2], runs)
         _label_tokens(panels, runs)
         if len(runs) == 1:
+            _mark_phases(panels, runs[0])
             _add_iteration_axis(panels[0], runs[0])
         _write_heading(figure, runs)
-        image = io.BytesIO()
-        figure.savefig(image, format="png")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(output, image.getvalue())
+        save_png(figure, output)
 
 
 def _smooth(values: np.ndarray, reach: int) -> np.ndarray:
@@ -124,7 +122,7 @@ def _smoothed_loss(run: Run) -> np.ndarray:
 
 
 def _color(index: int) -> str:
-    return _COLORS[index % len(_COLORS)]
+    return COLORS[index % len(COLORS)]
 
 
 def _draw_loss(axes: Axes, runs: Sequence[Run]) -> None:
@@ -146,21 +144,13 @@ def _draw_loss(axes: Axes, runs: Sequence[Run]) -> None:
             if alone:
                 ends.append((float(run.validation["loss"][-1]), color, "validation "))
     if alone:
-        _title(axes, "Loss", "nats per token", pad=29)  # above the step axis
+        title(axes, "Loss", "nats per token", pad=29)  # above the step axis
     else:
-        _title(axes, "Loss", "nats per token; lines: train, diamonds: validation")
+        title(axes, "Loss", "nats per token; lines: train, diamonds: validation")
     low, high = axes.get_ylim()
     if high - low < 0.1:  # do not show noise as if it were progress
         axes.set_ylim(low - 0.05, high + 0.05)
     _label_ends(axes, _last_token(runs), ends)
-
-
-def _title(axes: Axes, name: str, unit: str, pad: float = 9) -> None:
-    title = axes.set_title(name, loc="left", fontsize=11.5, fontweight="bold", pad=pad)
-    axes.annotate(
-        unit, (1, 0), xytext=(8, 3), textcoords="offset points", xycoords=title,
-        color=_PALE_INK, annotation_clip=False,
-    )  # fmt: skip
 
 
 def _label_ends(axes: Axes, end: float, ends: list[tuple[float, str, str]]) -> None:
@@ -186,7 +176,7 @@ def _draw_learning_rate(axes: Axes, runs: Sequence[Run]) -> None:
     exponent = math.floor(math.log10(peak)) if peak > 0 else 0
     axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate / 10**exponent:g}"))
     axes.set_ylim(0, peak * 1.12 or 1)
-    _title(axes, "Learning rate", f"$\\times 10^{{{exponent}}}$")
+    title(axes, "Learning rate", f"$\\times 10^{{{exponent}}}$")
 
 
 def _draw_throughput(axes: Axes, runs: Sequence[Run]) -> None:
@@ -204,7 +194,7 @@ def _draw_throughput(axes: Axes, runs: Sequence[Run]) -> None:
         top = max(top, float(np.percentile(speed, 99)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
     axes.set_ylim(0, top * 1.15 or 1)
-    _title(axes, "Throughput", "tokens/s, all ranks")
+    title(axes, "Throughput", "tokens/s, all ranks")
     for median, color in ends:
         axes.annotate(
             f"median {human_count(median)}", (_last_token(runs), median), xytext=(11, 0),
@@ -222,13 +212,20 @@ def _last_token(runs: Sequence[Run]) -> float:
 
 
 def _label_tokens(panels: Sequence[Axes], runs: Sequence[Run]) -> None:
-    end = _last_token(runs)
-    scale, unit = next((pair for pair in _UNITS if end >= pair[0]), (1.0, ""))
-    for axes in panels:
-        axes.set_xlim(0, end)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens / scale:g}"))
-        axes.set_xlabel(f"{unit} of training tokens" if unit else "training tokens")
-        axes.tick_params(length=3)
+    token_axis(panels, _last_token(runs))
+
+
+def _mark_phases(panels: Sequence[Axes], run: Run) -> None:
+    """A line where each later phase of the data begins; names where there is room for them."""
+    end = run.train["consumed_tokens"][-1]
+    for (start, name), (next_start, _) in pairwise([*run.phases, (end, "")]):
+        for axes in panels if start else ():
+            axes.axvline(start, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+        if (next_start - start) / end > _LETTER_WIDTH * (len(name) + 1):
+            panels[0].annotate(
+                name, ((start + next_start) / 2, 1), xytext=(0, -4), textcoords="offset points",
+                xycoords=("data", "axes fraction"), color=PALE_INK, ha="center", va="top",
+            )  # fmt: skip
 
 
 def _add_iteration_axis(axes: Axes, run: Run) -> None:
@@ -245,7 +242,7 @@ def _add_iteration_axis(axes: Axes, run: Run) -> None:
     top.spines["top"].set_visible(True)
     top.annotate(
         "steps", (1, 1), xytext=(26, 8.5), textcoords="offset points", xycoords="axes fraction",
-        color=_PALE_INK, annotation_clip=False,
+        color=PALE_INK, annotation_clip=False,
     )  # fmt: skip
 
 
@@ -255,7 +252,7 @@ def _write_heading(figure: Figure, runs: Sequence[Run]) -> None:
     figure.text(0.052, 1 - 0.35 / height, title, fontsize=17, fontweight="bold", va="center")
     for index, run in enumerate(runs):
         text = _summary(run) if len(runs) == 1 else f"{run.name}:  {_summary(run)}"
-        color = _PALE_INK if len(runs) == 1 else _color(index)
+        color = PALE_INK if len(runs) == 1 else _color(index)
         figure.text(0.052, 1 - (0.67 + 0.24 * index) / height, text, color=color, va="center")
 
 

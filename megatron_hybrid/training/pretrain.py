@@ -1,9 +1,9 @@
 """`megatron-hybrid pretrain` on one rank: from a config to a finished run."""
 
+import logging
 import time
 
 from megatron_hybrid.config import RunConfig, validate
-from megatron_hybrid.data.tokenizer import build_tokenizer
 from megatron_hybrid.platform import initialize
 from megatron_hybrid.platform.backend import resolve_backend
 from megatron_hybrid.training.distributed import (
@@ -12,6 +12,11 @@ from megatron_hybrid.training.distributed import (
     process_groups,
     select_device,
 )
+from megatron_hybrid.training.start import Start, open_run
+
+logger = logging.getLogger(__name__)
+
+PLAN_PICTURE = "data_plan.png"
 
 
 def pretrain(config: RunConfig) -> str:
@@ -24,20 +29,35 @@ def pretrain(config: RunConfig) -> str:
         Why the run ended: "finished", or what ended it early.
 
     Raises:
-        UserError: the config does not fit these ranks, or a file is missing or damaged.
+        UserError: the config does not fit these ranks, a file is missing or damaged, or the data
+            cannot be planned.
     """
     started = time.monotonic()
     select_device()
     platform = initialize()
     backend = resolve_backend(config.backend)
     validate(config, world_size=launched_world_size(), has_cuda=platform.has_cuda)
-    tokenizer = build_tokenizer(
-        config.data.tokenizer_type, config.data.tokenizer_model, vocab_size=config.model.vocab_size
-    )
-    config = config.with_vocab_size(tokenizer.vocab_size)
+    config, tokenizer, start = open_run(config, launched_world_size())
     if is_rank_zero():
         print(f"{launched_world_size()} ranks on {platform.device}, backend {backend}", flush=True)
+        _draw_plan(config, start)
     with process_groups(config, platform):
         from megatron_hybrid.training.trainer import Trainer
 
-        return Trainer(config, platform, backend, tokenizer, started).run()
+        return Trainer(config, platform, backend, tokenizer, start, started).run()
+
+
+def _draw_plan(config: RunConfig, start: Start) -> None:
+    """Leave a picture of the data over time; that there is none is no reason not to train."""
+    plan, consumed = start.data.plan, 0
+    if plan is None:
+        return
+    if start.saved_plan is not None:
+        consumed = start.saved_plan.consumed_samples
+    path = config.run_dir / PLAN_PICTURE
+    try:
+        from megatron_hybrid.data.plan_picture import draw_plan  # and matplotlib, which is slow
+
+        draw_plan(plan, path, config.run_dir.name, consumed)
+    except Exception as error:
+        logger.warning("%s could not be drawn: %s: %s", path, type(error).__name__, error)

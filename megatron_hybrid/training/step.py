@@ -4,7 +4,7 @@ Legend: b micro batch, s sequence of this rank (with packed documents: one row o
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import tee
 from typing import Any, NamedTuple
@@ -23,6 +23,17 @@ from megatron_hybrid.config import RunConfig
 from megatron_hybrid.data.batch import Batch
 from megatron_hybrid.training.extras import MoeLosses
 from megatron_hybrid.training.optimizer import apply_gradients, gradient_norm
+
+
+class BatchShape(NamedTuple):
+    """Of a global batch: how many samples, of how many tokens each."""
+
+    samples: int
+    seq_length: int
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.seq_length
 
 
 class StepResult(NamedTuple):
@@ -65,10 +76,7 @@ class Stepper:
         self.backend = backend
         self.device = device
         self._schedule = get_forward_backward_func()
-        training = config.training
-        replicas = parallel_state.get_data_parallel_world_size()
-        self._micro_batches = training.global_batch_size // training.micro_batch_size // replicas
-        self._moe_losses = MoeLosses(config.model, self._micro_batches)
+        self._moe_losses = MoeLosses(config.model)
         self._expert_biases = [
             module.expert_bias
             for chunk in model
@@ -76,13 +84,17 @@ class Stepper:
             if getattr(module, "expert_bias", None) is not None
         ]
 
-    def train(self, data: Iterator[Batch], spike_above: float, votes: list[float]) -> StepResult:
+    def train(
+        self, data: Iterator[Batch], shape: BatchShape, spike_above: float, votes: list[float]
+    ) -> StepResult:
         """One step of the optimizer on the next global batch.
 
         The update is refused where the loss or the gradient is not finite, or the loss exceeds
         `spike_above`; parameters and optimizer are then as they were.
 
         Args:
+            data: micro batches of this rank, those of this global batch next.
+            shape: of the global batch.
             votes: flags of this rank, summed over ranks on the way.
         """
         for chunk in self.model:
@@ -91,8 +103,9 @@ class Stepper:
         self.optimizer.zero_grad()
         # The engine moves them with the backward pass, before anyone has seen the loss.
         expert_biases = [bias.clone() for bias in self._expert_biases]
-        sums = self._run(data, forward_only=False)
-        loss, added = self._reduce(sums, [*votes, *self._moe_losses.take()])
+        sums = self._run(data, shape, forward_only=False)
+        moe_shares = self._moe_losses.take(self._micro_batches(shape))
+        loss, added = self._reduce(sums, [*votes, *moe_shares])
         moe_losses = dict(zip(self._moe_losses.names, added[len(votes) :], strict=True))
         grad_norm = gradient_norm(self.optimizer) if math.isfinite(loss) else math.nan
         if not math.isfinite(grad_norm):
@@ -108,26 +121,33 @@ class Stepper:
         return StepResult(loss, grad_norm, refusal, added[: len(votes)], moe_losses)
 
     @torch.no_grad()
-    def evaluate(self, data: Iterator[Batch], iterations: int) -> float:
-        """Mean loss in nats a token over `iterations` global batches."""
+    def evaluate(self, data: Iterator[Batch], shapes: Iterable[BatchShape]) -> float:
+        """Mean loss in nats a token over the next global batches, of these shapes."""
         for chunk in self.model:
             chunk.eval()
-        sums = [self._run(data, forward_only=True) for _ in range(iterations)]
+        sums = [self._run(data, shape, forward_only=True) for shape in shapes]
         loss, _ = self._reduce(torch.stack(sums).sum(dim=0), [])
         return loss
 
-    def _run(self, data: Iterator[Batch], forward_only: bool) -> Tensor:
+    def _micro_batches(self, shape: BatchShape) -> int:
+        """Of a global batch, on each data-parallel rank."""
+        replicas = parallel_state.get_data_parallel_world_size()
+        count, rest = divmod(shape.samples, self.config.training.micro_batch_size * replicas)
+        assert rest == 0, "checked when the run began"
+        return count
+
+    def _run(self, data: Iterator[Batch], shape: BatchShape, forward_only: bool) -> Tensor:
         """All micro batches of a global batch -> `[2]` float64: sum of losses, number of tokens."""
-        training = self.config.training
-        row_of = training.micro_batch_size if self.config.data.packed_documents else 1
+        micro_batch_size = self.config.training.micro_batch_size
+        row_of = micro_batch_size if self.config.data.packed_documents else 1
         iterators = [data] if len(self.model) == 1 else list(tee(data, len(self.model)))
         per_micro_batch = self._schedule(
             forward_step_func=self._forward,
             data_iterator=iterators[0] if len(self.model) == 1 else iterators,
             model=self.model[0] if len(self.model) == 1 else self.model,
-            num_microbatches=self._micro_batches,
-            seq_length=self.config.data.seq_length * row_of,
-            micro_batch_size=training.micro_batch_size // row_of,
+            num_microbatches=self._micro_batches(shape),
+            seq_length=shape.seq_length * row_of,
+            micro_batch_size=micro_batch_size // row_of,
             forward_only=forward_only,
         )
         if not per_micro_batch:  # not the last pipeline stage

@@ -26,6 +26,9 @@ class StepMetrics:
         eta_s: expected seconds until the last step.
         skipped: the step's update was not applied.
         nonfinite: the loss or the gradient norm was NaN or infinite.
+        phase: of the data, that the step belonged to; None where there are not several.
+        source_tokens: of each source of the plan, consumed since the start of the run.
+        source_epochs: passes over each source since the start of the run.
         extra: further values by name, e.g. the auxiliary losses of MoE layers or `params_norm`.
     """
 
@@ -42,4 +45,7 @@ class StepMetrics:
     eta_s: float
     skipped: bool = False
     nonfinite: bool = False
+    phase: str | None = None
+    source_tokens: Mapping[str, int] = field(default_factory=dict)
+    source_epochs: Mapping[str, float] = field(default_factory=dict)
     extra: Mapping[str, float] = field(default_factory=dict)

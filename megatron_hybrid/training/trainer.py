@@ -1,48 +1,44 @@
 """The training loop: read from top to bottom, it is what a run does."""
 
-import math
+import hashlib
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
 
 from megatron_hybrid.config import RunConfig
-from megatron_hybrid.config.lengths import lengths
-from megatron_hybrid.config.tracker import CONFIG_FILE
 from megatron_hybrid.data.batch import Batch
-from megatron_hybrid.data.blend import build_datasets
-from megatron_hybrid.data.loader import build_iterator
-from megatron_hybrid.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_hybrid.data.batches import Steps
+from megatron_hybrid.data.datasets import open_windows
+from megatron_hybrid.data.loader import Replica, build_iterator
+from megatron_hybrid.data.saved_plan import DATA_PLAN_FILE
+from megatron_hybrid.data.tokenizer import Tokenizer
 from megatron_hybrid.data.windows import Windows
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.model.build import build_model_chunks
 from megatron_hybrid.model.counts import flops_per_token
 from megatron_hybrid.model.transformer_config import transformer_config
 from megatron_hybrid.platform import Platform
-from megatron_hybrid.training import checkpoint_files
+from megatron_hybrid.training.batch_sizes import check_batch_sizes
 from megatron_hybrid.training.checkpoint import Checkpointer, Progress, load_checkpoint
 from megatron_hybrid.training.distributed import is_rank_zero
 from megatron_hybrid.training.extras import params_norm
 from megatron_hybrid.training.metrics import MetricsWriter, peak_memory_gib
-from megatron_hybrid.training.optimizer import (
-    build_optimizer,
-    build_scheduler,
-    wrap_data_parallel,
-)
+from megatron_hybrid.training.optimizer import LearningRate, build_optimizer, wrap_data_parallel
 from megatron_hybrid.training.signals import ExitSignals
-from megatron_hybrid.training.step import Stepper, StepResult
+from megatron_hybrid.training.soundness import (
+    TrainingStoppedError,
+    average_in,
+    refuse_unsound,
+    spike_threshold,
+)
+from megatron_hybrid.training.start import Start
+from megatron_hybrid.training.step import BatchShape, Stepper, StepResult
 from megatron_hybrid.training.step_metrics import StepMetrics
 
-# Loss spikes are measured against an exponential mean over about this many steps.
-LOSS_AVERAGE_STEPS = 50
 # The ETA goes by the mean of the last steps, this many at most.
 RATE_STEPS = 20
-
-
-class TrainingStoppedError(UserError):
-    """The run ended because its loss or gradient was no longer sound."""
 
 
 class Trainer:
@@ -53,6 +49,7 @@ class Trainer:
     Args:
         config: resolved and valid.
         backend: "torch" or "transformer_engine".
+        start: what the run starts from, and its data.
         started: `time.monotonic()` when the run was started, for the exit duration.
     """
 
@@ -62,64 +59,70 @@ class Trainer:
         platform: Platform,
         backend: str,
         tokenizer: Tokenizer,
+        start: Start,
         started: float,
     ) -> None:
         self.config = config
         self.device = platform.device
         self.tokenizer = tokenizer
         self.started = started
-        self.length = lengths(config)
+        self.data = start.data
+        self.steps = start.data.steps
+        self._refuse_other_plans()
         engine_config = transformer_config(config, backend, platform.device)
         chunks = build_model_chunks(config, engine_config, backend)
         self.model = wrap_data_parallel(config, engine_config, chunks)
         self.optimizer = build_optimizer(config, engine_config, self.model)
         self.stepper = Stepper(config, self.model, self.optimizer, backend, platform.device)
-        self.flops_per_token = flops_per_token(config.model, config.data.seq_length).total
-        self.progress = self._load()
-        self.scheduler = build_scheduler(config, self.optimizer, self.progress.consumed_samples)
-        self.step_seconds: list[float] = []
-
-    def _load(self) -> Progress:
-        """Go on with this run's own checkpoint, else start from `checkpoint.load`, else anew."""
-        config, options = self.config, self.config.checkpoint
-        assert options.save is not None
-        folder = checkpoint_files.latest_checkpoint(options.save)
-        starts_elsewhere = (
-            options.load is not None and options.load.resolve() != options.save.resolve()
+        self.progress = self._load(start)
+        check_batch_sizes(
+            config, self.steps, self.progress.consumed_samples, torch.distributed.get_world_size()
         )
-        weights_only = options.finetune
-        if folder is None:
-            if options.load is None:
-                return Progress()
-            folder = checkpoint_files.latest_checkpoint(options.load)
-            if folder is None:
-                raise UserError(f"checkpoint.load={options.load} holds no checkpoint")
-        elif starts_elsewhere:
-            # The fields say how the run began; what it saved itself is taken up whole.
-            weights_only = False
-            whole = options.model_copy(update={"load_optim": True, "load_rng": True})
-            config = config.model_copy(update={"checkpoint": whole})
-        elif weights_only:
+        self.learning_rate = LearningRate(config, self.optimizer)
+        self.learning_rate.set(self._consumed_tokens())
+        self.recent: list[tuple[float, int]] = []  # seconds and tokens of the last steps
+
+    def _refuse_other_plans(self) -> None:
+        """Each rank has planned by itself: the files of their nodes must be the same."""
+        if self.data.plan is None:
+            return
+        digest = hashlib.sha256(self.data.plan.to_json().encode()).hexdigest()
+        digests = [""] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(digests, digest)
+        others = [rank for rank, other in enumerate(digests) if other != digests[0]]
+        if others:
             raise UserError(
-                f"checkpoint.finetune=true cannot start from checkpoint.load={options.load}, the "
-                "folder that this run saves to; give the new run a run_dir of its own"
+                f"ranks {', '.join(map(str, others))} plan other data than rank 0: the token files "
+                "of their nodes differ"
             )
+
+    def _load(self, start: Start) -> Progress:
+        folder, weights_only, is_own = start.origin
+        if folder is None:
+            return Progress()
+        config = self.config
+        if is_own:
+            whole = config.checkpoint.model_copy(update={"load_optim": True, "load_rng": True})
+            config = config.model_copy(update={"checkpoint": whole})
         progress = load_checkpoint(
             config, folder, self.model, self.optimizer, weights_only=weights_only
         )
-        if not weights_only and (folder / CONFIG_FILE).exists():
-            self._refuse_other_tokenizer(folder)
+        consumed = progress.consumed_samples
+        if start.saved_plan is not None and start.saved_plan.consumed_samples != consumed:
+            raise UserError(
+                f"{folder}/{DATA_PLAN_FILE} is not of this checkpoint: it says that "
+                f"{start.saved_plan.consumed_samples} samples were read, the checkpoint {consumed}"
+            )
         if is_rank_zero():
             print(f"loaded {folder}: step {progress.iteration}", flush=True)
+            if consumed and start.saved_plan is None and self.data.plan is not None:
+                print(
+                    f"{folder} holds no plan of its data: the run goes on at sample "
+                    f"{consumed} of the plan that its config makes, parts of which may have been "
+                    "read before in another order",
+                    flush=True,
+                )
         return progress
-
-    def _refuse_other_tokenizer(self, folder: Path) -> None:
-        """Other ids for the same words would be learned without a word of warning."""
-        if load_tokenizer(folder).fingerprint != self.tokenizer.fingerprint:
-            raise UserError(
-                f"data.tokenizer_model={self.config.data.tokenizer_model} is not the tokenizer of "
-                f"{folder}, which is there as a copy; checkpoint.finetune=true may change it"
-            )
 
     def run(self) -> str:
         """Train to the end, or until a signal or a limit ends the run early.
@@ -130,37 +133,36 @@ class Trainer:
         Raises:
             TrainingStoppedError: the loss or the gradient is not sound, and the config says stop.
         """
-        progress, training = self.progress, self.config.training
-        datasets = build_datasets(self.config, self.tokenizer)
-        data = self._iterator(datasets[0], progress.consumed_samples)
+        progress, training, steps = self.progress, self.config.training, self.steps
+        train, valid = open_windows(self.config, self.tokenizer, self.data)
+        batches = self._batches(train, steps, progress.consumed_samples)
         with (
             MetricsWriter(
                 self.config.run_dir,
                 enabled=is_rank_zero(),
                 tensorboard=self.config.logging.tensorboard,
                 resume_iteration=progress.iteration,
-                total_iterations=self.length.train_iters,
+                total_iterations=progress.iteration + steps.steps_from(progress.consumed_samples),
             ) as metrics,
             ExitSignals() as signals,
         ):
             checkpointer = Checkpointer(
                 self.config, self.model, self.optimizer, self.tokenizer,
-                report=lambda iteration, line: metrics.event(iteration, "checkpoint", line),
+                lambda iteration, line: metrics.event(iteration, "checkpoint", line),
+                self.data.plan,
             )  # fmt: skip
             saved_at = progress.iteration
             reason = "finished"
-            while progress.iteration < self.length.train_iters:
-                step_started = time.perf_counter()
-                learning_rate = self._learning_rate()
-                result = self.stepper.train(data, self._spike_threshold(), self._votes(signals))
-                self._account(result)
-                self._log(metrics, result, learning_rate, time.perf_counter() - step_started)
-                if unsound := self._unsound(result):
+            while progress.consumed_samples < steps.samples:
+                result = self._step(metrics, batches, signals)
+                try:
+                    refuse_unsound(training, progress, result)
+                except TrainingStoppedError:
                     checkpointer.finish()  # what was saved while the run was sound
-                    raise TrainingStoppedError(unsound)
+                    raise
                 checkpointer.poll()
                 if self._due(training.eval_interval):
-                    self._evaluate(metrics, datasets[1])
+                    self._evaluate(metrics, valid)
                 ended = self._reason_to_end(result, signals)
                 if ended or self._due(self.config.checkpoint.save_interval):
                     checkpointer.save(progress, wait=ended is not None)
@@ -174,53 +176,36 @@ class Trainer:
             checkpointer.finish()
         return reason
 
-    def _iterator(self, dataset: Windows | None, consumed_samples: int) -> Iterator[Batch]:
-        assert dataset is not None
+    def _batches(self, windows: Windows, steps: Steps, consumed_samples: int) -> Iterator[Batch]:
+        replica = Replica(
+            parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        )
         return build_iterator(
-            dataset,
-            self.config,
-            consumed_samples=consumed_samples,
-            data_parallel_rank=parallel_state.get_data_parallel_rank(),
-            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            windows, steps, self.config, consumed_samples=consumed_samples, replica=replica
         )
 
-    def _account(self, result: StepResult) -> None:
-        """Count the step; the learning rate and the data go on whether or not it was applied."""
-        progress, batch = self.progress, self.config.training.global_batch_size
+    def _step(
+        self, metrics: MetricsWriter, batches: Iterator[Batch], signals: ExitSignals
+    ) -> StepResult:
+        """One step: trained, counted and reported.
+
+        The learning rate and the data go on whether or not it was applied.
+        """
+        started, progress = time.perf_counter(), self.progress
+        threshold = spike_threshold(self.config.training, progress)
+        first_sample, learning_rate = progress.consumed_samples, self.learning_rate.current()
+        shape = BatchShape(self.steps.batch_size(first_sample), self.steps.seq_length(first_sample))
+        result = self.stepper.train(batches, shape, threshold, self._votes(signals))
         progress.iteration += 1
-        progress.consumed_samples += batch
-        self.scheduler.step(batch)
+        progress.consumed_samples += shape.samples
+        self.learning_rate.set(self._consumed_tokens())
         if result.refusal is None:
-            previous = progress.loss_average
-            progress.loss_average = (
-                result.loss
-                if previous is None
-                else previous + (result.loss - previous) / LOSS_AVERAGE_STEPS
-            )
-
-    def _spike_threshold(self) -> float:
-        """The loss above which a step is a spike."""
-        factor, average = self.config.training.loss_spike_factor, self.progress.loss_average
-        return math.inf if factor is None or average is None else factor * average
-
-    def _unsound(self, result: StepResult) -> str | None:
-        """Why the run must not go on; None where it may."""
-        training, iteration = self.config.training, self.progress.iteration
-        if result.refusal == "nonfinite" and training.nonfinite_action == "stop":
-            return (
-                f"step {iteration}: loss={result.loss} and grad_norm={result.grad_norm}, at least "
-                "one not finite; nothing was updated or saved. Resume from the last checkpoint "
-                "with a lower optimizer.lr, or pass over such steps with "
-                "training.nonfinite_action=skip"
-            )
-        if result.refusal == "loss_spike" and training.loss_spike_action == "stop":
-            return (
-                f"step {iteration}: loss={result.loss:.4f} is over training.loss_spike_factor="
-                f"{training.loss_spike_factor} times its mean {self.progress.loss_average:.4f}; "
-                "nothing was updated or saved. Pass over such steps with "
-                "training.loss_spike_action=skip"
-            )
-        return None
+            average_in(progress, result.loss)
+        seconds = time.perf_counter() - started
+        self.recent = [*self.recent, (seconds, shape.tokens)][-RATE_STEPS:]
+        if result.refusal is not None or self._due(self.config.training.log_interval):
+            metrics.train(self._metrics(result, shape, learning_rate, seconds))
+        return result
 
     def _votes(self, signals: ExitSignals) -> list[float]:
         """This rank's wishes to end the run, agreed on in the step's own reduction."""
@@ -242,45 +227,48 @@ class Trainer:
     def _due(self, interval: int | None) -> bool:
         return interval is not None and self.progress.iteration % interval == 0
 
-    def _learning_rate(self) -> float:
-        return float(self.scheduler.get_lr(self.optimizer.param_groups[0]))
+    def _consumed_tokens(self) -> int:
+        return self.steps.tokens_before(self.progress.consumed_samples)
 
-    def _evaluate(self, metrics: MetricsWriter, dataset: Windows | None) -> None:
-        data = self._iterator(dataset, 0)
-        loss = self.stepper.evaluate(data, self.config.training.eval_iters)
-        samples = self.progress.consumed_samples
+    def _evaluate(self, metrics: MetricsWriter, windows: Windows | None) -> None:
+        """The loss on the held-out samples, the same ones each time."""
+        steps = self.data.valid_steps
+        assert windows is not None and steps is not None
+        shape = BatchShape(steps.batch_size(0), steps.seq_length(0))
+        shapes = [shape] * (steps.samples // shape.samples)
+        loss = self.stepper.evaluate(self._batches(windows, steps, 0), shapes)
+        progress = self.progress
         metrics.validation(
-            self.progress.iteration, samples, samples * self.config.data.seq_length, loss
+            progress.iteration, progress.consumed_samples, self._consumed_tokens(), loss
         )
 
-    def _log(
-        self, metrics: MetricsWriter, result: StepResult, learning_rate: float, seconds: float
-    ) -> None:
-        progress, seq_length = self.progress, self.config.data.seq_length
-        self.step_seconds = [*self.step_seconds, seconds][-RATE_STEPS:]
-        if result.refusal is None and not self._due(self.config.training.log_interval):
-            return
-        tokens_per_s = self.config.training.global_batch_size * seq_length / seconds
-        world_size = torch.distributed.get_world_size()
-        mean_seconds = sum(self.step_seconds) / len(self.step_seconds)
+    def _metrics(
+        self, result: StepResult, shape: BatchShape, learning_rate: float, seconds: float
+    ) -> StepMetrics:
+        progress, consumed_tokens = self.progress, self._consumed_tokens()
+        tokens_per_s = shape.tokens / seconds
+        flops = flops_per_token(self.config.model, shape.seq_length).total
+        seconds_per_token = sum(s for s, _ in self.recent) / sum(n for _, n in self.recent)
         extra = dict(result.moe_losses)
         if self.config.logging.log_params_norm:
             extra["params_norm"] = params_norm(self.optimizer)
-        metrics.train(
-            StepMetrics(
-                iteration=progress.iteration,
-                consumed_samples=progress.consumed_samples,
-                consumed_tokens=progress.consumed_samples * seq_length,
-                loss=result.loss,
-                learning_rate=learning_rate,
-                grad_norm=result.grad_norm,
-                tokens_per_s=tokens_per_s,
-                model_tflops_per_rank=tokens_per_s * self.flops_per_token / world_size / 1e12,
-                step_ms=seconds * 1000,
-                peak_memory_gib=peak_memory_gib(self.device),
-                eta_s=(self.length.train_iters - progress.iteration) * mean_seconds,
-                skipped=result.refusal is not None,
-                nonfinite=result.refusal == "nonfinite",
-                extra=extra,
-            )
+        uses = self.data.consumed(progress.consumed_samples)
+        return StepMetrics(
+            iteration=progress.iteration,
+            consumed_samples=progress.consumed_samples,
+            consumed_tokens=consumed_tokens,
+            loss=result.loss,
+            learning_rate=learning_rate,
+            grad_norm=result.grad_norm,
+            tokens_per_s=tokens_per_s,
+            model_tflops_per_rank=tokens_per_s * flops / torch.distributed.get_world_size() / 1e12,
+            step_ms=seconds * 1000,
+            peak_memory_gib=peak_memory_gib(self.device),
+            eta_s=(self.steps.tokens - consumed_tokens) * seconds_per_token,
+            skipped=result.refusal is not None,
+            nonfinite=result.refusal == "nonfinite",
+            phase=self.data.phase(progress.consumed_samples - 1),
+            source_tokens={use.name: use.tokens for use in uses},
+            source_epochs={use.name: use.epochs for use in uses},
+            extra=extra,
         )

@@ -1,4 +1,7 @@
-"""A folder of files that the wrong configs name: good ones, halves, and broken ones."""
+"""A folder of files that the wrong configs name: good ones, halves, and broken ones.
+
+In their texts {tmp} is the folder.
+"""
 
 from pathlib import Path
 
@@ -6,6 +9,35 @@ FILES = {
     "good.bin": "",
     "good.idx": "",
     "half.bin": "",
+    **{
+        f"{name}.{end}": ""
+        for name in ("web", "code_0", "code_1", "math_a")
+        for end in ("bin", "idx")
+    },
+    "torn_b.idx": "",
+    "phases.yaml": """preset: tiny
+data:
+  sources:
+    web: {path: "{tmp}/web"}
+    code: {path: ["{tmp}/code_0", "{tmp}/code_1"], max_epochs: 4}
+    math: {path: "{tmp}/math_*", fraction: 0.5}
+  phases:
+    - {name: start, weights: {web: 6, code: 4}}
+    - {name: middle, start_fraction: 0.6, weights: {web: 4, code: 4, math: 2}}
+    - {name: end, last_tokens: 200e3, seq_length: 512, weights: {code: 1, math: 1}}
+  tokenizer_type: null
+model:
+  vocab_size: 256
+training:
+  train_tokens: 1e6
+""",
+    "blend.yaml": """preset: tiny
+data:
+  data_path: [0.6, "{tmp}/web", 0.4, "{tmp}/code_0"]
+  tokenizer_type: null
+model:
+  vocab_size: 256
+""",
     "tokenizer.model": "",
     "not_a_mapping.yaml": "- model\n- data\n",
     "syntax.yaml": "model:\n  hidden_size: [64\n",
@@ -34,6 +66,6 @@ def make_folder(folder: Path) -> Path:
     for name, text in FILES.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text.replace("{tmp}", str(folder)), encoding="utf-8")
     (folder / "latin1.yaml").write_bytes(b"preset: tiny # caf\xe9\n")
     return folder

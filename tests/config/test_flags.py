@@ -14,7 +14,10 @@ TEXTS = {
     "model.hybrid_layer_pattern": "M-M*",
     "model.window_size": "128,0",
     "data.data_path": "0.3",
+    "data.sources": "{web: {path: some/path}}",
+    "data.phases": "[{name: all, weights: {web: 1}}]",
     "data.split": "1,1,1",
+    "training.batch_size_schedule": "[[1e6, 2]]",
     "preset": "tiny",
 }
 

@@ -7,10 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from sentencepiece import SentencePieceTrainer
 
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.indexed import IndexedFileWriter, token_dtype
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("no-deadline", deadline=None)
+settings.load_profile("no-deadline")
 
 VOCAB_SIZE = 1000
 EOD = VOCAB_SIZE - 1

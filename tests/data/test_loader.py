@@ -3,18 +3,23 @@
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice, pairwise
 
+import numpy as np
 import psutil
 import pytest
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.batch import Batch
+from megatron_hybrid.data.batches import Span, Steps
 from megatron_hybrid.data.errors import DataError
-from megatron_hybrid.data.loader import build_iterator
+from megatron_hybrid.data.loader import Replica, _MicroBatches, build_iterator
 from megatron_hybrid.data.mock import MockWindows
+from megatron_hybrid.data.windows import Windows
 from tests.data.conftest import EOD, VOCAB_SIZE
 
 MakeConfig = Callable[..., RunConfig]
@@ -25,37 +30,104 @@ def dataset() -> MockWindows:
     return MockWindows(size=80, seq_length=32, vocab_size=VOCAB_SIZE, eod=EOD, seed=(1,))
 
 
+def constant(config: RunConfig, samples: int = 80) -> Steps:
+    """Steps of one length and size."""
+    return Steps([Span(0, samples, 32)], ((0, config.training.global_batch_size),))
+
+
 def read(
-    dataset: MockWindows, config: RunConfig, *, consumed: int = 0, rank: int = 0, size: int = 1
+    dataset: Windows,
+    config: RunConfig,
+    steps: Steps | None = None,
+    *,
+    consumed: int = 0,
+    rank: int = 0,
+    size: int = 1,
 ) -> list[Batch]:
     """All batches of one rank up to the end of the data."""
-    batches = []
-    iterator = build_iterator(
-        dataset,
-        config,
-        consumed_samples=consumed,
-        data_parallel_rank=rank,
-        data_parallel_size=size,
+    return list(
+        build_iterator(
+            dataset,
+            steps or constant(config),
+            config,
+            consumed_samples=consumed,
+            replica=Replica(rank, size),
+        )
     )
-    with pytest.raises(DataError, match="the data ends here"):
-        while True:
-            batches.append(next(iterator))
-    return batches
+
+
+def windows_of(dataset: Windows) -> Tensor:
+    return torch.from_numpy(dataset.__getitems__(range(80)))
 
 
 @pytest.mark.parametrize(("size", "micro"), [(1, 1), (1, 8), (2, 1), (2, 4), (4, 2), (8, 1)])
 def test_layout_does_not_change_global_batches(
     dataset: MockWindows, make_config: MakeConfig, size: int, micro: int
 ) -> None:
-    """Any DP and micro-batch size reads the same global batches, in the same order."""
+    """Any DP and micro-batch size reads the same global batches, ranks one after the other."""
     config = make_config(micro_batch_size=micro)
     ranks = [
         torch.cat([b.tokens for b in read(dataset, config, rank=r, size=size)]) for r in range(size)
     ]
     share = 8 // size
-    batches = torch.stack(ranks).view(size, 10, share, 32).transpose(0, 1).reshape(80, 32)
-    expected = torch.stack([torch.from_numpy(dataset[i][:-1]) for i in range(80)])
-    assert torch.equal(batches, expected)
+    batches = torch.stack(ranks).view(size, 10, share, 32).transpose(0, 1).reshape(10, 8, 32)
+    alone = torch.cat([b.tokens for b in read(dataset, make_config(micro_batch_size=8))])
+    assert torch.equal(batches, alone.view(10, 8, 32))
+    for batch, expected in zip(batches, windows_of(dataset)[:, :-1].view(10, 8, 32), strict=True):
+        assert sorted(batch.tolist()) == sorted(expected.tolist())
+
+
+class Numbers:
+    """Windows that hold nothing but their own number; even ones are of one source, odd of another.
+
+    Samples from 42 on are twice as long.
+    """
+
+    eod, vocab_size = EOD, VOCAB_SIZE
+
+    def __len__(self) -> int:
+        return 80
+
+    def __getitems__(self, indices: Sequence[int]) -> NDArray[np.int64]:
+        lengths = {33 if index < 42 else 65 for index in indices}
+        assert len(lengths) == 1, "a micro-batch has samples of one length"
+        return np.repeat(np.array(indices)[:, None], lengths.pop(), axis=1)
+
+
+# Batches of 8, from 640 tokens on of 4; the last one of the first span is short, as is the last.
+VARYING = Steps([Span(0, 42, 32), Span(42, 80, 64)], ((0, 8), (640, 4), (1500, 16)))
+SIZES = [8, 8, 8, 4, 4, 4, 4, 2, 4, 16, 16, 2]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("packed", [False, True])
+def test_steps_of_other_sizes_and_lengths(
+    make_config: MakeConfig, workers: int, packed: bool
+) -> None:
+    """Each global batch has the samples that Steps say, whatever its size and length."""
+    config = make_config({"num_workers": workers, "packed_documents": packed}, micro_batch_size=1)
+    ranks = [read(Numbers(), config, VARYING, rank=rank, size=2) for rank in range(2)]
+    first = 0
+    for size in SIZES:
+        micro_batches = [batches.pop(0) for batches in ranks for _ in range(size // 2)]
+        length = 32 if first < 42 else 64
+        assert {batch.tokens.shape for batch in micro_batches} == {(1, length)}
+        rows = torch.cat([batch.tokens for batch in micro_batches])
+        assert sorted(rows[:, 0].tolist()) == list(range(first, first + size))
+        first += size
+    assert not any(ranks)
+
+
+@pytest.mark.parametrize(("size", "batch"), [(2, 4), (2, 8), (4, 8), (4, 4)])
+def test_no_rank_reads_one_source_alone(make_config: MakeConfig, size: int, batch: int) -> None:
+    """Of a blend in which two sources take turns, each rank reads about as much of either."""
+    config = make_config(micro_batch_size=1, global_batch_size=batch)
+    steps = Steps([Span(0, 1600, 32)], ((0, batch),))
+    for rank in range(size):
+        places = _MicroBatches(steps, 0, 1, Replica(rank, size), config.training.seed)
+        odd = sum(sample % 2 for (sample,) in places)
+        share = 1600 // size
+        assert abs(odd - share / 2) < 4 * (share / 4) ** 0.5  # four sigmas of fair draws
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -74,8 +146,9 @@ def test_resume(dataset: MockWindows, make_config: MakeConfig, workers: int, pac
 def test_shapes_and_labels(dataset: MockWindows, make_config: MakeConfig) -> None:
     """Labels are the next tokens, also over the edge of a window; shapes are the legend's."""
     batch = read(dataset, make_config())[0]
-    assert torch.equal(batch.tokens[0], torch.from_numpy(dataset[0][:-1]))
-    assert torch.equal(batch.labels[0], torch.from_numpy(dataset[0][1:]))
+    rows = torch.cat([batch.tokens, batch.labels[:, -1:]], dim=1)
+    assert all(any(torch.equal(row, window) for window in windows_of(dataset)[:8]) for row in rows)
+    assert torch.equal(batch.labels[:, :-1], batch.tokens[:, 1:])
     assert batch.position_ids.tolist() == [list(range(32))] * 2
     assert batch.loss_mask.sum() == 64
     assert batch.cu_seqlens is None and batch.max_seqlen is None and batch.seq_idx is None
@@ -101,12 +174,9 @@ def test_workers_outlive_the_jobs_signals(dataset: MockWindows, make_config: Mak
     """SIGTERM and SIGUSR1 to every process of a job end no reader; closing the iterator does."""
     own = psutil.Process()
     others = set(own.children())
+    config = make_config({"num_workers": 2})
     iterator = build_iterator(
-        dataset,
-        make_config({"num_workers": 2}),
-        consumed_samples=0,
-        data_parallel_rank=0,
-        data_parallel_size=1,
+        dataset, constant(config), config, consumed_samples=0, replica=Replica()
     )
     next(iterator)
     workers = [child for child in own.children() if child not in others]
@@ -125,8 +195,9 @@ def test_workers_outlive_the_jobs_signals(dataset: MockWindows, make_config: Mak
 def test_ids_outside_the_vocabulary(dataset: MockWindows, make_config: MakeConfig) -> None:
     """Files made with a larger tokenizer are found out before an embedding is indexed."""
     dataset.vocab_size = 10
+    config = make_config()
     iterator = build_iterator(
-        dataset, make_config(), consumed_samples=0, data_parallel_rank=0, data_parallel_size=1
+        dataset, constant(config), config, consumed_samples=0, replica=Replica()
     )
     with pytest.raises(DataError, match="the tokenizer has 10 ids"):
         next(iterator)
@@ -136,13 +207,14 @@ def test_mock_documents(dataset: MockWindows) -> None:
     """A window is a pure function of its number; documents count by one stride and end."""
     again = MockWindows(size=80, seq_length=32, vocab_size=VOCAB_SIZE, eod=EOD, seed=(1,))
     other = MockWindows(size=80, seq_length=32, vocab_size=VOCAB_SIZE, eod=EOD, seed=(2,))
-    assert (again[7] == dataset[7]).all()
-    assert (other[7] != dataset[7]).any()
-    assert (dataset[8] != dataset[7]).any()
-    tokens = dataset[7].tolist()
+    seven = dataset.__getitems__([7, 8])
+    assert (again.__getitems__([8, 7])[::-1] == seven).all()
+    assert (other.__getitems__([7])[0] != seven[0]).any()
+    assert (seven[1] != seven[0]).any()
+    tokens = seven[0].tolist()
     assert EOD in tokens and len(tokens) == 33
     document = tokens[: tokens.index(EOD)]
     strides = {(b - a) % EOD for a, b in pairwise(document)}
     assert len(strides) <= 1
     with pytest.raises(IndexError):
-        dataset[80]
+        dataset.__getitems__([80])

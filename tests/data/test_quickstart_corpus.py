@@ -25,13 +25,15 @@ def test_prepare(tmp_path: Path) -> None:
     assert "tokens" in prepare(folder)
     tokenizer = build_tokenizer("sentencepiece", folder / "tokenizer.model")
     assert tokenizer.vocab_size == 4096
-    for source, least_tokens in (("code", 1_000_000), ("docs", 100_000)):
-        lengths = open_indexed(folder / f"{source}_text_document").document_lengths
-        tokens = np.fromfile(folder / f"{source}_text_document.bin", dtype=np.uint16)
-        assert len(lengths) > 100 and len(tokens) > least_tokens
+    for source, least_documents, least_tokens in (
+        ("code", 100, 1_000_000), ("docs", 100, 100_000), ("reference", 50, 50_000),
+    ):  # fmt: skip
+        lengths = open_indexed(folder / source).document_lengths
+        tokens = np.fromfile(folder / f"{source}.bin", dtype=np.uint16)
+        assert len(lengths) > least_documents and len(tokens) > least_tokens
         assert (tokens == tokenizer.eod).sum() == len(lengths)
     first = tokens[: lengths[0] - 1].tolist()
     assert tokenizer.encode(tokenizer.decode(first)) == first
     assert "nothing to do" in prepare(folder)
-    os.truncate(folder / "docs_text_document.bin", 1000)
+    os.truncate(folder / "docs.bin", 1000)
     assert not runpy.run_path(str(SCRIPT))["is_whole"](folder)

@@ -184,7 +184,7 @@ def save_weights(layers: str, folder: Path) -> None:
     """
     from megatron.core import dist_checkpointing
 
-    from megatron_hybrid.training.checkpoint import _metadata, _model_state
+    from megatron_hybrid.training.checkpoint_state import model_state, tensor_layout
 
     ranges = {"norm": (0.5, 1.5), "dt_bias": (-1.0, 1.0), "A_log": (-1.0, 1.0), ".D": (-1.0, 1.0)}
     config = layout_config(ONE_RANK, layers, packed=False, recompute=False)
@@ -192,7 +192,7 @@ def save_weights(layers: str, folder: Path) -> None:
         for name, parameter in model[0].named_parameters():
             low, high = next((r for part, r in ranges.items() if part in name), (-0.2, 0.2))
             parameter.data.uniform_(low, high)
-        dist_checkpointing.save(_model_state(model, _metadata()), str(folder))
+        dist_checkpointing.save(model_state(model, tensor_layout()), str(folder))
 
 
 def train_steps(
@@ -200,6 +200,7 @@ def train_steps(
 ) -> list[tuple[float, float, dict[str, Any]]]:
     """On a rank: the steps' losses, gradient norms and this rank's parts of the gradients."""
     from megatron_hybrid.training.checkpoint import load_checkpoint
+    from megatron_hybrid.training.step import BatchShape
 
     config = layout_config(layout, layers, packed=packed, recompute=recompute)
     results = []
@@ -207,7 +208,8 @@ def train_steps(
         load_checkpoint(config, weights, model, optimizer, weights_only=True)
         data = batches_of_this_rank(packed)
         for _ in range(STEPS):
-            result = stepper.train(data, float("inf"), [])
+            shape = BatchShape(GLOBAL_BATCH_SIZE, SEQ_LENGTH)
+            result = stepper.train(data, shape, float("inf"), [])
             assert result.refusal is None
             results.append((result.loss, result.grad_norm, gradient_parts(model)))
     return results
@@ -222,7 +224,7 @@ def gradient_parts(model: list[Any]) -> dict[str, list[tuple[Any, ...]]]:
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-    from megatron_hybrid.training.checkpoint import _metadata, _model_state
+    from megatron_hybrid.training.checkpoint_state import model_state, tensor_layout
 
     for chunk in model:
         for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
@@ -231,7 +233,7 @@ def gradient_parts(model: list[Any]) -> dict[str, list[tuple[Any, ...]]]:
     try:
         for parameter, _ in values:
             parameter.data = parameter.main_grad
-        state = _model_state(model, _metadata())
+        state = model_state(model, tensor_layout())
         apply_factories(state)
         parts: dict[str, list[tuple[Any, ...]]] = {}
         for tensor in nested_values(state):

@@ -7,9 +7,11 @@ import pytest
 
 from megatron_hybrid.testing import run_distributed
 from tests.distributed.layouts import (
+    GLOBAL_BATCH_SIZE,
     LAYOUTS,
     MOE,
     ONE_RANK,
+    SEQ_LENGTH,
     Layout,
     batches_of_this_rank,
     built,
@@ -32,27 +34,31 @@ def train_and_save(layout: Layout, save: Path) -> list[float]:
     """On a rank: train, save, train on; the losses after the save."""
     from megatron_hybrid.data.tokenizer import NullTokenizer
     from megatron_hybrid.training.checkpoint import Checkpointer, Progress
+    from megatron_hybrid.training.step import BatchShape
 
     config = _config(layout, save)
+    shape = BatchShape(GLOBAL_BATCH_SIZE, SEQ_LENGTH)
     with built(config) as (model, optimizer, stepper):
         data = batches_of_this_rank(packed=False)
         for _ in range(BEFORE):
-            stepper.train(data, float("inf"), [])
+            stepper.train(data, shape, float("inf"), [])
         reports: list[str] = []
         checkpointer = Checkpointer(
             config, model, optimizer, NullTokenizer(96), lambda _, line: reports.append(line)
         )
         checkpointer.save(Progress(BEFORE, BEFORE * config.training.global_batch_size))
         assert reports
-        return [stepper.train(data, float("inf"), []).loss for _ in range(AFTER)]
+        return [stepper.train(data, shape, float("inf"), []).loss for _ in range(AFTER)]
 
 
 def load_and_train(layout: Layout, save: Path) -> list[float]:
     """On a rank: load, skip the data that was seen, train; the losses."""
     from megatron_hybrid.training.checkpoint import load_checkpoint
     from megatron_hybrid.training.checkpoint_files import latest_checkpoint
+    from megatron_hybrid.training.step import BatchShape
 
     config = _config(layout, save)
+    shape = BatchShape(GLOBAL_BATCH_SIZE, SEQ_LENGTH)
     with built(config) as (model, optimizer, stepper):
         folder = latest_checkpoint(save)
         assert folder is not None
@@ -62,7 +68,7 @@ def load_and_train(layout: Layout, save: Path) -> list[float]:
         share = config.training.global_batch_size // _data_parallel_size()
         for _ in range(BEFORE * share):
             next(data)
-        return [stepper.train(data, float("inf"), []).loss for _ in range(AFTER)]
+        return [stepper.train(data, shape, float("inf"), []).loss for _ in range(AFTER)]
 
 
 def _data_parallel_size() -> int:

@@ -3,6 +3,7 @@
 import os
 import pickle
 import queue
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -158,13 +159,43 @@ def test_results_file_of_a_dead_writer_is_empty(written: bytes) -> None:
 def test_openmp_waits_as_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Threads spin a little without GPUs; a choice of the user's stands, and so does a GPU node."""
     monkeypatch.setattr(threads, "NVIDIA_DRIVER", tmp_path / "none")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     threads.spin_before_sleeping()
     assert os.environ["OMP_WAIT_POLICY"] == "passive"
     monkeypatch.delenv("OMP_WAIT_POLICY")
     threads.spin_before_sleeping()
     assert os.environ["OMP_WAIT_POLICY"] == "active"
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    threads.spin_before_sleeping()
+    assert "GOMP_SPINCOUNT" not in os.environ
     monkeypatch.delenv("OMP_WAIT_POLICY")
     monkeypatch.setattr(threads, "NVIDIA_DRIVER", tmp_path)
     threads.spin_before_sleeping()
     assert "OMP_WAIT_POLICY" not in os.environ
+
+
+IDLE_AFTER_A_SUM = """
+from megatron_hybrid.platform import threads
+threads.NVIDIA_DRIVER = threads.Path("/nowhere")
+threads.spin_before_sleeping()
+import time
+import torch
+torch.set_num_threads(2)
+torch.ones(10**6).sum()
+used = time.process_time()
+time.sleep(1)
+print(time.process_time() - used)
+"""
+
+
+def test_openmp_sleeps_when_there_is_nothing_to_do() -> None:
+    """In the second after an operation of two threads, neither uses a core."""
+    environment = {name: value for name, value in os.environ.items()
+                   if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", IDLE_AFTER_A_SUM],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert float(done.stdout) < 0.05

@@ -17,16 +17,21 @@ from megatron_hybrid.training.step_metrics import StepMetrics
 SCRIPT = Path(__file__).parents[2] / "tools" / "plot_run.py"
 
 
-def write_run(folder: Path, steps: int, nan_steps: range = range(0)) -> Path:
-    """A run whose loss falls from 9 to 3, with four evaluations."""
+def write_run(
+    folder: Path, steps: int, nan_steps: range = range(0), phases: tuple[str, ...] = ()
+) -> Path:
+    """A run whose loss falls from 9 to 3, with four evaluations and phases of equal length."""
     with MetricsWriter(
         folder, enabled=True, tensorboard=False, resume_iteration=0, total_iterations=steps
     ) as writer:
         for i in range(1, steps + 1):
             loss = math.nan if i in nan_steps else 3 + 6 * math.exp(-6 * i / steps)
             rate = 3e-4 * min(1, i / 10)
+            phase = phases[(i - 1) * len(phases) // steps] if phases else None
             writer.train(
-                StepMetrics(i, 8 * i, 8192 * i, loss, rate, 1.0, 6e3, 0.1, 800.0, 1.2, 0.0)
+                StepMetrics(
+                    i, 8 * i, 8192 * i, loss, rate, 1.0, 6e3, 0.1, 800.0, 1.2, 0.0, phase=phase
+                )
             )
             if i % max(1, steps // 4) == 0:
                 writer.validation(i, 8 * i, 8192 * i, loss + 0.1)
@@ -73,6 +78,26 @@ def test_steps_that_diverged_and_a_torn_line_do_not_keep_the_rest_from_view(
     assert np.isfinite(loss[:29]).all()
     plot_runs([run], tmp_path / "plot.png")
     assert imread(tmp_path / "plot.png").ndim == 3
+
+
+def test_phases_are_marked(tmp_path: Path) -> None:
+    """Where a phase of the data begins is read from the steps, and drawn into each panel."""
+    plain = write_run(tmp_path / "plain", 60)
+    phased = write_run(tmp_path / "phased", 60, phases=("broad", "code", "end"))
+    assert load_run(plain).phases == []
+    starts = [(0, "broad"), (20 * 8192, "code"), (40 * 8192, "end")]
+    assert load_run(phased).phases == starts
+    pictures = []
+    for run in (plain, phased):
+        run = run.rename(tmp_path / "run")  # its name is in the picture
+        plot_runs([run], tmp_path / "plot.png")
+        pictures.append(imread(tmp_path / "plot.png"))
+        run.rename(tmp_path / f"done{len(pictures)}")
+    assert pictures[0].shape == pictures[1].shape
+    changed = (pictures[0] != pictures[1]).any(axis=2)
+    columns = changed.sum(axis=0)
+    assert (columns > 0.2 * changed.shape[0]).sum() >= 2  # two dashed lines through the panels
+    assert changed.mean() < 0.02
 
 
 @pytest.mark.parametrize(

@@ -42,14 +42,17 @@ def trainer(line: Sequence[str]) -> Iterator[Any]:
     from megatron_hybrid.data.tokenizer import NullTokenizer
     from megatron_hybrid.platform import initialize
     from megatron_hybrid.training.distributed import model_parallel_groups
+    from megatron_hybrid.training.start import find_start
     from megatron_hybrid.training.trainer import Trainer
 
-    config = load_config(line, world_size=torch.distributed.get_world_size(), has_cuda=False)
+    world_size = torch.distributed.get_world_size()
+    config = load_config(line, world_size=world_size, has_cuda=False)
     platform = initialize()
     assert config.model.vocab_size is not None
+    tokenizer = NullTokenizer(config.model.vocab_size)
+    start = find_start(config, tokenizer, world_size)
     with model_parallel_groups(config, platform):
-        tokenizer = NullTokenizer(config.model.vocab_size)
-        yield Trainer(config, platform, "torch", tokenizer, time.monotonic())
+        yield Trainer(config, platform, "torch", tokenizer, start, time.monotonic())
 
 
 def outcomes(lines: Sequence[Sequence[str]]) -> list[str]:

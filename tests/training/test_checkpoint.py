@@ -126,13 +126,13 @@ def hostile(run_dir: Path, place: str, mark: Path) -> tuple[str, bool, bool]:
     """
     from megatron.core import dist_checkpointing
 
-    from megatron_hybrid.training.checkpoint import _metadata, _model_state, _rng_state
+    from megatron_hybrid.training.checkpoint_state import model_state, rng_state, tensor_layout
 
     folder = run_dir / "checkpoints" / "iter_0000004"
     folder.mkdir(parents=True)
     with trainer(words(run_dir)) as run:
-        metadata = _metadata()
-        state = {"rng_state": _rng_state(), **_model_state(run.model, metadata)}
+        metadata = tensor_layout()
+        state = {"rng_state": rng_state(), **model_state(run.model, metadata)}
         state["optimizer"] = run.optimizer.sharded_state_dict(state, metadata=metadata)
         if place == "common state":
             state["progress"] = Evil(mark)
@@ -140,6 +140,7 @@ def hostile(run_dir: Path, place: str, mark: Path) -> tuple[str, bool, bool]:
             state["rng_state"].data = Evil(mark)
         dist_checkpointing.save(state, str(folder), async_strategy="mcore")
         (folder / "run_config.yaml").write_text(run.config.to_yaml())
+        run.tokenizer.save_copy(folder)
     if place == "index":
         (folder / ".metadata").write_bytes(pickle.dumps(Evil(mark)))
     (folder.parent / TRACKER).write_text("4")
@@ -148,7 +149,7 @@ def hostile(run_dir: Path, place: str, mark: Path) -> tuple[str, bool, bool]:
     ran = mark.exists()
     with trainer(words(run_dir / "other")):
         with contextlib.suppress(Exception, CheckpointException):
-            dist_checkpointing.load({"rng_state": _rng_state()}, str(folder))
+            dist_checkpointing.load({"rng_state": rng_state()}, str(folder))
         return ended, ran, mark.exists()
 
 

@@ -8,9 +8,11 @@ import torch
 
 from megatron_hybrid.testing import run_distributed
 from tests.distributed.layouts import (
+    GLOBAL_BATCH_SIZE,
     LAYOUTS,
     MOE,
     ONE_RANK,
+    SEQ_LENGTH,
     Layout,
     batches_of_this_rank,
     built,
@@ -26,18 +28,19 @@ def extras(layout: Layout, weights: Path, balance: str) -> list[dict[str, float]
     """On a rank: what two steps and an evaluation between them leave in the log."""
     from megatron_hybrid.training.checkpoint import load_checkpoint
     from megatron_hybrid.training.extras import params_norm
+    from megatron_hybrid.training.step import BatchShape
 
     config = layout_config(layout, MOE, packed=False, recompute=balance == "aux_loss")
     model_config = config.model.model_copy(update={"moe_router_load_balancing_type": balance})
     config = config.model_copy(update={"model": model_config})
-    found = []
+    found, shape = [], BatchShape(GLOBAL_BATCH_SIZE, SEQ_LENGTH)
     with built(config) as (model, optimizer, stepper):
         load_checkpoint(config, weights, model, optimizer, weights_only=True)
         data = batches_of_this_rank(packed=False)
         for _ in range(2):
-            result = stepper.train(data, math.inf, [])
+            result = stepper.train(data, shape, math.inf, [])
             found.append({**result.moe_losses, "params_norm": params_norm(optimizer)})
-            stepper.evaluate(batches_of_this_rank(packed=False), 1)
+            stepper.evaluate(batches_of_this_rank(packed=False), [shape])
     return found
 
 

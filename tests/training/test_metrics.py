@@ -41,6 +41,9 @@ def step(iteration: int, step_ms: float = 812.0) -> StepMetrics:
         step_ms=step_ms,
         peak_memory_gib=1.234,
         eta_s=192.4,
+        phase="broad",
+        source_tokens={"web": 12288 * iteration, "code": 4096 * iteration},
+        source_epochs={"web": 0.1 * iteration, "code": 0.3 * iteration},
         extra={"load_balancing_loss": 0.1 + 0.2},
     )
 
@@ -157,6 +160,8 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
     assert step_ms == [(1, 700.0), (2, 700.0), (3, 900.0), (4, 900.0), (5, 900.0)]
     assert events.Scalars("train/loss")[4].value == pytest.approx(step(5).loss, rel=1e-6)
     assert events.Scalars("train/load_balancing_loss")[0].value == pytest.approx(0.3)
+    assert [e.value for e in events.Scalars("data/tokens/code")][-1] == 5 * 4096
+    assert events.Scalars("data/epochs/web")[1].value == pytest.approx(0.2)
     assert [(e.step, e.value) for e in events.Scalars("validation/loss")] == [(5, 4.5)]
 
 
@@ -169,7 +174,7 @@ def test_console_line_has_every_figure_with_its_unit(
         writer.validation(12, 192, 196608, 5.0)
         writer.event(12, "checkpoint", "checkpoint [bold]saved[/bold]")
     assert capsys.readouterr().out.splitlines() == [
-        "step 12/200 | tokens 196.6K | loss 0.6510 | lr 1.0e-04 | grad norm 1.234 | "
+        "step 12/200 | tokens 196.6K | phase broad | loss 0.6510 | lr 1.0e-04 | grad norm 1.234 | "
         "12.3K tokens/s | 0.12 TFLOP/s/rank | 812 ms | 1.23 GiB | ETA 00:03:12",
         "step 12/200 | tokens 196.6K | validation loss 5.0000 | perplexity 148.41",
         "checkpoint [bold]saved[/bold]",

@@ -1,6 +1,7 @@
 """A run that was stopped, or killed, and resumed equals the run that never was: bit for bit.
 
-Real processes: the command line starts two ranks, which train, save and are signalled.
+Real processes: the command line starts two ranks, which train, save and are signalled. What is cut
+off lies before a phase of the data with another blend and longer samples.
 """
 
 import os
@@ -12,26 +13,55 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_hybrid.testing import run_distributed
 from megatron_hybrid.training.metrics import read_records
 from megatron_hybrid.training.step_metrics import TIMING_FIELDS
+from tests.data.conftest import write_corpus
 
-STEPS = 20
-COMMAND = [
-    sys.executable, "-m", "megatron_hybrid.cli", "pretrain", "tiny", "--nproc", "2",
-    "model.hybrid_layer_pattern=M*E-", "model.vocab_size=512", "data.tokenizer_type=null",
-    "data.mock_data=true", "data.seq_length=64", "data.num_workers=0", "precision.recipe=bf16",
-    "training.micro_batch_size=2", "training.global_batch_size=8", f"training.train_iters={STEPS}",
-    "training.eval_interval=null", "checkpoint.save_interval=5", "checkpoint.keep_last=null",
-]  # fmt: skip
+STEPS = 20  # the first 12 of samples of 64 tokens, the others of 128
+VOCAB_SIZE = 512
+CONFIG = """
+preset: tiny
+model: {{hybrid_layer_pattern: M*E-, vocab_size: {vocab_size}}}
+precision: {{recipe: bf16}}
+data:
+  tokenizer_type: "null"
+  sources:
+    web: {{path: {folder}/web}}
+    code: {{path: {folder}/code}}
+    math: {{path: {folder}/math}}
+  phases:
+    - {{name: broad, weights: {{web: 5, code: 3, math: 2}}}}
+    - {{name: long, start_tokens: 6144, weights: {{code: 1, math: 2}}, seq_length: 128}}
+  seq_length: 64
+  num_workers: 0
+training:
+  {{micro_batch_size: 2, global_batch_size: 8, train_tokens: 14336, eval_interval: null}}
+checkpoint: {{save_interval: 5, keep_last: null}}
+"""
 
 
-def start(run_dir: Path, *more: str) -> "subprocess.Popen[str]":
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two phases over three small sources."""
+    folder = tmp_path_factory.mktemp("data")
+    draws = np.random.default_rng(0)
+    for name in ("web", "code", "math"):
+        documents = [[*draws.integers(0, VOCAB_SIZE - 1, 90), VOCAB_SIZE - 1] for _ in range(200)]
+        write_corpus(folder / name, documents, VOCAB_SIZE)
+    path = folder / "run.yaml"
+    path.write_text(CONFIG.format(folder=folder, vocab_size=VOCAB_SIZE))
+    return path
+
+
+def start(config: Path, run_dir: Path, *more: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "megatron_hybrid.cli", "pretrain", str(config)]
     return subprocess.Popen(
-        [*COMMAND, f"run_dir={run_dir}", *more],
+        [*command, "--nproc", "2", f"run_dir={run_dir}", *more],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -41,7 +71,7 @@ def start(run_dir: Path, *more: str) -> "subprocess.Popen[str]":
 
 def finish(process: "subprocess.Popen[str]") -> str:
     """The rest of the output of a run that must succeed."""
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return output
 
@@ -69,9 +99,11 @@ def last_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("uninterrupted")
-    finish(start(run_dir))
+    finish(start(config, run_dir))
+    assert (run_dir / "data_plan.png").read_bytes().startswith(b"\x89PNG")
+    assert [step["phase"] for step in steps(run_dir)] == ["broad"] * 12 + ["long"] * 8
     return run_dir
 
 
@@ -93,11 +125,11 @@ def assert_equal_runs(run_dir: Path, expected: Path) -> None:
     ids=["SIGTERM", "SIGTERM-async", "SIGUSR1"],
 )
 def test_stopped_by_signal(
-    number: signal.Signals, background: bool, uninterrupted: Path, tmp_path: Path
+    number: signal.Signals, background: bool, config: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     """A signal after step 10 saves and ends the run with exit code 0; the next start goes on."""
     more = [f"checkpoint.async_save={str(background).lower()}"]
-    process = start(tmp_path, *more)
+    process = start(config, tmp_path, *more)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step 10/"):
@@ -107,7 +139,7 @@ def test_stopped_by_signal(
     stopped_at = len(steps(tmp_path))
     assert 10 <= stopped_at < STEPS, output
     assert f"saved {tmp_path}/checkpoints/iter_{stopped_at:07d}" in output
-    assert f"step {stopped_at}" in finish(start(tmp_path, *more))
+    assert f"step {stopped_at}" in finish(start(config, tmp_path, *more))
     assert_equal_runs(tmp_path, uninterrupted)
 
 
@@ -115,13 +147,13 @@ def _partial_saves(run_dir: Path) -> Iterator[Path]:
     return (run_dir / "checkpoints").glob(".iter_*.part")
 
 
-def test_killed_while_saving(uninterrupted: Path, tmp_path: Path) -> None:
+def test_killed_while_saving(config: Path, uninterrupted: Path, tmp_path: Path) -> None:
     """kill -9 in the middle of a save leaves the checkpoint before it, from which the run goes on.
 
     What had been written of the new one, and the metrics of the lost steps, are discarded.
     """
     for _ in range(5):
-        process = start(tmp_path)
+        process = start(config, tmp_path)
         kill_during_save(process, tmp_path)
         partial = list(_partial_saves(tmp_path))
         if partial and (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").exists():
@@ -133,7 +165,7 @@ def test_killed_while_saving(uninterrupted: Path, tmp_path: Path) -> None:
     assert not (
         tmp_path / "checkpoints" / partial[0].name.strip(".").removesuffix(".part")
     ).exists()
-    assert f"loaded {tmp_path}/checkpoints/iter_{whole:07d}" in finish(start(tmp_path))
+    assert f"loaded {tmp_path}/checkpoints/iter_{whole:07d}" in finish(start(config, tmp_path))
     assert not list(_partial_saves(tmp_path))
     assert_equal_runs(tmp_path, uninterrupted)
 

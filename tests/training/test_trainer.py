@@ -105,17 +105,17 @@ def test_limits(tmp_path: Path) -> None:
 
 def evaluated_plainly(line: list[str]) -> tuple[float, float]:
     """On a rank: the validation loss that a run logs at its end, and the mean by hand."""
-    from megatron_hybrid.data.blend import build_datasets
+    from megatron_hybrid.data.datasets import open_windows
 
     with trainer(line) as run:
         run.run()
-        _, valid = build_datasets(run.config, run.tokenizer)
+        _, valid = open_windows(run.config, run.tokenizer, run.data)
         assert valid is not None
         assert len(valid) == 3 * GLOBAL_BATCH_SIZE
         total = torch.zeros((), dtype=torch.float64)
         positions = torch.arange(SEQ_LENGTH)[None]
         for i in range(len(valid)):
-            window = torch.from_numpy(valid[i])[None]
+            window = torch.from_numpy(valid.__getitems__([i]))
             with torch.no_grad():
                 logits = run.model[0](window[:, :-1], positions, None)[0]
             total += torch.nn.functional.cross_entropy(logits, window[0, 1:]).double()

@@ -5,15 +5,19 @@ of its own (see `config/partial.py`), so a bad value is reported once and hides 
 """
 
 from megatron_hybrid.config.rules.common import Facts, Rule
-from megatron_hybrid.config.rules.files import FILES, INPUTS
+from megatron_hybrid.config.rules.data import DATA, has_plan
+from megatron_hybrid.config.rules.files import DATA_FILES, FILES, INPUTS, data_given
 from megatron_hybrid.config.rules.model import MODEL
 from megatron_hybrid.config.rules.parallel import PARALLEL
-from megatron_hybrid.config.rules.run import ALTERNATIVES, RUN
+from megatron_hybrid.config.rules.phases import PHASES, REPLACED_INSIDE
+from megatron_hybrid.config.rules.run import REPLACED, RUN
 
 # For looking at a config, on a machine that may not hold its files.
-NO_FILES: tuple[Rule, ...] = (*MODEL, *PARALLEL, *RUN)
+NO_FILES: tuple[Rule, ...] = (*MODEL, *PARALLEL, *RUN, *DATA, *PHASES)
+# For planning the data of a run, which needs nothing else of the run.
+PLAN: tuple[Rule, ...] = (*NO_FILES, has_plan, data_given, *DATA_FILES)
 # Files that are named must be there, but data and tokenizer need not be named yet.
 DRY_RUN: tuple[Rule, ...] = (*NO_FILES, *FILES)
 ALL: tuple[Rule, ...] = (*DRY_RUN, *INPUTS)
 
-__all__ = ["ALL", "ALTERNATIVES", "DRY_RUN", "NO_FILES", "Facts", "Rule"]
+__all__ = ["ALL", "DRY_RUN", "NO_FILES", "PLAN", "REPLACED", "REPLACED_INSIDE", "Facts", "Rule"]

@@ -1,8 +1,9 @@
 """What the rules are made of: a rule's shape, and the sentences that several of them share."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_hybrid.config.partial import UnreadableError
 from megatron_hybrid.config.run import RunConfig
 
 Problems = Iterator[str]
@@ -17,6 +18,36 @@ class Facts:
 
 
 Rule = Callable[[RunConfig, Facts], Problems]
+LENGTHS = ("training.train_iters", "training.train_samples", "training.train_tokens")
+
+
+def values(c: RunConfig, names: Sequence[str]) -> dict[str, object]:
+    """Fields of sections by their dotted names."""
+    found = {}
+    for name in names:
+        section, _, leaf = name.partition(".")
+        found[name] = getattr(getattr(c, section), leaf)
+    return found
+
+
+def number_set(c: RunConfig, names: Sequence[str]) -> int:
+    """How many of the fields are not null."""
+    return sum(value is not None for value in values(c, names).values())
+
+
+def each[T](
+    field: str, items: Sequence[T] | Mapping[str, T], check: Callable[[str, T], Problems]
+) -> Problems:
+    """The problems of each item, by its place; one that cannot be read hides nothing of others."""
+    if isinstance(items, Mapping):
+        places = {f"{field}.{name}": item for name, item in items.items()}
+    else:
+        places = {f"{field}[{number}]": item for number, item in enumerate(items)}
+    for place, item in places.items():
+        try:
+            yield from check(place, item)
+        except UnreadableError:
+            continue
 
 
 def divisors(number: int) -> list[int]:

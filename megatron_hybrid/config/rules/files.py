@@ -4,18 +4,20 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_hybrid.config.rules.common import Facts, Problems, Rule
+from megatron_hybrid.config.data import SourceConfig
+from megatron_hybrid.config.rules.common import Facts, Problems, Rule, each
 from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.config.token_files import prefixes
 from megatron_hybrid.config.tracker import load_problems
 
 
 def data_given(c: RunConfig, _: Facts) -> Problems:
     """Tokens come from files or are made up, not both."""
     given, mock = c.data.data_path, c.data.mock_data
-    if not given and not mock:
+    if not given and not c.data.sources and not c.data.phases and not mock:
         yield (
             "data.data_path is not set; it must be one prefix, or weights and prefixes "
-            "(or data.mock_data=true for made-up tokens)"
+            "(or data.sources with data.phases, or data.mock_data=true for made-up tokens)"
         )
     if given and mock:
         names = [prefix for _, prefix in given]
@@ -40,11 +42,24 @@ def tokenizer_given(c: RunConfig, _: Facts) -> Problems:
 
 def data_files(c: RunConfig, _: Facts) -> Problems:
     """Each prefix stands for two files."""
+
+    def check(place: str, source: SourceConfig) -> Problems:
+        for path in source.path:
+            found = prefixes(path)
+            if not found:
+                yield f"{place}.path: {path!r} matches no token files (prefix.bin, prefix.idx)"
+            for prefix in found:
+                yield from _incomplete(f"{place}.path", prefix)
+
     for _weight, prefix in c.data.data_path:
-        files = [f"{prefix}.bin", f"{prefix}.idx"]
-        missing = [file for file in files if not Path(file).is_file()]
-        if missing:
-            yield f"data.data_path: {prefix!r} is incomplete; no file {' and '.join(missing)}"
+        yield from _incomplete("data.data_path", prefix)
+    yield from each("data.sources", c.data.sources, check)
+
+
+def _incomplete(name: str, prefix: str) -> Problems:
+    missing = [file for file in (f"{prefix}.bin", f"{prefix}.idx") if not Path(file).is_file()]
+    if missing:
+        yield f"{name}: {prefix!r} is incomplete; no file {' and '.join(missing)}"
 
 
 def tokenizer_file(c: RunConfig, _: Facts) -> Problems:
@@ -86,4 +101,5 @@ def writable(c: RunConfig, _: Facts) -> Problems:
 
 # Whether inputs are named at all; a config may be looked at before they are.
 INPUTS: tuple[Rule, ...] = (data_given, tokenizer_given)
-FILES: tuple[Rule, ...] = (data_files, tokenizer_file, load_folder, writable)
+DATA_FILES: tuple[Rule, ...] = (data_files,)
+FILES: tuple[Rule, ...] = (*DATA_FILES, tokenizer_file, load_folder, writable)

@@ -6,6 +6,7 @@ from megatron_hybrid.config.rules.common import (
     Problems,
     Rule,
     divisors,
+    each,
     listing,
     must_be_multiple,
     must_divide,
@@ -49,11 +50,20 @@ def sequence_parallel(c: RunConfig, _: Facts) -> Problems:
 def sequence_length(c: RunConfig, _: Facts) -> Problems:
     """CP gives a rank two equal chunks (zigzag); sequence parallelism cuts its part again."""
     tp, cp = c.parallel.tensor_model_parallel_size, c.parallel.context_parallel_size
-    seq_length = c.data.seq_length
-    if cp > 1:
-        yield from must_be_multiple("data.seq_length", seq_length, f"2 * {_CP}", 2 * cp)
-    if c.parallel.sequence_parallel and tp > 1:
-        yield from must_be_multiple("data.seq_length", seq_length, f"{_TP} * {_CP}", tp * cp)
+    split = c.parallel.sequence_parallel and tp > 1
+
+    def check(name: str, seq_length: int | None) -> Problems:
+        if cp > 1 and seq_length is not None:
+            yield from must_be_multiple(name, seq_length, f"2 * {_CP}", 2 * cp)
+        if split and seq_length is not None:
+            yield from must_be_multiple(name, seq_length, f"{_TP} * {_CP}", tp * cp)
+
+    yield from check("data.seq_length", c.data.seq_length)
+    yield from each(
+        "data.phases",
+        c.data.phases,
+        lambda place, phase: check(f"{place}.seq_length", phase.seq_length),
+    )
 
 
 def mamba_context_parallel(c: RunConfig, _: Facts) -> Problems:
@@ -157,24 +167,32 @@ def world_size(c: RunConfig, facts: Facts) -> Problems:
 
 def batch_size(c: RunConfig, facts: Facts) -> Problems:
     """A data-parallel rank runs whole micro-batches; interleaved pipelines need enough of them."""
-    p, batch, micro = c.parallel, c.training.global_batch_size, c.training.micro_batch_size
-    dp, name = 1, "training.micro_batch_size"
-    stages = p.pipeline_model_parallel_size
-    replica = p.tensor_model_parallel_size * stages * p.context_parallel_size
-    if facts.world_size is not None:
-        if facts.world_size % replica:
-            return
-        dp = facts.world_size // replica
-        name += " * data-parallel size"
-    yield from must_be_multiple("training.global_batch_size", batch, name, micro * dp)
-    count = batch // (micro * dp)
-    interleaved = p.virtual_pipeline_model_parallel_size is not None and stages > 1
-    if interleaved and batch % (micro * dp) == 0 and count % stages:
-        whole = micro * dp * stages
+    p = c.parallel
+    replica = (
+        p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size
+    )
+    if facts.world_size is not None and facts.world_size % replica:
+        return
+    dp = None if facts.world_size is None else facts.world_size // replica
+    yield from _batch_size(c, "training.global_batch_size", c.training.global_batch_size, dp)
+    for number, (_, size) in enumerate(c.training.batch_size_schedule):
+        yield from _batch_size(c, f"training.batch_size_schedule[{number}]: size", size, dp)
+
+
+def _batch_size(c: RunConfig, name: str, batch: int, dp: int | None) -> Problems:
+    """The problems of one global batch size; `dp` is None where it is not known."""
+    micro, of_name = c.training.micro_batch_size, "training.micro_batch_size"
+    if dp is not None:
+        micro, of_name = micro * dp, f"{of_name} * data-parallel size"
+    yield from must_be_multiple(name, batch, of_name, micro)
+    stages = c.parallel.pipeline_model_parallel_size
+    vpp = c.parallel.virtual_pipeline_model_parallel_size
+    count = batch // micro
+    if vpp is not None and stages > 1 and batch % micro == 0 and count % stages:
+        whole = micro * stages
         yield (
-            f"training.global_batch_size={batch} is {count} micro-batches a rank, but "
-            f"{_VPP}={p.virtual_pipeline_model_parallel_size} needs a multiple of {_PP}={stages}; "
-            f"allowed: {whole}, {2 * whole}, {3 * whole}, ..."
+            f"{name}={batch} is {count} micro-batches a rank, but {_VPP}={vpp} needs a multiple of "
+            f"{_PP}={stages}; allowed: {whole}, {2 * whole}, {3 * whole}, ..."
         )
 
 

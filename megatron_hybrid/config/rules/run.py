@@ -2,14 +2,21 @@
 
 from megatron_hybrid.config.lengths import lengths
 from megatron_hybrid.config.pattern import parse_pattern
-from megatron_hybrid.config.rules.common import Facts, Problems, Rule, at_most_one
+from megatron_hybrid.config.rules.common import (
+    LENGTHS,
+    Facts,
+    Problems,
+    Rule,
+    at_most_one,
+    number_set,
+    values,
+)
 from megatron_hybrid.config.run import RunConfig
 
-_LENGTHS = ("training.train_iters", "training.train_samples", "training.train_tokens")
 _WSD_DECAY = ("optimizer.lr_wsd_decay_samples", "optimizer.lr_wsd_decay_tokens")
 # Fields that say the same thing: where one is typed, it replaces another of a preset.
 ALTERNATIVES = (
-    _LENGTHS,
+    LENGTHS,
     (
         "optimizer.lr_warmup_samples",
         "optimizer.lr_warmup_tokens",
@@ -18,30 +25,24 @@ ALTERNATIVES = (
     ("optimizer.lr_decay_samples", "optimizer.lr_decay_tokens"),
     _WSD_DECAY,
 )
-
-
-def _values(c: RunConfig, names: tuple[str, ...]) -> dict[str, object]:
-    found = {}
-    for name in names:
-        section, _, leaf = name.partition(".")
-        found[name] = getattr(getattr(c, section), leaf)
-    return found
-
-
-def _number_set(c: RunConfig, names: tuple[str, ...]) -> int:
-    return sum(value is not None for value in _values(c, names).values())
+# By field, the others that it stands in place of.
+REPLACED: dict[str, tuple[str, ...]] = {name: names for names in ALTERNATIVES for name in names} | {
+    "data.data_path": ("data.sources", "data.phases"),
+    "data.sources": ("data.data_path",),
+    "data.phases": ("data.data_path",),
+}
 
 
 def alternatives(c: RunConfig, _: Facts) -> Problems:
     """One length for one thing."""
     for names in ALTERNATIVES:
-        yield from at_most_one(_values(c, names))
+        yield from at_most_one(values(c, names))
 
 
 def run_length(c: RunConfig, _: Facts) -> Problems:
     """A run must end."""
-    if _number_set(c, _LENGTHS) == 0:
-        yield "the length of the run is not set; set one of " + ", ".join(_LENGTHS)
+    if number_set(c, LENGTHS) == 0:
+        yield "the length of the run is not set; set one of " + ", ".join(LENGTHS)
 
 
 def learning_rate(c: RunConfig, _: Facts) -> Problems:
@@ -55,9 +56,9 @@ def learning_rate(c: RunConfig, _: Facts) -> Problems:
 
 def wsd(c: RunConfig, _: Facts) -> Problems:
     """The final decay belongs to WSD, and WSD needs one."""
-    style, given = c.optimizer.lr_decay_style, _values(c, _WSD_DECAY)
+    style, given = c.optimizer.lr_decay_style, values(c, _WSD_DECAY)
     if style == "WSD":
-        if _number_set(c, _WSD_DECAY) == 0:
+        if number_set(c, _WSD_DECAY) == 0:
             yield "optimizer.lr_decay_style=WSD needs one of " + ", ".join(_WSD_DECAY)
         return
     for name, value in given.items():
@@ -67,29 +68,29 @@ def wsd(c: RunConfig, _: Facts) -> Problems:
 
 def schedule_fits(c: RunConfig, _: Facts) -> Problems:
     """Warm-up and final decay fit within the schedule."""
-    if _number_set(c, _LENGTHS) != 1 or any(_number_set(c, names) > 1 for names in ALTERNATIVES):
+    if number_set(c, LENGTHS) != 1 or any(number_set(c, names) > 1 for names in ALTERNATIVES):
         return
     found, o = lengths(c), c.optimizer
     source = "the run" if o.lr_decay_samples is o.lr_decay_tokens is None else "its decay"
-    whole = f"the schedule, {found.decay_samples} samples ({source})"
-    if found.warmup_samples >= found.decay_samples:
+    whole = f"the schedule, {found.decay_tokens} tokens ({source})"
+    if found.warmup_tokens >= found.decay_tokens:
         yield (
-            f"the warm-up, {found.warmup_samples} samples "
+            f"the warm-up, {found.warmup_tokens} tokens "
             f"({_shown(c, ALTERNATIVES[1])}), must be shorter than {whole}; "
-            f"allowed: fewer than {found.decay_samples} samples"
+            f"allowed: fewer than {found.decay_tokens} tokens"
         )
-    elif found.wsd_decay_samples and o.lr_decay_style == "WSD":
-        room = found.decay_samples - found.warmup_samples
-        if found.wsd_decay_samples > room:
+    elif found.wsd_decay_tokens and o.lr_decay_style == "WSD":
+        room = found.decay_tokens - found.warmup_tokens
+        if found.wsd_decay_tokens > room:
             yield (
-                f"the final decay, {found.wsd_decay_samples} samples ({_shown(c, _WSD_DECAY)}), "
-                f"must fit into {whole} after a warm-up of {found.warmup_samples}; "
-                f"allowed: up to {room} samples"
+                f"the final decay, {found.wsd_decay_tokens} tokens ({_shown(c, _WSD_DECAY)}), "
+                f"must fit into {whole} after a warm-up of {found.warmup_tokens}; "
+                f"allowed: up to {room} tokens"
             )
 
 
 def _shown(c: RunConfig, names: tuple[str, ...]) -> str:
-    return ", ".join(f"{name}={v}" for name, v in _values(c, names).items() if v is not None)
+    return ", ".join(f"{name}={v}" for name, v in values(c, names).items() if v is not None)
 
 
 def recompute(c: RunConfig, _: Facts) -> Problems:
@@ -116,27 +117,6 @@ def recompute(c: RunConfig, _: Facts) -> Problems:
             )
 
 
-def split(c: RunConfig, _: Facts) -> Problems:
-    """The split is three shares; what is evaluated must have one."""
-    text = c.data.split
-    try:
-        shares = [float(part) for part in text.split(",")]
-    except ValueError:
-        shares = []
-    if len(shares) != 3 or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
-        yield (
-            f"data.split={text!r} must be three shares of at least 0, train,validation,test, "
-            "such as 969,30,1"
-        )
-    elif shares[0] == 0:
-        yield f"data.split={text!r} leaves nothing to train on; the first share must be above 0"
-    elif shares[1] == 0 and c.training.eval_interval is not None:
-        yield (
-            f"training.eval_interval={c.training.eval_interval} needs documents to evaluate on, "
-            f"but the second share of data.split={text!r} is 0; allowed: null"
-        )
-
-
 def finetune(c: RunConfig, _: Facts) -> Problems:
     """Fine-tuning starts from weights."""
     if c.checkpoint.finetune and c.checkpoint.load is None:
@@ -150,6 +130,5 @@ RUN: tuple[Rule, ...] = (
     wsd,
     schedule_fits,
     recompute,
-    split,
     finetune,
 )

@@ -1,9 +1,8 @@
-"""The datasets of a run: a weighted blend of indexed files through megatron-core's GPTDataset.
+"""Samples in megatron-core's GPTDataset order: `data.sample_order=megatron`, for parity with its
+runs.
 
-The train split holds exactly the samples of the run. The validation split holds `eval_iters` global
-batches, and every evaluation reads the same ones, so that its losses can be compared. The test
-share of `data.split` is kept out of both. Rank 0 builds the engine's index files, the others wait
-and then read them.
+The train split holds exactly the samples of the run. The test share of `data.split` is kept out of
+training and validation. Rank 0 builds the engine's index files, the others wait and then read them.
 """
 
 import hashlib
@@ -12,6 +11,7 @@ import logging
 import math
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,9 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_hybrid import platform
-from megatron_hybrid.config.lengths import lengths
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.indexed import IndexedFile, open_indexed
-from megatron_hybrid.data.mock import MockWindows
 from megatron_hybrid.data.tokenizer import Tokenizer
 from megatron_hybrid.data.windows import Windows
 from megatron_hybrid.fileio import write_atomic
@@ -36,52 +34,26 @@ _SPLITS = ("train", "valid")
 _COMPLETE_MARK = "complete"
 
 
-def build_datasets(
-    config: RunConfig, tokenizer: Tokenizer
-) -> tuple[Windows | None, Windows | None]:
+def build_windows(
+    config: RunConfig, tokenizer: Tokenizer, sizes: tuple[int, int]
+) -> tuple[Windows, Windows | None]:
     """The training and validation windows of a run; all ranks must call this together.
 
     Args:
-        config: `data`, `training`, and `run_dir` for the index files.
+        config: `data`, and `run_dir` for the index files.
         tokenizer: the one the files were made with.
-
-    Returns:
-        (train, valid); valid is None without `training.eval_interval`.
+        sizes: samples to train and to validate on; 0 of these: none.
 
     Raises:
         DataError: a file is missing or damaged, or a source has nothing for a split.
     """
-    sizes = split_sizes(config)
-    if config.data.mock_data:
-        train, valid = (
-            _mock(config, tokenizer, number, size) if size else None
-            for number, size in enumerate(sizes)
-        )
-        return train, valid
     blend = _Blend.open(config, sizes)
-    engine_datasets = _build_with_engine(config, tokenizer, blend)
-    windows = [
+    train, valid = (
         _EngineWindows(dataset, size, tokenizer) if dataset is not None else None
-        for dataset, size in zip(engine_datasets, sizes, strict=True)
-    ]
-    return windows[0], windows[1]
-
-
-def split_sizes(config: RunConfig) -> tuple[int, int]:
-    """Samples of the training and validation splits, both a whole number of global batches."""
-    training = config.training
-    eval_batches = training.eval_iters if training.eval_interval is not None else 0
-    return lengths(config).train_samples, eval_batches * training.global_batch_size
-
-
-def _mock(config: RunConfig, tokenizer: Tokenizer, number: int, size: int) -> MockWindows:
-    return MockWindows(
-        size=size,
-        seq_length=config.data.seq_length,
-        vocab_size=tokenizer.vocab_size,
-        eod=tokenizer.eod,
-        seed=(config.training.seed, number),
+        for dataset, size in zip(_build_with_engine(config, tokenizer, blend), sizes, strict=True)
     )
+    assert train is not None
+    return train, valid
 
 
 @dataclass(frozen=True)
@@ -282,6 +254,9 @@ class _EngineWindows:
     def __len__(self) -> int:
         return self._size
 
-    def __getitem__(self, index: int) -> NDArray[np.int64]:
+    def __getitems__(self, indices: Sequence[int]) -> NDArray[np.int64]:
+        return np.stack([self._window(index) for index in indices])
+
+    def _window(self, index: int) -> NDArray[np.int64]:
         sample = self._dataset[index]
         return np.append(sample["tokens"].numpy(), sample["labels"][-1].item())

@@ -1,4 +1,4 @@
-"""The blend: weights, splits, files that changed or were cut, and several ranks."""
+"""megatron-core's order: weights, splits, files that changed or were cut, and several ranks."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from megatron_hybrid.config.run import RunConfig
-from megatron_hybrid.data.blend import build_datasets
+from megatron_hybrid.data.datasets import open_windows, plan_data
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.tokenizer import build_tokenizer
 from megatron_hybrid.data.windows import Windows
@@ -18,7 +18,11 @@ MakeConfig = Callable[..., RunConfig]
 
 
 def datasets(config: RunConfig) -> tuple[Windows | None, Windows | None]:
-    return build_datasets(config, build_tokenizer("null", None, vocab_size=VOCAB_SIZE))
+    """The windows of a config in megatron-core's order, unless it asks for made-up tokens."""
+    data = config.data.model_copy(update={"sample_order": "megatron"})
+    config = config.model_copy(update={"data": data})
+    tokenizer = build_tokenizer("null", None, vocab_size=VOCAB_SIZE)
+    return open_windows(config, tokenizer, plan_data(config, tokenizer, None))
 
 
 def corpus(prefix: Path, first_id: int, documents: int = 100) -> str:
@@ -28,7 +32,7 @@ def corpus(prefix: Path, first_id: int, documents: int = 100) -> str:
 
 def _all(windows: Windows | None) -> list[NDArray[np.int64]]:
     assert windows is not None
-    return [windows[i] for i in range(len(windows))]
+    return list(windows.__getitems__(range(len(windows))))
 
 
 def ids(windows: Windows) -> set[int]:
@@ -41,7 +45,7 @@ def test_weights(tmp_path: Path, make_config: MakeConfig) -> None:
     train, valid = datasets(make_config({"data_path": blend}, train_iters=50))
     assert train is not None and valid is None
     assert len(train) == 400
-    from_b = np.cumsum([train[i].min() >= 500 for i in range(400)])
+    from_b = np.cumsum([window.min() >= 500 for window in _all(train)])
     assert np.abs(from_b - 0.7 * np.arange(1, 401)).max() <= 2
 
 
@@ -68,7 +72,7 @@ def test_splits_share_no_document(tmp_path: Path, make_config: MakeConfig) -> No
     assert ids(valid) <= set(range(80, 90))
     only_train, _ = datasets(make_config(data, train_iters=20))
     assert only_train is not None
-    assert all((only_train[i] == train[i]).all() for i in range(160))
+    assert all((a == b).all() for a, b in zip(_all(only_train), _all(train), strict=True))
 
 
 def test_data_made_anew_is_read_anew(tmp_path: Path, make_config: MakeConfig) -> None:
@@ -85,7 +89,7 @@ def test_half_built_indices_are_built_again(tmp_path: Path, make_config: MakeCon
     config = make_config({"data_path": corpus(tmp_path / "a", 0)})
     train, _ = datasets(config)
     assert train is not None
-    expected = [train[i].tolist() for i in range(5)]
+    expected = [window.tolist() for window in _all(train)]
     (index,) = (config.run_dir / "data_cache").rglob("*-shuffle_index.npy")
     written = index.stat().st_mtime_ns
     datasets(config)
@@ -93,7 +97,7 @@ def test_half_built_indices_are_built_again(tmp_path: Path, make_config: MakeCon
     (index.parent / "complete").unlink()
     index.write_bytes(b"")
     again, _ = datasets(config)
-    assert again is not None and [again[i].tolist() for i in range(5)] == expected
+    assert [window.tolist() for window in _all(again)] == expected
 
 
 @pytest.mark.parametrize(
@@ -120,14 +124,11 @@ def test_mock_splits_differ(make_config: MakeConfig) -> None:
     train, valid = datasets(make_config({"mock_data": True}, eval_interval=5))
     assert train is not None and valid is not None
     assert (len(train), len(valid)) == (80, 80)
-    assert (train[0] != valid[0]).any()
+    assert (_all(train)[0] != _all(valid)[0]).any()
 
 
 def _build(values: dict[str, object]) -> list[list[int]]:
-    tokenizer = build_tokenizer("null", None, vocab_size=VOCAB_SIZE)
-    train, _ = build_datasets(RunConfig.model_validate(values), tokenizer)
-    assert train is not None
-    return [train[i].tolist() for i in range(len(train))]
+    return [window.tolist() for window in _all(datasets(RunConfig.model_validate(values))[0])]
 
 
 def test_ranks_agree(tmp_path: Path, make_config: MakeConfig) -> None:

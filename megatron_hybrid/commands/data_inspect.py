@@ -1,0 +1,177 @@
+"""`megatron-hybrid data verify | stats | show`: a look at indexed files."""
+
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from megatron_hybrid.data.inspection.verdict import Verdict
+    from megatron_hybrid.data.tokenizer import Tokenizer
+
+_TABLE_WIDTH = 118
+
+Prefixes = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="PREFIX...",
+        help="the files' path without .bin and .idx, or a glob",
+        show_default=False,
+    ),
+]
+TokenizerModel = Annotated[
+    Path | None,
+    typer.Option(help="sentencepiece .model, tokenizer.json or its folder, or a checkpoint"),
+]
+TokenizerType = Annotated[
+    Literal["sentencepiece", "huggingface", "null"] | None,
+    typer.Option(help="by default what the facts, or else the name of the model, say"),
+]
+VocabSize = Annotated[int | None, typer.Option(min=2, help="ids must lie below it")]
+
+
+def verify(
+    prefixes: Prefixes,
+    tokenizer_model: TokenizerModel = None,
+    tokenizer_type: TokenizerType = None,
+    vocab_size: VocabSize = None,
+) -> None:
+    """Check that indexed files are whole and unchanged, reading every byte.
+
+    Sizes, checksums and counts against the facts (.meta.json); lengths, offsets and document marks
+    of the .idx against each other; ids against the vocabulary; end tokens. Every problem is listed
+    with its file and place, and the exit code is 1 if there is one. Files without facts, as
+    Megatron-LM writes them, are checked for what can be.
+    """
+    from megatron_hybrid.data.indexed import indexed_paths
+    from megatron_hybrid.data.inspection.prefixes import find_prefixes
+    from megatron_hybrid.data.inspection.verify import Expected
+    from megatron_hybrid.data.inspection.verify import verify as verify_pair
+    from megatron_hybrid.data.progress import show_progress
+
+    found = find_prefixes(prefixes)
+    tokenizer = _open_tokenizer(tokenizer_model, tokenizer_type, vocab_size, found)
+    files = [path for prefix in found for path in indexed_paths(prefix)]
+    total, done = sum(path.stat().st_size for path in files if path.is_file()), 0
+    with show_progress("verify") as on_progress:
+
+        def on_bytes(count: int) -> None:
+            nonlocal done
+            done += count
+            on_progress("verify", done, total)
+
+        expected = Expected(tokenizer, vocab_size)
+        verdicts = [verify_pair(prefix, expected, on_bytes) for prefix in found]
+    for verdict in verdicts:
+        _print_verdict(verdict)
+    if any(verdict.problems for verdict in verdicts):
+        raise typer.Exit(1)
+
+
+def _print_verdict(verdict: "Verdict") -> None:
+    count = len(verdict.problems)
+    if count:
+        print(f"{verdict.prefix}: {count} problem{'s'[: count - 1]}")
+    else:
+        print(
+            f"{verdict.prefix}: good, {verdict.documents:,} documents of {verdict.tokens:,} tokens"
+        )
+    for problem in verdict.problems:
+        print(f"  - {problem}")
+    for unchecked in verdict.unchecked:
+        print(f"  not checked: {unchecked}")
+
+
+def stats(
+    prefixes: Prefixes,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="where the picture goes, a PNG")
+    ] = Path("document_lengths.png"),
+) -> None:
+    """Count documents and tokens, and draw how long the documents are."""
+    from rich.console import Console
+
+    from megatron_hybrid.data.inspection.plot import plot_lengths
+    from megatron_hybrid.data.inspection.prefixes import find_prefixes
+    from megatron_hybrid.data.inspection.stats import lengths_table, read_lengths
+    from megatron_hybrid.data.part_file import writing
+
+    lengths = read_lengths(find_prefixes(prefixes))
+    console = Console()
+    # Wide enough for every column, where the output is a file too.
+    console.width = max(console.width, _TABLE_WIDTH)
+    console.print(lengths_table(lengths))
+    with writing(output, "there is no picture"):
+        plot_lengths(lengths, output)
+    print(f"picture: {output}")
+
+
+def show(
+    prefix: Annotated[str, typer.Argument(help="the files' path without .bin and .idx")],
+    numbers: Annotated[list[int], typer.Argument(metavar="N...", help="documents, from 0")],
+    tokens: Annotated[bool, typer.Option("--tokens", help="ids instead of text")] = False,
+    tokenizer_model: TokenizerModel = None,
+    tokenizer_type: TokenizerType = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(min=2, help="only for --tokenizer-type null")
+    ] = None,
+) -> None:
+    """Print documents, decoded with the tokenizer that made them."""
+    from megatron_hybrid.data.inspection.prefixes import find_prefixes
+    from megatron_hybrid.data.inspection.show import as_text, read_documents, tokenizer_of
+
+    found = find_prefixes([prefix])
+    if len(found) > 1:
+        raise typer.BadParameter(f"{prefix} matches {len(found)} prefixes; name one")
+    documents = read_documents(found[0], numbers)
+    tokenizer = None
+    if not tokens:
+        given = _open_tokenizer(tokenizer_model, tokenizer_type, vocab_size, found)
+        tokenizer = tokenizer_of(found[0], given)
+    for document in documents:
+        if tokenizer is None:
+            text = " ".join(map(str, document.ids.tolist()))
+        else:
+            text = as_text(document, tokenizer)
+        print(f"document {document.number}: {len(document.ids):,} tokens", file=sys.stderr)
+        print(_harmless(text) if sys.stdout.isatty() else text)
+
+
+def _harmless(text: str) -> str:
+    """Control characters as escapes: some of them tell a terminal to do things."""
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text
+    )
+
+
+def _open_tokenizer(
+    model: Path | None, tokenizer_type: str | None, vocab_size: int | None, prefixes: list[Path]
+) -> "Tokenizer | None":
+    """The tokenizer of the options; None if there are none."""
+    from megatron_hybrid.data.tokenizer import build_tokenizer, load_tokenizer
+    from megatron_hybrid.data.tokenizing.settings import naming_flags
+
+    if model is None and tokenizer_type != "null":
+        return None
+    tokenizer_type = tokenizer_type or _type_in_facts(prefixes)
+    with naming_flags():
+        if model is not None and model.is_dir() and tokenizer_type != "huggingface":
+            return load_tokenizer(model)
+        by_name = "sentencepiece" if str(model).endswith(".model") else "huggingface"
+        return build_tokenizer(tokenizer_type or by_name, model, vocab_size=vocab_size)
+
+
+def _type_in_facts(prefixes: list[Path]) -> str | None:
+    """The tokenizer's type that the facts of one of the prefixes give."""
+    from megatron_hybrid.data.errors import DataError
+    from megatron_hybrid.data.facts import read_facts
+
+    for prefix in prefixes:
+        # Damaged facts are for the command to report.
+        with suppress(DataError):
+            facts = read_facts(prefix)
+            if facts is not None:
+                return facts.tokenizer.type
+    return None

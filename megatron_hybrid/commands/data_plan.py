@@ -1,0 +1,96 @@
+"""`megatron-hybrid data plan`: what a run will read of every source, before anything runs."""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from megatron_hybrid.config import RunConfig
+    from megatron_hybrid.data.saved_plan import SavedPlan
+
+
+logger = logging.getLogger(__name__)
+
+# Words that are ours to read: presets, section.field=value, Megatron-LM's flags.
+CONFIG_WORDS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def plan(
+    context: typer.Context,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="draw the blend over time into this PNG")
+    ] = None,
+    scale: Annotated[
+        str | None,
+        typer.Option(help="plan a smaller run with the same epochs, such as 1/15 of the tokens"),
+    ] = None,
+    write: Annotated[
+        Path | None, typer.Option(help="with --scale: write the smaller run's config to this YAML")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+) -> None:
+    """Show what a run would read: of each source in each phase, weight, samples, tokens, epochs.
+
+    The config is given as to `pretrain`. A run that has checkpoints is planned on from the latest
+    one. A source that would be read more often than its cap fails the command.
+    """
+    from rich.console import Console
+
+    from megatron_hybrid.config import load_config, rules
+    from megatron_hybrid.config.scale import parse_scale, scale_config
+    from megatron_hybrid.data.plan_report import report_plan
+    from megatron_hybrid.data.plan_table import print_plan
+    from megatron_hybrid.data.run_plan import check_epochs, open_run_sources, training_plan
+    from megatron_hybrid.fileio import write_atomic
+
+    if write is not None and scale is None:
+        raise typer.BadParameter("only with --scale", param_hint="--write")
+    config = load_config(context.args, which=rules.PLAN)
+    if scale is not None:
+        config = scale_config(config, parse_scale(scale))
+    saved = _saved_plan(config)
+    consumed = saved.consumed_samples if saved else 0
+    sources = open_run_sources(config, fingerprint=None)
+    made = training_plan(config, sources, saved.plan if saved else None, consumed)
+    report = report_plan(config, made, consumed)
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=1))
+    else:
+        print_plan(report, Console())
+    if output is not None:
+        from megatron_hybrid.data.plan_picture import draw_plan  # and matplotlib, which is slow
+
+        with _writing(output):
+            draw_plan(made, output, config.run_dir.name, consumed)
+    check_epochs(config, made)
+    if write is not None:
+        with _writing(write):
+            write_atomic(write, config.to_yaml())
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What was asked for and cannot be written is the user's to mend."""
+    from megatron_hybrid.errors import UserError
+
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _saved_plan(config: "RunConfig") -> "SavedPlan | None":
+    """The plan that the run would go on with; None: it starts at its first sample."""
+    from megatron_hybrid.data.saved_plan import read_saved_plan
+    from megatron_hybrid.training.start import find_checkpoint
+
+    folder, weights_only, _ = find_checkpoint(config)
+    saved = None if folder is None or weights_only else read_saved_plan(folder)
+    if saved is not None:
+        logger.info("planned on from %s", folder)
+    return saved

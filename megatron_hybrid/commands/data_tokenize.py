@@ -1,0 +1,80 @@
+"""`megatron-hybrid data tokenize`: text files to an indexed file of tokens."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def tokenize(
+    inputs: Annotated[
+        list[str],
+        typer.Option("--input", help="a file or a glob; several may follow, or repeat the flag"),
+    ],
+    output: Annotated[
+        Path, typer.Option(help="prefix of the files to write: PREFIX.bin, .idx and .meta.json")
+    ],
+    tokenizer_type: Annotated[Literal["sentencepiece", "huggingface", "null"], typer.Option()],
+    tokenizer_model: Annotated[
+        Path | None,
+        typer.Option(help="a sentencepiece .model, or a tokenizer.json or its folder"),
+    ] = None,
+    more_inputs: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="FILES")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="only for --tokenizer-type null")] = None,
+    json_key: Annotated[str, typer.Option(help="key, or parquet column, of the text")] = "text",
+    parse_special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--parse-special-tokens", help="let the text of a special token, as </s>, become its id"
+        ),
+    ] = False,
+    encoder: Annotated[
+        Literal["auto", "fastokens", "tokenizers"],
+        typer.Option(help="library for huggingface; auto: the fastest that gives the same ids"),
+    ] = "auto",
+    append_eod: Annotated[
+        bool, typer.Option(help="end each document with the tokenizer's end token")
+    ] = True,
+    shuffle: Annotated[bool, typer.Option(help="put the documents in a random order")] = True,
+    shuffle_seed: Annotated[int, typer.Option(help="of that order")] = 1234,
+    shuffle_memory_gib: Annotated[
+        float, typer.Option(help="tokens held in memory while shuffling; what is more goes to disk")
+    ] = 2.0,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="processes that encode; by default one for each available CPU core"),
+    ] = None,
+    max_rejected_fraction: Annotated[
+        float, typer.Option(help="rejected lines per line above which nothing is written")
+    ] = 0.001,
+) -> None:
+    """Tokenise JSONL (plain, gzip or zstd) and parquet into an indexed file.
+
+    A document a line. The result depends neither on --workers nor on --shuffle-memory-gib. It
+    appears whole or not at all; an older one of the same name stays until then. Lines that cannot
+    be taken are listed, with reasons, in PREFIX_rejected.jsonl.
+
+    Disk: the output, beside the one it replaces; once more while documents are shuffled, if their
+    tokens (2 bytes each below 65,500 ids, else 4) are more than --shuffle-memory-gib.
+    """
+    from megatron_hybrid.data.tokenizing.console import tokenize_on_console
+    from megatron_hybrid.data.tokenizing.settings import TokenizeSettings
+
+    tokenize_on_console(
+        TokenizeSettings(
+            inputs=(*inputs, *(more_inputs or ())),
+            outputs={json_key: output},
+            rejected_path=output.with_name(f"{output.name}_rejected.jsonl"),
+            tokenizer_type=tokenizer_type,
+            tokenizer_model=tokenizer_model,
+            vocab_size=vocab_size,
+            parse_special_tokens=parse_special_tokens,
+            encoder=encoder,
+            append_eod=append_eod,
+            shuffle_seed=shuffle_seed if shuffle else None,
+            shuffle_memory_bytes=int(shuffle_memory_gib * 2**30),
+            workers=workers if workers is not None else len(os.sched_getaffinity(0)),
+            max_rejected_fraction=max_rejected_fraction,
+        )
+    )

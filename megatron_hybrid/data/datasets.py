@@ -1,0 +1,132 @@
+"""The data of a run: what it will read, planned from files alone, and then the windows themselves.
+
+Planning needs neither torch nor other ranks. Of the three kinds of data only megatron-core's order
+lets ranks wait for each other, when its windows are opened.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from megatron_hybrid.config.phases import batch_sizes, run_tokens
+from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.data.batches import Span, Steps, whole_batches
+from megatron_hybrid.data.mock import MockWindows
+from megatron_hybrid.data.plan import Plan, SourceUse
+from megatron_hybrid.data.planned_windows import PlannedWindows
+from megatron_hybrid.data.run_plan import (
+    check_epochs,
+    open_run_sources,
+    training_plan,
+    validation_plan,
+)
+from megatron_hybrid.data.saved_plan import SavedPlan
+from megatron_hybrid.data.source import Source
+from megatron_hybrid.data.tokenizer import Tokenizer
+from megatron_hybrid.data.windows import Windows
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run will read.
+
+    Attributes:
+        steps: the global batches of training.
+        valid_steps: those of an evaluation; None: the run has none.
+        plan: which window every sample is; None with made-up tokens and in megatron-core's order.
+        valid_plan: of the samples of an evaluation.
+        sources: of the plans, opened, by name.
+    """
+
+    steps: Steps
+    valid_steps: Steps | None
+    plan: Plan | None = None
+    valid_plan: Plan | None = None
+    sources: Mapping[str, Source] = field(default_factory=dict)
+
+    def phase(self, sample: int) -> str | None:
+        """The name of the phase that a sample belongs to; None where there are not several."""
+        if self.plan is None or len(self.plan.phases) == 1:
+            return None
+        stretch = next(each for each in self.plan.stretches if sample < each.end_sample)
+        return self.plan.phases[stretch.phase].name
+
+    def consumed(self, samples: int) -> tuple[SourceUse, ...]:
+        """What each source has given when `samples` samples have been read."""
+        return () if self.plan is None else self.plan.consumed(samples)
+
+
+def plan_data(config: RunConfig, tokenizer: Tokenizer, saved: SavedPlan | None) -> RunData:
+    """Settle which samples a run reads, and in which steps.
+
+    Args:
+        config: `data` and `training` of a valid config.
+        tokenizer: the one the files were made with.
+        saved: the plan of the checkpoint that the run goes on from; None: it starts anew.
+
+    Raises:
+        DataError: a file is missing or damaged, a source has too little text or too low a cap, or
+            the config changes what was read before the checkpoint.
+    """
+    training, sizes = config.training, batch_sizes(config)
+    if config.data.mock_data or config.data.sample_order == "megatron":
+        seq_length = config.data.seq_length
+        samples = whole_batches(sizes, 0, run_tokens(config), seq_length, reach=True)
+        eval_samples = training.eval_iters * training.global_batch_size
+        return RunData(
+            Steps([Span(0, samples, seq_length)], sizes),
+            _evaluations(config, (Span(0, eval_samples, seq_length),)),
+        )
+    sources = open_run_sources(config, tokenizer.fingerprint)
+    if saved is None:
+        plan = training_plan(config, sources)
+    else:
+        plan = training_plan(config, sources, saved.plan, saved.consumed_samples)
+    check_epochs(config, plan)
+    steps = Steps(plan.spans, sizes)
+    if training.eval_interval is None:
+        return RunData(steps, None, plan, None, sources)
+    valid_plan = validation_plan(config, sources, plan)
+    return RunData(steps, _evaluations(config, valid_plan.spans), plan, valid_plan, sources)
+
+
+def _evaluations(config: RunConfig, spans: tuple[Span, ...]) -> Steps | None:
+    """The batches of an evaluation, whose size does not follow the schedule of training."""
+    if config.training.eval_interval is None:
+        return None
+    return Steps(spans, ((0, config.training.global_batch_size),))
+
+
+def open_windows(
+    config: RunConfig, tokenizer: Tokenizer, data: RunData
+) -> tuple[Windows, Windows | None]:
+    """The windows to train and to validate on, of what `plan_data` has settled.
+
+    All ranks call it together.
+
+    Raises:
+        DataError: in megatron-core's order, as `plan_data`.
+    """
+    if data.plan is not None:
+        train, valid = (
+            PlannedWindows(plan, dict(data.sources), tokenizer) if plan is not None else None
+            for plan in (data.plan, data.valid_plan)
+        )
+        assert train is not None
+        return train, valid
+    sizes = (data.steps.samples, data.valid_steps.samples if data.valid_steps else 0)
+    if not config.data.mock_data:
+        from megatron_hybrid.data.megatron_order import build_windows  # torch and the engine
+
+        return build_windows(config, tokenizer, sizes)
+    made_up = [_mock(config, tokenizer, number, size) for number, size in enumerate(sizes)]
+    return made_up[0], made_up[1] if sizes[1] else None
+
+
+def _mock(config: RunConfig, tokenizer: Tokenizer, number: int, size: int) -> MockWindows:
+    return MockWindows(
+        size=size,
+        seq_length=config.data.seq_length,
+        vocab_size=tokenizer.vocab_size,
+        eod=tokenizer.eod,
+        seed=(config.training.seed, number),
+    )

@@ -1,0 +1,112 @@
+"""Opening a shard, one `.bin`/`.idx` pair, by its sizes alone: a few small reads at any length.
+
+What the ends of the index say is held against the size of the `.bin` and against the facts beside
+it. Contents are not read: `megatron-hybrid data verify` compares checksums.
+"""
+
+import hashlib
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_hybrid.data.errors import DataError
+from megatron_hybrid.data.facts import Facts, facts_path, read_facts
+from megatron_hybrid.data.indexed import indexed_paths, read_header
+
+
+@dataclass(frozen=True)
+class Shard:
+    """An opened and checked `.bin`/`.idx` pair.
+
+    Attributes:
+        prefix: path without `.bin` or `.idx`.
+        dtype: of the ids in the `.bin`, uint16 or int32, little-endian.
+        tokens: in the `.bin`.
+        digest: hex, of the count of tokens and the checksum that the facts give for the `.bin`;
+            without facts, of the size and the first and last entries of the `.idx`. Paths have no
+            part in it, so data may move.
+        fingerprint: of the tokenizer that made it; None: there are no facts.
+        file: device and inode of the `.bin`, the same for all its paths and links.
+    """
+
+    prefix: Path
+    dtype: np.dtype[Any]
+    tokens: int
+    digest: str
+    fingerprint: str | None
+    file: tuple[int, int]
+
+    @property
+    def bin_path(self) -> Path:
+        """The file of its ids."""
+        return indexed_paths(self.prefix)[0]
+
+
+def open_shard(prefix: Path) -> Shard:
+    """Open a pair and check that its files are whole and belong together by size.
+
+    Raises:
+        DataError: a file is missing, cut short, of another format, or they disagree.
+    """
+    bin_path, idx_path = indexed_paths(prefix)
+    try:
+        with idx_path.open("rb", buffering=0) as file:
+            dtype, sequences = read_header(file, idx_path)
+            lengths_at = file.tell()
+            ends = _last_entries(file.fileno(), lengths_at, sequences)
+            header = os.pread(file.fileno(), lengths_at, 0)
+            idx_bytes = os.fstat(file.fileno()).st_size
+        found = bin_path.stat()
+        facts = read_facts(prefix)
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
+    bin_bytes, real_file = found.st_size, (found.st_dev, found.st_ino)
+    last_length, last_offset = struct.unpack("<iq", ends)
+    promised = last_offset + last_length * dtype.itemsize
+    if bin_bytes != promised:
+        raise DataError(
+            f"{bin_path} has {bin_bytes} bytes; {idx_path.name} describes {promised}: the two are "
+            "not from one run, or one was cut short"
+        )
+    tokens = bin_bytes // dtype.itemsize
+    if facts is None:
+        content = header + ends + struct.pack("<q", idx_bytes)
+        digest = hashlib.sha256(content).hexdigest()
+        return Shard(prefix, dtype, tokens, digest, None, real_file)
+    _compare(prefix, facts, bin=bin_bytes, idx=idx_bytes, dtype=dtype, documents=sequences)
+    digest = hashlib.sha256(f"{tokens} {facts.bin.sha256}".encode()).hexdigest()
+    return Shard(prefix, dtype, tokens, digest, facts.tokenizer.fingerprint, real_file)
+
+
+def _last_entries(descriptor: int, lengths_at: int, sequences: int) -> bytes:
+    """The last length (i32) and the last offset (i64) of an `.idx`; zeros where it has none."""
+    if not sequences:
+        return bytes(12)
+    offsets_at = lengths_at + 4 * sequences
+    return os.pread(descriptor, 4, offsets_at - 4) + os.pread(
+        descriptor, 8, offsets_at + 8 * sequences - 8
+    )
+
+
+def _compare(
+    prefix: Path, facts: Facts, *, bin: int, idx: int, dtype: np.dtype[Any], documents: int
+) -> None:
+    """Raises DataError where the facts are of other files than the pair beside them."""
+    found = {
+        "bin.bytes": (bin, facts.bin.bytes),
+        "idx.bytes": (idx, facts.idx.bytes),
+        "dtype": (dtype.name, facts.dtype),
+        "documents": (documents, facts.documents),
+        "tokens": (bin // dtype.itemsize, facts.tokens),
+    }
+    wrong = [
+        f"{name} is {said}, the files have {is_}"
+        for name, (is_, said) in found.items()
+        if is_ != said
+    ]
+    if wrong:
+        raise DataError(f"{facts_path(prefix)} is of other files: {'; '.join(wrong)}")

@@ -1,0 +1,87 @@
+"""Tokenizers behind one small interface: sentencepiece, Hugging Face, and ids written as text.
+
+Document text never becomes a control id, unless that is asked for: a literal `</s>` in a web page
+is encoded as the characters it is made of. sentencepiece does so by itself for its CONTROL pieces;
+`tokenizers` does when told (`encode_special_tokens`). Symbols that a tokenizer declares as ordinary
+text (USER_DEFINED pieces, added tokens that are not special) stay single tokens, as they were
+meant.
+"""
+
+import json
+from pathlib import Path
+
+from megatron_hybrid.data.errors import DataError
+from megatron_hybrid.data.tokenizer.base import ENCODERS, Tokenizer
+from megatron_hybrid.data.tokenizer.hugging_face import HuggingFaceTokenizer
+from megatron_hybrid.data.tokenizer.null import NullTokenizer
+from megatron_hybrid.data.tokenizer.sentence_piece import SentencePieceTokenizer
+
+__all__ = [
+    "ENCODERS",
+    "TOKENIZER_TYPES",
+    "NullTokenizer",
+    "Tokenizer",
+    "build_tokenizer",
+    "load_tokenizer",
+]
+
+TOKENIZER_TYPES = ("sentencepiece", "huggingface", "null")
+
+
+def build_tokenizer(
+    tokenizer_type: str,
+    tokenizer_model: Path | None,
+    *,
+    vocab_size: int | None = None,
+    parse_special_tokens: bool = False,
+) -> Tokenizer:
+    """The tokenizer of `data.tokenizer_type` and `data.tokenizer_model`.
+
+    Args:
+        tokenizer_type: one of `TOKENIZER_TYPES`.
+        tokenizer_model: a sentencepiece `.model`, a `tokenizer.json` or its folder; unused by null.
+        vocab_size: `model.vocab_size`; only null needs it.
+        parse_special_tokens: let the text of a special token become its id; huggingface only.
+
+    Raises:
+        DataError: the file is missing or not of that type, or names no document end.
+    """
+    if tokenizer_type not in TOKENIZER_TYPES:
+        raise DataError(
+            f"data.tokenizer_type={tokenizer_type} is unknown; allowed: "
+            f"{', '.join(TOKENIZER_TYPES)}"
+        )
+    if parse_special_tokens and tokenizer_type != "huggingface":
+        raise DataError(
+            f"parse_special_tokens needs data.tokenizer_type=huggingface; it is {tokenizer_type}, "
+            "which has no way to find special tokens in text"
+        )
+    if tokenizer_type == "null":
+        if vocab_size is None or vocab_size < 2:
+            raise DataError(
+                f"data.tokenizer_type=null needs model.vocab_size >= 2; it is {vocab_size}"
+            )
+        return NullTokenizer(vocab_size)
+    if tokenizer_model is None:
+        raise DataError(
+            f"data.tokenizer_type={tokenizer_type} needs data.tokenizer_model; it is unset"
+        )
+    if tokenizer_type == "sentencepiece":
+        return SentencePieceTokenizer(Path(tokenizer_model))
+    return HuggingFaceTokenizer(Path(tokenizer_model), parse_special_tokens)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer that `save_copy` wrote into `folder`.
+
+    Raises:
+        DataError: the folder holds none.
+    """
+    if (folder / SentencePieceTokenizer.file_name).is_file():
+        return SentencePieceTokenizer(folder / SentencePieceTokenizer.file_name)
+    if (folder / HuggingFaceTokenizer.file_name).is_file():
+        return HuggingFaceTokenizer(folder)
+    null_path = folder / NullTokenizer.file_name
+    if null_path.is_file():
+        return NullTokenizer(json.loads(null_path.read_bytes())["vocab_size"])
+    raise DataError(f"{folder} holds no tokenizer")

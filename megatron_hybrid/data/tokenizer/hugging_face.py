@@ -1,0 +1,143 @@
+"""Hugging Face's `tokenizer.json`."""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_hybrid.data.errors import DataError
+from megatron_hybrid.data.indexed import token_dtype
+from megatron_hybrid.data.tokenizer.base import ENCODERS, Tokenizer, read_tokenizer_file
+from megatron_hybrid.data.tokenizer.fast import FastEncoder, FastokensError, joined, use_one_thread
+from megatron_hybrid.data.tokenizer.hard_texts import hard_texts
+
+logger = logging.getLogger(__name__)
+
+# Asked, in this order of families, when no tokenizer_config.json names the end token.
+_COMMON_END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json`, or the folder that holds one.
+
+    `eod` is the `eos_token` of the `tokenizer_config.json` beside it; without that file, the one
+    special token with a usual name for it.
+
+    Args:
+        path: of the file or the folder.
+        parse_special_tokens: let the text of a special token become its id.
+    """
+
+    file_name = "tokenizer.json"
+    config_name = "tokenizer_config.json"
+
+    def __init__(self, path: Path, parse_special_tokens: bool = False) -> None:
+        use_one_thread()
+        import tokenizers
+
+        path = path / self.file_name if path.is_dir() else path
+        self._path = path
+        files = {self.file_name: read_tokenizer_file(path)}
+        config_path = path.with_name(self.config_name)
+        if config_path.is_file():
+            files[self.config_name] = config_path.read_bytes()
+        super().__init__(files)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(files[self.file_name])
+        except ValueError as error:
+            raise DataError(
+                f"data.tokenizer_model={path} is not a tokenizer.json: {error}"
+            ) from error
+        # A file may carry the truncation and padding of its last use: both would lose or add text.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = not parse_special_tokens
+        # Not the count of tokens: ids may have holes.
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.eod = self._find_eod(path)
+        self._fast: FastEncoder | None = None
+
+    def _find_eod(self, path: Path) -> int:
+        special = {
+            token.content: token_id
+            for token_id, token in self._tokenizer.get_added_tokens_decoder().items()
+            if token.special
+        }
+        named = self._end_token_of_config(path)
+        if named is not None:
+            if named not in special:
+                raise DataError(
+                    f"eos_token={named!r} in {path.with_name(self.config_name)} must be a special "
+                    f"token of {path}; special there: {', '.join(special) or 'none'}"
+                )
+            return special[named]
+        usual = [token for token in _COMMON_END_TOKENS if token in special]
+        if len(usual) != 1:
+            raise DataError(
+                f"cannot tell which token of data.tokenizer_model={path} ends a document "
+                f"(candidates: {', '.join(usual) or 'none'}); put a {self.config_name} with "
+                f'"eos_token" beside it; special tokens: {", ".join(special) or "none"}'
+            )
+        return special[usual[0]]
+
+    def _end_token_of_config(self, path: Path) -> str | None:
+        if self.config_name not in self._files:
+            return None
+        try:
+            token = json.loads(self._files[self.config_name]).get("eos_token")
+        except (ValueError, AttributeError) as error:
+            raise DataError(
+                f"{path.with_name(self.config_name)} is not a JSON object: {error}"
+            ) from error
+        return token["content"] if isinstance(token, dict) else token
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[NDArray, NDArray[np.int32]]:
+        if self._fast is not None:
+            ids, lengths = self._fast.encode_batch(texts)
+        else:
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+            ids, lengths = joined([encoding.ids for encoding in encodings])
+        return ids.astype(token_dtype(self.vocab_size)), lengths
+
+    def select_encoder(self, choice: str, sample: Sequence[str] = ()) -> str:
+        """As `Tokenizer.select_encoder`; the choice and its reason are logged.
+
+        "auto" takes fastokens if it reads the file and gives what `tokenizers` gives for
+        `hard_texts` and for `sample`. Loading it takes seconds for a large vocabulary.
+        """
+        if choice not in ENCODERS:
+            return super().select_encoder(choice, sample)
+        self._fast = None
+        if choice == "tokenizers":
+            return "tokenizers"
+        try:
+            fast = FastEncoder(self._files[self.file_name], self._tokenizer)
+            added = self._tokenizer.get_added_tokens_decoder().values()
+            texts = [*hard_texts([token.content for token in added]), *sample]
+            fast.check(texts)
+        except FastokensError as error:
+            if choice == "fastokens":
+                raise DataError(
+                    f"encoder=fastokens cannot be used with data.tokenizer_model={self._path}: "
+                    f"{error}; allowed: auto, tokenizers"
+                ) from error
+            logger.warning(
+                "%s: encoding with tokenizers, many times slower, not with fastokens: %s",
+                self._path, error,
+            )  # fmt: skip
+            return "tokenizers"
+        logger.info(
+            "%s: encoding with fastokens, which agreed with tokenizers on %d texts",
+            self._path, len(texts),
+        )  # fmt: skip
+        self._fast = fast
+        return "fastokens"

@@ -1,0 +1,159 @@
+"""What to tokenise and how, checked as a whole before any work."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_hybrid.data.errors import DataError
+from megatron_hybrid.data.facts import Facts, TokenizerType
+from megatron_hybrid.data.indexed import indexed_paths
+from megatron_hybrid.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_hybrid.data.tokenizing.inputs import Input, find_inputs
+
+# Fields of a run's config, which the tokenizer's messages name, as the flags that set them here.
+_FLAGS = {
+    "data.tokenizer_type": "--tokenizer-type",
+    "data.tokenizer_model": "--tokenizer-model",
+    "model.vocab_size": "--vocab-size",
+    "parse_special_tokens": "--parse-special-tokens",
+    "encoder=": "--encoder=",
+}
+
+
+@contextmanager
+def naming_flags() -> Iterator[None]:
+    """Say flags, not fields of a config, where a DataError of the tokenizer names them."""
+    try:
+        yield
+    except DataError as error:
+        text = str(error)
+        for name, flag in _FLAGS.items():
+            text = text.replace(name, flag)
+        raise DataError(text) from error
+
+
+@dataclass(frozen=True)
+class TokenizeSettings:
+    """What to tokenise and how.
+
+    Attributes:
+        inputs: names and globs of JSONL (plain, gzip, zstd) and parquet files.
+        outputs: for each JSON key, or column, the prefix of its indexed file.
+        rejected_path: where the lines that were not taken are listed.
+        vocab_size: only for `tokenizer_type="null"`.
+        parse_special_tokens: let the text of a special token become its id.
+        encoder: the library that encodes, one of `data.tokenizer.ENCODERS`.
+        append_eod: end each document with the tokenizer's end token.
+        shuffle_seed: of the documents' order; None keeps the order of the input.
+        shuffle_memory_bytes: held while shuffling, shared by the outputs; more goes to disk.
+        workers: processes that encode; the result does not depend on it.
+        max_rejected_fraction: rejected lines per line above which nothing is published.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: Mapping[str, Path]
+    rejected_path: Path
+    tokenizer_type: TokenizerType
+    tokenizer_model: Path | None
+    vocab_size: int | None = None
+    parse_special_tokens: bool = False
+    encoder: str = "auto"
+    append_eod: bool = True
+    shuffle_seed: int | None = None
+    shuffle_memory_bytes: int = 2 << 30
+    workers: int = 1
+    max_rejected_fraction: float = 0.001
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(self.outputs)
+
+    def open_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            DataError: names the flag that is wrong.
+        """
+        with naming_flags():
+            return build_tokenizer(
+                self.tokenizer_type,
+                self.tokenizer_model,
+                vocab_size=self.vocab_size,
+                parse_special_tokens=self.parse_special_tokens,
+            )
+
+
+@dataclass(frozen=True)
+class TokenizeReport:
+    """What was published: for each key the facts of its file.
+
+    Attributes:
+        lines: documents + empty + rejected.
+        input_bytes: of the files, on disk.
+    """
+
+    lines: int
+    rejected: int
+    input_bytes: int
+    facts: Mapping[str, Facts]
+
+
+def check(settings: TokenizeSettings) -> tuple[Tokenizer, list[Input]]:
+    """Open what the settings name.
+
+    Raises:
+        DataError: lists every problem, before anything is written.
+    """
+    problems = []
+    if not settings.keys or "" in settings.keys:
+        problems.append("--json-key must name at least one key, none of them empty")
+    if settings.workers < 1:
+        problems.append(f"--workers {settings.workers} must be at least 1")
+    if settings.shuffle_memory_bytes <= 0:
+        gib = settings.shuffle_memory_bytes / 2**30
+        problems.append(f"--shuffle-memory-gib {gib:g} must be above 0")
+    if not 0 <= settings.max_rejected_fraction < 1:
+        fraction = settings.max_rejected_fraction
+        problems.append(f"--max-rejected-fraction {fraction:g} must be in [0, 1)")
+    inputs, input_problems = find_inputs(settings.inputs, settings.keys)
+    problems += input_problems + _output_problems(settings, inputs)
+    tokenizer = None
+    try:
+        tokenizer = settings.open_tokenizer()
+    except DataError as error:
+        problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems) if len(problems) == 1 else _listed(problems))
+    assert tokenizer is not None
+    return tokenizer, inputs
+
+
+def _listed(problems: list[str]) -> str:
+    return "\n  - ".join([f"{len(problems)} problems:", *problems])
+
+
+def _output_problems(settings: TokenizeSettings, inputs: list[Input]) -> list[str]:
+    problems = []
+    for prefix in settings.outputs.values():
+        if prefix.name == "" or prefix.is_dir():
+            problems.append(f"--output {prefix} is a folder; name its files' beginning too")
+        elif reason := _why_not_writable(prefix.parent):
+            problems.append(f"--output {prefix}: {reason}")
+    pairs = [path for prefix in settings.outputs.values() for path in indexed_paths(prefix)]
+    written = {path.resolve() for path in (*pairs, settings.rejected_path)}
+    read = {item.path.resolve() for item in inputs}
+    return problems + [f"--input {path} would be overwritten" for path in sorted(read & written)]
+
+
+def _why_not_writable(folder: Path) -> str | None:
+    """What hinders files in `folder`, which is made if it is missing."""
+    existing = folder.absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        return f"{existing} is not a folder"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return f"no permission to write to {existing}"
+    return None

@@ -1,0 +1,75 @@
+"""What the config in a checkpoint says of it: whether this run may go on from there.
+
+Read from files alone, before the engine starts.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from megatron_hybrid.config import ModelConfig, RunConfig, load_config
+from megatron_hybrid.config.phases import sequence_lengths
+from megatron_hybrid.config.tracker import CONFIG_FILE
+from megatron_hybrid.errors import UserError
+
+# The fields of the model that decide which tensors it has, and of which shapes.
+SHAPE_FIELDS = (
+    "hybrid_layer_pattern", "hidden_size", "ffn_hidden_size", "activation", "add_bias_linear",
+    "num_attention_heads", "num_query_groups", "kv_channels",
+    "mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups",
+    "vocab_size", "make_vocab_size_divisible_by", "untie_embeddings_and_output_weights",
+    "num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
+    "moe_router_enable_expert_bias",
+)  # fmt: skip
+
+
+def saved_config(folder: Path) -> RunConfig | None:
+    """The config of the run that saved a checkpoint; None for one of Megatron-LM's own."""
+    path = folder / CONFIG_FILE
+    return load_config([str(path)], which=()) if path.exists() else None
+
+
+def refuse_other_model(folder: Path, model: ModelConfig, saved: ModelConfig) -> None:
+    """Refuse a checkpoint whose own config says that its tensors are not those of this model.
+
+    Raises:
+        UserError: every field that differs, with both values.
+    """
+    differences = [
+        f"  - model.{name}={ours!r}, in the checkpoint {theirs!r}"
+        for name in SHAPE_FIELDS
+        if (ours := _shape_value(model, name)) != (theirs := _shape_value(saved, name))
+    ]
+    if differences:
+        raise UserError("\n".join([f"{folder} holds another model:", *differences]))
+
+
+def _shape_value(model: ModelConfig, name: str) -> Any:
+    value = getattr(model, name)
+    # Where a pipeline is cut does not change the model.
+    return value.replace("|", "") if name == "hybrid_layer_pattern" else value
+
+
+def refuse_other_data(folder: Path, config: RunConfig, saved: RunConfig, *, has_plan: bool) -> None:
+    """Refuse to go on with samples that are not those which the checkpoint has counted.
+
+    Where a plan travels in the checkpoint, the plan itself judges whatever else is edited.
+
+    Raises:
+        UserError: every field that differs, with both values.
+    """
+    fields: dict[str, tuple[object, object]] = {
+        "data.mock_data": (str(config.data.mock_data).lower(), str(saved.data.mock_data).lower())
+    }
+    if not config.data.mock_data:
+        fields["data.sample_order"] = (config.data.sample_order, saved.data.sample_order)
+    if not has_plan:
+        lengths = [sorted(set(sequence_lengths(each))) for each in (config, saved)]
+        fields["data.seq_length"] = (lengths[0], lengths[1])
+    differences = [
+        f"  - {name}={ours}, in the checkpoint {theirs}"
+        for name, (ours, theirs) in fields.items()
+        if ours != theirs
+    ]
+    if differences:
+        head = f"{folder} has counted other samples (checkpoint.finetune=true starts anew):"
+        raise UserError("\n".join([head, *differences]))

@@ -1,0 +1,127 @@
+"""What a run starts from and what it will read: settled from files alone, before the engine starts.
+
+Neither torch nor other ranks are needed, so a launcher finds out what cannot run before it starts
+any rank, and every rank comes to the same answer by itself.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_hybrid.config import RunConfig
+from megatron_hybrid.data.datasets import RunData, plan_data
+from megatron_hybrid.data.saved_plan import SavedPlan, read_saved_plan
+from megatron_hybrid.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
+from megatron_hybrid.errors import UserError
+from megatron_hybrid.training import checkpoint_files
+from megatron_hybrid.training.batch_sizes import check_batch_sizes
+from megatron_hybrid.training.checkpoint_config import refuse_other_data, saved_config
+
+
+class Origin(NamedTuple):
+    """The checkpoint that a run starts from.
+
+    Attributes:
+        folder: one checkpoint, `…/iter_0000100`; None: the run starts from nothing.
+        weights_only: the counters, the optimizer and the data start anew.
+        is_own: the run saved it itself, after it had started elsewhere: it is taken up whole,
+            whatever the fields say of how the run began.
+    """
+
+    folder: Path | None
+    weights_only: bool
+    is_own: bool
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts, and what it will read from there on.
+
+    Attributes:
+        saved_plan: that travels in the checkpoint; None: it has none, or the data start anew.
+    """
+
+    origin: Origin
+    data: RunData
+    saved_plan: SavedPlan | None = None
+
+
+def open_run(config: RunConfig, world_size: int) -> tuple[RunConfig, Tokenizer, Start]:
+    """Open what a run needs of files.
+
+    Args:
+        config: valid.
+        world_size: ranks of the run.
+
+    Returns:
+        The config with the size of the vocabulary, the tokenizer, and where the run starts.
+
+    Raises:
+        UserError: the tokenizer, the checkpoint, the data or the sizes of the batches cannot be
+            used; every problem of the first of these that has any.
+    """
+    data = config.data
+    tokenizer = build_tokenizer(
+        data.tokenizer_type, data.tokenizer_model, vocab_size=config.model.vocab_size
+    )
+    config = config.with_vocab_size(tokenizer.vocab_size)
+    return config, tokenizer, find_start(config, tokenizer, world_size)
+
+
+def find_start(config: RunConfig, tokenizer: Tokenizer, world_size: int) -> Start:
+    """Find the checkpoint to start from and plan the data.
+
+    The run goes on with its own checkpoint, else starts from `checkpoint.load`, else from nothing.
+
+    Raises:
+        UserError: as `open_run`.
+    """
+    origin = find_checkpoint(config)
+    saved_plan: SavedPlan | None = None
+    consumed: int | None = 0
+    if origin.folder is not None and not origin.weights_only:
+        saved_plan = _resumed_plan(config, tokenizer, origin.folder)
+        # Without a plan, the state in the checkpoint alone knows how far it has read.
+        consumed = saved_plan.consumed_samples if saved_plan is not None else None
+    data = plan_data(config, tokenizer, saved_plan)
+    if consumed is not None:
+        check_batch_sizes(config, data.steps, consumed, world_size)
+    return Start(origin, data, saved_plan)
+
+
+def find_checkpoint(config: RunConfig) -> Origin:
+    """The checkpoint that a run starts from.
+
+    Raises:
+        UserError: there is none where `checkpoint.load` names one, or it cannot be used so.
+    """
+    options = config.checkpoint
+    assert options.save is not None
+    folder = checkpoint_files.latest_checkpoint(options.save)
+    weights_only, is_own = options.finetune, False
+    loads_elsewhere = options.load is not None and options.load.resolve() != options.save.resolve()
+    if folder is not None and loads_elsewhere:
+        weights_only, is_own = False, True
+    elif folder is not None and weights_only:
+        raise UserError(
+            f"checkpoint.finetune=true cannot start from checkpoint.load={options.load}, the "
+            "folder that this run saves to; give the new run a run_dir of its own"
+        )
+    elif folder is None and options.load is not None:
+        folder = checkpoint_files.latest_checkpoint(options.load)
+        if folder is None:
+            raise UserError(f"checkpoint.load={options.load} holds no checkpoint")
+    return Origin(folder, weights_only, is_own)
+
+
+def _resumed_plan(config: RunConfig, tokenizer: Tokenizer, folder: Path) -> SavedPlan | None:
+    """The plan in a checkpoint that this run goes on from, whose samples must be this run's."""
+    saved_plan, saved = read_saved_plan(folder), saved_config(folder)
+    if saved is not None:
+        refuse_other_data(folder, config, saved, has_plan=saved_plan is not None)
+        if load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
+            raise UserError(
+                f"data.tokenizer_model={config.data.tokenizer_model} is not the tokenizer of "
+                f"{folder}, which is there as a copy; checkpoint.finetune=true may change it"
+            )
+    return saved_plan

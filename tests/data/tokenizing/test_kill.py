@@ -1,0 +1,245 @@
+"""Killed, stopped, or out of disk at any moment: the old pair, nothing, or the whole new pair."""
+
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_hybrid.data.errors import DataError
+from megatron_hybrid.data.indexed import IndexedFileWriter, open_indexed
+from megatron_hybrid.data.tokenizing import TokenizeSettings, tokenize
+from tests.data.tokenizing import kill_target
+from tests.data.tokenizing.samples import (
+    contents,
+    documents,
+    leftovers,
+    settings_in,
+    write_lines,
+)
+
+OLD = [[1, 2, 3], [4, 5]]
+CHUNK_BYTES = 4 << 10
+KILLS = 50
+
+
+@pytest.fixture
+def old_pair(tmp_path: Path) -> TokenizeSettings:
+    """An older pair of other documents is in place; the settings would write the new one."""
+    write_lines(tmp_path / "in.jsonl", OLD)
+    tokenize(settings_in(tmp_path))
+    write_lines(tmp_path / "in.jsonl", [[n % 999] * (n % 100 + 1) for n in range(400)])
+    return settings_in(
+        tmp_path, shuffle_seed=1, shuffle_memory_bytes=5_000, append_eod=True, workers=2
+    )
+
+
+def state(prefix: Path, old: tuple[bytes, ...], new: tuple[bytes, ...]) -> str:
+    """What loads: the old pair, the new one, or nothing. Anything else fails the test."""
+    try:
+        open_indexed(prefix)
+    except DataError as error:
+        assert "is missing" in str(error)
+        return "nothing"
+    found = contents(prefix)
+    assert found in (old, new)
+    return "old" if found == old else "new"
+
+
+def test_kills_at_random_moments(tmp_path: Path, old_pair: TokenizeSettings) -> None:
+    """50 kills -9, with two workers and with one: nothing half-made loads, and a rerun succeeds."""
+    prefix = tmp_path / "out"
+    names = ("out.bin", "out.idx", "out.meta.json")
+    (tmp_path / "old").mkdir()
+    for name in names:
+        shutil.copy(tmp_path / name, tmp_path / "old" / name)
+    old = contents(prefix)
+    tokenize(replace(old_pair, workers=1))
+    new = contents(prefix)
+    # A server that has imported what the process needs: then most kills hit its work.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([kill_target.__name__])
+    draw = random.Random(0)
+    outcomes: Counter[str] = Counter()
+    for settings, kills in ((replace(old_pair, workers=1), KILLS - 12), (old_pair, 12)):
+        started = time.monotonic()
+        whole_run = context.Process(target=kill_target.run, args=(settings, CHUNK_BYTES))
+        whole_run.start()
+        whole_run.join()
+        seconds = time.monotonic() - started
+        for _ in range(kills):
+            for name in names:
+                shutil.copy(tmp_path / "old" / name, tmp_path / name)
+            process = context.Process(target=kill_target.run, args=(settings, CHUNK_BYTES))
+            process.start()
+            time.sleep(draw.uniform(0, 1.1 * seconds))
+            process.kill()
+            process.join()
+            outcomes[state(prefix, old, new)] += 1
+            outcomes["left in the middle"] += bool(leftovers(tmp_path))
+            tokenize(replace(old_pair, workers=1))
+            assert contents(prefix) == new
+            assert leftovers(tmp_path) == []
+    assert outcomes["old"] + outcomes["nothing"] + outcomes["new"] == KILLS
+    assert outcomes["left in the middle"] >= KILLS // 10, outcomes
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_killed_while_publishing(tmp_path: Path, step: int) -> None:
+    """A kill between any two moves leaves nothing that loads, or the whole new pair."""
+    prefix = tmp_path / "out"
+    write_lines(tmp_path / "in.jsonl", [[1] * 5, [2] * 5])
+    tokenize(settings_in(tmp_path))
+    old = contents(prefix)
+    write_lines(tmp_path / "in.jsonl", [[3] * 4, [3] * 6])  # as many bytes: sizes tell nothing
+    new_settings = settings_in(tmp_path)
+    script = f"""
+import os
+from pathlib import Path, PosixPath
+from megatron_hybrid.data import indexed
+from megatron_hybrid.data.tokenizing import TokenizeSettings, tokenize
+calls = 0
+def sync_or_die(folder):
+    global calls
+    if calls == {step}:
+        os.kill(os.getpid(), 9)
+    calls += 1
+indexed.sync_folder = sync_or_die
+tokenize({new_settings!r})
+"""
+    result = subprocess.run([sys.executable, "-c", script])
+    assert result.returncode == -signal.SIGKILL
+    if step < 2:
+        with pytest.raises(DataError, match="is missing"):
+            open_indexed(prefix)
+    else:
+        assert documents(prefix) == [[3] * 4, [3] * 6]
+    tokenize(new_settings)
+    assert documents(prefix) == [[3] * 4, [3] * 6]
+    assert contents(prefix) != old
+
+
+@contextmanager
+def running(settings: TokenizeSettings) -> Iterator[subprocess.Popen[bytes]]:
+    """The command of `settings`, over an input too large to end soon, in the middle of its work."""
+    write_lines(Path(settings.inputs[0]), [[n % 999] * 900 for n in range(6000)])
+    words = [sys.executable, "-m", "megatron_hybrid.cli", "data", "tokenize"]
+    words += ["--input", *settings.inputs, "--output", str(settings.outputs["text"])]
+    words += ["--tokenizer-type", "null", "--vocab-size", "1000", "--workers", "2"]
+    words += ["--shuffle-memory-gib", "0.001"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE)
+    runs = Path(f"{settings.outputs['text']}.shuffle.part")
+    deadline = time.monotonic() + 60
+    while not any(runs.glob("*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_killed_command(tmp_path: Path, old_pair: TokenizeSettings) -> None:
+    """A second run is refused meanwhile; a kill leaves no process behind, a rerun no remains."""
+    before = contents(tmp_path / "out")
+    with running(old_pair) as process:
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) >= 2
+        with pytest.raises(DataError, match=r"another process is writing .*/out.idx"):
+            IndexedFileWriter(tmp_path / "out", 1000)
+        with pytest.raises(DataError, match="another process is writing"):
+            tokenize(old_pair)
+        assert len(leftovers(tmp_path)) >= 4
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+    assert contents(tmp_path / "out") == before
+    # Without shuffling there would be no reason to look at the runs.
+    write_lines(tmp_path / "in.jsonl", [[7]])
+    tokenize(settings_in(tmp_path))
+    assert documents(tmp_path / "out") == [[7]]
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_command(tmp_path: Path, old_pair: TokenizeSettings, number: int) -> None:
+    """A stopped run takes its workers along and removes what it wrote."""
+    before = contents(tmp_path / "out")
+    with running(old_pair) as process:
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode not in (0, None)
+    assert b"Traceback" not in errors
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+    assert contents(tmp_path / "out") == before
+    assert leftovers(tmp_path) == []
+
+
+def test_killed_worker(tmp_path: Path, old_pair: TokenizeSettings) -> None:
+    """Where the system kills a worker, as for lack of memory, the run ends with that word."""
+    with running(old_pair) as process:
+        workers = [
+            child
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if "spawn_main" in " ".join(child.cmdline())
+        ]
+        assert len(workers) == 2
+        os.kill(workers[0].pid, signal.SIGKILL)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert b"error: a worker process died (out of memory?); nothing was published" in errors
+    assert leftovers(tmp_path) == []
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """The system refuses to let any file of this process grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("seed", [None, 1], ids=["in order", "shuffled"])
+def test_disk_full(tmp_path: Path, old_pair: TokenizeSettings, seed: int | None) -> None:
+    """Whichever file does not fit, one error names the output, and only the old pair is left."""
+    settings = replace(old_pair, workers=1, shuffle_seed=seed, max_rejected_fraction=0.9)
+    with Path(settings.inputs[0]).open("ab") as file:
+        file.write(b"bad\n" * 500)  # a list of its own
+    prefix = tmp_path / "out"
+    old = contents(prefix)
+    tokenize(settings)
+    sizes = {path.stat().st_size for path in tmp_path.glob("out*")}
+    assert len(sizes) == 4
+    for name in ("out.bin", "out.idx", "out.meta.json"):
+        (tmp_path / name).unlink()
+    write_old = [path.write_bytes for path in map(tmp_path.joinpath, ("out.bin", "out.idx"))]
+    for write, content in zip(write_old, old, strict=False):
+        write(content)
+    (tmp_path / "out.meta.json").write_bytes(old[2])
+    settings.rejected_path.unlink()
+    for size in sorted({0, 1, 7_000, *(size - 1 for size in sizes)}):
+        with files_of_at_most(size), pytest.raises(DataError) as error:
+            tokenize(settings)
+        assert str(error.value).startswith(f"cannot write {prefix}")
+        assert str(error.value).endswith("File too large; nothing was published")
+        assert contents(prefix) == old
+        assert leftovers(tmp_path) == []
+    with files_of_at_most(max(*sizes, 50_000)):
+        tokenize(settings)
+    assert contents(prefix) != old

@@ -1,0 +1,88 @@
+"""What is settled from files alone, before the engine starts and before any rank does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_hybrid.config import RunConfig, load_config
+from megatron_hybrid.data.batches import Span, Steps
+from megatron_hybrid.errors import UserError
+from megatron_hybrid.training.batch_sizes import check_batch_sizes
+from tests.training.phased import corpora, phased_words
+from tests.training.runs import words
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> str:
+    return corpora(tmp_path, "web", "code", "math")
+
+
+def test_a_run_is_opened_without_torch(sources: str, tmp_path: Path) -> None:
+    """The launcher may look at checkpoint, files and plan in no time."""
+    code = (
+        "import json, sys\n"
+        "from megatron_hybrid.config import load_config\n"
+        "from megatron_hybrid.training.start import open_run\n"
+        "_, _, start = open_run(load_config(json.loads(sys.argv[1])), 2)\n"
+        "assert start.data.plan.samples == 112\n"
+        "heavy = {'torch', 'megatron', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    line = json.dumps(phased_words(tmp_path / "run", sources))
+    done = subprocess.run([sys.executable, "-c", code, line], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_launcher_refuses_before_any_rank_starts(sources: str, tmp_path: Path) -> None:
+    """What no rank could read is one error of the launcher; nothing is written."""
+    more = ["data.max_epochs=0.2", "checkpoint.save_interval=1"]
+    line = phased_words(tmp_path / "run", sources, *more)
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_hybrid.cli", "pretrain", *line, "--nproc", "2"],
+        env=os.environ | {"PYTHONFAULTHANDLER": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: data.max_epochs=0.2: the run reads source ")
+    assert "rank" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def batch_config(*more: str) -> RunConfig:
+    return load_config(words(Path("nowhere"), "training.global_batch_size=8", *more))
+
+
+@pytest.mark.parametrize(
+    ("more", "world_size", "steps", "problem"),
+    [
+        ([], 4, Steps([Span(0, 36, 32)], ((0, 8),)), None),
+        (["training.micro_batch_size=2"], 4, Steps([Span(0, 36, 32)], ((0, 8),)),
+         "global batches of 4 samples lie ahead .* a multiple of training.micro_batch_size=2 "
+         r"\* data-parallel size=4 = 8; allowed for the product: 1, 2, 4"),
+        ([], 3, Steps([Span(0, 30, 32), Span(30, 40, 64)], ((0, 6), (1000, 5))),
+         "global batches of 4 samples lie ahead .* allowed for the product: 1, 2"),
+        (["model.hybrid_layer_pattern=M*|-M|*M|-*",
+          "parallel.pipeline_model_parallel_size=2"], 2, Steps([Span(0, 27, 32)], ((0, 8),)),
+         r"of 3 samples .*data-parallel size=1 \* parallel.pipeline_model_parallel_size=2 = 2;"),
+    ],
+)  # fmt: skip
+def test_batches_that_ranks_cannot_divide(
+    more: list[str], world_size: int, steps: Steps, problem: str | None
+) -> None:
+    """Each size that occurs, those of short batches too, is a whole number of micro-batches."""
+    if problem is None:
+        check_batch_sizes(batch_config(*more), steps, 0, world_size)
+        return
+    with pytest.raises(UserError, match=problem):
+        check_batch_sizes(batch_config(*more), steps, 0, world_size)
+
+
+def test_what_was_read_is_no_matter(tmp_path: Path) -> None:
+    """Batches before the checkpoint need not fit the ranks that go on from it."""
+    steps = Steps([Span(0, 9, 32), Span(9, 41, 64)], ((0, 9), (100, 8)))
+    with pytest.raises(UserError, match="of 9 samples"):
+        check_batch_sizes(batch_config(), steps, 0, 4)
+    check_batch_sizes(batch_config(), steps, 9, 4)
