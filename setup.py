@@ -18,6 +18,7 @@ CORE = [
     "pydantic>=2.9,<3",
     "PyYAML>=6",
     "rich>=13",
+    "safetensors>=0.5",
     "sentencepiece>=0.2",
     "tensorboard>=2.18",
     "tokenizers>=0.20",
@@ -32,13 +33,15 @@ EXTRAS = {
         "flash-attn>=2.7",
     ],
     "mpi": ["mpi4py>=4"],
+    # What exports are verified against; earlier releases compute Mamba-2 wrongly.
+    "convert": ["transformers>=5.15.1"],
     "dev": [
         "hypothesis>=6.100",
         "mypy>=1.15",
         "pytest>=8",
         "pytest-timeout>=2.3",
         "ruff>=0.9",
-        "transformers>=5.15.1",  # the benchmarks' peer; earlier releases compute Mamba-2 wrongly
+        "transformers>=5.15.1",  # as for `convert`, and the benchmarks' peer
         "types-psutil",
         "types-PyYAML",
     ],
@@ -52,7 +55,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.12",
-    packages=find_packages(include=["megatron_hybrid*", "launchers*"]),
+    packages=find_packages(include=["megatron_hybrid*", "launchers*", "checkpoints_converter*"]),
     package_data={"megatron_hybrid": ["py.typed", "presets/*.yaml"]},
     install_requires=CORE,
     extras_require=EXTRAS,

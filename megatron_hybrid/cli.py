@@ -12,6 +12,7 @@ from rich.console import Console
 
 from launchers.local import launch, record_error
 from megatron_hybrid import cli_text
+from megatron_hybrid.commands import convert as convert_commands
 from megatron_hybrid.commands import data as data_commands
 from megatron_hybrid.config import TRACKER_FILE, RunConfig, load_config, rules, validate
 from megatron_hybrid.errors import UserError
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_commands.app, name="data")
+app.add_typer(convert_commands.app, name="convert")
 # Words that are ours to read: presets, section.field=value, Megatron-LM's flags.
 _CONFIG_WORDS = {"allow_extra_args": True, "ignore_unknown_options": True}
 

@@ -1,0 +1,190 @@
+"""Families whose layer is a block: a mixer (Mamba-2 or attention), then an MLP; two layers of ours.
+
+Their MLPs have a gate (SwiGLU), and their attention may have rotary positions.
+"""
+
+from typing import Any
+
+from checkpoints_converter import layers
+from checkpoints_converter.family import Fields
+from checkpoints_converter.mamba_fields import MambaNames, cannot_hold_mamba
+from checkpoints_converter.weights import Mapping, Names, renamed
+from megatron_hybrid.config import ModelConfig
+from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, parse_pattern
+
+DEFAULT_ROPE_THETA = 10000.0
+
+
+def mamba_names(rms_norm_eps: float) -> MambaNames:
+    """How these families name the fields of Mamba-2.
+
+    Args:
+        rms_norm_eps: what the field means where a file leaves it out.
+    """
+    return MambaNames(
+        epsilon=("rms_norm_eps", rms_norm_eps), heads=("mamba_n_heads", 128),
+        head_dim=("mamba_d_head", None), states=("mamba_d_state", 256),
+        groups=("mamba_n_groups", 1), expand=("mamba_expand", 2), conv_kernel="mamba_d_conv",
+        conv_bias="mamba_conv_bias", proj_bias="mamba_proj_bias", chunk_size="mamba_chunk_size",
+    )  # fmt: skip
+
+
+def blocks(model: ModelConfig) -> list[tuple[str, str]]:
+    """(symbol of the mixer, symbol of what follows it) of each block."""
+    pattern = parse_pattern(model.hybrid_layer_pattern).layers
+    return list(zip(pattern[::2], pattern[1::2], strict=False))
+
+
+def cannot_hold_blocks(model: ModelConfig, second: str) -> list[str]:
+    """Why a family of such blocks cannot compute what a model of ours computes.
+
+    Args:
+        second: symbols that may follow a mixer, the same in every block.
+    """
+    pattern = parse_pattern(model.hybrid_layer_pattern).layers
+    kinds = set(pattern[1::2])
+    if len(pattern) % 2 or set(pattern[::2]) - {MAMBA, ATTENTION} or kinds - set(second):
+        choices = " or ".join(f"'{mixer}{other}'" for other in second for mixer in "M*")
+        return [f"model.hybrid_layer_pattern={pattern!r} must be of {choices} only"]
+    problems = cannot_hold_mamba(model)
+    if len(kinds) > 1:
+        problems.append(f"model.hybrid_layer_pattern={pattern!r} must have one kind of MLP only")
+    if model.activation != "swiglu":
+        problems.append(f"model.activation={model.activation} must be swiglu: its MLPs have a gate")
+    if model.add_bias_linear:
+        problems.append("model.add_bias_linear=true must be false: its linears have no biases")
+    if ATTENTION in pattern and model.window_size is not None:
+        problems.append(
+            f"model.window_size={list(model.window_size)} must be null: its attention has no window"
+        )
+    return problems
+
+
+def common_config(model: ModelConfig) -> dict[str, Any]:
+    """Fields of config.json that these families have in common."""
+    fields: dict[str, Any] = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": len(blocks(model)),
+        "initializer_range": model.init_method_std,
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "time_step_limit": [0.0, {"__float__": "Infinity"}],
+    }
+    if ATTENTION not in model.hybrid_layer_pattern:
+        # Its config wants heads even where nothing has them.
+        return fields | {"num_attention_heads": 1, "num_key_value_heads": 1}
+    assert model.num_attention_heads is not None
+    fields |= {
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups,
+        "attention_bias": False,
+        "attention_dropout": model.attention_dropout,
+    }
+    if model.kv_channels != model.hidden_size / model.num_attention_heads:
+        fields["head_dim"] = model.kv_channels
+    return fields
+
+
+def common_model(fields: Fields, pattern: str, names: MambaNames) -> dict[str, Any]:
+    """Our fields of those of `common_config`, and of the norms' epsilon."""
+    hidden_size = fields.size("hidden_size", 4096)
+    fields.must_be("hidden_act", "silu", "swish", default="silu", why="the gated MLP has a silu")
+    values: dict[str, Any] = {
+        "hybrid_layer_pattern": pattern,
+        "hidden_size": hidden_size,
+        "activation": "swiglu",
+        "layernorm_epsilon": fields.get(*names.epsilon),
+        "init_method_std": fields.get("initializer_range", 0.02),
+        "untie_embeddings_and_output_weights": not fields.get("tie_word_embeddings", False),
+    }
+    if ATTENTION in pattern:
+        fields.must_be("attention_bias", False, default=False, why="no biases in attention alone")
+        heads = fields.size("num_attention_heads", 32)
+        if fields.get("head_dim") is None and hidden_size % heads:
+            fields.problems.append(
+                f"num_attention_heads={heads} must divide hidden_size={hidden_size}, "
+                "unless head_dim is given"
+            )
+        values |= {
+            "num_attention_heads": heads,
+            "num_query_groups": fields.size("num_key_value_heads", heads),
+            "kv_channels": fields.size("head_dim", max(1, hidden_size // heads)),
+            "attention_dropout": float(fields.get("attention_dropout", 0.0)),
+        }
+    return values
+
+
+def rope_config(model: ModelConfig) -> dict[str, Any]:
+    """`rope_parameters` of a model with rotary positions."""
+    return {
+        "rope_type": "default",
+        "rope_theta": float(model.rotary_base),
+        "partial_rotary_factor": model.rotary_percent,
+    }
+
+
+def rope_model(fields: Fields, partial: float) -> dict[str, Any]:
+    """Our fields of the rotary positions, which releases have written in several ways.
+
+    Args:
+        partial: the share of a head's channels that rotate, where the file does not say.
+    """
+    said = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    kind = said.get("rope_type", said.get("type", "default"))
+    if kind != "default":
+        fields.problems.append(
+            f"rope_type={kind!r} must be 'default': rotary frequencies are not scaled here"
+        )
+    theta = said.get("rope_theta", fields.get("rope_theta", DEFAULT_ROPE_THETA))
+    if theta != int(theta) or theta < 1:
+        fields.problems.append(f"rope_theta={theta!r} must be a whole number of at least 1")
+        theta = DEFAULT_ROPE_THETA
+    return {
+        "position_embedding_type": "rope",
+        "rotary_base": int(theta),
+        "rotary_percent": float(said.get("partial_rotary_factor", partial)),
+    }
+
+
+def common_table(
+    model: ModelConfig, ours: Names, theirs: Names, final_norm: str, second_norm: str
+) -> list[Mapping]:
+    """Vocabulary, norms and mixers of every block; the rest of a block is the family's own.
+
+    Args:
+        final_norm: the whole name of the last norm.
+        second_norm: what the norm before a block's MLP is called, without the prefix.
+    """
+    h = model.hidden_size
+    # A file of tied embeddings may hold them twice.
+    tied = not model.untie_embeddings_and_output_weights and not theirs.has("lm_head.weight")
+    mappings = layers.vocabulary(
+        model, "model.embed_tokens.weight", None if tied else "lm_head.weight"
+    )
+    mappings.append(renamed("decoder.final_norm.weight", final_norm, (h,)))
+    for number, (mixer, second) in enumerate(blocks(model)):
+        (our, our_second), their = prefixes(number)
+        first_norm = f"{their}input_layernorm.weight"
+        mappings.append(layers.norm(model, mixer, our, first_norm, ours))
+        mappings.append(
+            layers.norm(model, second, our_second, f"{their}{second_norm}.weight", ours)
+        )
+        if mixer == MAMBA:
+            mappings += layers.mamba(model, our, f"{their}mamba.")
+        else:
+            mappings += layers.attention(model, our, f"{their}self_attn.")
+    return mappings
+
+
+def prefixes(number: int) -> tuple[tuple[str, str], str]:
+    """((of our layer with the mixer, of the one after it), of their block)."""
+    ours = f"decoder.layers.{2 * number}.", f"decoder.layers.{2 * number + 1}."
+    return ours, f"model.layers.{number}."
+
+
+def block_pattern(fields: Fields, mixers: str, has_experts: bool) -> str:
+    """Our pattern of their mixers, one symbol a block."""
+    blocks = fields.get("num_hidden_layers", len(mixers))
+    if blocks != len(mixers):
+        fields.problems.append(f"num_hidden_layers={blocks!r} must be {len(mixers)}, as the layers")
+    return "".join(mixer + (MOE if has_experts else MLP) for mixer in mixers)

@@ -1,0 +1,122 @@
+"""The small files of an exported folder: configs, tokenizer, and a model card with its facts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from checkpoints_converter.family import Family
+from checkpoints_converter.inspection import Contents, open_any
+from checkpoints_converter.tokenizer_files import write_tokenizer
+from megatron_hybrid.config import RunConfig
+from megatron_hybrid.config.pattern import KINDS, parse_pattern
+from megatron_hybrid.fileio import write_atomic
+
+
+def write_small_files(
+    folder: Path,
+    checkpoint: Path,
+    config: RunConfig,
+    family: Family,
+    *,
+    dtype: str,
+    parameters: int,
+) -> None:
+    """Write all files of an exported folder but the weights; config.json last.
+
+    Args:
+        checkpoint: the distributed checkpoint, from which tokenizer and facts come.
+        dtype: of most weights, as transformers names it.
+        parameters: numbers in all tensors.
+    """
+    specials, tokenizer_note = write_tokenizer(checkpoint, folder)
+    contents = open_any(checkpoint).contents
+    card = _card(checkpoint, contents, config, family, dtype, parameters, tokenizer_note)
+    write_atomic(folder / "README.md", card)
+    ids = {"bos_token_id": specials.bos, "eos_token_id": specials.eos, "pad_token_id": specials.pad}
+    write_atomic(folder / "generation_config.json", _json({"_from_model_config": True, **ids}))
+    fields: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        # Releases of transformers differ in the name.
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "max_position_embeddings": config.data.seq_length,
+        "use_cache": True,
+        **ids,
+        **family.config(config.model),
+    }
+    write_atomic(folder / "config.json", _json(fields))
+
+
+def _json(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _card(
+    checkpoint: Path,
+    contents: Contents,
+    config: RunConfig,
+    family: Family,
+    dtype: str,
+    parameters: int,
+    tokenizer_note: str,
+) -> str:
+    """README.md: what the model is and how it was trained, as far as the checkpoint says it."""
+    model = config.model
+    pattern = parse_pattern(model.hybrid_layer_pattern)
+    layers = ", ".join(
+        f"{pattern.count(symbol)} {kind}" for symbol, kind in KINDS.items() if pattern.has(symbol)
+    )
+    facts: dict[str, Any] = {
+        "Architecture": f"`{family.architecture}` (`{family.model_type}`)",
+        "Layers": f"{pattern.num_layers}: {layers}",
+        "Pattern": f"`{pattern.layers}`",
+        "Hidden size": model.hidden_size,
+        "Vocabulary": model.vocab_size,
+        "Parameters": f"{parameters:,}",
+        "Weights": dtype,
+        "Steps": _count(contents.progress.get("steps")),
+        "Samples seen": _count(contents.progress.get("samples")),
+        "Tokens seen": _count(contents.progress.get("tokens")),
+        "Sequence length in training": config.data.seq_length,
+        "Trained on ranks of": _layout(contents),
+        "Tokenizer": tokenizer_note,
+        "Converted from": f"`{checkpoint.name}`",
+    }
+    rows = [f"| {name} | {value} |" for name, value in facts.items() if value is not None]
+    lines = [
+        "---", "library_name: transformers", "pipeline_tag: text-generation", "---", "",
+        f"# {config.preset or family.model_type}", "",
+        "| | |", "|---|---|", *rows, "",
+        *_data(contents),
+        "```python",
+        "from transformers import AutoModelForCausalLM",
+        'model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")',
+        "```", "",
+        "In half precision transformers also rounds the decays of Mamba-2 layers, which training "
+        "kept in fp32; `dtype=torch.float32` computes with all there is.",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _count(number: int | None) -> str | None:
+    return None if number is None else f"{number:,}"
+
+
+def _layout(contents: Contents) -> str | None:
+    if contents.layout is None:
+        return None
+    return " ".join(f"{name} {size}" for name, size in contents.layout.items()) or "one GPU or DP"
+
+
+def _data(contents: Contents) -> list[str]:
+    """What was read of each source, where a data plan tells."""
+    if contents.plan is None:
+        return []
+    plan, samples = contents.plan.plan, contents.plan.consumed_samples
+    rows = [
+        f"| {use.name} | {use.tokens:,} | {use.epochs:.2f} |"
+        for use in plan.consumed(samples)
+        if use.tokens
+    ]
+    return ["## Data", "", "| source | tokens | epochs |", "|---|---|---|", *rows, ""]

@@ -1,0 +1,336 @@
+"""From a Hugging Face folder to a distributed checkpoint that training goes on from."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoints_converter.checkpoint_reader import as_matrix
+from checkpoints_converter.checkpoint_writer import CheckpointWriter
+from checkpoints_converter.errors import ConversionError
+from checkpoints_converter.family import Family, Fields
+from checkpoints_converter.registry import family
+from checkpoints_converter.safetensors_files import SafetensorsReader
+from checkpoints_converter.streaming import (
+    BLOCK_BYTES,
+    DTYPES,
+    Block,
+    blocks,
+    default_threads,
+    in_threads,
+    make_rows,
+    stored_dtype,
+    whole,
+)
+from checkpoints_converter.weights import Names, Recipe, recipes_of_ours, refuse_other_tensors
+from megatron_hybrid.config import (
+    CONFIG_FILE,
+    TRACKER_FILE,
+    ModelConfig,
+    RunConfig,
+    build_config,
+    rules,
+)
+from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, parse_pattern
+from megatron_hybrid.data.tokenizer import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    build_tokenizer,
+)
+from megatron_hybrid.fileio import write_atomic
+from megatron_hybrid.training import checkpoint_files
+
+# A rank reads whole parts of a tensor to take its share of them: not too large; but each one costs
+# an entry in the index.
+PART_BYTES = 64 << 20
+MAX_SEQ_LENGTH = 8192
+_VOCABULARY_MULTIPLE = 128
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """How a model is imported.
+
+    Attributes:
+        dtype: of the weights, a key of DTYPES; None as they are stored.
+        vocabulary_multiple: the vocabulary is padded to a multiple of it; None for the largest
+            power of two up to 128 that needs no padding.
+        force: replace what an earlier import left.
+    """
+
+    dtype: str | None = None
+    vocabulary_multiple: int | None = None
+    threads: int | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What came of an import; `notes` hold, but the user should know them."""
+
+    folder: Path
+    config: RunConfig
+    tensors: int
+    nbytes: int
+    notes: tuple[str, ...]
+
+
+def import_model(
+    source: Path,
+    save: Path,
+    options: ImportOptions,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> Imported:
+    """Write a Hugging Face folder as a distributed checkpoint, `save/iter_0000000`.
+
+    Args:
+        source: the folder, with config.json and safetensors.
+        save: the folder of checkpoints to be.
+        advance: told bytes written since the last call, and bytes in all.
+
+    Raises:
+        UserError: the model cannot be held exactly, or its files are damaged, incomplete, or not
+            those of its config; nothing that loads is left at `save`.
+    """
+    chosen, fields, values = read_model(source)
+    _refuse_to_replace(save, options.force)
+    with SafetensorsReader(source) as reader:
+        dtypes = {name: entry.dtype for name, entry in reader.tensors.items()}
+        _refuse_dtypes(source, dtypes)
+        folder = checkpoint_files.iteration_folder(save, 0)
+        tokenizer = _tokenizer(source)
+        if tokenizer is None:
+            fields.notes.append("it comes without a tokenizer; name one to train it")
+        half = sum(dtype != torch.float32 for dtype in dtypes.values()) * 2 > len(dtypes)
+        recipe = "bf16" if (options.dtype or ("bf16" if half else "fp32")) != "fp32" else "fp32"
+        multiple = options.vocabulary_multiple or math.gcd(
+            _VOCABULARY_MULTIPLE, values["vocab_size"]
+        )
+        values["make_vocab_size_divisible_by"] = multiple
+        config = _run_config(values, fields, folder, recipe, tokenizer)
+        recipes = _recipes(source, reader, chosen, config.model)
+        asked = DTYPES[options.dtype] if options.dtype else None
+        plan = [(recipe, stored_dtype(recipe, dtypes, asked)) for recipe in recipes]
+        checkpoint_files.start_partial(save, 0)
+        partial = checkpoint_files.partial_folder(save, 0)
+        try:
+            total = _write(partial, reader, config.model, plan, options, advance)
+            write_atomic(partial / CONFIG_FILE, config.to_yaml())
+            if tokenizer is not None:
+                tokenizer.save_copy(partial)
+            checkpoint_files.publish(partial, save, 0, keep_last=None)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return Imported(folder, config, len(plan), total, tuple(fields.notes))
+
+
+def read_model(source: Path) -> tuple[Family, Fields, dict[str, Any]]:
+    """The family of a folder, its config.json, and the fields of our model section.
+
+    Raises:
+        ConversionError: there is no config.json, or every reason why we cannot hold the model.
+    """
+    path = source / "config.json"
+    try:
+        raw = json.loads(path.read_bytes())
+        if not isinstance(raw, dict):
+            raise ValueError("it must be a JSON object")
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConversionError(f"{path} is damaged: {error}") from error
+    chosen = family(raw.get("model_type"))
+    fields = Fields(raw)
+    fields.must_be("quantization_config", None, why="quantized weights cannot be trained on")
+    values = chosen.model(fields)
+    if fields.problems:
+        lines = [f"  - {problem}" for problem in fields.problems]
+        raise ConversionError("\n".join([f"{path} cannot be held exactly:", *lines]))
+    return chosen, fields, values
+
+
+def _refuse_to_replace(save: Path, force: bool) -> None:
+    if not save.exists():
+        return
+    if not save.is_dir():
+        raise ConversionError(f"{save} is not a folder")
+    there = sorted(path.name for path in save.glob("iter_*"))
+    if set(there) - {checkpoint_files.iteration_folder(save, 0).name}:
+        raise ConversionError(f"{save} holds the checkpoints of a run: {', '.join(there[:3])}")
+    if there and not force:
+        raise ConversionError(
+            f"{save} holds {there[0]} already; give another place, or --force to replace it"
+        )
+    foreign = sorted(
+        path.name
+        for path in save.iterdir()
+        if path.name not in (*there, TRACKER_FILE) and not path.name.endswith(".part")
+    )
+    if foreign:
+        raise ConversionError(
+            f"{save} also holds {', '.join(foreign[:3])}; give a place of its own"
+        )
+
+
+def _refuse_dtypes(source: Path, dtypes: dict[str, torch.dtype]) -> None:
+    odd = [f"{name} is {dtype}" for name, dtype in dtypes.items() if dtype not in DTYPES.values()]
+    if odd:
+        allowed = ", ".join(map(str, DTYPES.values()))
+        raise ConversionError(f"{source}: {'; '.join(odd[:3])}; allowed: {allowed}")
+
+
+def _tokenizer(source: Path) -> Tokenizer | None:
+    """The folder's tokenizer; None where it has none."""
+    kinds = (("huggingface", HuggingFaceTokenizer), ("sentencepiece", SentencePieceTokenizer))
+    for kind, cls in kinds:
+        if (source / cls.file_name).is_file():
+            return build_tokenizer(kind, source / cls.file_name)
+    return None
+
+
+def _run_config(
+    values: dict[str, Any],
+    fields: Fields,
+    folder: Path,
+    recipe: str,
+    tokenizer: Tokenizer | None,
+) -> RunConfig:
+    """A config whose model section is the model's; the rest is for whoever trains it to set.
+
+    Args:
+        folder: where the checkpoint will be; its copy of the tokenizer is named.
+        recipe: of `precision`.
+
+    Raises:
+        ConfigError: our config cannot hold the model.
+    """
+    data: dict[str, Any] = {
+        "seq_length": min(fields.size("max_position_embeddings", MAX_SEQ_LENGTH), MAX_SEQ_LENGTH),
+        "tokenizer_type": "null",
+    }
+    if tokenizer is not None:
+        kind = "huggingface" if isinstance(tokenizer, HuggingFaceTokenizer) else "sentencepiece"
+        data |= {
+            "tokenizer_type": kind,
+            "tokenizer_model": str((folder / tokenizer.file_name).absolute()),
+        }
+    return build_config(
+        {
+            "model": values,
+            "precision": {"recipe": recipe},
+            "data": data,
+            "training": {"train_iters": 1},
+            "optimizer": {"lr": 1e-5, "lr_decay_style": "constant"},
+            # Each tensor carries a checksum of its own; sums of whole files would be read again.
+            "checkpoint": {"verify_integrity": False},
+        },
+        which=rules.NO_FILES,
+    )
+
+
+def _recipes(
+    source: Path, reader: SafetensorsReader, chosen: Family, model: ModelConfig
+) -> list[Recipe]:
+    """How to make our tensors.
+
+    Raises:
+        ConversionError: the folder's tensors are not those of its config.
+    """
+    table = chosen.table(model, Names(), Names(reader.tensors))
+    refuse_other_tensors(
+        f"{source} does not hold the model of its config.json:",
+        (spec for mapping in table for spec in mapping.theirs),
+        {name: entry.shape for name, entry in reader.tensors.items()},
+    )
+    return recipes_of_ours(table)
+
+
+def _write(
+    folder: Path,
+    reader: SafetensorsReader,
+    model: ModelConfig,
+    plan: list[tuple[Recipe, torch.dtype]],
+    options: ImportOptions,
+    advance: Callable[[int, int], None],
+) -> int:
+    """Write all tensors and what goes with them; their bytes."""
+    threads = options.threads or default_threads()
+    total = sum(torch.Size(recipe.spec.shape).numel() * dtype.itemsize for recipe, dtype in plan)
+    advance(0, total)
+    writer = CheckpointWriter(folder, threads)
+
+    def parts() -> Iterator[tuple[Block, torch.dtype]]:
+        for recipe, dtype in plan:
+            writer.declare(recipe.spec.name, recipe.spec.shape, dtype)
+            align = _rows_of_an_index(recipe.spec.shape)
+            for part in blocks(whole(recipe), PART_BYTES, dtype.itemsize, align):
+                yield part, dtype
+
+    def work(item: tuple[Block, torch.dtype], file: int) -> None:
+        part, dtype = item
+        spec = part.recipe.spec
+        align = _rows_of_an_index(spec.shape)
+        shape = ((part.stop - part.start) // align, *spec.shape[1:])
+
+        def pieces() -> Iterator[torch.Tensor]:
+            for block in blocks(part, BLOCK_BYTES, dtype.itemsize):
+                rows = make_rows(block, dtype, reader)
+                yield rows
+                advance(rows.numel() * rows.element_size(), total)
+
+        writer.write_part(file, spec.name, part.start // align, shape, pieces())
+
+    try:
+        in_threads(parts(), work, threads)
+        for key in extra_states(model):
+            writer.write_object(key, None)
+        writer.finish({"checkpoint_version": 3.0, "iteration": 0})
+    finally:
+        writer.close()
+    return total
+
+
+def _rows_of_an_index(shape: tuple[int, ...]) -> int:
+    """Rows (of the tensor as a matrix) that one index of dim 0 holds."""
+    return as_matrix(shape)[0] // shape[0]
+
+
+def extra_states(model: ModelConfig) -> Iterator[str]:
+    """Keys of the states that the engine's modules keep beside their weights, and ask for.
+
+    In our own layers they are empty; those of Transformer Engine take an empty one for none. They
+    are as many as that would ask for: norms and attention, too.
+    """
+    of_kind = {
+        MAMBA: ("mixer.in_proj", "mixer.out_proj"),
+        ATTENTION: (
+            "self_attention.linear_qkv",
+            "self_attention.linear_proj",
+            "self_attention.core_attention",
+        ),
+        MLP: ("mlp.linear_fc1", "mlp.linear_fc2"),
+        MOE: (
+            "pre_mlp_layernorm",
+            "mlp.shared_experts.linear_fc1",
+            "mlp.shared_experts.linear_fc2",
+        ),
+    }
+    for number, kind in enumerate(parse_pattern(model.hybrid_layer_pattern).layers):
+        layer = f"decoder.layers.{number}."
+        yield from (f"{layer}{name}._extra_state/shard_0_1" for name in of_kind[kind])
+        if kind == MOE:
+            experts = model.num_moe_experts
+            assert experts is not None
+            for name in ("linear_fc1", "linear_fc2"):
+                key = f"{layer}mlp.experts.experts.{name}._extra_state"
+                yield from (f"{key}/shard_{expert}_{experts}" for expert in range(experts))
+    yield "decoder.final_norm._extra_state/shard_0_1"
+    # Asked for where its weight is the embedding's, too.
+    yield "output_layer._extra_state/shard_0_1"

@@ -1,0 +1,77 @@
+"""Mamba-2 (`mamba2`): Mamba-2 layers only, as in mamba2-130m to 2.7b and Codestral Mamba."""
+
+from typing import Any
+
+from checkpoints_converter import layers
+from checkpoints_converter.family import Family, Fields
+from checkpoints_converter.mamba_fields import (
+    MambaNames,
+    cannot_hold_mamba,
+    mamba_config,
+    mamba_model,
+)
+from checkpoints_converter.weights import Mapping, Names, renamed
+from megatron_hybrid.config import ModelConfig
+from megatron_hybrid.config.pattern import MAMBA, parse_pattern
+
+NAMES = MambaNames(
+    epsilon=("layer_norm_epsilon", 1e-5), heads=("num_heads", 128), head_dim=("head_dim", 64),
+    states=("state_size", 128), groups=("n_groups", 8), expand=("expand", 2),
+    conv_kernel="conv_kernel", conv_bias="use_conv_bias", proj_bias="use_bias",
+    chunk_size="chunk_size",
+)  # fmt: skip
+
+
+def cannot_hold(model: ModelConfig) -> list[str]:
+    """Why transformers' mamba2 cannot compute what a model of ours computes."""
+    pattern = parse_pattern(model.hybrid_layer_pattern).layers
+    if set(pattern) != {MAMBA}:
+        return [f"model.hybrid_layer_pattern={pattern!r} must be of 'M' only"]
+    return cannot_hold_mamba(model)
+
+
+def config(model: ModelConfig) -> dict[str, Any]:
+    """The fields of config.json that say what a model computes."""
+    return mamba_config(model, NAMES) | {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": parse_pattern(model.hybrid_layer_pattern).num_layers,
+        "initializer_range": model.init_method_std,
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "residual_in_fp32": False,
+        "rescale_prenorm_residual": False,
+        "time_step_limit": [0.0, {"__float__": "Infinity"}],
+    }
+
+
+def model(fields: Fields) -> dict[str, Any]:
+    """Our model section of a config.json; defaults are those of transformers' Mamba2Config."""
+    hidden_size = fields.size("hidden_size", 4096)
+    return {
+        "hybrid_layer_pattern": MAMBA * fields.size("num_hidden_layers", 64),
+        "hidden_size": hidden_size,
+        "vocab_size": fields.size("vocab_size", 32768),
+        "layernorm_epsilon": fields.get("layer_norm_epsilon", 1e-5),
+        "init_method_std": fields.get("initializer_range", 0.1),
+        "untie_embeddings_and_output_weights": not fields.get("tie_word_embeddings", False),
+        **mamba_model(fields, NAMES, hidden_size),
+    }
+
+
+def table(model: ModelConfig, ours: Names, theirs: Names) -> list[Mapping]:
+    """Every tensor of a model."""
+    # A file of tied embeddings may hold them twice.
+    tied = not model.untie_embeddings_and_output_weights and not theirs.has("lm_head.weight")
+    mappings = layers.vocabulary(
+        model, "backbone.embeddings.weight", None if tied else "lm_head.weight"
+    )
+    norm = ("decoder.final_norm.weight", "backbone.norm_f.weight")
+    mappings.append(renamed(*norm, (model.hidden_size,)))
+    for number, kind in enumerate(parse_pattern(model.hybrid_layer_pattern).layers):
+        our, their = f"decoder.layers.{number}.", f"backbone.layers.{number}."
+        mappings.append(layers.norm(model, kind, our, f"{their}norm.weight", ours))
+        mappings += layers.mamba(model, our, f"{their}mixer.")
+    return mappings
+
+
+FAMILY = Family("mamba2", "Mamba2ForCausalLM", cannot_hold, config, model, table)

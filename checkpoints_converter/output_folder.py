@@ -1,0 +1,74 @@
+"""A model folder that appears whole: written beside its place, and renamed at the end."""
+
+import fnmatch
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from checkpoints_converter.errors import ConversionError
+from megatron_hybrid.fileio import sync_folder
+
+# What a model folder is made of; --force removes nothing else.
+MODEL_FILES = (
+    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
+    "tokenizer*", "null_tokenizer.json", "special_tokens_map.json", "README.md", ".*.part",
+)  # fmt: skip
+
+
+@contextmanager
+def output_folder(path: Path, *, force: bool, in_place: bool) -> Iterator[Path]:
+    """The folder to write into; at the end of the block it is at `path`, whole.
+
+    An error or Ctrl-C in the block removes what was written. Killed, it leaves `.NAME.part`, which
+    the next conversion to the same place removes.
+
+    Args:
+        force: replace a model folder that is there.
+        in_place: write at `path` itself, file after file, for a process that takes them away while
+            they come. What is written there in the end makes it a model.
+
+    Raises:
+        ConversionError: something is at `path`, and `force` does not replace it.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        _refuse_to_replace(path, force)
+    partial = path if in_place else path.with_name(f".{path.name}.part")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if not in_place:
+            _publish(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _refuse_to_replace(path: Path, force: bool) -> None:
+    if not force:
+        raise ConversionError(f"{path} exists; give another place, or --force to replace it")
+    if not path.is_dir() or path.is_symlink():
+        raise ConversionError(f"{path} is not a folder, and --force replaces only model folders")
+    foreign = sorted(
+        entry.name
+        for entry in path.iterdir()
+        if entry.is_dir() or not any(fnmatch.fnmatch(entry.name, p) for p in MODEL_FILES)
+    )
+    if foreign:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        raise ConversionError(
+            f"{path} also holds {', '.join(foreign[:3])}{more}, which no conversion wrote; "
+            "--force replaces only model folders"
+        )
+
+
+def _publish(partial: Path, path: Path) -> None:
+    """Give a whole folder its name; what had it is removed after the new one is there."""
+    old = path.with_name(f".{path.name}.old.part")
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)

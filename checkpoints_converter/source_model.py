@@ -1,0 +1,31 @@
+"""Which model a distributed checkpoint holds: from the run's own config, or from what is typed."""
+
+from checkpoints_converter.checkpoint_reader import CheckpointReader
+from checkpoints_converter.errors import ConversionError
+from checkpoints_converter.inert_pickle import Opaque
+from checkpoints_converter.megatron_arguments import run_values
+from megatron_hybrid.config import RunConfig, build_config, load_config
+
+
+def source_config(reader: CheckpointReader, source: str | None) -> RunConfig:
+    """The config of the run that saved a checkpoint.
+
+    Of Megatron-LM's own checkpoints, only the model section and the sequence length are known.
+
+    Args:
+        source: a preset or YAML file that describes the model, where the checkpoint does not.
+
+    Raises:
+        UserError: nothing describes it, or what does is wrong.
+    """
+    if source is not None:
+        return load_config([source], which=())
+    if reader.config_file is not None:
+        return load_config([str(reader.config_file)], which=())
+    arguments = reader.common.get("args")
+    if isinstance(arguments, Opaque):
+        return build_config(run_values(vars(arguments)), which=())
+    raise ConversionError(
+        f"{reader.folder} does not say which model it holds: it has neither a run_config.yaml "
+        "nor Megatron-LM's arguments; --model names a preset or YAML file that does"
+    )

@@ -1,0 +1,168 @@
+"""Move rows from files to files in blocks: memory is a few blocks per thread, whatever the model.
+
+A block is a run of rows of one tensor that is being made. Threads take blocks in their order, read
+what they are made of, and write them.
+"""
+
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from torch import Tensor
+
+from checkpoints_converter.checkpoint_reader import as_matrix
+from checkpoints_converter.errors import ConversionError
+from checkpoints_converter.weights import Recipe
+
+# Small enough to be read, summed and written within a processor's cache.
+BLOCK_BYTES = 1 << 20
+MAX_THREADS = 8
+
+
+class RowSource(Protocol):
+    """What blocks are read from."""
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a tensor as a matrix: `[stop - start, width]`."""
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Block(NamedTuple):
+    """Rows `start` to `stop` of the tensor that a recipe makes."""
+
+    recipe: Recipe
+    start: int
+    stop: int
+
+
+def blocks(whole: Block, max_bytes: int, itemsize: int, align: int = 1) -> Iterator[Block]:
+    """The rows of a block in blocks of about `max_bytes`.
+
+    Args:
+        itemsize: bytes of an element.
+        align: each begins at a multiple of so many rows.
+    """
+    width = as_matrix(whole.recipe.spec.shape)[1]
+    step = max(1, max_bytes // max(1, width * itemsize * align)) * align
+    for start in range(whole.start, whole.stop, step):
+        yield Block(whole.recipe, start, min(start + step, whole.stop))
+
+
+def whole(recipe: Recipe) -> Block:
+    """All rows of a tensor."""
+    return Block(recipe, 0, as_matrix(recipe.spec.shape)[0])
+
+
+def make_rows(block: Block, dtype: torch.dtype, source: RowSource) -> Tensor:
+    """The rows of a block: `[stop - start, width]` of `dtype`; where no piece lies, zeros.
+
+    Raises:
+        ConversionError: a finite value is beyond the range of `dtype`.
+    """
+    recipe, start, stop = block
+    parts = []
+    done = start
+    for piece in recipe.pieces:
+        low, high = max(piece.row, start), min(piece.row + piece.count, stop)
+        if low < high:
+            first = piece.source_row + low - piece.row
+            rows = source.read_rows(piece.source, first, first + high - low)
+            parts.append(_cast(rows, dtype, recipe.spec.name))
+            done = high
+    if done < stop:
+        parts.append(torch.zeros(stop - done, as_matrix(recipe.spec.shape)[1], dtype=dtype))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _cast(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    if rows.dtype == dtype:
+        return rows
+    cast = rows.to(dtype)
+    if (cast.isinf() & ~rows.isinf()).any():
+        largest = rows[~rows.isinf()].abs().max().item()
+        raise ConversionError(f"{name} holds {largest:g}, which is beyond the range of {dtype}")
+    return cast
+
+
+def stored_dtype(
+    recipe: Recipe, sources: Mapping[str, torch.dtype], asked: torch.dtype | None
+) -> torch.dtype:
+    """What a tensor is written as: the dtype it has, or the one that was asked for.
+
+    What decides about decay and routing (`Spec.fp32`) is not cast below fp32.
+    """
+    found = [sources[piece.source] for piece in recipe.pieces] or [torch.float32]
+    own = functools.reduce(torch.promote_types, found)
+    if asked is None:
+        return own
+    return torch.promote_types(own, torch.float32) if recipe.spec.fp32 else asked
+
+
+def default_threads() -> int:
+    """As many as there are processors for us, up to MAX_THREADS: disks want a few at once."""
+    return max(1, min(MAX_THREADS, len(os.sched_getaffinity(0))))
+
+
+def in_threads[Item](
+    items: Iterable[Item], work: Callable[[Item, int], None], threads: int
+) -> None:
+    """Do `work(item, number of the thread)` on every item; threads take them in order.
+
+    The first error ends all and is raised; Ctrl-C in the main thread ends them as well. Items in
+    hand are finished.
+    """
+    iterator, lock, stop = iter(items), threading.Lock(), threading.Event()
+    errors: list[BaseException] = []
+
+    def run(number: int) -> None:
+        try:
+            while not stop.is_set():
+                with lock:
+                    item = next(iterator, None)
+                if item is None:
+                    return
+                work(item, number)
+        except BaseException as error:
+            errors.append(error)
+            stop.set()
+
+    workers = [threading.Thread(target=run, args=(i,)) for i in range(threads)]
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        stop.set()
+        for worker in workers:
+            if worker.is_alive():
+                worker.join()
+    if errors:
+        raise errors[0]
+
+
+def progress_bar() -> Progress:
+    """Bytes done, bytes a second and time left, on stderr where that is a terminal."""
+    from rich.console import Console
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )

@@ -1,0 +1,86 @@
+"""A checkpoint's tokenizer as the files that transformers' AutoTokenizer reads."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoints_converter.sentencepiece_model import first_difference, read_model, tokenizer_json
+from megatron_hybrid.data.tokenizer import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    load_tokenizer,
+)
+from megatron_hybrid.fileio import write_atomic
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Specials:
+    """Ids of special tokens; None where there is none."""
+
+    bos: int | None = None
+    eos: int | None = None
+    pad: int | None = None
+
+
+def write_tokenizer(checkpoint: Path, folder: Path) -> tuple[Specials, str]:
+    """Write a tokenizer's files; its special tokens, and a sentence for the model card.
+
+    Raises:
+        DataError: the checkpoint's tokenizer is damaged.
+    """
+    names = (SentencePieceTokenizer.file_name, HuggingFaceTokenizer.file_name)
+    if not any((checkpoint / name).is_file() for name in (*names, "null_tokenizer.json")):
+        return Specials(), "none (the checkpoint has none)"
+    tokenizer = load_tokenizer(checkpoint)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return _hugging_face(tokenizer, folder)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return _sentencepiece(tokenizer, folder)
+    return Specials(eos=tokenizer.eod), "none (the run read token ids)"
+
+
+def _hugging_face(tokenizer: HuggingFaceTokenizer, folder: Path) -> tuple[Specials, str]:
+    """The very files; a tokenizer_config.json is made where the run had none."""
+    tokenizer.save_copy(folder)
+    config = folder / HuggingFaceTokenizer.config_name
+    if not config.is_file():
+        _write_config(folder, {"eos_token": tokenizer.decode([tokenizer.eod])})
+    return Specials(eos=tokenizer.eod), "the run's own tokenizer.json"
+
+
+def _sentencepiece(tokenizer: SentencePieceTokenizer, folder: Path) -> tuple[Specials, str]:
+    """tokenizer.model as it is, and a tokenizer.json where one gives the same ids."""
+    tokenizer.save_copy(folder)
+    content = (folder / SentencePieceTokenizer.file_name).read_bytes()
+    model = read_model(content)
+    specials = Specials(*(id if id >= 0 else None for id in (model.bos, model.eos, model.pad)))
+    text = tokenizer_json(model)
+    difference = "of a kind that tokenizers has not" if text is None else None
+    if text is not None:
+        difference = first_difference(text, tokenizer.encode)
+    if text is None or difference is not None:
+        logger.warning(
+            "the tokenizer is kept as tokenizer.model only, which AutoTokenizer does not open by "
+            "itself: %s", difference,
+        )  # fmt: skip
+        return specials, "sentencepiece's tokenizer.model"
+    write_atomic(folder / HuggingFaceTokenizer.file_name, text)
+    names = {"bos_token": model.bos, "eos_token": model.eos, "unk_token": model.unk,
+             "pad_token": model.pad}  # fmt: skip
+    _write_config(folder, {name: model.pieces[id].text for name, id in names.items() if id >= 0})
+    return specials, "sentencepiece's tokenizer.model, and the same as tokenizer.json"
+
+
+def _write_config(folder: Path, tokens: dict[str, str]) -> None:
+    values = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        **tokens,
+    }
+    path = folder / HuggingFaceTokenizer.config_name
+    write_atomic(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,266 @@
+"""Prove an export: our model of the checkpoint and transformers' of the exported folder agree.
+
+Compared are the residual stream after every block, the logits, the greedy continuations, and for
+small models both against the arbiter, which reads nothing but the exported files. All arithmetic is
+fp32 (the arbiter's is float64), also for a bf16 export: its numbers are exact in fp32, so that the
+same narrow tolerance holds, and bf16's own rounding cannot hide a mistake.
+"""
+
+import json
+from collections.abc import Sequence
+from math import isnan
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoints_converter.arbiter import Arbiter
+from checkpoints_converter.checkpoint_reader import CheckpointReader, find_checkpoint
+from checkpoints_converter.errors import ConversionError
+from checkpoints_converter.source_model import source_config
+from checkpoints_converter.verify_report import Report, Row, Text
+from checkpoints_converter.verify_sides import (
+    Answer,
+    Prompt,
+    exported_dtypes,
+    our_answers,
+    require_transformers,
+    their_answers,
+)
+from megatron_hybrid.config import RunConfig
+from megatron_hybrid.config.pattern import KINDS, parse_pattern
+from megatron_hybrid.config.sections import ParallelConfig, PrecisionConfig
+from megatron_hybrid.data.tokenizer import (
+    HuggingFaceTokenizer,
+    NullTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
+from megatron_hybrid.model.transformer_config import RECOMPUTE_FIELDS
+
+BUILT_IN_PROMPTS = ("The capital of France is", "def fibonacci(n):\n    ")
+# fp32 rounding: between transformers' own cached and uncached logits it is up to 4e-6 in models of
+# a few layers. Each layer adds its own, which add up as a random walk does.
+TOLERANCE = 1e-5
+TOLERANCE_LAYERS = 8
+# Both sides round alike in most places, so that they are nearer to each other than to the truth.
+ARBITER_TOLERANCES = 10
+ARBITER_PARAMETERS = 20_000_000  # it is slow, and in float64
+PROMPT_SEED = 1234
+
+
+def verify(
+    checkpoint: Path,
+    export: Path,
+    prompts: Sequence[str] = (),
+    *,
+    model: str | None = None,
+    max_new_tokens: int = 32,
+    tolerance: float = TOLERANCE,
+) -> Report:
+    """Compare a checkpoint with what was exported from it.
+
+    Args:
+        checkpoint: as `find_checkpoint` takes it.
+        prompts: texts to continue; ids, where the run had no tokenizer. Built-in ones without.
+        model: preset or YAML file that describes the model, where the checkpoint does not.
+        tolerance: on differences relative to the standard deviation, for models of up to 8 layers;
+            beyond, it grows with the root of the number of layers.
+
+    Raises:
+        UserError: a side cannot be loaded; transformers is missing or computes wrongly.
+    """
+    found = require_transformers()
+    folder = find_checkpoint(checkpoint)
+    exported = exported_dtypes(export)
+    with CheckpointReader(folder) as reader:
+        config = _alone_in_fp32(source_config(reader, model))
+    tokenizer = _tokenizer(folder, config)
+    hf_config = json.loads((export / "config.json").read_text(encoding="utf-8"))
+    report = Report(str(folder), str(export), found)
+    asked = _prompts(prompts, tokenizer, hf_config)
+    if not isinstance(tokenizer, NullTokenizer):
+        report.problems += _tokenizer_problems(export, tokenizer, asked)
+    ours = our_answers(folder, config, tokenizer, exported, asked, max_new_tokens)
+    theirs = their_answers(export, asked, max_new_tokens, tokenizer.eod)
+    pattern = parse_pattern(config.model.hybrid_layer_pattern).layers
+    at_the_end = _tolerance(tolerance, len(pattern))
+    lengths = _comparable(asked, ours, at_the_end)
+    report.rows += _compare(pattern, lengths, ours, theirs, tolerance)
+    for prompt, our, their in zip(asked, ours, theirs, strict=True):
+        report.texts.append(_compare_texts(prompt, our, their, tokenizer, at_the_end))
+    report.arbiter_left_out = _why_no_arbiter(export, hf_config)
+    if report.arbiter_left_out is None:
+        report.rows += _judge(export, asked, lengths, {"ours": ours, "transformers'": theirs},
+                              ARBITER_TOLERANCES * at_the_end)  # fmt: skip
+    return report
+
+
+def _alone_in_fp32(config: RunConfig) -> RunConfig:
+    """The same model on a single rank, in fp32."""
+    no_recompute = dict.fromkeys(RECOMPUTE_FIELDS)
+    return config.model_copy(
+        update={
+            "parallel": ParallelConfig(expert_tensor_parallel_size=1),
+            "precision": PrecisionConfig(recipe="fp32"),
+            "training": config.training.model_copy(update=no_recompute),
+        }
+    )
+
+
+def _tokenizer(folder: Path, config: RunConfig) -> Tokenizer:
+    """The run's; ids as text where the checkpoint has none, as Megatron-LM's own."""
+    kinds = (SentencePieceTokenizer, HuggingFaceTokenizer, NullTokenizer)
+    if any((folder / kind.file_name).is_file() for kind in kinds):
+        return load_tokenizer(folder)
+    assert config.model.vocab_size is not None
+    return NullTokenizer(config.model.vocab_size)
+
+
+def _prompts(texts: Sequence[str], tokenizer: Tokenizer, hf_config: dict[str, Any]) -> list[Prompt]:
+    """The texts asked for or the built-in ones, and drawn tokens beyond the length of a chunk."""
+    prompts = []
+    if texts or not isinstance(tokenizer, NullTokenizer):
+        for text in texts or BUILT_IN_PROMPTS:
+            tokens = tuple(tokenizer.encode(text))
+            if not tokens:
+                raise ConversionError(f"--prompt {text!r} has no tokens: give at least one")
+            prompts.append(Prompt(repr(text), tokens, text))
+    chunk = hf_config.get("chunk_size") or hf_config.get("mamba_chunk_size") or 256
+    draws = torch.Generator().manual_seed(PROMPT_SEED)
+    for length in (7, chunk + chunk // 2 + 1):
+        drawn = torch.randint(0, tokenizer.vocab_size, (length,), generator=draws)
+        prompts.append(Prompt(f"{length} drawn tokens", tuple(drawn.tolist())))
+    return prompts
+
+
+def _tokenizer_problems(export: Path, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[str]:
+    """How the exported tokenizer differs from the run's on the prompts, and at a document's end."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    try:
+        theirs = AutoTokenizer.from_pretrained(export, local_files_only=True)
+    except Exception as error:  # any part of transformers may stumble, in its own way
+        return [f"transformers cannot load the tokenizer of {export}: {error}"]
+    problems = []
+    for prompt in prompts:
+        if prompt.text is not None:
+            ids = theirs.encode(prompt.text, add_special_tokens=False)
+            if tuple(ids) != prompt.tokens:
+                problems.append(
+                    f"the exported tokenizer reads {prompt.name} as {ids}, the run's as "
+                    f"{list(prompt.tokens)}"
+                )
+    ends = GenerationConfig.from_pretrained(export).eos_token_id
+    if tokenizer.eod not in (ends if isinstance(ends, list) else [ends]):
+        problems.append(
+            f"generation_config.json ends texts at {ends}, the run's tokenizer at {tokenizer.eod}"
+        )
+    return problems
+
+
+def _row(part: str, kind: str, pairs: Sequence[tuple[Tensor, Tensor]], tolerance: float) -> Row:
+    """The largest differences of pairs of tensors, relative to the first one's deviation."""
+    differences = [(a.double() - b.double()).abs().max().item() for a, b in pairs]
+    relative = [
+        difference / a.double().std().item()
+        for difference, (a, _) in zip(differences, pairs, strict=True)
+    ]
+    # One that is no number is the worst.
+    worst = max(range(len(pairs)), key=lambda i: (isnan(relative[i]), relative[i]))
+    return Row(part, kind, differences[worst], relative[worst], tolerance)
+
+
+def _comparable(prompts: Sequence[Prompt], ours: Sequence[Answer], tolerance: float) -> list[int]:
+    """How many tokens of each prompt can be compared: those before a tie between two experts."""
+    lengths = []
+    for prompt, our in zip(prompts, ours, strict=True):
+        ties = (our.router_margins[: len(prompt.tokens)] <= tolerance).nonzero()
+        lengths.append(int(ties[0]) if len(ties) else len(prompt.tokens))
+    return lengths
+
+
+def _compare(
+    pattern: str,
+    lengths: Sequence[int],
+    ours: Sequence[Answer],
+    theirs: Sequence[Answer],
+    tolerance: float,
+) -> list[Row]:
+    """A row for each of their blocks, which are one or two layers of ours, and for the logits."""
+    blocks = len(theirs[0].residuals)
+    layers, rest = divmod(len(pattern), blocks)
+    if rest:
+        raise ConversionError(
+            f"transformers' model has {blocks} layers, ours {len(pattern)} ({pattern})"
+        )
+    both = [each for each in zip(lengths, ours, theirs, strict=True) if each[0] > 1]
+    rows = []
+    for block in range(blocks):
+        last = (block + 1) * layers - 1
+        kinds = ", ".join(KINDS[symbol] for symbol in pattern[block * layers : last + 1])
+        pairs = [
+            (our.residuals[last][:length], their.residuals[block][:length])
+            for length, our, their in both
+        ]
+        allowed = _tolerance(tolerance, last + 1)
+        rows.append(_row(f"layer {block}", kinds, pairs, allowed))
+    pairs = [(our.logits[:length], their.logits[:length]) for length, our, their in both]
+    return [*rows, _row("logits", "output layer", pairs, _tolerance(tolerance, len(pattern)))]
+
+
+def _tolerance(tolerance: float, layers: int) -> float:
+    """After so many layers."""
+    return tolerance * max(1.0, layers / TOLERANCE_LAYERS) ** 0.5
+
+
+def _compare_texts(
+    prompt: Prompt, ours: Answer, theirs: Answer, tokenizer: Tokenizer, tolerance: float
+) -> Text:
+    verdict, differs_at = "same", None
+    if ours.continuation != theirs.continuation:
+        pairs = zip(ours.continuation, theirs.continuation, strict=False)
+        shorter = min(len(ours.continuation), len(theirs.continuation))
+        differs_at = next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
+        # Each logit may be off by the tolerance, so two may change places.
+        near = 2 * tolerance * ours.logits.std().item()
+        chosen = ours.router_margins[: len(prompt.tokens) + differs_at]
+        tie = ours.margins[differs_at] <= near or bool((chosen <= tolerance).any())
+        verdict = "tie" if tie else "different"
+    return Text(
+        prompt.name, len(prompt.tokens), tokenizer.decode(ours.continuation),
+        tokenizer.decode(theirs.continuation), verdict, differs_at,
+    )  # fmt: skip
+
+
+def _why_no_arbiter(export: Path, hf_config: dict[str, Any]) -> str | None:
+    size = sum(path.stat().st_size for path in export.glob("*.safetensors"))
+    if hf_config["model_type"] != "nemotron_h":
+        return f"it does not know {hf_config['model_type']}"
+    if size > 4 * ARBITER_PARAMETERS:
+        return f"{size / 1e6:,.0f} MB are too many for it"
+    return None
+
+
+def _judge(
+    export: Path,
+    prompts: Sequence[Prompt],
+    lengths: Sequence[int],
+    sides: dict[str, list[Answer]],
+    tolerance: float,
+) -> list[Row]:
+    """A row for each side: its logits against the arbiter's."""
+    arbiter = Arbiter(export)
+    judged = [
+        arbiter.trace(prompt.tokens[:length]).logits
+        for prompt, length in zip(prompts, lengths, strict=True)
+        if length > 1
+    ]
+    rows = []
+    for name, answers in sides.items():
+        logits = [a.logits[:n] for a, n in zip(answers, lengths, strict=True) if n > 1]
+        pairs = list(zip(judged, logits, strict=True))
+        rows.append(_row(f"{name} logits", "against the float64 arbiter", pairs, tolerance))
+    return rows
