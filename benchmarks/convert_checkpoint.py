@@ -52,13 +52,13 @@ def make_checkpoint(save: Path, config: RunConfig) -> Path:
     from megatron.core.dist_checkpointing.validation import save_integrity_manifest
     from megatron.core.utils import unwrap_model
 
+    from megatron_hybrid.checkpoint import files
     from megatron_hybrid.config.tracker import CONFIG_FILE
     from megatron_hybrid.data.tokenizer import NullTokenizer
     from megatron_hybrid.fileio import write_atomic
     from megatron_hybrid.model.build import build_model_chunks
     from megatron_hybrid.model.transformer_config import transformer_config
     from megatron_hybrid.platform import initialize
-    from megatron_hybrid.training import checkpoint_files as files
     from megatron_hybrid.training.distributed import process_groups
 
     platform, iteration = initialize(), 1

@@ -3,7 +3,6 @@
 registry.py          which families there are
 nemotron_h.py, ...   a family: its config.json beside our model section, its table of tensors
 weights.py           the kinds of rows that such a table is made of
-checkpoint_reader.py reads distributed checkpoints; checkpoint_writer.py writes them
 safetensors_files.py reads and writes safetensors
 export.py            to Hugging Face; importing.py, from it
 """

@@ -9,25 +9,24 @@ from pathlib import Path
 
 import torch
 
-from checkpoints_converter.checkpoint_reader import CheckpointReader, find_checkpoint, tensor_bytes
 from checkpoints_converter.family import Family
 from checkpoints_converter.hugging_face_files import write_small_files
 from checkpoints_converter.output_folder import output_folder
 from checkpoints_converter.registry import family_for
 from checkpoints_converter.safetensors_files import INDEX_FILE, SINGLE_FILE, SafetensorsWriter
-from checkpoints_converter.source_model import source_config
 from checkpoints_converter.streaming import (
     BLOCK_BYTES,
     DTYPES,
     Block,
     blocks,
-    default_threads,
-    in_threads,
     make_rows,
     stored_dtype,
     whole,
 )
 from checkpoints_converter.weights import Names, Recipe, recipes_of_theirs, refuse_other_tensors
+from megatron_hybrid.checkpoint.reader import CheckpointReader, find_checkpoint, tensor_bytes
+from megatron_hybrid.checkpoint.source_model import source_config
+from megatron_hybrid.checkpoint.threads import default_threads, in_threads
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.fileio import write_atomic
 

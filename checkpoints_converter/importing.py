@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-from checkpoints_converter.checkpoint_reader import as_matrix
-from checkpoints_converter.checkpoint_writer import CheckpointWriter
 from checkpoints_converter.errors import ConversionError
 from checkpoints_converter.family import Family, Fields
 from checkpoints_converter.registry import family
@@ -21,13 +19,15 @@ from checkpoints_converter.streaming import (
     DTYPES,
     Block,
     blocks,
-    default_threads,
-    in_threads,
     make_rows,
     stored_dtype,
     whole,
 )
 from checkpoints_converter.weights import Names, Recipe, recipes_of_ours, refuse_other_tensors
+from megatron_hybrid.checkpoint import files as checkpoint_files
+from megatron_hybrid.checkpoint.reader import as_matrix
+from megatron_hybrid.checkpoint.threads import default_threads, in_threads
+from megatron_hybrid.checkpoint.writer import CheckpointWriter
 from megatron_hybrid.config import (
     CONFIG_FILE,
     TRACKER_FILE,
@@ -36,7 +36,6 @@ from megatron_hybrid.config import (
     build_config,
     rules,
 )
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, parse_pattern
 from megatron_hybrid.data.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
@@ -44,7 +43,7 @@ from megatron_hybrid.data.tokenizer import (
     build_tokenizer,
 )
 from megatron_hybrid.fileio import write_atomic
-from megatron_hybrid.training import checkpoint_files
+from megatron_hybrid.model.tensor_names import extra_states
 
 # A rank reads whole parts of a tensor to take its share of them: not too large; but each one costs
 # an entry in the index.
@@ -300,37 +299,3 @@ def _write(
 def _rows_of_an_index(shape: tuple[int, ...]) -> int:
     """Rows (of the tensor as a matrix) that one index of dim 0 holds."""
     return as_matrix(shape)[0] // shape[0]
-
-
-def extra_states(model: ModelConfig) -> Iterator[str]:
-    """Keys of the states that the engine's modules keep beside their weights, and ask for.
-
-    In our own layers they are empty; those of Transformer Engine take an empty one for none. They
-    are as many as that would ask for: norms and attention, too.
-    """
-    of_kind = {
-        MAMBA: ("mixer.in_proj", "mixer.out_proj"),
-        ATTENTION: (
-            "self_attention.linear_qkv",
-            "self_attention.linear_proj",
-            "self_attention.core_attention",
-        ),
-        MLP: ("mlp.linear_fc1", "mlp.linear_fc2"),
-        MOE: (
-            "pre_mlp_layernorm",
-            "mlp.shared_experts.linear_fc1",
-            "mlp.shared_experts.linear_fc2",
-        ),
-    }
-    for number, kind in enumerate(parse_pattern(model.hybrid_layer_pattern).layers):
-        layer = f"decoder.layers.{number}."
-        yield from (f"{layer}{name}._extra_state/shard_0_1" for name in of_kind[kind])
-        if kind == MOE:
-            experts = model.num_moe_experts
-            assert experts is not None
-            for name in ("linear_fc1", "linear_fc2"):
-                key = f"{layer}mlp.experts.experts.{name}._extra_state"
-                yield from (f"{key}/shard_{expert}_{experts}" for expert in range(experts))
-    yield "decoder.final_norm._extra_state/shard_0_1"
-    # Asked for where its weight is the embedding's, too.
-    yield "output_layer._extra_state/shard_0_1"

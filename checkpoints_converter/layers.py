@@ -17,16 +17,8 @@ from checkpoints_converter.weights import (
     renamed,
 )
 from megatron_hybrid.config import ModelConfig
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE
 from megatron_hybrid.model.counts import CONV_KERNEL, padded_vocab_size
-
-# With Transformer Engine (and in our own layers), a norm belongs to the linear that follows it.
-_NORMS = {
-    MAMBA: ("mixer.in_proj.layer_norm_weight", "norm.weight"),
-    ATTENTION: ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
-    MLP: ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
-    MOE: ("pre_mlp_layernorm.weight",),
-}
+from megatron_hybrid.model.tensor_names import NORM_NAMES
 
 
 def norm(model: ModelConfig, kind: str, our: str, theirs: str, ours: Names) -> Mapping:
@@ -37,7 +29,7 @@ def norm(model: ModelConfig, kind: str, our: str, theirs: str, ours: Names) -> M
         our: prefix of the layer, `decoder.layers.0.`.
         theirs: the whole name.
     """
-    name = ours.pick(*(our + candidate for candidate in _NORMS[kind]))
+    name = ours.pick(*(our + candidate for candidate in NORM_NAMES[kind]))
     return renamed(name, theirs, (model.hidden_size,))
 
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints_converter.checkpoint_reader import as_matrix, tensor_bytes
 from checkpoints_converter.errors import ConversionError
-from megatron_hybrid.fileio import sync_folder
+from megatron_hybrid.checkpoint.reader import as_matrix, tensor_bytes
+from megatron_hybrid.fileio import read_ahead, sync_folder
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -120,6 +120,7 @@ class SafetensorsReader:
             if not got:
                 raise ConversionError(f"{self.folder / entry.file} ends within {name}")
             done += got
+        read_ahead(self._descriptor(entry.file), place + done)
         return rows
 
     def _descriptor(self, file: str) -> int:

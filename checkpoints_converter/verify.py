@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from checkpoints_converter.arbiter import Arbiter
-from checkpoints_converter.checkpoint_reader import CheckpointReader, find_checkpoint
 from checkpoints_converter.errors import ConversionError
-from checkpoints_converter.source_model import source_config
 from checkpoints_converter.verify_report import Report, Row, Text
 from checkpoints_converter.verify_sides import (
     Answer,
@@ -28,6 +26,8 @@ from checkpoints_converter.verify_sides import (
     require_transformers,
     their_answers,
 )
+from megatron_hybrid.checkpoint.reader import CheckpointReader, find_checkpoint
+from megatron_hybrid.checkpoint.source_model import source_config
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.pattern import KINDS, parse_pattern
 from megatron_hybrid.config.sections import ParallelConfig, PrecisionConfig

@@ -2,7 +2,7 @@
 
 Every kind comes down to runs of rows: rows of one of our tensors *are* rows of one of theirs. So a
 table written once is read in both directions, and any row of a result can be made without the rest.
-"Rows" are those of a tensor as a matrix (`checkpoint_reader.as_matrix`): `[E, f, h]` has E*f rows.
+"Rows" are those of a tensor as a matrix (`checkpoint.reader.as_matrix`): `[E, f, h]` has E*f rows.
 
 Ours are the whole tensors of a distributed checkpoint, which know nothing of ranks; theirs are
 those of a safetensors folder.
@@ -11,8 +11,8 @@ those of a safetensors folder.
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from checkpoints_converter.checkpoint_reader import as_matrix
 from checkpoints_converter.errors import ConversionError
+from megatron_hybrid.checkpoint.reader import as_matrix
 
 Shape = tuple[int, ...]
 _SHOWN = 20  # problems in one error

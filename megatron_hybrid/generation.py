@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_hybrid.checkpoint import files as checkpoint_files
 from megatron_hybrid.config import RunConfig, load_config, rules
 from megatron_hybrid.config.tracker import CONFIG_FILE, TRACKER_FILE
 from megatron_hybrid.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.platform import initialize
 from megatron_hybrid.platform.backend import resolve_backend
-from megatron_hybrid.training import checkpoint_files
 from megatron_hybrid.training.distributed import process_groups
 
 # Whatever the ranks that trained it: one process generates.

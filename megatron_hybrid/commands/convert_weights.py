@@ -1,12 +1,12 @@
 """`megatron-hybrid convert to-hf` and `from-hf`: streamed, on any machine, without a GPU."""
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from megatron_hybrid.commands.progress import byte_progress
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 Dtype = Literal["bf16", "fp32", "fp16"]
@@ -23,20 +23,6 @@ def _bytes(text: str) -> int:
     if size < 1:
         raise typer.BadParameter(f"{text!r} is not a size such as 5GB, 500MB or 2GiB")
     return size
-
-
-@contextmanager
-def _progress(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar, as the function that the converter tells its bytes."""
-    from checkpoints_converter.streaming import progress_bar
-
-    with progress_bar() as bar:
-        task = bar.add_task(description, total=None)
-
-        def advance(done: int, total: int) -> None:
-            bar.update(task, advance=done, total=total)
-
-        yield advance
 
 
 def to_hf(
@@ -69,7 +55,7 @@ def to_hf(
     from checkpoints_converter.export import ExportOptions, export
 
     options = ExportOptions(family, model, dtype, max_shard_size, threads, force, in_place)
-    with _progress("to-hf") as advance:
+    with byte_progress("to-hf") as advance:
         done = export(checkpoint, out, options, advance)
     files = "1 file" if done.shards == 1 else f"{done.shards} files"
     print(
@@ -94,7 +80,7 @@ def from_hf(
     from checkpoints_converter.importing import ImportOptions, import_model
 
     options = ImportOptions(dtype, make_vocab_size_divisible_by, threads, force)
-    with _progress("from-hf") as advance:
+    with byte_progress("from-hf") as advance:
         done = import_model(source, checkpoints, options, advance)
     print(f"{done.folder}: {done.tensors} tensors, {done.nbytes / 1e9:.2f} GB")
     for note in done.notes:

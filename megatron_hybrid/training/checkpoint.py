@@ -25,6 +25,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_hybrid.checkpoint import files
+from megatron_hybrid.checkpoint.saved_config import refuse_other_model, saved_config
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.phases import sequence_lengths
 from megatron_hybrid.config.tracker import CONFIG_FILE
@@ -33,8 +35,6 @@ from megatron_hybrid.data.saved_plan import DATA_PLAN_FILE, SavedPlan
 from megatron_hybrid.data.tokenizer import Tokenizer
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import write_atomic
-from megatron_hybrid.training import checkpoint_files as files
-from megatron_hybrid.training.checkpoint_config import refuse_other_model, saved_config
 from megatron_hybrid.training.checkpoint_state import (
     model_state,
     rng_state,

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_hybrid.checkpoint import files as checkpoint_files
+from megatron_hybrid.checkpoint.saved_config import refuse_other_data, saved_config
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.data.datasets import RunData, plan_data
 from megatron_hybrid.data.saved_plan import SavedPlan, read_saved_plan
 from megatron_hybrid.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from megatron_hybrid.errors import UserError
-from megatron_hybrid.training import checkpoint_files
 from megatron_hybrid.training.batch_sizes import check_batch_sizes
-from megatron_hybrid.training.checkpoint_config import refuse_other_data, saved_config
 
 
 class Origin(NamedTuple):

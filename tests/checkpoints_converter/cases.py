@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints_converter.checkpoint_reader import as_matrix
 from checkpoints_converter.export import ExportOptions, export
 from checkpoints_converter.importing import ImportOptions, import_model
 from checkpoints_converter.registry import family
 from checkpoints_converter.streaming import Block, make_rows
 from checkpoints_converter.weights import Names, recipes_of_theirs
+from megatron_hybrid.checkpoint.reader import as_matrix
 from megatron_hybrid.testing import run_distributed
 from tests.checkpoints_converter.our_models import all_logits_and_gradients
 from tests.checkpoints_converter.peer_models import CHUNK_SIZE, saved

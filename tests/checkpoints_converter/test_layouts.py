@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoints_converter.checkpoint_reader import CheckpointReader
-from checkpoints_converter.checkpoint_writer import CheckpointWriter
-from checkpoints_converter.errors import ConversionError
 from checkpoints_converter.export import ExportOptions, export
 from checkpoints_converter.importing import ImportOptions, import_model
+from megatron_hybrid.checkpoint.errors import CheckpointError
+from megatron_hybrid.checkpoint.reader import CheckpointReader
+from megatron_hybrid.checkpoint.writer import CheckpointWriter
 from megatron_hybrid.config import RunConfig, load_config, rules
 from megatron_hybrid.testing import run_distributed
 from tests.checkpoints_converter.peer_models import VOCAB_SIZE, nemotron_h, saved
@@ -149,7 +149,7 @@ def test_megatron_lm_arguments_without_counterpart(
     """What the arguments ask for and no field of ours can say is refused by name, all at once."""
     arguments = MEGATRON_ARGUMENTS | {"mtp_num_layers": 1, "qk_layernorm": True}
     checkpoint = _as_megatron_lm(model[1], tmp_path / "megatron", arguments)
-    with pytest.raises(ConversionError, match=r"(?s)qk_layernorm=True.*mtp_num_layers=1"):
+    with pytest.raises(CheckpointError, match=r"(?s)qk_layernorm=True.*mtp_num_layers=1"):
         export(checkpoint, tmp_path / "hf", ExportOptions())
 
 
@@ -158,7 +158,7 @@ def test_checkpoint_that_names_no_model(model: tuple[Path, Path], tmp_path: Path
     hugging_face, imported = model
     checkpoint = _as_megatron_lm(imported, tmp_path / "megatron", MEGATRON_ARGUMENTS)
     (checkpoint / "common.pt").unlink()
-    with pytest.raises(ConversionError, match="--model names a preset or YAML file"):
+    with pytest.raises(CheckpointError, match="--model names a preset or YAML file"):
         export(checkpoint, tmp_path / "hf", ExportOptions())
     source = str(imported / "run_config.yaml")
     export(checkpoint, tmp_path / "hf", ExportOptions(model=source))

@@ -53,8 +53,8 @@ def train_and_save(layout: Layout, save: Path) -> list[float]:
 
 def load_and_train(layout: Layout, save: Path) -> list[float]:
     """On a rank: load, skip the data that was seen, train; the losses."""
+    from megatron_hybrid.checkpoint.files import latest_checkpoint
     from megatron_hybrid.training.checkpoint import load_checkpoint
-    from megatron_hybrid.training.checkpoint_files import latest_checkpoint
     from megatron_hybrid.training.step import BatchShape
 
     config = _config(layout, save)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from checkpoints_converter.errors import ConversionError
+from megatron_hybrid.checkpoint.errors import CheckpointError
 
 _PLAIN = {"collections.OrderedDict": dict, "builtins.set": set, "torch.Size": tuple}
 
@@ -54,7 +54,7 @@ class _Reader(pickle.Unpickler):
         if isinstance(dtype, torch.dtype):
             return dtype
         if not self._allowed(module, name):
-            raise ConversionError(f"opening it would call {path}")
+            raise CheckpointError(f"opening it would call {path}")
         return type(name, (Opaque,), {"path": path})
 
     def persistent_load(self, pid: Any) -> Any:
@@ -69,7 +69,7 @@ def read_pickle(data: bytes, allowed: Callable[[str, str], bool] = lambda *_: Tr
             case; but what holds others was not made by whom it seems to be.
 
     Raises:
-        ConversionError: it names something that is not allowed.
+        CheckpointError: it names something that is not allowed.
         Exception: of any kind, where the bytes are no pickle.
     """
     return _Reader(data, allowed).load()

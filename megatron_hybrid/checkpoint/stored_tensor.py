@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-from checkpoints_converter.checksum import whole_crc
-from checkpoints_converter.errors import ConversionError
-from checkpoints_converter.inert_pickle import Opaque, read_pickle
+from megatron_hybrid.checkpoint.checksum import whole_crc
+from megatron_hybrid.checkpoint.errors import CheckpointError
+from megatron_hybrid.checkpoint.inert_pickle import Opaque, read_pickle
+from megatron_hybrid.fileio import read_ahead
 
 _STORAGE_DTYPES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
@@ -71,7 +72,7 @@ class StoredTensor:
         dtype, shape: of the tensor.
 
     Raises:
-        ConversionError: the bytes are not such an item.
+        CheckpointError: the bytes are not such an item.
     """
 
     def __init__(self, path: Path, descriptor: int, offset: int, length: int) -> None:
@@ -90,13 +91,13 @@ class StoredTensor:
             header = offset + info.header_offset
             self._storage = header + _local_header_size(os.pread(descriptor, 30, header))
         except Exception as error:  # damaged bytes make zip and pickle stumble in any way
-            raise ConversionError(
+            raise CheckpointError(
                 f"{path} is damaged: no tensor can be read at byte {offset}: {error}"
             ) from error
         self._first = first * self.dtype.itemsize
         self.nbytes = self.dtype.itemsize * torch.Size(self.shape).numel()
         if self._first + self.nbytes > self._storage_bytes:
-            raise ConversionError(
+            raise CheckpointError(
                 f"{path} is damaged: at byte {offset}, {self.shape} of {self.dtype} are said to lie"
                 f" in {self._storage_bytes} bytes"
             )
@@ -105,10 +106,11 @@ class StoredTensor:
         """Fill `buffer` with the tensor's bytes from byte `start` on.
 
         Raises:
-            ConversionError: the file ends before.
+            CheckpointError: the file ends before.
         """
         place = self._first + start
         self._pread(buffer, place)
+        read_ahead(self._descriptor, self._storage + place + len(buffer))
         block = (place, len(buffer), zlib.crc32(buffer))
         with self._lock:
             self._blocks.append(block)
@@ -117,7 +119,7 @@ class StoredTensor:
         """Compare the checksum of all bytes, read now or before, with the stored one.
 
         Raises:
-            ConversionError: it differs.
+            CheckpointError: it differs.
         """
         if not self._blocks:
             return
@@ -128,7 +130,7 @@ class StoredTensor:
             return bytes(data)
 
         if whole_crc(self._blocks, self._storage_bytes, read) != self._crc:
-            raise ConversionError(
+            raise CheckpointError(
                 f"{self.path} is damaged: the checksum of the tensor at byte {self._storage} "
                 "differs from the stored one"
             )
@@ -138,7 +140,7 @@ class StoredTensor:
         while done < len(buffer):
             got = os.preadv(self._descriptor, [buffer[done:]], self._storage + place + done)
             if not got:
-                raise ConversionError(f"{self.path} is damaged: it ends too early")
+                raise CheckpointError(f"{self.path} is damaged: it ends too early")
             done += got
 
 

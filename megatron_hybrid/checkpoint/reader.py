@@ -20,15 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoints_converter.errors import ConversionError
-from checkpoints_converter.inert_pickle import read_pickle
-from checkpoints_converter.stored_tensor import FilePart, StoredTensor
-from megatron_hybrid.config.tracker import CONFIG_FILE, TRACKER_FILE
-from megatron_hybrid.training.checkpoint_files import (
+from megatron_hybrid.checkpoint.errors import CheckpointError
+from megatron_hybrid.checkpoint.files import (
     INDEX_MODULES,
     INDEX_NAMES,
     latest_checkpoint,
 )
+from megatron_hybrid.checkpoint.inert_pickle import read_pickle
+from megatron_hybrid.checkpoint.stored_tensor import FilePart, StoredTensor
+from megatron_hybrid.config.tracker import CONFIG_FILE, TRACKER_FILE
 
 INDEX_FILE = ".metadata"
 _COMMON_FILE = "common.pt"
@@ -84,7 +84,7 @@ def find_checkpoint(path: Path) -> Path:
         UserError: there is none, or the folder that should name it is broken.
     """
     if not path.is_dir():
-        raise ConversionError(f"{path} does not exist: give a checkpoint, its folder, or its run's")
+        raise CheckpointError(f"{path} does not exist: give a checkpoint, its folder, or its run's")
     if (path / INDEX_FILE).is_file():
         return path
     for folder in (path, path / "checkpoints"):
@@ -92,7 +92,7 @@ def find_checkpoint(path: Path) -> Path:
             found = latest_checkpoint(folder)
             assert found is not None
             return found
-    raise ConversionError(
+    raise CheckpointError(
         f"{path} is no checkpoint: it has neither {INDEX_FILE} nor {TRACKER_FILE}, "
         "nor a folder checkpoints/ with one"
     )
@@ -126,7 +126,7 @@ class CheckpointReader:
             }
             self.tensors = MappingProxyType(dict(_tensor_infos(folder, index)))
         except (AttributeError, TypeError, KeyError) as error:
-            raise ConversionError(f"{folder / INDEX_FILE} is damaged: {error!r}") from error
+            raise CheckpointError(f"{folder / INDEX_FILE} is damaged: {error!r}") from error
         self.objects = frozenset(index.state_dict_metadata) - frozenset(self.tensors)
         self._refuse_truncated(index)
 
@@ -147,7 +147,7 @@ class CheckpointReader:
                 problems.append(f"{name} ends at byte {path.stat().st_size}; it should hold {end}")
         if problems:
             text = "\n".join(f"  - {problem}" for problem in problems)
-            raise ConversionError(f"{self.folder} is damaged or not whole:\n{text}")
+            raise CheckpointError(f"{self.folder} is damaged or not whole:\n{text}")
 
     def __enter__(self) -> "CheckpointReader":
         return self
@@ -166,7 +166,7 @@ class CheckpointReader:
 
         Raises:
             KeyError: there is none of that name.
-            ConversionError: its bytes are damaged.
+            CheckpointError: its bytes are damaged.
         """
         info = self.tensors[name]
         rows = self.read_rows(name, 0, info.matrix[0])
@@ -189,7 +189,7 @@ class CheckpointReader:
         """Compare the checksums of all parts of which something was read; the rest is read now.
 
         Raises:
-            ConversionError: the bytes of one are damaged.
+            CheckpointError: the bytes of one are damaged.
         """
         for stored in list(self._stored.values()):
             stored.verify()
@@ -217,7 +217,7 @@ class CheckpointReader:
                 path = self.folder / chunk.file
                 stored = StoredTensor(path, descriptor, chunk.start, chunk.length)
                 if (stored.dtype, stored.shape) != (info.dtype, chunk.sizes):
-                    raise ConversionError(
+                    raise CheckpointError(
                         f"{path} does not belong to this checkpoint: at byte {chunk.start} there "
                         f"should be {chunk.sizes} {info.dtype} of {info.name}, and there is "
                         f"{stored.shape} {stored.dtype}"
@@ -238,7 +238,7 @@ class CheckpointReader:
         the checkpoint has none.
 
         Raises:
-            ConversionError: it is damaged.
+            CheckpointError: it is damaged.
         """
         path = self.folder / _COMMON_FILE
         place = self._object_places.get(_COMMON_OBJECT)
@@ -251,7 +251,7 @@ class CheckpointReader:
                 descriptor = self._descriptor(place.relative_path)
             return dict(_saved_object(FilePart(descriptor, place.offset, place.length))[0])
         except Exception as error:  # damaged bytes make zip and pickle stumble in any way
-            raise ConversionError(f"{self.folder}: its common state is damaged: {error}") from error
+            raise CheckpointError(f"{self.folder}: its common state is damaged: {error}") from error
 
     @property
     def config_file(self) -> Path | None:
@@ -274,13 +274,17 @@ def _runs(shape: tuple[int, ...], chunk: Chunk) -> Iterator[tuple[int, int, int]
     if len(shape) < 2:
         yield (chunk.offsets[0], 0, chunk.sizes[0]) if shape else (0, 0, 1)
         return
-    *outer, last = shape[:-1]
-    count = chunk.sizes[-2]
-    for number, place in enumerate(np.ndindex(*chunk.sizes[:-2])):
+    # Rows go on across an axis where the chunk has all of every axis behind it.
+    axis = len(shape) - 2
+    while axis and chunk.sizes[axis] == shape[axis]:
+        axis -= 1
+    behind = torch.Size(shape[axis + 1 : -1]).numel()
+    count = chunk.sizes[axis] * behind
+    for number, place in enumerate(np.ndindex(*chunk.sizes[:axis])):
         row = 0
-        for size, offset, index in zip(outer, chunk.offsets, place, strict=False):
+        for size, offset, index in zip(shape, chunk.offsets, (*place, 0), strict=False):
             row = row * size + offset + index
-        yield row * last + chunk.offsets[-2], number * count, count
+        yield row * behind, number * count, count
 
 
 def _saved_object(file: Any) -> Any:
@@ -304,11 +308,11 @@ def _read_index(folder: Path) -> Any:
     try:
         return read_pickle(path.read_bytes(), allowed)
     except FileNotFoundError:
-        raise ConversionError(f"{folder} is not a whole checkpoint: it has no .metadata") from None
-    except ConversionError as error:
-        raise ConversionError(f"{path} is refused: {error}") from error
+        raise CheckpointError(f"{folder} is not a whole checkpoint: it has no .metadata") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is refused: {error}") from error
     except Exception as error:  # damaged bytes make pickle stumble in any way
-        raise ConversionError(f"{path} is damaged: {error}") from error
+        raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
 def _tensor_infos(folder: Path, index: Any) -> Iterator[tuple[str, TensorInfo]]:
@@ -323,7 +327,7 @@ def _tensor_infos(folder: Path, index: Any) -> Iterator[tuple[str, TensorInfo]]:
         for part in stored.chunks:
             place = places.get((name, part.offsets))
             if place is None:
-                raise ConversionError(f"{folder / INDEX_FILE} is damaged: a part of {name} has no "
+                raise CheckpointError(f"{folder / INDEX_FILE} is damaged: a part of {name} has no "
                                       f"place in any file")  # fmt: skip
             chunks.append(
                 Chunk(
@@ -334,7 +338,7 @@ def _tensor_infos(folder: Path, index: Any) -> Iterator[tuple[str, TensorInfo]]:
         dtype = stored.properties.state[0]  # TensorProperties.__getstate__
         info = TensorInfo(name, tuple(stored.size), dtype, tuple(chunks))
         if not _tile(info):
-            raise ConversionError(
+            raise CheckpointError(
                 f"{folder / INDEX_FILE} is damaged: the parts of {name} do not make up {info.shape}"
             )
         yield name, info

@@ -1,9 +1,9 @@
 """Which model a distributed checkpoint holds: from the run's own config, or from what is typed."""
 
-from checkpoints_converter.checkpoint_reader import CheckpointReader
-from checkpoints_converter.errors import ConversionError
-from checkpoints_converter.inert_pickle import Opaque
-from checkpoints_converter.megatron_arguments import run_values
+from megatron_hybrid.checkpoint.errors import CheckpointError
+from megatron_hybrid.checkpoint.inert_pickle import Opaque
+from megatron_hybrid.checkpoint.megatron_arguments import run_values
+from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.config import RunConfig, build_config, load_config
 
 
@@ -25,7 +25,7 @@ def source_config(reader: CheckpointReader, source: str | None) -> RunConfig:
     arguments = reader.common.get("args")
     if isinstance(arguments, Opaque):
         return build_config(run_values(vars(arguments)), which=())
-    raise ConversionError(
+    raise CheckpointError(
         f"{reader.folder} does not say which model it holds: it has neither a run_config.yaml "
         "nor Megatron-LM's arguments; --model names a preset or YAML file that does"
     )

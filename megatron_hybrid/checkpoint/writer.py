@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from checkpoints_converter.checkpoint_reader import INDEX_FILE, tensor_bytes
-from checkpoints_converter.tensor_item import TensorItem
+from megatron_hybrid.checkpoint.reader import INDEX_FILE, tensor_bytes
+from megatron_hybrid.checkpoint.tensor_item import TensorItem
 from megatron_hybrid.fileio import write_atomic
 
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}

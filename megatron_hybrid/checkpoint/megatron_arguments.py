@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from checkpoints_converter.errors import ConversionError
+from megatron_hybrid.checkpoint.errors import CheckpointError
 
 _SAME_NAME = (
     "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
@@ -38,7 +38,7 @@ def run_values(arguments: Mapping[str, Any]) -> dict[str, Any]:
         arguments: the attributes of Megatron-LM's `args`.
 
     Raises:
-        ConversionError: an argument stands for something that has no field here.
+        CheckpointError: an argument stands for something that has no field here.
     """
     problems = [
         f"{name}={arguments[name]!r} has no counterpart here; it must be {allowed[0]!r}"
@@ -50,7 +50,7 @@ def run_values(arguments: Mapping[str, Any]) -> dict[str, Any]:
         problems.append("neither hybrid_layer_pattern nor hybrid_override_pattern is set")
     if problems:
         text = "\n".join(f"  - {problem}" for problem in problems)
-        raise ConversionError(f"the checkpoint's Megatron-LM arguments cannot be used:\n{text}")
+        raise CheckpointError(f"the checkpoint's Megatron-LM arguments cannot be used:\n{text}")
     assert isinstance(pattern, str)
     names = _SAME_NAME + (_MOE_SAME_NAME if "E" in pattern else ())
     model = {name: arguments[name] for name in names if arguments.get(name) is not None}

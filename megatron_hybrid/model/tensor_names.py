@@ -1,0 +1,48 @@
+"""Names in a distributed checkpoint that do not follow from one layer's class alone."""
+
+from collections.abc import Iterator
+
+from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, parse_pattern
+
+# With Transformer Engine (and in our own layers), a norm belongs to the linear that follows it.
+NORM_NAMES = {
+    MAMBA: ("mixer.in_proj.layer_norm_weight", "norm.weight"),
+    ATTENTION: ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
+    MLP: ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
+    MOE: ("pre_mlp_layernorm.weight",),
+}
+
+
+def extra_states(model: ModelConfig) -> Iterator[str]:
+    """Keys of the states that the engine's modules keep beside their weights, and ask for.
+
+    In our own layers they are empty; those of Transformer Engine take an empty one for none. They
+    are as many as that would ask for: norms and attention, too.
+    """
+    of_kind = {
+        MAMBA: ("mixer.in_proj", "mixer.out_proj"),
+        ATTENTION: (
+            "self_attention.linear_qkv",
+            "self_attention.linear_proj",
+            "self_attention.core_attention",
+        ),
+        MLP: ("mlp.linear_fc1", "mlp.linear_fc2"),
+        MOE: (
+            "pre_mlp_layernorm",
+            "mlp.shared_experts.linear_fc1",
+            "mlp.shared_experts.linear_fc2",
+        ),
+    }
+    for number, kind in enumerate(parse_pattern(model.hybrid_layer_pattern).layers):
+        layer = f"decoder.layers.{number}."
+        yield from (f"{layer}{name}._extra_state/shard_0_1" for name in of_kind[kind])
+        if kind == MOE:
+            experts = model.num_moe_experts
+            assert experts is not None
+            for name in ("linear_fc1", "linear_fc2"):
+                key = f"{layer}mlp.experts.experts.{name}._extra_state"
+                yield from (f"{key}/shard_{expert}_{experts}" for expert in range(experts))
+    yield "decoder.final_norm._extra_state/shard_0_1"
+    # Asked for where its weight is the embedding's, too.
+    yield "output_layer._extra_state/shard_0_1"
