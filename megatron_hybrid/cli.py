@@ -14,6 +14,7 @@ from launchers.local import launch, record_error
 from megatron_hybrid import cli_text
 from megatron_hybrid.commands import convert as convert_commands
 from megatron_hybrid.commands import data as data_commands
+from megatron_hybrid.commands.upcycle import upcycle
 from megatron_hybrid.config import TRACKER_FILE, RunConfig, load_config, rules, validate
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.platform.threads import spin_before_sleeping
@@ -90,6 +91,12 @@ def _check_files(config: RunConfig, world_size: int) -> None:
 
     logging.getLogger("megatron_hybrid").setLevel(logging.ERROR)  # rank 0 says the rest
     open_run(config, world_size)
+
+
+app.command(
+    context_settings=_CONFIG_WORDS,
+    options_metavar="[OPTIONS] [section.field=value | --flag value]...",
+)(upcycle)
 
 
 @app.command()

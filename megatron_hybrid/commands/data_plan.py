@@ -89,7 +89,7 @@ def _saved_plan(config: "RunConfig") -> "SavedPlan | None":
     from megatron_hybrid.data.saved_plan import read_saved_plan
     from megatron_hybrid.training.start import find_checkpoint
 
-    folder, weights_only, _ = find_checkpoint(config)
+    folder, weights_only, *_ = find_checkpoint(config)
     saved = None if folder is None or weights_only else read_saved_plan(folder)
     if saved is not None:
         logger.info("planned on from %s", folder)

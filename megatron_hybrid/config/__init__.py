@@ -17,6 +17,7 @@ from megatron_hybrid.config.sections import (
     ParallelConfig,
     PrecisionConfig,
     TrainingConfig,
+    UpcyclingConfig,
 )
 from megatron_hybrid.config.tracker import CONFIG_FILE, TRACKER_FILE, latest_folder
 
@@ -36,6 +37,7 @@ __all__ = [
     "RunConfig",
     "SourceConfig",
     "TrainingConfig",
+    "UpcyclingConfig",
     "batch_sizes",
     "build_config",
     "latest_folder",

@@ -199,6 +199,7 @@ def build_config(
     which: tuple[Rule, ...] = rules.ALL,
     world_size: int | None = None,
     has_cuda: bool | None = None,
+    schedule_start_tokens: int = 0,
     problems: tuple[str, ...] = (),
 ) -> RunConfig:
     """Check plain nested values, fill derived fields and apply the rules.
@@ -208,6 +209,7 @@ def build_config(
         which: the rules to apply: `rules.ALL`, `rules.DRY_RUN` or `rules.NO_FILES`.
         world_size: ranks that will run; None: rules about it are left out.
         has_cuda: whether they have GPUs; None: rules about it are left out.
+        schedule_start_tokens: consumed when the schedule of the learning rate begins.
         problems: found before, to be reported with the others.
 
     Raises:
@@ -217,7 +219,7 @@ def build_config(
     config, broken, bad_fields = check_types(kept)
     config, underivable = _derive(config, broken)
     found = [*problems, *unknown, *bad_fields, *underivable]
-    facts = Facts(world_size, has_cuda)
+    facts = Facts(world_size, has_cuda, schedule_start_tokens)
     for rule in which:
         found += _apply(rule, config, frozenset(broken), facts)
     if found:
@@ -226,11 +228,19 @@ def build_config(
 
 
 def validate(
-    config: RunConfig, world_size: int | None = None, has_cuda: bool | None = None
+    config: RunConfig,
+    world_size: int | None = None,
+    has_cuda: bool | None = None,
+    schedule_start_tokens: int = 0,
 ) -> None:
     """Apply all rules to a config, with what is known of the ranks that will run it.
 
     Raises:
         ConfigError: every rule that does not hold.
     """
-    build_config(config.model_dump(mode="json"), world_size=world_size, has_cuda=has_cuda)
+    build_config(
+        config.model_dump(mode="json"),
+        world_size=world_size,
+        has_cuda=has_cuda,
+        schedule_start_tokens=schedule_start_tokens,
+    )

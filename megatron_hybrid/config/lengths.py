@@ -16,7 +16,7 @@ class Lengths:
             run has consumed a whole multiple of it at any time; with one sequence length, a sample.
         train_tokens: nominal; the last steps may go a little further.
         warmup_tokens: 0 without a warm-up.
-        decay_tokens: where the learning rate is at its lowest, from the start of the run.
+        decay_tokens: where the learning rate is at its lowest, from the start of the schedule.
         wsd_decay_tokens: the final decay of WSD, None without one.
     """
 
@@ -27,8 +27,12 @@ class Lengths:
     wsd_decay_tokens: int | None
 
 
-def lengths(config: RunConfig) -> Lengths:
-    """Work out the lengths of a valid config (one of train_iters, _samples, _tokens is set)."""
+def lengths(config: RunConfig, start_tokens: int = 0) -> Lengths:
+    """Work out the lengths of a valid config (one of train_iters, _samples, _tokens is set).
+
+    Args:
+        start_tokens: consumed before the schedule began.
+    """
     optimizer, unit = config.optimizer, math.gcd(*sequence_lengths(config))
 
     def whole(samples: int | None, tokens: int | None) -> int | None:
@@ -37,8 +41,9 @@ def lengths(config: RunConfig) -> Lengths:
         return None if tokens is None else -(-tokens // unit) * unit
 
     train = whole(None, run_tokens(config))
-    decay = whole(optimizer.lr_decay_samples, optimizer.lr_decay_tokens) or train
-    assert train is not None and decay is not None
+    assert train is not None
+    left = max(train - start_tokens, unit)
+    decay = whole(optimizer.lr_decay_samples, optimizer.lr_decay_tokens) or left
     warmup = whole(optimizer.lr_warmup_samples, optimizer.lr_warmup_tokens)
     if warmup is None:
         warmup = round((optimizer.lr_warmup_fraction or 0.0) * (decay // unit)) * unit

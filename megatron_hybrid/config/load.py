@@ -26,6 +26,11 @@ from megatron_hybrid.config.tracker import CONFIG_FILE, latest_folder, load_prob
 from megatron_hybrid.config.yaml_text import parse_yaml
 from megatron_hybrid.errors import ConfigError
 
+_BEGINNINGS = (
+    "checkpoint.load", "checkpoint.finetune", "checkpoint.load_optim", "checkpoint.load_rng",
+    "optimizer.restart_schedule", "upcycling",
+)  # fmt: skip
+
 
 @dataclass
 class _Layers:
@@ -137,9 +142,9 @@ def _from_checkpoint(load: str, typed: Values, layers: _Layers) -> None:
     if stored.is_file():
         layers.values = _read_yaml(stored, layers)
         _find_tokenizer(layers.values, stored.parent)
-        for name in ("load", "finetune", "load_optim", "load_rng"):
+        for path in _BEGINNINGS:
             # How that run began says nothing of how it goes on.
-            drop_path(layers.values, f"checkpoint.{name}")
+            drop_path(layers.values, path)
     elif get_path(typed, "model.hybrid_layer_pattern") is None:
         layers.fail(
             f"checkpoint.load={load}: there is no {stored}; name a preset or a YAML file that "
@@ -208,6 +213,7 @@ def load_config(
     which: tuple[Rule, ...] = rules.ALL,
     world_size: int | None = None,
     has_cuda: bool | None = None,
+    base: Values | None = None,
 ) -> RunConfig:
     """Make a config from command-line words.
 
@@ -218,13 +224,16 @@ def load_config(
         which: rules to apply, as in `build_config`.
         world_size: ranks that will run, if known.
         has_cuda: whether they have GPUs, if known.
+        base: what the words change, in place of a preset or file that they would name.
 
     Raises:
         ConfigError: every problem in what was typed, read and made of it.
     """
     line = parse_command_line(args)
     typed, inside = _sort_typed(line)
-    layers = _layers_below(line, typed)
+    layers = _layers_below(line, typed) if base is None else _Layers(base)
+    if base is not None and line.source is not None:
+        layers.problems.append(f"{line.source!r} is no section.field=value")
     problems = (*line.problems, *layers.problems)
     if not layers.whole:
         # Half a config breaks rules that the whole one keeps: only what was typed can be judged.

@@ -15,6 +15,7 @@ from megatron_hybrid.config.sections import (
     ParallelConfig,
     PrecisionConfig,
     TrainingConfig,
+    UpcyclingConfig,
 )
 from megatron_hybrid.config.yaml_text import dump_yaml
 from megatron_hybrid.errors import ConfigError
@@ -40,6 +41,7 @@ class RunConfig(Section):
     training: TrainingConfig = TrainingConfig()
     optimizer: OptimizerConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
+    upcycling: UpcyclingConfig = UpcyclingConfig()
     logging: LoggingConfig = LoggingConfig()
 
     def with_vocab_size(self, vocab_size: int) -> "RunConfig":

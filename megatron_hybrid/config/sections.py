@@ -1,8 +1,9 @@
 """The sections of a run beside model and data: layout, precision, training, checkpoints, logs."""
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BeforeValidator, Field, Strict
+from pydantic import BeforeValidator, Field, Strict, create_model
 
 from megatron_hybrid.config.base import Amount, FilePath, Positive, Section, Words
 
@@ -144,6 +145,11 @@ class OptimizerConfig(Section):
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = Field(
         default="exponential", description="WSD: shape of the final decay"
     )
+    restart_schedule: bool = Field(
+        default=False,
+        description="where checkpoint.load or upcycling.from is taken up, the schedule begins anew "
+        "and the optimizer is fresh; data and counters go on",
+    )
     weight_decay: float = Field(default=0.1, ge=0, description="decoupled weight decay")
     adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment")
     adam_beta2: float = Field(default=0.95, ge=0, lt=1, description="decay of the second moment")
@@ -185,3 +191,56 @@ class LoggingConfig(Section):
         default=True, description="write TensorBoard events to run_dir/tensorboard"
     )
     log_params_norm: bool = Field(default=False, description="log the norm of all parameters")
+    expert_load_interval: Positive | None = Field(
+        default=10,
+        description="MoE: iterations between records of each expert's share of tokens; null: none",
+    )
+
+
+class _Upcycling(Section):
+    router_std: float | None = Field(
+        default=None,
+        ge=0,
+        description="standard deviation of the router's weights, drawn once for all experts that "
+        "are cut from one copy of an MLP; null: model.init_method_std",
+    )
+    router_noise: float = Field(
+        default=0.0,
+        ge=0,
+        description="standard deviation of what is added to the router's weights of each expert",
+    )
+    reinit_fraction: float = Field(
+        default=0.0, ge=0, lt=1, description="share of each expert's channels that is drawn anew"
+    )
+    scale_weights: bool = Field(
+        default=True,
+        description="multiply the experts' weights so that a layer's output stays as large as the "
+        "MLP's",
+    )
+
+    @property
+    def source(self) -> Path | None:
+        """The field `from`: a folder of checkpoints of the dense run; None: nothing is upcycled."""
+        found: Path | None = getattr(self, "from")
+        return found
+
+
+if TYPE_CHECKING:
+    UpcyclingConfig = _Upcycling
+else:
+    # `from` is a word of Python's, which the body of a class cannot have as a name.
+    UpcyclingConfig = create_model(
+        "UpcyclingConfig",
+        __base__=_Upcycling,
+        __doc__="Start from a dense checkpoint: its MLPs become the experts of this model.",
+        **{
+            "from": (
+                FilePath | None,
+                Field(
+                    default=None,
+                    description="folder of a dense run's checkpoints, whose '-' layers become this "
+                    "model's 'E' layers; null: no upcycling",
+                ),
+            )
+        },
+    )

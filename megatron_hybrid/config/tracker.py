@@ -21,9 +21,9 @@ def latest_folder(checkpoints: Path) -> Path:
     return checkpoints / f"iter_{int(text):07d}"
 
 
-def load_problems(checkpoints: Path) -> list[str]:
-    """Why no checkpoint can be loaded from a folder; nothing where one can."""
-    name = f"checkpoint.load={checkpoints}"
+def load_problems(checkpoints: Path, field: str = "checkpoint.load") -> list[str]:
+    """Why no checkpoint can be loaded from a folder that a field names; nothing where one can."""
+    name = f"{field}={checkpoints}"
     if not checkpoints.is_dir():
         return [f"{name}: no such folder"]
     if not (checkpoints / TRACKER_FILE).is_file():

@@ -3,6 +3,7 @@
 Symbols of the pattern: M Mamba-2, * attention, - MLP, E mixture of experts.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ from megatron_hybrid.layers.linear import (
 )
 from megatron_hybrid.layers.mamba2 import Mamba2Mixer, Mamba2MixerSubmodules
 from megatron_hybrid.layers.norm import RMSNorm
+from megatron_hybrid.layers.router import TopKRouter
 from megatron_hybrid.model.hybrid import HybridModel, HybridStack
 from megatron_hybrid.ops.ssd import SSDBackend
 
@@ -67,6 +69,12 @@ class _TorchMoe(LocalSpecProvider):
         return partial(SequentialMLP, submodules=linears)
 
 
+def _with_our_router(moe: partial[Any]) -> partial[Any]:
+    """The engine's MoE layer with `layers.router.TopKRouter`, on both backends."""
+    submodules = replace(moe.keywords["submodules"], router=TopKRouter)
+    return partial(moe.func, submodules=submodules)
+
+
 def layer_classes(backend: str) -> LayerClasses:
     """The classes of a backend: "torch" (any device) or "transformer_engine" (CUDA)."""
     if backend == "torch":
@@ -78,7 +86,7 @@ def layer_classes(backend: str) -> LayerClasses:
             row_linear=RowParallelLinear,
             core_attention=DotProductAttention,
             mamba_kernel="torch",
-            moe=get_moe_module_spec_for_backend(_TorchMoe(), num_experts=1),
+            moe=_with_our_router(get_moe_module_spec_for_backend(_TorchMoe(), num_experts=1)),
         )
     from megatron.core.extensions import transformer_engine as te
 
@@ -90,7 +98,9 @@ def layer_classes(backend: str) -> LayerClasses:
         row_linear=te.TERowParallelLinear,
         core_attention=te.TEDotProductAttention,
         mamba_kernel="mamba_ssm",
-        moe=get_moe_module_spec(use_te=True, num_experts=1, moe_grouped_gemm=True),
+        moe=_with_our_router(
+            get_moe_module_spec(use_te=True, num_experts=1, moe_grouped_gemm=True)
+        ),
     )
 
 

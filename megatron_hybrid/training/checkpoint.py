@@ -3,6 +3,7 @@
 Any layout loads any checkpoint: tensors are stored whole, under names that know no ranks.
 """
 
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+from megatron.core.dist_checkpointing.serialization import (
+    load_common_state_dict,
+    load_content_metadata,
+    load_sharded_metadata,
+)
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.validation import (
     save_integrity_manifest,
@@ -44,6 +49,10 @@ from megatron_hybrid.training.checkpoint_state import (
 )
 from megatron_hybrid.training.distributed import on_rank_zero
 from megatron_hybrid.training.optimizer import load_optimizer_state
+from megatron_hybrid.training.upcycle import load_upcycled
+from megatron_hybrid.upcycling.write import UPCYCLING
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -54,11 +63,13 @@ class Progress:
         iteration: steps done.
         consumed_samples: of the training data.
         loss_average: running mean of the loss that spikes are measured against, None at first.
+        schedule_start_samples: consumed when the schedule of the learning rate began.
     """
 
     iteration: int = 0
     consumed_samples: int = 0
     loss_average: float | None = None
+    schedule_start_samples: int = 0
 
 
 class Checkpointer:
@@ -199,6 +210,7 @@ def load_checkpoint(
     optimizer: MegatronOptimizer | None,
     *,
     weights_only: bool,
+    upcycle: bool = False,
 ) -> Progress:
     """Load a checkpoint of any layout into this rank's model and optimizer.
 
@@ -209,24 +221,31 @@ def load_checkpoint(
         model: this rank's pipeline chunks, under DDP or plain.
         optimizer: None where there is none (for generation).
         weights_only: take the weights alone; the run starts at step 0 with a fresh optimizer.
+        upcycle: the checkpoint is a dense model's, whose MLPs become experts; the optimizer is
+            fresh.
 
     Raises:
         UserError: the checkpoint is torn, damaged, or of another model.
     """
     files.refuse_unsafe_index(folder)
     saved = saved_config(folder)
-    if saved is not None:
+    if saved is not None and not upcycle:
         refuse_other_model(folder, config.model, saved.model)
-    options = config.checkpoint
-    loads_optimizer = optimizer if options.load_optim and not weights_only else None
+    options, restart = config.checkpoint, config.optimizer.restart_schedule
+    keeps_optimizer = options.load_optim and not (weights_only or upcycle or restart)
+    loads_optimizer = optimizer if keeps_optimizer else None
     try:
         if options.verify_integrity and saved is not None and saved.checkpoint.verify_integrity:
             _verify(folder)
         with files.no_code_from_pickles():
-            content = dist_checkpointing.load_content_metadata(str(folder)) or {}
-        metadata = tensor_layout() | content
+            common = load_common_state_dict(folder)
+        metadata = tensor_layout() | (load_content_metadata(preloaded_state_dict=common) or {})
         present = load_sharded_metadata(str(folder))
-        if loads_optimizer is not None and not any("optimizer." in key for key in present):
+        has_optimizer = any("optimizer." in key for key in present)
+        if loads_optimizer is not None and not has_optimizer and UPCYCLING in common:
+            logger.info("%s is upcycled: the optimizer is fresh", folder)
+            loads_optimizer = None
+        if loads_optimizer is not None and not has_optimizer:
             raise UserError(
                 "it holds no optimizer state; checkpoint.load_optim=false starts with a fresh one, "
                 "checkpoint.finetune=true at step 1 as well"
@@ -237,10 +256,14 @@ def load_checkpoint(
                 state, is_loading=True, metadata=metadata
             )
         # Megatron-LM's own has states of other generators under the same name.
-        if options.load_rng and not weights_only and saved is not None and same_grid(present):
+        loads_rng = options.load_rng and not (weights_only or upcycle)
+        if loads_rng and saved is not None and same_grid(present):
             state["rng_state"] = rng_state()
         with files.no_code_from_pickles():
-            loaded = dist_checkpointing.load(state, str(folder))
+            if upcycle:
+                loaded = load_upcycled(config, folder, state)
+            else:
+                loaded = dist_checkpointing.load(state, str(folder))
     except (Exception, CheckpointException) as error:
         # Damaged bytes make any reader stumble in its own way.
         raise UserError(f"{folder} cannot be loaded: {_reason(error)}") from error
@@ -255,6 +278,16 @@ def load_checkpoint(
         set_rng_state(loaded["rng_state"])
     if weights_only:
         return Progress()
+    progress = _progress(config, folder, loaded)
+    if upcycle:
+        progress.loss_average = None  # of another model
+    if restart:
+        progress.schedule_start_samples = progress.consumed_samples
+    return progress
+
+
+def _progress(config: RunConfig, folder: Path, loaded: dict[str, Any]) -> Progress:
+    """Where the run that saved a checkpoint stood."""
     if "progress" in loaded:
         return Progress(**loaded["progress"])
     # Megatron-LM's own checkpoint: it knows its iteration, and its samples if the batch was fixed.

@@ -26,6 +26,8 @@ def step_line(metrics: StepMetrics, total_iterations: int) -> str:
         f"{metrics.peak_memory_gib:.2f} GiB",
         f"ETA {human_duration(metrics.eta_s)}",
     ]
+    if metrics.expert_load is not None:
+        parts.insert(-1, metrics.expert_load.line())
     if metrics.skipped:
         parts.append("update skipped")
     return " | ".join(parts)

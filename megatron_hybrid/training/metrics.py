@@ -3,6 +3,8 @@
 `metrics.jsonl` has one JSON object a line, its `kind` one of
   "train"       a training step: the fields of `StepMetrics`
   "validation"  an evaluation:   iteration, consumed_samples, consumed_tokens, loss, extra
+  "expert_load" MoE: of a step's tokens, each expert's share: iteration, consumed_tokens, layers,
+                shares by layer and expert
   "event"       anything else:   iteration, name, message
 in the order in which they happened. Floats are written with all their digits, so that two runs
 can be compared bit for bit; NaN and infinities, which JSON does not have, are written as null.
@@ -28,6 +30,8 @@ from megatron_hybrid.training.step_metrics import StepMetrics
 
 if TYPE_CHECKING:
     import torch
+
+    from megatron_hybrid.training.expert_load import ExpertLoad
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -90,15 +94,32 @@ class MetricsWriter:
         if self._console is None:
             return
         values = {item.name: getattr(metrics, item.name) for item in fields(metrics)}
-        plain = {name: dict(value) for name, value in values.items() if isinstance(value, Mapping)}
+        plain: dict[str, Any] = {
+            name: dict(value) for name, value in values.items() if isinstance(value, Mapping)
+        }
+        load = metrics.expert_load
+        plain["expert_load"] = None if load is None else load.summary()
         self._write("train", values | plain)
         if self._events is not None:
             scalars = {tag: getattr(metrics, name) for name, tag in _TENSORBOARD_TAGS.items()}
             scalars |= {f"train/{name}": value for name, value in metrics.extra.items()}
             scalars |= {f"data/tokens/{name}": n for name, n in metrics.source_tokens.items()}
             scalars |= {f"data/epochs/{name}": n for name, n in metrics.source_epochs.items()}
+            scalars |= {} if load is None else load.scalars()
             self._events.write(metrics.iteration, scalars)
         self._console.step(metrics)
+
+    def expert_load(self, iteration: int, consumed_tokens: int, load: "ExpertLoad") -> None:
+        """Record each expert's share of the tokens of a step."""
+        if self._console is None:
+            return
+        record = {
+            "iteration": iteration,
+            "consumed_tokens": consumed_tokens,
+            "layers": list(load.layers),
+            "shares": [[round(share, 6) for share in row] for row in load.shares.tolist()],
+        }
+        self._write("expert_load", record)
 
     def validation(
         self,

@@ -104,11 +104,17 @@ class LearningRate:
 
     A function of the config and that number, without a state of its own: editing the schedule of a
     run takes effect when it resumes.
+
+    Args:
+        start_tokens: consumed when the schedule began; it knows nothing of what was before.
     """
 
-    def __init__(self, config: RunConfig, optimizer: MegatronOptimizer) -> None:
+    def __init__(
+        self, config: RunConfig, optimizer: MegatronOptimizer, start_tokens: int = 0
+    ) -> None:
         options = config.optimizer
-        schedule = lengths(config)
+        self._start_tokens = start_tokens
+        schedule = lengths(config, start_tokens)
         # The engine's steps are ours of `unit_tokens`: samples, as long as all are equally long.
         self._unit_tokens = unit = schedule.unit_tokens
         wsd_decay = schedule.wsd_decay_tokens
@@ -131,7 +137,7 @@ class LearningRate:
 
     def set(self, consumed_tokens: int) -> None:
         """Give the optimizer the rate of the step that begins after so many tokens."""
-        self._scheduler.num_steps = consumed_tokens // self._unit_tokens
+        self._scheduler.num_steps = (consumed_tokens - self._start_tokens) // self._unit_tokens
         self._scheduler.step(0)
 
     def current(self) -> float:

@@ -16,6 +16,7 @@ from megatron_hybrid.data.saved_plan import SavedPlan, read_saved_plan
 from megatron_hybrid.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.training.batch_sizes import check_batch_sizes
+from megatron_hybrid.upcycling.scheme import scheme_between
 
 
 class Origin(NamedTuple):
@@ -26,11 +27,13 @@ class Origin(NamedTuple):
         weights_only: the counters, the optimizer and the data start anew.
         is_own: the run saved it itself, after it had started elsewhere: it is taken up whole,
             whatever the fields say of how the run began.
+        upcycle: it is a dense model's, whose MLPs become experts.
     """
 
     folder: Path | None
     weights_only: bool
     is_own: bool
+    upcycle: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,15 @@ def open_run(config: RunConfig, world_size: int) -> tuple[RunConfig, Tokenizer, 
 def find_start(config: RunConfig, tokenizer: Tokenizer, world_size: int) -> Start:
     """Find the checkpoint to start from and plan the data.
 
-    The run goes on with its own checkpoint, else starts from `checkpoint.load`, else from nothing.
+    The run goes on with its own checkpoint, else starts from `checkpoint.load` or `upcycling.from`,
+    else from nothing.
 
     Raises:
         UserError: as `open_run`.
     """
     origin = find_checkpoint(config)
+    if origin.upcycle:
+        _refuse_other_model(config, origin.folder)
     saved_plan: SavedPlan | None = None
     consumed: int | None = 0
     if origin.folder is not None and not origin.weights_only:
@@ -93,25 +99,42 @@ def find_checkpoint(config: RunConfig) -> Origin:
     """The checkpoint that a run starts from.
 
     Raises:
-        UserError: there is none where `checkpoint.load` names one, or it cannot be used so.
+        UserError: there is none where a field names one, or it cannot be used so.
     """
-    options = config.checkpoint
+    options, dense = config.checkpoint, config.upcycling.source
     assert options.save is not None
-    folder = checkpoint_files.latest_checkpoint(options.save)
-    weights_only, is_own = options.finetune, False
-    loads_elsewhere = options.load is not None and options.load.resolve() != options.save.resolve()
-    if folder is not None and loads_elsewhere:
-        weights_only, is_own = False, True
-    elif folder is not None and weights_only:
-        raise UserError(
-            f"checkpoint.finetune=true cannot start from checkpoint.load={options.load}, the "
-            "folder that this run saves to; give the new run a run_dir of its own"
-        )
-    elif folder is None and options.load is not None:
-        folder = checkpoint_files.latest_checkpoint(options.load)
+    name = "checkpoint.load" if dense is None else "upcycling.from"
+    start = options.load or dense
+    own = checkpoint_files.latest_checkpoint(options.save)
+    starts_elsewhere = start is not None and start.resolve() != options.save.resolve()
+    if own is not None and starts_elsewhere:
+        return Origin(own, weights_only=False, is_own=True)
+    restarts = {
+        "checkpoint.finetune=true": options.finetune,
+        "optimizer.restart_schedule=true": config.optimizer.restart_schedule,
+        f"{name}={start}": dense is not None,
+    }
+    for restart, asked in restarts.items():
+        if own is not None and asked:
+            raise UserError(
+                f"{restart} cannot start from {start}, the folder that this run saves to; give the "
+                "new run a run_dir of its own"
+            )
+    if own is None and start is not None:
+        folder = checkpoint_files.latest_checkpoint(start)
         if folder is None:
-            raise UserError(f"checkpoint.load={options.load} holds no checkpoint")
-    return Origin(folder, weights_only, is_own)
+            raise UserError(f"{name}={start} holds no checkpoint")
+        return Origin(folder, options.finetune, is_own=False, upcycle=dense is not None)
+    return Origin(own, weights_only=False, is_own=False)
+
+
+def _refuse_other_model(config: RunConfig, folder: Path | None) -> None:
+    """Refuse a dense checkpoint that cannot become this model, if its own config says so."""
+    assert folder is not None
+    saved = saved_config(folder)
+    if saved is not None:
+        scale_weights = config.upcycling.scale_weights
+        scheme_between(saved.model, config.model, scale_weights=scale_weights)
 
 
 def _resumed_plan(config: RunConfig, tokenizer: Tokenizer, folder: Path) -> SavedPlan | None:

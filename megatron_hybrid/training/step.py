@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.data.batch import Batch
+from megatron_hybrid.training.expert_load import ExpertLoad, ExpertLoads
 from megatron_hybrid.training.extras import MoeLosses
 from megatron_hybrid.training.optimizer import apply_gradients, gradient_norm
 
@@ -45,6 +46,7 @@ class StepResult(NamedTuple):
         refusal: why the optimizer was not stepped ("nonfinite", "loss_spike"), or None.
         votes: sums over ranks of the flags that the caller handed in.
         moe_losses: mean over the MoE layers of each auxiliary loss, by megatron-core's names.
+        expert_load: where the tokens went; None in a model without experts.
     """
 
     loss: float
@@ -52,6 +54,7 @@ class StepResult(NamedTuple):
     refusal: str | None
     votes: list[float]
     moe_losses: dict[str, float]
+    expert_load: ExpertLoad | None
 
 
 class Stepper:
@@ -77,6 +80,7 @@ class Stepper:
         self.device = device
         self._schedule = get_forward_backward_func()
         self._moe_losses = MoeLosses(config.model)
+        self._expert_loads = ExpertLoads(config.model, model)
         self._expert_biases = [
             module.expert_bias
             for chunk in model
@@ -105,7 +109,9 @@ class Stepper:
         expert_biases = [bias.clone() for bias in self._expert_biases]
         sums = self._run(data, shape, forward_only=False)
         moe_shares = self._moe_losses.take(self._micro_batches(shape))
-        loss, added = self._reduce(sums, [*votes, *moe_shares])
+        loss, added, loads = self._reduce(
+            sums, [*votes, *moe_shares], self._expert_loads.take(sums)
+        )
         moe_losses = dict(zip(self._moe_losses.names, added[len(votes) :], strict=True))
         grad_norm = gradient_norm(self.optimizer) if math.isfinite(loss) else math.nan
         if not math.isfinite(grad_norm):
@@ -118,7 +124,10 @@ class Stepper:
         if refusal is not None:
             for bias, before in zip(self._expert_biases, expert_biases, strict=True):
                 bias.copy_(before)
-        return StepResult(loss, grad_norm, refusal, added[: len(votes)], moe_losses)
+        return StepResult(
+            loss, grad_norm, refusal, added[: len(votes)], moe_losses,
+            self._expert_loads.read(loads),
+        )  # fmt: skip
 
     @torch.no_grad()
     def evaluate(self, data: Iterator[Batch], shapes: Iterable[BatchShape]) -> float:
@@ -126,7 +135,7 @@ class Stepper:
         for chunk in self.model:
             chunk.eval()
         sums = [self._run(data, shape, forward_only=True) for shape in shapes]
-        loss, _ = self._reduce(torch.stack(sums).sum(dim=0), [])
+        loss, _, _ = self._reduce(torch.stack(sums).sum(dim=0), [], sums[0][:0])
         return loss
 
     def _micro_batches(self, shape: BatchShape) -> int:
@@ -178,18 +187,23 @@ class Stepper:
         )
         return losses, partial(_sum_of_losses, local["loss_mask"])
 
-    def _reduce(self, sums: Tensor, others: list[float]) -> tuple[float, list[float]]:
-        """Add up losses, tokens and other numbers over all ranks at once -> mean loss, the others.
+    def _reduce(
+        self, sums: Tensor, others: list[float], counts: Tensor
+    ) -> tuple[float, list[float], list[float]]:
+        """Add up losses, tokens and other numbers over all ranks at once.
 
         One reduction a step: it is also where the ranks agree.
+
+        Returns:
+            The mean loss, and the sums of `others` and of `counts`.
         """
         # Only one TP rank of a replica counts; stages but the last have zeros already.
         if parallel_state.get_tensor_model_parallel_rank() > 0:
             sums = torch.zeros_like(sums)
-        packed = torch.cat([sums, sums.new_tensor(others)])
+        packed = torch.cat([sums, sums.new_tensor(others), counts])
         dist.all_reduce(packed)
         loss_sum, tokens, *added = packed.tolist()
-        return loss_sum / max(tokens, 1.0), added
+        return loss_sum / max(tokens, 1.0), added[: len(others)], added[len(others) :]
 
 
 def packed_seq_params(batch: Batch, backend: str, device: torch.device) -> PackedSeqParams | None:

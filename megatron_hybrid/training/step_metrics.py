@@ -2,6 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_hybrid.training.expert_load import ExpertLoad
 
 # The fields that differ between two runs of the same config; all others are reproducible.
 TIMING_FIELDS = frozenset(
@@ -29,6 +33,7 @@ class StepMetrics:
         phase: of the data, that the step belonged to; None where there are not several.
         source_tokens: of each source of the plan, consumed since the start of the run.
         source_epochs: passes over each source since the start of the run.
+        expert_load: where the tokens went, in numbers of each MoE layer; None without one.
         extra: further values by name, e.g. the auxiliary losses of MoE layers or `params_norm`.
     """
 
@@ -48,4 +53,5 @@ class StepMetrics:
     phase: str | None = None
     source_tokens: Mapping[str, int] = field(default_factory=dict)
     source_epochs: Mapping[str, float] = field(default_factory=dict)
+    expert_load: "ExpertLoad | None" = None
     extra: Mapping[str, float] = field(default_factory=dict)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from megatron.core import parallel_state
 
-from megatron_hybrid.config import RunConfig
+from megatron_hybrid.config import RunConfig, validate
 from megatron_hybrid.data.batch import Batch
 from megatron_hybrid.data.batches import Steps
 from megatron_hybrid.data.datasets import open_windows
@@ -78,7 +78,10 @@ class Trainer:
         check_batch_sizes(
             config, self.steps, self.progress.consumed_samples, torch.distributed.get_world_size()
         )
-        self.learning_rate = LearningRate(config, self.optimizer)
+        schedule_start_tokens = self.steps.tokens_before(self.progress.schedule_start_samples)
+        if schedule_start_tokens:  # not known to the rules before
+            validate(config, schedule_start_tokens=schedule_start_tokens)
+        self.learning_rate = LearningRate(config, self.optimizer, schedule_start_tokens)
         self.learning_rate.set(self._consumed_tokens())
         self.recent: list[tuple[float, int]] = []  # seconds and tokens of the last steps
 
@@ -97,15 +100,16 @@ class Trainer:
             )
 
     def _load(self, start: Start) -> Progress:
-        folder, weights_only, is_own = start.origin
+        folder, weights_only, is_own, upcycle = start.origin
         if folder is None:
             return Progress()
         config = self.config
         if is_own:
             whole = config.checkpoint.model_copy(update={"load_optim": True, "load_rng": True})
-            config = config.model_copy(update={"checkpoint": whole})
+            goes_on = config.optimizer.model_copy(update={"restart_schedule": False})
+            config = config.model_copy(update={"checkpoint": whole, "optimizer": goes_on})
         progress = load_checkpoint(
-            config, folder, self.model, self.optimizer, weights_only=weights_only
+            config, folder, self.model, self.optimizer, weights_only=weights_only, upcycle=upcycle
         )
         consumed = progress.consumed_samples
         if start.saved_plan is not None and start.saved_plan.consumed_samples != consumed:
@@ -114,7 +118,8 @@ class Trainer:
                 f"{start.saved_plan.consumed_samples} samples were read, the checkpoint {consumed}"
             )
         if is_rank_zero():
-            print(f"loaded {folder}: step {progress.iteration}", flush=True)
+            done = "upcycled" if upcycle else "loaded"
+            print(f"{done} {folder}: step {progress.iteration}", flush=True)
             if consumed and start.saved_plan is None and self.data.plan is not None:
                 print(
                     f"{folder} holds no plan of its data: the run goes on at sample "
@@ -205,6 +210,8 @@ class Trainer:
         self.recent = [*self.recent, (seconds, shape.tokens)][-RATE_STEPS:]
         if result.refusal is not None or self._due(self.config.training.log_interval):
             metrics.train(self._metrics(result, shape, learning_rate, seconds))
+        if result.expert_load is not None and self._due(self.config.logging.expert_load_interval):
+            metrics.expert_load(progress.iteration, self._consumed_tokens(), result.expert_load)
         return result
 
     def _votes(self, signals: ExitSignals) -> list[float]:
@@ -270,5 +277,6 @@ class Trainer:
             phase=self.data.phase(progress.consumed_samples - 1),
             source_tokens={use.name: use.tokens for use in uses},
             source_epochs={use.name: use.epochs for use in uses},
+            expert_load=result.expert_load,
             extra=extra,
         )

@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import orjson
 import pytest
 from matplotlib.image import imread
 
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.training.metrics import METRICS_FILE, MetricsWriter
 from megatron_hybrid.training.plot import load_run, plot_runs
+from megatron_hybrid.training.plot_experts import draw_expert_load
 from megatron_hybrid.training.step_metrics import StepMetrics
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "plot_run.py"
@@ -141,3 +143,26 @@ def test_several_runs_need_a_named_output(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert "-o PNG" in done.stderr
+
+
+def test_draws_the_load_of_experts(tmp_path: Path) -> None:
+    """--experts makes a picture of a MoE run's load, and says so where a run has no experts."""
+    load = {"layers": [2, 5], "max_over_mean": [1.5, 2.0], "dropped": [0.0, 0.1], "dead": [0, 1]}
+    steps = [
+        {"kind": "train", "iteration": n, "consumed_tokens": 100 * n, "expert_load": load}
+        for n in range(1, 4)
+    ]
+    shares = {"kind": "expert_load", "iteration": 3, "consumed_tokens": 300, "layers": [2, 5],
+              "shares": [[0.25, 0.75, 0.0], [0.5, 0.5, 0.0]]}  # fmt: skip
+    metrics = tmp_path / METRICS_FILE
+    metrics.write_bytes(b"".join(orjson.dumps(record) + b"\n" for record in [*steps, shares]))
+    done = subprocess.run(
+        [sys.executable, SCRIPT, tmp_path, "--experts"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "expert_load.png")
+    assert len(colors(tmp_path / "expert_load.png")) > 20
+    metrics.write_bytes(orjson.dumps(steps[0] | {"expert_load": None}) + b"\n")
+    with pytest.raises(UserError, match="holds no load of experts"):
+        draw_expert_load(tmp_path, tmp_path / "again.png")
+    assert not (tmp_path / "again.png").exists()

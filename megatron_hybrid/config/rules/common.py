@@ -15,6 +15,7 @@ class Facts:
 
     world_size: int | None = None
     has_cuda: bool | None = None
+    schedule_start_tokens: int = 0
 
 
 Rule = Callable[[RunConfig, Facts], Problems]

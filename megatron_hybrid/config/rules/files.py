@@ -77,6 +77,9 @@ def load_folder(c: RunConfig, _: Facts) -> Problems:
     """What the run starts from is a folder of checkpoints with at least one whole checkpoint."""
     if c.checkpoint.load is not None:
         yield from load_problems(c.checkpoint.load)
+    dense = getattr(c.upcycling, "from")
+    if dense is not None:
+        yield from load_problems(dense, "upcycling.from")
 
 
 def _unwritable(path: Path) -> Iterator[str]:

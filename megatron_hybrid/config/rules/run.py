@@ -1,7 +1,8 @@
 """Rules of a run's course: its length, its learning rate, its recomputation and its checkpoints."""
 
+from megatron_hybrid.config.describe import fields, shown
 from megatron_hybrid.config.lengths import lengths
-from megatron_hybrid.config.pattern import parse_pattern
+from megatron_hybrid.config.pattern import MOE, parse_pattern
 from megatron_hybrid.config.rules.common import (
     LENGTHS,
     Facts,
@@ -66,12 +67,15 @@ def wsd(c: RunConfig, _: Facts) -> Problems:
             yield f"{name}={value} needs optimizer.lr_decay_style=WSD; it is {style}"
 
 
-def schedule_fits(c: RunConfig, _: Facts) -> Problems:
+def schedule_fits(c: RunConfig, facts: Facts) -> Problems:
     """Warm-up and final decay fit within the schedule."""
     if number_set(c, LENGTHS) != 1 or any(number_set(c, names) > 1 for names in ALTERNATIVES):
         return
-    found, o = lengths(c), c.optimizer
+    start, o = facts.schedule_start_tokens, c.optimizer
+    found = lengths(c, start)
     source = "the run" if o.lr_decay_samples is o.lr_decay_tokens is None else "its decay"
+    if start:
+        source += f", from token {start} on"
     whole = f"the schedule, {found.decay_tokens} tokens ({source})"
     if found.warmup_tokens >= found.decay_tokens:
         yield (
@@ -117,10 +121,32 @@ def recompute(c: RunConfig, _: Facts) -> Problems:
             )
 
 
-def finetune(c: RunConfig, _: Facts) -> Problems:
-    """Fine-tuning starts from weights."""
-    if c.checkpoint.finetune and c.checkpoint.load is None:
-        yield "checkpoint.finetune=true needs checkpoint.load; it is null"
+def beginning(c: RunConfig, _: Facts) -> Problems:
+    """A run starts from one checkpoint, which what is said of the start needs."""
+    load, dense = c.checkpoint.load, getattr(c.upcycling, "from")
+    if load is not None and dense is not None:
+        yield (
+            f"checkpoint.load={load}, upcycling.from={dense}: a run starts from one of them; "
+            "allowed: the other null"
+        )
+    if load is None and dense is None:
+        for name in ("checkpoint.finetune", "optimizer.restart_schedule"):
+            if values(c, [name])[name]:
+                yield f"{name}=true needs checkpoint.load or upcycling.from; both are null"
+
+
+def upcycling(c: RunConfig, _: Facts) -> Problems:
+    """Experts are made of a dense checkpoint; the other fields say how."""
+    u, pattern = c.upcycling, c.model.hybrid_layer_pattern
+    if getattr(u, "from") is None:
+        for path, field in fields().items():
+            if path.startswith("upcycling.") and values(c, [path])[path] != field.default:
+                yield f"{path}={shown(values(c, [path])[path])} needs upcycling.from; it is null"
+    elif MOE not in pattern:
+        yield (
+            f"upcycling.from={getattr(u, 'from')} needs an 'E' layer in "
+            f"model.hybrid_layer_pattern={pattern!r} for each '-' layer that is to become experts"
+        )
 
 
 RUN: tuple[Rule, ...] = (
@@ -130,5 +156,6 @@ RUN: tuple[Rule, ...] = (
     wsd,
     schedule_fits,
     recompute,
-    finetune,
+    beginning,
+    upcycling,
 )

@@ -1,0 +1,75 @@
+"""megatron-core's router with ties that go to the lower expert, and a count of where tokens went.
+
+Legend: t tokens of this rank and micro batch, E experts, k experts a token goes to.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.router import TopKRouter as EngineTopKRouter
+from torch import Tensor
+
+
+def stable_topk(scores: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, and of equal ones those with the lower index.
+
+    torch.topk leaves open which of equal scores it takes. Experts cut from one copy of an MLP begin
+    with equal rows in the router (Upcycling LLMs into MoE, 2410.07524, 3.2), so that ties are the
+    rule there.
+
+    Args:
+        scores: `[t, E]`.
+
+    Returns:
+        Scores and int64 indices `[t, k]`, the largest first; differentiable in the scores.
+    """
+    indices = torch.sort(scores.detach(), dim=1, descending=True, stable=True).indices[:, :topk]
+    return scores.gather(1, indices), indices
+
+
+class _StableTopk:
+    """Takes the place in which the engine's router asks for recorded choices of experts."""
+
+    def get_replay_topk(
+        self,
+        scores: Tensor,
+        topk: int,
+        num_groups: int | None = None,
+        group_topk: int | None = None,
+        default_compute_topk: Callable[..., Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`stable_topk`; the config has no groups of experts."""
+        assert group_topk is None
+        return stable_topk(scores, topk)
+
+
+class TopKRouter(EngineTopKRouter):
+    """The engine's router; see the module.
+
+    Attributes:
+        load: `[E + 1]` int64, counts since `take_load`, in training only: tokens that each expert
+            got, and in the last place the pairs of a token and an expert that were asked for,
+            dropped ones included.
+    """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.router_replay = _StableTopk()
+        self.load: Tensor | None = None
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The engine's, `[s, b, E]` -> probabilities and bool map `[t, E]`; counted on the way."""
+        probs, routing_map = super().routing(logits, padding_mask)
+        # Recomputation runs a layer first without gradients; only the second time counts.
+        if self.training and torch.is_grad_enabled():
+            with torch.no_grad():
+                asked = routing_map.new_full((1,), len(routing_map) * self.topk, dtype=torch.long)
+                load = torch.cat([routing_map.sum(0), asked])
+                self.load = load if self.load is None else self.load.add_(load)
+        return probs, routing_map
+
+    def take_load(self) -> Tensor | None:
+        """`load`, which begins anew; None where nothing was routed."""
+        load, self.load = self.load, None
+        return load

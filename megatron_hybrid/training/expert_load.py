@@ -1,0 +1,120 @@
+"""How evenly the tokens of a step fell on the experts, layer by layer.
+
+Legend: l MoE layers of the model, E experts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_hybrid.config import ModelConfig
+from megatron_hybrid.config.pattern import MOE, parse_pattern
+from megatron_hybrid.layers.router import TopKRouter
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """Where the tokens of a step went, over all ranks.
+
+    Attributes:
+        layers: numbers of the MoE layers in the pattern, from 1.
+        tokens: `[l, E]` int64: tokens that each expert took.
+        asked: `[l]` int64: pairs of a token and an expert before any were dropped.
+    """
+
+    layers: tuple[int, ...]
+    tokens: np.ndarray
+    asked: np.ndarray
+
+    @property
+    def shares(self) -> np.ndarray:
+        """`[l, E]`: each expert's share of the tokens that were taken; rows sum to 1."""
+        return self.tokens / np.maximum(self.tokens.sum(axis=1, keepdims=True), 1)
+
+    @property
+    def max_over_mean(self) -> np.ndarray:
+        """`[l]`: tokens of the busiest expert over those of the average one; 1 is even."""
+        return self.shares.max(axis=1) * self.tokens.shape[1]
+
+    @property
+    def dropped(self) -> np.ndarray:
+        """`[l]`: share of the pairs that were dropped, experts being full."""
+        return 1.0 - self.tokens.sum(axis=1) / np.maximum(self.asked, 1)
+
+    @property
+    def dead(self) -> np.ndarray:
+        """`[l]` int: experts that took no token."""
+        return (self.tokens == 0).sum(axis=1)
+
+    def summary(self) -> dict[str, list[Any]]:
+        """What is recorded of each step: a number a layer."""
+        return {
+            "layers": list(self.layers),
+            "max_over_mean": self.max_over_mean.tolist(),
+            "dropped": self.dropped.tolist(),
+            "dead": self.dead.tolist(),
+        }
+
+    def scalars(self) -> dict[str, float]:
+        """The summary under a name for each layer, for TensorBoard."""
+        values = self.summary()
+        numbers = values.pop("layers")
+        return {
+            f"expert_load/{name}/layer_{number}": float(value)
+            for name, each in values.items()
+            for number, value in zip(numbers, each, strict=True)
+        }
+
+    def line(self) -> str:
+        """The worst of the layers, for the console."""
+        worst = int(np.argmax(self.max_over_mean))
+        parts = [
+            f"expert load {self.max_over_mean[worst]:.2f} x mean in layer {self.layers[worst]}"
+        ]
+        if self.dead.any():
+            parts.append(f"{self.dead.sum()} dead")
+        if self.dropped.max() > 0:
+            parts.append(f"{self.dropped.max():.1%} dropped")
+        return ", ".join(parts)
+
+
+class ExpertLoads:
+    """The counts that this rank's routers leave behind in each step.
+
+    Args:
+        chunks: this rank's pipeline chunks.
+    """
+
+    def __init__(self, model: ModelConfig, chunks: Sequence[torch.nn.Module]) -> None:
+        pattern = parse_pattern(model.hybrid_layer_pattern).layers
+        self.layers = tuple(n for n, symbol in enumerate(pattern, start=1) if symbol == MOE)
+        self._experts = model.num_moe_experts or 0
+        self._routers = [
+            module
+            for chunk in chunks
+            for module in chunk.modules()
+            if isinstance(module, TopKRouter)
+        ]
+
+    def take(self, like: Tensor) -> Tensor:
+        """This rank's counts of the step, to be added up over ranks: `[l * (E + 1)]` as `like`.
+
+        Each token is routed on one rank of its pipeline stage, so that the sum counts it once.
+        """
+        counts = like.new_zeros(len(self.layers), self._experts + 1)
+        for router in self._routers:
+            load = router.take_load()
+            if load is not None:
+                counts[self.layers.index(router.layer_number)] += load
+        return counts.flatten()
+
+    def read(self, counts: Sequence[float]) -> ExpertLoad | None:
+        """What the sums over ranks say; None in a model without experts."""
+        if not self.layers:
+            return None
+        table = np.asarray(counts, dtype=np.int64).reshape(len(self.layers), -1)
+        return ExpertLoad(self.layers, table[:, :-1], table[:, -1])

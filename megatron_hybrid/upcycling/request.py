@@ -1,0 +1,137 @@
+"""From what is asked of `megatron-hybrid upcycle` to the config of the MoE model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_hybrid.checkpoint.errors import CheckpointError
+from megatron_hybrid.config import ModelConfig, RunConfig, load_config, rules
+from megatron_hybrid.config.pattern import MLP, MOE, parse_pattern
+from megatron_hybrid.config.rules.common import divisors, listing
+from megatron_hybrid.errors import ConfigError
+
+# Of the load-balancing loss where a model had no experts before: what the paper trained with.
+AUX_LOSS_COEFF = 0.01
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an upcycling is to make.
+
+    Attributes:
+        experts: E, copies of each MLP.
+        granularity: G, experts that one copy is cut into.
+        topk: T, experts a token goes to.
+        layers: numbers of the layers that change, from 1; None for all MLP layers.
+        shared_experts: S, shards of each MLP that go into an expert for all tokens.
+        pre_softmax: softmax before the top-k, not after it.
+    """
+
+    experts: int
+    granularity: int
+    topk: int
+    layers: tuple[int, ...] | None = None
+    shared_experts: int = 0
+    pre_softmax: bool = True
+
+
+def upcycled_config(
+    dense: RunConfig, request: Request, save: Path, words: Sequence[str]
+) -> RunConfig:
+    """The config of the MoE model, to be trained from a checkpoint at `save`.
+
+    Args:
+        dense: config of the dense run.
+        save: the folder of checkpoints to be.
+        words: changes on top, as on a command line.
+
+    Raises:
+        CheckpointError: the request does not fit the dense model, with every reason.
+        ConfigError: the changes are wrong, or the config that they make.
+    """
+    problems = _problems(dense.model, request)
+    if problems:
+        try:
+            load_config(words, which=rules.NO_FILES, base=dense.model_dump(mode="json"))
+        except ConfigError as error:
+            problems += error.problems
+        lines = [f"  - {problem}" for problem in problems]
+        raise CheckpointError("\n".join(["this upcycling cannot be done:", *lines]))
+    values = dense.model_dump(mode="json")
+    values["run_dir"] = str(save.parent if save.name == "checkpoints" else save)
+    values["model"] |= _model_values(dense.model, request)
+    # How the dense run began, and where it saved, says nothing of this one.
+    values["upcycling"] = {}
+    values["optimizer"]["restart_schedule"] = False
+    for name in ("save", "load", "finetune", "load_optim", "load_rng"):
+        del values["checkpoint"][name]
+    return load_config(words, which=rules.NO_FILES, base=values)
+
+
+def _model_values(model: ModelConfig, request: Request) -> dict[str, Any]:
+    """Fields of the MoE model that differ from the dense one's."""
+    assert model.ffn_hidden_size is not None
+    width = model.ffn_hidden_size // request.granularity
+    chosen = _chosen(model, request)
+    numbers = iter(range(1, len(model.hybrid_layer_pattern) + 1))
+    pattern = "".join(
+        symbol if symbol == "|" or next(numbers) not in chosen else MOE
+        for symbol in model.hybrid_layer_pattern
+    )
+    values: dict[str, Any] = {
+        "hybrid_layer_pattern": pattern,
+        "num_moe_experts": request.experts * (request.granularity - request.shared_experts),
+        "moe_ffn_hidden_size": width,
+        "moe_router_topk": request.topk,
+        "moe_router_pre_softmax": request.pre_softmax,
+        "moe_shared_expert_intermediate_size": request.shared_experts * width or None,
+    }
+    if MOE not in model.hybrid_layer_pattern:
+        values["moe_aux_loss_coeff"] = AUX_LOSS_COEFF
+    return values
+
+
+def _chosen(model: ModelConfig, request: Request) -> frozenset[int]:
+    """Numbers of the layers that change, from 1."""
+    if request.layers is not None:
+        return frozenset(request.layers)
+    return frozenset(_mlp_layers(model))
+
+
+def _mlp_layers(model: ModelConfig) -> list[int]:
+    layers = parse_pattern(model.hybrid_layer_pattern).layers
+    return [number for number, symbol in enumerate(layers, start=1) if symbol == MLP]
+
+
+def _problems(model: ModelConfig, request: Request) -> list[str]:
+    """Why the request does not fit the dense model."""
+    e, g, t, s = request.experts, request.granularity, request.topk, request.shared_experts
+    pattern = parse_pattern(model.hybrid_layer_pattern).layers
+    mlps = _mlp_layers(model)
+    problems = []
+    if not mlps:
+        problems.append(f"model.hybrid_layer_pattern={pattern!r} has no '{MLP}' layer to upcycle")
+    elif others := sorted(_chosen(model, request) - set(mlps)):
+        problems.append(
+            f"--layers {listing(others)}: not an MLP; '{MLP}' layers are {listing(mlps, 40)}"
+        )
+    f = model.ffn_hidden_size or 1
+    if f % g:
+        problems.append(
+            f"--granularity {g} must divide the MLPs' model.ffn_hidden_size={f}; "
+            f"allowed: {listing(divisors(f))}"
+        )
+    if s >= g:
+        allowed = f"0 to {g - 1}" if g > 1 else "0"
+        problems.append(
+            f"--shared-experts {s} must leave some of the --granularity {g} shards to the router; "
+            f"allowed: {allowed}"
+        )
+    elif t > e * (g - s):
+        routed = f"{e} * {g}" if not s else f"{e} * ({g} - {s})"
+        problems.append(
+            f"--topk {t} must be at most the number of experts, {routed} = {e * (g - s)}; "
+            f"allowed: 1 to {e * (g - s)}"
+        )
+    return problems

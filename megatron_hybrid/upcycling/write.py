@@ -1,0 +1,214 @@
+"""An upcycled checkpoint, streamed: one of an MLP's matrices is in memory at a time.
+
+Beside it there are blocks of a few MiB per thread. No model, no process group.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_hybrid.checkpoint import files
+from megatron_hybrid.checkpoint.errors import CheckpointError
+from megatron_hybrid.checkpoint.reader import CheckpointReader
+from megatron_hybrid.checkpoint.threads import default_threads, in_threads
+from megatron_hybrid.checkpoint.writer import CheckpointWriter
+from megatron_hybrid.config import CONFIG_FILE, RunConfig, UpcyclingConfig
+from megatron_hybrid.data.saved_plan import DATA_PLAN_FILE
+from megatron_hybrid.data.tokenizer import load_tokenizer
+from megatron_hybrid.fileio import write_atomic
+from megatron_hybrid.model.tensor_names import extra_states
+from megatron_hybrid.upcycling.scheme import scheme_between
+from megatron_hybrid.upcycling.tensors import BLOCK_BYTES, Made, UpcycledTensors
+
+# Of a copied tensor in one piece of a file, as a rank reads whole pieces to take its share of them.
+PART_BYTES = 64 << 20
+UPCYCLING = "upcycling"  # what the checkpoint says of its origin; it has no optimizer's state
+
+
+@dataclass(frozen=True)
+class Written:
+    """What came of an upcycling."""
+
+    folder: Path
+    tensors: int
+    nbytes: int
+
+
+def write_upcycled(
+    source: Path,
+    dense: RunConfig,
+    config: RunConfig,
+    save: Path,
+    options: UpcyclingConfig,
+    *,
+    restart_schedule: bool = True,
+    threads: int | None = None,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> Written:
+    """Write a dense checkpoint as that of a MoE model, at the same step, into `save`.
+
+    Args:
+        source: the dense checkpoint, `.../iter_0000100`, saved by any layout.
+        dense, config: what it holds, and what is made of it.
+        save: the folder of checkpoints to be; it must not exist, or be empty.
+        restart_schedule: the learning rate starts its schedule anew there.
+        advance: told bytes written since the last call, and bytes in all.
+
+    Raises:
+        UserError: one cannot be made of the other, a file is damaged, or something is at `save`;
+            nothing that loads is left there.
+    """
+    refuse_to_replace(save)
+    scheme = scheme_between(dense.model, config.model, scale_weights=options.scale_weights)
+    with CheckpointReader(source) as reader:
+        tensors = UpcycledTensors(
+            reader, dense.model, config.model, scheme, options, config.training.seed
+        )
+        common = _common(reader, restart_schedule) | {
+            UPCYCLING: {"from": str(source), "scale": scheme.scale, **asdict(scheme)}
+        }
+        iteration = common["iteration"]
+        files.start_partial(save, iteration)
+        partial = files.partial_folder(save, iteration)
+        try:
+            total = _write_tensors(partial, tensors, config, common, threads, advance)
+            reader.verify()
+            _complete(source, partial, config)
+            files.publish(partial, save, iteration, keep_last=None)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return Written(files.iteration_folder(save, iteration), len(tensors.made), total)
+
+
+def refuse_to_replace(save: Path) -> None:
+    """Refuse a place where something is.
+
+    Raises:
+        CheckpointError: naming it; what a killed upcycling left does not count.
+    """
+    if not save.exists():
+        return
+    if not save.is_dir():
+        raise CheckpointError(f"--save {save} is not a folder")
+    there = sorted(path.name for path in save.iterdir() if not path.name.endswith(".part"))
+    if there:
+        raise CheckpointError(
+            f"--save {save} holds {', '.join(there[:3])}; give a folder that is empty or not there"
+        )
+
+
+def _common(reader: CheckpointReader, restart_schedule: bool) -> dict[str, Any]:
+    """The part of the checkpoint that belongs to no rank: counters, as in the dense one."""
+    iteration = int(reader.common.get("iteration", 0))
+    common: dict[str, Any] = {"checkpoint_version": 3.0, "iteration": iteration}
+    progress = reader.common.get("progress")
+    if progress is not None:
+        progress = dict(progress) | {"loss_average": None}  # of another model
+        if restart_schedule:
+            progress["schedule_start_samples"] = progress["consumed_samples"]
+        common["progress"] = progress
+    return common
+
+
+def _write_tensors(
+    folder: Path,
+    tensors: UpcycledTensors,
+    config: RunConfig,
+    common: dict[str, Any],
+    threads: int | None,
+    advance: Callable[[int, int], None],
+) -> int:
+    """All tensors and the index of them; how many bytes they have."""
+    threads = threads or default_threads()
+    total = sum(nbytes(made) for made in tensors.made.values())
+    advance(0, total)
+    writer = CheckpointWriter(folder, threads)
+
+    def counted(pieces: Iterator[Tensor]) -> Iterator[Tensor]:
+        for piece in pieces:
+            yield piece
+            advance(piece.numel() * piece.element_size(), total)
+
+    try:
+        for name, made in tensors.made.items():
+            writer.declare(name, made.shape, made.dtype)
+        copied = [item for item in tensors.made.items() if item[1].kind == "copied"]
+
+        def copy(part: tuple[str, Made, int, int], file: int) -> None:
+            name, made, start, stop = part
+            rows = counted(_rows(tensors.reader, made, start, stop))
+            writer.write_part(file, name, start, (stop - start, *made.shape[1:]), rows)
+
+        in_threads(_parts(copied), copy, threads)
+        for name, made in tensors.made.items():
+            if made.kind != "copied":
+                _write_made(writer, tensors, name, made, threads, counted)
+        for key in extra_states(config.model):
+            writer.write_object(key, None)
+        writer.finish(common)
+    finally:
+        writer.close()
+    return total
+
+
+def _write_made(
+    writer: CheckpointWriter,
+    tensors: UpcycledTensors,
+    name: str,
+    made: Made,
+    threads: int,
+    counted: Callable[[Iterator[Tensor]], Iterator[Tensor]],
+) -> None:
+    """One tensor of an upcycled layer; experts in threads, of one matrix in memory."""
+    if made.kind == "experts":
+        matrix = tensors.matrix(made)
+
+        def work(expert: int, file: int) -> None:
+            rows = counted(tensors.expert(made, matrix, expert))
+            writer.write_part(file, name, expert, (1, *made.shape[1:]), rows)
+
+        in_threads(range(made.shape[0]), work, threads)
+    else:
+        writer.write_part(0, name, 0, made.shape, counted(iter([tensors.whole(made)])))
+
+
+def nbytes(made: Made) -> int:
+    """Size of a tensor in bytes."""
+    return torch.Size(made.shape).numel() * made.dtype.itemsize
+
+
+def _parts(tensors: list[tuple[str, Made]]) -> Iterator[tuple[str, Made, int, int]]:
+    """Copied tensors in parts along dim 0: name, tensor, first index, index after the last."""
+    for name, made in tensors:
+        length = made.shape[0]
+        step = max(1, PART_BYTES * length // max(1, nbytes(made)))
+        for start in range(0, length, step):
+            yield name, made, start, min(start + step, length)
+
+
+def _rows(reader: CheckpointReader, made: Made, start: int, stop: int) -> Iterator[Tensor]:
+    """Indices of dim 0 of a dense checkpoint's tensor, some of its rows at a time."""
+    rows, width = reader.tensors[made.source].matrix
+    of_index = rows // made.shape[0]
+    step = max(1, BLOCK_BYTES // (width * made.dtype.itemsize))
+    for first in range(start * of_index, stop * of_index, step):
+        yield reader.read_rows(made.source, first, min(first + step, stop * of_index))
+
+
+def _complete(source: Path, partial: Path, config: RunConfig) -> None:
+    """The files beside the tensors: config, tokenizer, plan of the data, checksums."""
+    write_atomic(partial / CONFIG_FILE, config.to_yaml())
+    if (source / CONFIG_FILE).is_file():  # Megatron-LM's own holds neither
+        load_tokenizer(source).save_copy(partial)
+        if (source / DATA_PLAN_FILE).is_file():
+            shutil.copyfile(source / DATA_PLAN_FILE, partial / DATA_PLAN_FILE)
+    if config.checkpoint.verify_integrity:
+        from megatron.core.dist_checkpointing.validation import save_integrity_manifest
+
+        save_integrity_manifest(str(partial))

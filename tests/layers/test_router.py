@@ -1,0 +1,110 @@
+"""The router: equal scores go to the lower expert, and tokens are counted where they went."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_hybrid.testing import run_distributed
+from tests.distributed.layouts import (
+    GLOBAL_BATCH_SIZE,
+    LAYOUTS,
+    ONE_RANK,
+    SEQ_LENGTH,
+    Layout,
+    batches_of_this_rank,
+    built,
+    layout_config,
+    save_weights,
+)
+
+LAYOUT = {layout.name: layout for layout in (ONE_RANK, *LAYOUTS)}
+PATTERN = "ME*E"
+PAIRS = GLOBAL_BATCH_SIZE * SEQ_LENGTH * 2  # of a token and an expert, in a layer and step
+
+
+def test_equal_scores_go_to_the_lower_expert() -> None:
+    """Among equals the order is that of the indices, wherever they stand; values and gradients."""
+    from megatron_hybrid.layers.router import stable_topk
+
+    scores = torch.tensor([[1.0, 3.0, 3.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    scores = torch.cat([scores, scores.repeat(500, 1)]).requires_grad_()
+    values, indices = stable_topk(scores, 4)
+    assert indices[:2].tolist() == [[1, 2, 3, 4], [0, 1, 2, 3]]
+    assert torch.equal(indices, indices[:2].repeat(501, 1))
+    assert torch.equal(values, scores.gather(1, indices))
+    values.sum().backward()
+    assert scores.grad is not None
+    assert scores.grad[:2].tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
+
+
+def loads(
+    layout: Layout, weights: Path, changes: dict[str, Any], recompute: bool
+) -> tuple[Any, list[int]]:
+    """On a rank: the load of one training step, and the layers that have counts left after it."""
+    from megatron_hybrid.layers.router import TopKRouter
+    from megatron_hybrid.training.checkpoint import load_checkpoint
+    from megatron_hybrid.training.step import BatchShape
+
+    config = layout_config(layout, PATTERN, packed=False, recompute=recompute)
+    model = config.model.model_copy(update=changes)
+    with built(config.model_copy(update={"model": model})) as (chunks, optimizer, stepper):
+        load_checkpoint(config, weights, chunks, optimizer, weights_only=True)
+        shape = BatchShape(GLOBAL_BATCH_SIZE, SEQ_LENGTH)
+        batches = batches_of_this_rank(packed=False)
+        stepper.evaluate(batches_of_this_rank(packed=False), [shape])  # which must not count
+        load = stepper.train(batches, shape, float("inf"), []).expert_load
+        left = [
+            module.layer_number
+            for chunk in chunks
+            for module in chunk.modules()
+            if isinstance(module, TopKRouter) and module.load is not None
+        ]
+        return load, left
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that every layout starts from."""
+    folder = tmp_path_factory.mktemp("weights")
+    run_distributed(save_weights, 1, PATTERN, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(weights: Path) -> Any:
+    return run_distributed(loads, 1, ONE_RANK, weights, {}, False)[0][0]
+
+
+def test_every_token_is_counted_once(on_one_rank: Any) -> None:
+    """Each MoE layer, by its number in the pattern, took top-k times the tokens of the step."""
+    assert on_one_rank.layers == (2, 4)
+    assert on_one_rank.tokens.sum(axis=1).tolist() == [PAIRS] * 2
+    assert on_one_rank.asked.tolist() == [PAIRS] * 2
+    assert on_one_rank.dropped.tolist() == [0.0, 0.0]
+    assert (on_one_rank.max_over_mean >= 1).all()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", ["TP2+SP", "PP2", "PP2xVPP2", "CP2", "DP2", "EP2"])
+def test_counts_of_a_layout_are_those_of_one_rank(
+    name: str, recompute: bool, on_one_rank: Any, weights: Path
+) -> None:
+    """The same tokens on the same experts, whoever routed them; recomputation counts nothing."""
+    layout = LAYOUT[name]
+    for load, left in run_distributed(loads, layout.ranks, layout, weights, {}, recompute):
+        assert load.layers == on_one_rank.layers
+        # Rounding may send a token whose scores are all but equal elsewhere.
+        assert abs(load.tokens - on_one_rank.tokens).sum() <= 4
+        assert load.asked.tolist() == on_one_rank.asked.tolist()
+        assert left == []
+
+
+def test_what_full_experts_drop_is_counted(weights: Path) -> None:
+    """With half of an even share as capacity, no expert takes more, and the rest is dropped."""
+    changes = {"moe_expert_capacity_factor": 0.5}
+    load, _ = run_distributed(loads, 1, ONE_RANK, weights, changes, False)[0]
+    assert load.tokens.max() <= PAIRS / 4 * 0.5
+    assert (load.dropped >= 0.5).all()
+    assert load.asked.tolist() == [PAIRS] * 2

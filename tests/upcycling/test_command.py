@@ -1,0 +1,232 @@
+"""`megatron-hybrid upcycle`: what it makes, what it refuses, and what it leaves when it dies."""
+
+import os
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_hybrid.checkpoint import files
+from megatron_hybrid.checkpoint.reader import CheckpointReader, find_checkpoint
+from megatron_hybrid.checkpoint.source_model import source_config
+from megatron_hybrid.cli import main
+from megatron_hybrid.config import UpcyclingConfig, load_config
+from megatron_hybrid.testing import run_distributed
+from megatron_hybrid.testing.distributed import RankError
+from megatron_hybrid.upcycling.request import Request, upcycled_config
+from megatron_hybrid.upcycling.write import write_upcycled
+from tests.upcycling.models import dense_words, train, upcycle
+
+# (what is typed beside --load and --save, every problem that is reported)
+REFUSED = {
+    "not divisible": (
+        "--experts 2 --granularity 5 --topk 4",
+        ["--granularity 5 must divide the MLPs' model.ffn_hidden_size=48; allowed: 1, 2, 3, 4, 6"],
+    ),
+    "too many a token": (
+        "--experts 2 --granularity 4 --topk 9",
+        ["--topk 9 must be at most the number of experts, 2 * 4 = 8; allowed: 1 to 8"],
+    ),
+    "two at once": (
+        "--experts 2 --granularity 5 --topk 11",
+        ["--granularity 5 must divide", "--topk 11 must be at most the number of experts, 2 * 5"],
+    ),
+    "with shared ones": (
+        "--experts 2 --granularity 4 --topk 7 --shared-experts 1",
+        ["--topk 7 must be at most the number of experts, 2 * (4 - 1) = 6; allowed: 1 to 6"],
+    ),
+    "all shared": (
+        "--experts 2 --granularity 4 --topk 2 --shared-experts 4",
+        ["--shared-experts 4 must leave some of the --granularity 4 shards to the router; "
+         "allowed: 0 to 3"],
+    ),
+    "not an MLP": (
+        "--experts 2 --granularity 4 --topk 2 --layers 1,2,9",
+        ["--layers 1, 9: not an MLP; '-' layers are 2, 4, 6"],
+    ),
+    "EP": (
+        "--experts 3 --granularity 1 --topk 2 --expert-model-parallel-size 2",
+        ["parallel.expert_model_parallel_size=2 must divide model.num_moe_experts=3; "
+         "allowed: 1, 3"],
+    ),
+    "no gradient": (
+        "--experts 3 --granularity 1 --topk 1 --router-order topk-softmax",
+        ["model.moe_router_topk=1 with model.moe_router_score_function=softmax needs"],
+    ),
+    "unknown field": (
+        "--experts 2 --granularity 4 --topk 4 optimizer.learning_rate=1",
+        ["optimizer.learning_rate"],
+    ),
+    "both kinds": (
+        "--experts 2 --granularity 5 --topk 4 training.train_iters=-1",
+        ["--granularity 5 must divide", "training.train_iters=-1 must be"],
+    ),
+    "a word": (
+        "--experts 2 --granularity 4 --topk 4 tiny",
+        ["'tiny' is no section.field=value"],
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense run of one step."""
+    run_dir = tmp_path_factory.mktemp("dense") / "run"
+    run_distributed(train, 1, dense_words(run_dir, "training.train_iters=1"))
+    return run_dir
+
+
+class Command:
+    """Runs `megatron-hybrid upcycle` in this process; afterwards `output` and `errors` are text."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]) -> None:
+        self._patch, self._capture = patch, capture
+
+    def __call__(self, load: Path, save: Path, typed: str) -> int:
+        words = ["upcycle", "--load", str(load), "--save", str(save), *typed.split()]
+        self._patch.setattr(sys, "argv", ["megatron-hybrid", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        self.output, self.errors = self._capture.readouterr()
+        return int(ended.value.code or 0)
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    return Command(monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_wrong_requests_are_refused(
+    name: str, dense: Path, tmp_path: Path, command: Command
+) -> None:
+    """One message with the numbers and what is allowed; no traceback, and nothing is left."""
+    typed, problems = REFUSED[name]
+    assert command(dense, tmp_path / "moe", typed) == 1
+    assert "Traceback" not in command.errors
+    for problem in problems:
+        assert problem in command.errors
+    assert not (tmp_path / "moe").exists()
+
+
+def test_no_mlp_is_refused(tmp_path: Path, command: Command) -> None:
+    """There is nothing to upcycle in a pattern without MLPs."""
+    line = dense_words(tmp_path / "run", "model.hybrid_layer_pattern=M*M", "training.train_iters=1")
+    run_distributed(train, 1, line)
+    command(tmp_path / "run", tmp_path / "moe", "--experts 2 --granularity 4 --topk 4")
+    assert "model.hybrid_layer_pattern='M*M' has no '-' layer to upcycle" in command.errors
+
+
+def test_a_target_that_exists_is_refused(dense: Path, tmp_path: Path, command: Command) -> None:
+    """Whatever is there stays as it is."""
+    (tmp_path / "notes.txt").write_text("mine")
+    assert command(dense, tmp_path, "--experts 2 --granularity 4 --topk 4") == 1
+    assert "holds notes.txt; give a folder that is empty or not there" in command.errors
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_dry_run_says_what_would_be_done(dense: Path, tmp_path: Path, command: Command) -> None:
+    """Layers, experts, scale, counts and memory; nothing is written. E8G8T8 has the scale 4."""
+    typed = "--experts 8 --granularity 8 --topk 8 --layers 2,6 --dry-run"
+    assert command(dense, tmp_path / "moe", typed) == 0
+    for text in (
+        "M-*-M- -> ME*-ME", "64 of 6 channels: 8 copies of an MLP of 48, cut into 8",
+        "8 experts a token; softmax, then top-k", "4.0000 on both matrices", "dense", "upcycled",
+    ):  # fmt: skip
+        assert text in command.output
+    assert re.search(r"layers +2, 6", command.output)
+    assert not (tmp_path / "moe").exists()
+
+
+def test_the_command_makes_what_pretrain_loads(
+    dense: Path, tmp_path: Path, command: Command
+) -> None:
+    """With changes to the config on top; the config found by --load is that of the MoE model."""
+    typed = "--experts 2 --granularity 4 --topk 4 --shared-experts 1"
+    typed += " --lr 2e-4 model.moe_z_loss_coeff=0.001"
+    assert command(dense, tmp_path / "moe", typed) == 0
+    config = load_config(["--load", str(tmp_path / "moe")])
+    assert config.optimizer.lr == 2e-4
+    assert config.model.moe_z_loss_coeff == 0.001
+    assert config.model.hybrid_layer_pattern == "ME*EME"
+    assert config.model.moe_shared_expert_intermediate_size == 12
+    assert config.model.num_moe_experts == 6
+    with CheckpointReader(find_checkpoint(tmp_path / "moe")) as reader:
+        said = reader.common["upcycling"]
+        assert (said["expansion"], said["granularity"], said["shared_shards"]) == (2, 4, 1)
+        for name in reader.tensors:
+            reader.read(name)  # checksums
+
+
+def test_threads_change_nothing(dense: Path, tmp_path: Path) -> None:
+    """One thread or five: the same tensors, with channels drawn anew and noise in the router."""
+    found = []
+    for threads in (1, 5):
+        save = tmp_path / str(threads)
+        _, folder = upcycle(
+            dense, save, Request(3, 4, 4), threads=threads, reinit_fraction=0.5, router_noise=0.1
+        )
+        with CheckpointReader(folder) as reader:
+            found.append({name: reader.read(name) for name in reader.tensors})
+    assert found[0].keys() == found[1].keys()
+    assert all((found[0][name] == found[1][name]).all() for name in found[0])
+
+
+def upcycle_and_die(dense: Path, save: Path, at: float | str) -> None:
+    """On a rank: upcycle, and be killed when so much is written, or in a step of publishing."""
+
+    def die(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    written = 0
+
+    def advance(done: int, total: int) -> None:
+        nonlocal written
+        written += done
+        if not isinstance(at, str) and written >= at * total:
+            die()
+
+    publishing: dict[str, Callable[..., None]] = {"publish": die, "write_atomic": die}
+    if isinstance(at, str):
+        setattr(files, at, publishing[at])
+    source = find_checkpoint(dense)
+    with CheckpointReader(source) as reader:
+        config = source_config(reader, None)
+    moe = upcycled_config(config, Request(2, 4, 4), save, [])
+    write_upcycled(source, config, moe, save, UpcyclingConfig(), advance=advance)
+
+
+@pytest.mark.parametrize("at", [0.0, 0.2, 0.5, 0.9, 1.0, "publish", "write_atomic"])
+def test_killed_it_leaves_nothing_that_loads(at: float | str, dense: Path, tmp_path: Path) -> None:
+    """Killed at any moment there is no checkpoint to load; the next try is none the worse."""
+    save = tmp_path / "moe"
+    with pytest.raises(RankError, match="SIGKILL"):
+        run_distributed(upcycle_and_die, 1, dense, save, at)
+    assert files.latest_checkpoint(save) is None
+    if at == "write_atomic":  # whole, and named by nothing: --save is not empty any more
+        assert [path.name for path in save.iterdir()] == ["iter_0000001"]
+        return
+    upcycle(dense, save, Request(2, 4, 4))
+    assert sorted(path.name for path in save.iterdir()) == [
+        "iter_0000001", "latest_checkpointed_iteration.txt",
+    ]  # fmt: skip
+
+
+def test_a_damaged_source_is_refused(dense: Path, tmp_path: Path, command: Command) -> None:
+    """A flipped bit in an MLP's matrix: nothing that loads comes of it."""
+    copy = tmp_path / "dense"
+    shutil.copytree(dense, copy)
+    folder = find_checkpoint(copy)
+    with CheckpointReader(folder) as reader:
+        (chunk,) = reader.tensors["decoder.layers.1.mlp.linear_fc1.weight"].chunks
+    path = folder / chunk.file
+    data = bytearray(path.read_bytes())
+    data[chunk.start + chunk.length // 2] ^= 1
+    path.write_bytes(data)
+    assert command(copy, tmp_path / "moe", "--experts 2 --granularity 4 --topk 4") == 1
+    assert "checksum" in command.errors
+    assert list((tmp_path / "moe").iterdir()) == []

@@ -1,0 +1,149 @@
+"""Which channels an expert takes, the scale, and what is drawn."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_hybrid.checkpoint.reader import CheckpointReader, find_checkpoint
+from megatron_hybrid.config import ModelConfig, build_config
+from megatron_hybrid.testing import run_distributed
+from megatron_hybrid.upcycling.request import Request
+from megatron_hybrid.upcycling.scheme import Scheme, weight_scale
+from tests.upcycling.models import dense_words, train, upcycle
+
+# (E, G, T): scale with softmax before the top-k, and squared ReLU. Section C of the paper.
+SCALES = {(8, 8, 8): 4.0, (8, 1, 1): 2.0, (8, 1, 2): 1.5874, (2, 2, 2): 1.5874, (8, 8, 16): 3.1748}
+
+
+def moe(topk: int, **changes: Any) -> ModelConfig:
+    """A MoE model that has what the scale depends on."""
+    values = {
+        "hybrid_layer_pattern": "E", "hidden_size": 8, "vocab_size": 32, "num_moe_experts": 64,
+        "moe_router_topk": topk, "moe_router_pre_softmax": True,
+    }  # fmt: skip
+    run = {"model": values | changes, "optimizer": {"lr": 1.0}}
+    return build_config(run, which=()).model
+
+
+@pytest.mark.parametrize("egt", SCALES)
+def test_scales_of_the_paper(egt: tuple[int, int, int]) -> None:
+    """(E * G^2 / T)^(1/3), to the digits that are printed; the square root for GELU."""
+    e, g, t = egt
+    assert weight_scale(moe(t), e, g) == pytest.approx(SCALES[egt], abs=5e-5)
+    assert weight_scale(moe(t, activation="swiglu"), e, g) == pytest.approx(SCALES[egt], abs=5e-5)
+    gelu = weight_scale(moe(t, activation="gelu"), e, g)
+    assert gelu == pytest.approx((e * g * g / t) ** 0.5)
+
+
+def test_scale_of_the_other_router() -> None:
+    """Softmax after the top-k: G in place of E * G^2 / T, whatever E and T; a factor counts."""
+    after = {"moe_router_pre_softmax": False}
+    assert weight_scale(moe(4, **after), 3, 8) == pytest.approx(2.0)
+    assert weight_scale(moe(2, **after), 8, 8) == pytest.approx(2.0)
+    factor = moe(2, moe_router_topk_scaling_factor=8.0, **after)
+    assert weight_scale(factor, 8, 8) == pytest.approx(1.0)
+
+
+def test_every_copy_has_every_channel_once() -> None:
+    """The routed experts of one copy and the shared one hold the MLP's channels, each once."""
+    scheme = Scheme((0,), 3, 4, 1, 2, 5, False, 1.0)
+    assert (scheme.num_experts, scheme.channels) == (9, 20)
+    for copy in range(3):
+        held = list(range(20))[scheme.shared_channels]
+        for expert in range(3 * copy, 3 * copy + 3):
+            held += list(range(20))[scheme.channels_of(expert)]
+        assert held == list(range(20))
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("dense") / "run"
+    line = dense_words(run_dir, "training.train_iters=1", "model.activation=swiglu")
+    run_distributed(train, 1, line)
+    return run_dir
+
+
+def layer(dense: Path, save: Path, request: Request, **options: Any) -> dict[str, Tensor]:
+    """The tensors of the second layer, and of the dense one under `dense.`."""
+    _, folder = upcycle(dense, save, request, **options)
+    found = {}
+    for prefix, each in (("", folder), ("dense.", find_checkpoint(dense))):
+        with CheckpointReader(each) as reader:
+            for name in reader.tensors:
+                if name.startswith("decoder.layers.1."):
+                    short = name.removeprefix("decoder.layers.1.")
+                    found[prefix + short.removeprefix("mlp.")] = reader.read(name)
+    return found
+
+
+def test_gate_and_up_are_cut_separately(dense: Path, tmp_path: Path) -> None:
+    """An expert's first matrix: its channels of the gate, then of up; the second, its columns."""
+    request = Request(2, 4, 3, shared_experts=1, pre_softmax=False)
+    found = layer(dense, tmp_path / "moe", request)
+    scale, w = 3.0 ** (1 / 3), 12
+    fc1, fc2 = found["dense.linear_fc1.weight"], found["dense.linear_fc2.weight"]
+    gate, up = fc1.split(48)
+    for expert in range(6):
+        cut = slice(w * (1 + expert % 3), w * (2 + expert % 3))
+        expected = torch.cat([gate[cut], up[cut]]) * scale
+        torch.testing.assert_close(found["experts.experts.linear_fc1.weight"][expert], expected)
+        torch.testing.assert_close(
+            found["experts.experts.linear_fc2.weight"][expert], fc2[:, cut] * scale
+        )
+    shared = torch.cat([gate[:w], up[:w]])
+    assert torch.equal(found["shared_experts.linear_fc1.weight"], shared)
+    assert torch.equal(found["shared_experts.linear_fc2.weight"], fc2[:, :w])
+    norm = found["dense.linear_fc1.layer_norm_weight"]
+    assert torch.equal(found["pre_mlp_layernorm.weight"], norm)
+
+
+def test_router_rows_repeat_unless_there_is_noise(dense: Path, tmp_path: Path) -> None:
+    """One row a copy, of the asked deviation; noise sets the experts of a copy apart by as much."""
+    request = Request(40, 4, 4)
+    rows = layer(dense, tmp_path / "a", request, router_std=0.5)["router.weight"].view(40, 4, -1)
+    assert torch.equal(rows, rows[:, :1].expand_as(rows))
+    assert rows[:, 0].std().item() == pytest.approx(0.5, rel=0.1)
+    noisy = layer(dense, tmp_path / "b", request, router_std=0.5, router_noise=0.01)
+    noise = noisy["router.weight"].view(40, 4, -1) - rows
+    assert noise.std().item() == pytest.approx(0.01, rel=0.1)
+    zero = layer(dense, tmp_path / "c", request, router_std=0.0)["router.weight"]
+    assert zero.count_nonzero() == 0
+
+
+def test_a_share_of_the_channels_is_drawn_anew(dense: Path, tmp_path: Path) -> None:
+    """A quarter of each expert's channels, the same ones in all its matrices, as large as others;
+    other ones in each expert.
+    """
+    request = Request(3, 2, 2)
+    kept = layer(dense, tmp_path / "kept", request)
+    drawn = layer(dense, tmp_path / "drawn", request, reinit_fraction=0.25)
+    fc1, fc2 = (f"experts.experts.{name}.weight" for name in ("linear_fc1", "linear_fc2"))
+    chosen = []
+    for expert in range(6):
+        gate, up = ((drawn[fc1][expert] != kept[fc1][expert]).all(1)).split(24)
+        down = (drawn[fc2][expert] != kept[fc2][expert]).all(0)
+        assert torch.equal(gate, up) and torch.equal(gate, down)
+        assert gate.sum() == 6
+        changed = drawn[fc1][expert].view(2, 24, -1)[:, gate]
+        assert changed.std().item() == pytest.approx(kept[fc1][expert].std().item(), rel=0.15)
+        chosen.append(tuple(gate.nonzero().flatten().tolist()))
+    assert len(set(chosen)) == 6
+    untouched = (drawn[fc1] == kept[fc1]).all(-1)
+    assert untouched.sum() == 6 * 2 * 18
+
+
+def test_another_seed_draws_others(dense: Path, tmp_path: Path) -> None:
+    """What is drawn follows from training.seed, and nothing else."""
+    found = [
+        upcycle(dense, tmp_path / str(n), Request(2, 4, 4), f"training.seed={seed}")[1]
+        for n, seed in enumerate((7, 7, 8))
+    ]
+    routers = []
+    for folder in found:
+        with CheckpointReader(folder) as reader:
+            routers.append(reader.read("decoder.layers.1.mlp.router.weight"))
+    assert torch.equal(routers[0], routers[1])
+    assert not torch.equal(routers[0], routers[2])
