@@ -1,4 +1,4 @@
-"""The checkpoint that `convert.py` converts: a model of some billion random parameters, untrained.
+"""The checkpoints that `convert.py` and `upcycle.py` read: billions of random parameters.
 
 python benchmarks/convert_checkpoint.py FOLDER --gigabytes 4
 """
@@ -49,10 +49,10 @@ def model_config(gigabytes: float) -> RunConfig:
 def make_checkpoint(save: Path, config: RunConfig) -> Path:
     """Write a checkpoint of the drawn weights, without an optimizer's states; its folder."""
     from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.validation import save_integrity_manifest
     from megatron.core.utils import unwrap_model
 
     from megatron_hybrid.checkpoint import files
+    from megatron_hybrid.checkpoint.threads import default_threads
     from megatron_hybrid.config.tracker import CONFIG_FILE
     from megatron_hybrid.data.tokenizer import NullTokenizer
     from megatron_hybrid.fileio import write_atomic
@@ -70,8 +70,9 @@ def make_checkpoint(save: Path, config: RunConfig) -> Path:
         state = {"iteration": iteration, "model": model.sharded_state_dict()}
         dist_checkpointing.save(state, str(partial))
     write_atomic(partial / CONFIG_FILE, config.to_yaml())
-    NullTokenizer(VOCAB_SIZE).save_copy(partial)
-    save_integrity_manifest(str(partial))
+    assert config.model.vocab_size is not None
+    NullTokenizer(config.model.vocab_size).save_copy(partial)
+    files.write_integrity(partial, default_threads())
     files.publish(partial, save, iteration, keep_last=None)
     return files.iteration_folder(save, iteration)
 

@@ -21,10 +21,7 @@ from megatron.core.dist_checkpointing.serialization import (
     load_sharded_metadata,
 )
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.dist_checkpointing.validation import (
-    save_integrity_manifest,
-    verify_integrity_manifest,
-)
+from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
@@ -32,6 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_hybrid.checkpoint import files
 from megatron_hybrid.checkpoint.saved_config import refuse_other_model, saved_config
+from megatron_hybrid.checkpoint.threads import default_threads
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.phases import sequence_lengths
 from megatron_hybrid.config.tracker import CONFIG_FILE
@@ -173,7 +171,7 @@ class Checkpointer:
             if data_plan is not None:
                 write_atomic(partial / DATA_PLAN_FILE, data_plan)
             if options.verify_integrity:
-                save_integrity_manifest(str(partial))
+                files.write_integrity(partial, default_threads())
             files.publish(partial, self.save_folder, iteration, options.keep_last)
 
         on_rank_zero(complete)

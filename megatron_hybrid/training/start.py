@@ -112,13 +112,13 @@ def find_checkpoint(config: RunConfig) -> Origin:
     restarts = {
         "checkpoint.finetune=true": options.finetune,
         "optimizer.restart_schedule=true": config.optimizer.restart_schedule,
-        f"{name}={start}": dense is not None,
+        "upcycling": dense is not None,
     }
     for restart, asked in restarts.items():
         if own is not None and asked:
             raise UserError(
-                f"{restart} cannot start from {start}, the folder that this run saves to; give the "
-                "new run a run_dir of its own"
+                f"{restart} cannot start from {name}={start}, the folder that this run saves to; "
+                "give the new run a run_dir of its own"
             )
     if own is None and start is not None:
         folder = checkpoint_files.latest_checkpoint(start)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_hybrid.checkpoint.errors import CheckpointError
 from megatron_hybrid.checkpoint.reader import CheckpointReader
+from megatron_hybrid.checkpoint.threads import in_threads
 from megatron_hybrid.config import UpcyclingConfig
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.pattern import parse_pattern
@@ -57,6 +58,7 @@ class UpcycledTensors:
         dense, moe: the two models; `scheme` is `scheme_between` them.
         options: how routers are drawn and experts varied.
         seed: of what is drawn.
+        threads: that read.
 
     Attributes:
         made: by name, in the order of the layers.
@@ -73,8 +75,10 @@ class UpcycledTensors:
         scheme: Scheme,
         options: UpcyclingConfig,
         seed: int,
+        threads: int = 1,
     ) -> None:
         self.reader, self.scheme, self.options, self.seed = reader, scheme, options, seed
+        self.threads = threads
         self._moe = moe
         self.hidden_size = moe.hidden_size
         self.router_std = moe.init_method_std if options.router_std is None else options.router_std
@@ -124,17 +128,30 @@ class UpcycledTensors:
         return made
 
     def matrix(self, made: Made) -> Tensor:
-        """The MLP's matrix that experts are made of: `[f or 2f, h]` or `[h, f]`."""
+        """What routed experts are cut from: the scaled matrix, `[f or 2f, h]` or `[h, f]`."""
+        return self._read(made, self.scheme.scale)
+
+    def _read(self, made: Made, scale: float) -> Tensor:
+        """The MLP's matrix times `scale`, in its dtype; nothing else is as large."""
         rows, width = self.reader.tensors[made.source].matrix
         matrix = torch.empty(rows, width, dtype=made.dtype)
         step = max(1, BLOCK_BYTES // (width * made.dtype.itemsize))
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            matrix[start:stop] = self.reader.read_rows(made.source, start, stop)
+
+        def read(start: int, _: int) -> None:
+            block = self.reader.read_rows(made.source, start, min(start + step, rows))
+            if scale != 1.0:
+                block = block.float().mul_(scale)
+            matrix[start : start + step] = block
+
+        in_threads(range(0, rows, step), read, self.threads)
         return matrix
 
     def expert(self, made: Made, matrix: Tensor, expert: int) -> Iterator[Tensor]:
-        """One routed expert's matrix `[w or 2w, h]` or `[h, w]`, some rows at a time."""
+        """One routed expert's matrix `[w or 2w, h]` or `[h, w]`, some rows at a time.
+
+        Args:
+            matrix: as `matrix` gives it.
+        """
         cut = self._cut(made, matrix, self.scheme.channels_of(expert))
         if self.options.reinit_fraction:
             yield self._reinitialised(made, torch.cat(cut), expert)
@@ -142,7 +159,7 @@ class UpcycledTensors:
         for part in cut:
             step = max(1, BLOCK_BYTES // (part.shape[1] * part.dtype.itemsize))
             for rows in part.split(step):
-                yield self._scaled(rows)
+                yield rows.contiguous()
 
     def whole(self, made: Made) -> Tensor:
         """A tensor of an upcycled layer other than its routed experts'."""
@@ -151,7 +168,7 @@ class UpcycledTensors:
         if made.kind == "bias":
             return torch.zeros(made.shape, dtype=made.dtype)
         # The shared expert has its channels as they were.
-        return torch.cat(self._cut(made, self.matrix(made), self.scheme.shared_channels))
+        return torch.cat(self._cut(made, self._read(made, 1.0), self.scheme.shared_channels))
 
     def _cut(self, made: Made, matrix: Tensor, channels: slice) -> tuple[Tensor, ...]:
         """Views of the channels in a matrix; gate and up are cut separately."""
@@ -159,28 +176,23 @@ class UpcycledTensors:
             return (matrix[:, channels],)
         return tuple(half[channels] for half in matrix.split(self.scheme.channels))
 
-    def _scaled(self, rows: Tensor) -> Tensor:
-        if self.scheme.scale == 1.0:
-            return rows.contiguous()
-        return (rows.float() * self.scheme.scale).to(rows.dtype).contiguous()
-
     def _reinitialised(self, made: Made, cut: Tensor, expert: int) -> Tensor:
-        """The scaled matrix with some channels drawn anew, as large as the others are.
+        """An expert's matrix with some channels drawn anew, as large as the others are.
 
         An expert's channels are the same in both of its matrices.
         """
-        scaled = cut.float().mul_(self.scheme.scale)
+        found = cut.float()
         w = self.scheme.width
         draws = self._generator(made.layer, f"channels of expert {expert}")
         chosen = torch.randperm(w, generator=draws)[: round(self.options.reinit_fraction * w)]
         draws = self._generator(made.layer, f"{made.matrix} of expert {expert}")
-        new = torch.randn(scaled.shape, generator=draws).mul_(scaled.std())
+        new = torch.randn(found.shape, generator=draws).mul_(found.std())
         if made.matrix == FC2:
-            scaled[:, chosen] = new[:, chosen]
+            found[:, chosen] = new[:, chosen]
         else:
-            for old, drawn in zip(scaled.split(w), new.split(w), strict=True):
+            for old, drawn in zip(found.split(w), new.split(w), strict=True):
                 old[chosen] = drawn[chosen]
-        return scaled.to(made.dtype)
+        return found.to(made.dtype)
 
     def _router(self, made: Made) -> Tensor:
         """`[n, h]`: a drawn row for each copy of the MLP, the same for all of its experts."""

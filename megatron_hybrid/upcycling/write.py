@@ -5,6 +5,7 @@ Beside it there are blocks of a few MiB per thread. No model, no process group.
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,10 @@ def write_upcycled(
     """
     refuse_to_replace(save)
     scheme = scheme_between(dense.model, config.model, scale_weights=options.scale_weights)
-    with CheckpointReader(source) as reader:
+    threads = threads or default_threads()
+    with CheckpointReader(source) as reader, _one_thread_an_operation():
         tensors = UpcycledTensors(
-            reader, dense.model, config.model, scheme, options, config.training.seed
+            reader, dense.model, config.model, scheme, options, config.training.seed, threads
         )
         common = _common(reader, restart_schedule) | {
             UPCYCLING: {"from": str(source), "scale": scheme.scale, **asdict(scheme)}
@@ -76,9 +78,9 @@ def write_upcycled(
         files.start_partial(save, iteration)
         partial = files.partial_folder(save, iteration)
         try:
-            total = _write_tensors(partial, tensors, config, common, threads, advance)
+            total = _write_tensors(partial, tensors, config, common, advance)
             reader.verify()
-            _complete(source, partial, config)
+            _complete(source, partial, config, threads)
             files.publish(partial, save, iteration, keep_last=None)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -121,11 +123,10 @@ def _write_tensors(
     tensors: UpcycledTensors,
     config: RunConfig,
     common: dict[str, Any],
-    threads: int | None,
     advance: Callable[[int, int], None],
 ) -> int:
     """All tensors and the index of them; how many bytes they have."""
-    threads = threads or default_threads()
+    threads = tensors.threads
     total = sum(nbytes(made) for made in tensors.made.values())
     advance(0, total)
     writer = CheckpointWriter(folder, threads)
@@ -148,7 +149,7 @@ def _write_tensors(
         in_threads(_parts(copied), copy, threads)
         for name, made in tensors.made.items():
             if made.kind != "copied":
-                _write_made(writer, tensors, name, made, threads, counted)
+                _write_made(writer, tensors, name, made, counted)
         for key in extra_states(config.model):
             writer.write_object(key, None)
         writer.finish(common)
@@ -162,7 +163,6 @@ def _write_made(
     tensors: UpcycledTensors,
     name: str,
     made: Made,
-    threads: int,
     counted: Callable[[Iterator[Tensor]], Iterator[Tensor]],
 ) -> None:
     """One tensor of an upcycled layer; experts in threads, of one matrix in memory."""
@@ -173,9 +173,22 @@ def _write_made(
             rows = counted(tensors.expert(made, matrix, expert))
             writer.write_part(file, name, expert, (1, *made.shape[1:]), rows)
 
-        in_threads(range(made.shape[0]), work, threads)
+        in_threads(range(made.shape[0]), work, tensors.threads)
     else:
         writer.write_part(0, name, 0, made.shape, counted(iter([tensors.whole(made)])))
+
+
+@contextmanager
+def _one_thread_an_operation() -> Iterator[None]:
+    """Our threads share the processors; torch's, of which each of ours would start some, only spin
+    there.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def nbytes(made: Made) -> int:
@@ -201,7 +214,7 @@ def _rows(reader: CheckpointReader, made: Made, start: int, stop: int) -> Iterat
         yield reader.read_rows(made.source, first, min(first + step, stop * of_index))
 
 
-def _complete(source: Path, partial: Path, config: RunConfig) -> None:
+def _complete(source: Path, partial: Path, config: RunConfig, threads: int) -> None:
     """The files beside the tensors: config, tokenizer, plan of the data, checksums."""
     write_atomic(partial / CONFIG_FILE, config.to_yaml())
     if (source / CONFIG_FILE).is_file():  # Megatron-LM's own holds neither
@@ -209,6 +222,4 @@ def _complete(source: Path, partial: Path, config: RunConfig) -> None:
         if (source / DATA_PLAN_FILE).is_file():
             shutil.copyfile(source / DATA_PLAN_FILE, partial / DATA_PLAN_FILE)
     if config.checkpoint.verify_integrity:
-        from megatron.core.dist_checkpointing.validation import save_integrity_manifest
-
-        save_integrity_manifest(str(partial))
+        files.write_integrity(partial, threads)

@@ -5,7 +5,6 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from megatron_hybrid.checkpoint import files
 from megatron_hybrid.checkpoint.reader import CheckpointReader, find_checkpoint
 from megatron_hybrid.checkpoint.source_model import source_config
 from megatron_hybrid.cli import main
-from megatron_hybrid.config import UpcyclingConfig, load_config
+from megatron_hybrid.config import TRACKER_FILE, UpcyclingConfig, load_config
 from megatron_hybrid.testing import run_distributed
 from megatron_hybrid.testing.distributed import RankError
 from megatron_hybrid.upcycling.request import Request, upcycled_config
@@ -190,9 +189,17 @@ def upcycle_and_die(dense: Path, save: Path, at: float | str) -> None:
         if not isinstance(at, str) and written >= at * total:
             die()
 
-    publishing: dict[str, Callable[..., None]] = {"publish": die, "write_atomic": die}
-    if isinstance(at, str):
-        setattr(files, at, publishing[at])
+    write_atomic = files.write_atomic
+
+    def die_at_tracker(path: Path, data: str) -> None:
+        if path.name == TRACKER_FILE:
+            die()
+        write_atomic(path, data)
+
+    if at == "publish":
+        files.publish = die
+    elif at == "tracker":
+        files.write_atomic = die_at_tracker
     source = find_checkpoint(dense)
     with CheckpointReader(source) as reader:
         config = source_config(reader, None)
@@ -200,14 +207,14 @@ def upcycle_and_die(dense: Path, save: Path, at: float | str) -> None:
     write_upcycled(source, config, moe, save, UpcyclingConfig(), advance=advance)
 
 
-@pytest.mark.parametrize("at", [0.0, 0.2, 0.5, 0.9, 1.0, "publish", "write_atomic"])
+@pytest.mark.parametrize("at", [0.0, 0.2, 0.5, 0.9, 1.0, "publish", "tracker"])
 def test_killed_it_leaves_nothing_that_loads(at: float | str, dense: Path, tmp_path: Path) -> None:
     """Killed at any moment there is no checkpoint to load; the next try is none the worse."""
     save = tmp_path / "moe"
     with pytest.raises(RankError, match="SIGKILL"):
         run_distributed(upcycle_and_die, 1, dense, save, at)
     assert files.latest_checkpoint(save) is None
-    if at == "write_atomic":  # whole, and named by nothing: --save is not empty any more
+    if at == "tracker":  # whole, and named by nothing: --save is not empty any more
         assert [path.name for path in save.iterdir()] == ["iter_0000001"]
         return
     upcycle(dense, save, Request(2, 4, 4))
