@@ -109,7 +109,7 @@ def common_model(fields: Fields, pattern: str, names: MambaNames) -> dict[str, A
             "num_attention_heads": heads,
             "num_query_groups": fields.size("num_key_value_heads", heads),
             "kv_channels": fields.size("head_dim", max(1, hidden_size // heads)),
-            "attention_dropout": float(fields.get("attention_dropout", 0.0)),
+            "attention_dropout": fields.number("attention_dropout", 0.0),
         }
     return values
 

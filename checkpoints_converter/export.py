@@ -13,7 +13,12 @@ from checkpoints_converter.family import Family
 from checkpoints_converter.hugging_face_files import write_small_files
 from checkpoints_converter.output_folder import output_folder
 from checkpoints_converter.registry import family_for
-from checkpoints_converter.safetensors_files import INDEX_FILE, SINGLE_FILE, SafetensorsWriter
+from checkpoints_converter.safetensors_files import (
+    CHECKSUMS_FILE,
+    INDEX_FILE,
+    SINGLE_FILE,
+    SafetensorsWriter,
+)
 from checkpoints_converter.streaming import (
     BLOCK_BYTES,
     DTYPES,
@@ -28,7 +33,7 @@ from megatron_hybrid.checkpoint.reader import CheckpointReader, find_checkpoint,
 from megatron_hybrid.checkpoint.source_model import source_config
 from megatron_hybrid.checkpoint.threads import default_threads, in_threads
 from megatron_hybrid.config import RunConfig
-from megatron_hybrid.fileio import write_atomic
+from megatron_hybrid.fileio import file_errors, write_atomic
 
 # The engine keeps states of layers (none of ours has any) and of the optimizer beside the weights.
 _NO_WEIGHTS = ("optimizer.", "rng_state", "._extra_state")
@@ -99,7 +104,7 @@ def export(
         UserError: the checkpoint is damaged, is not the model that its config says, or cannot be
             held exactly by the family; nothing is left at `out`.
     """
-    with CheckpointReader(find_checkpoint(checkpoint)) as reader:
+    with file_errors(out), CheckpointReader(find_checkpoint(checkpoint)) as reader:
         config = source_config(reader, options.model)
         family = family_for(config.model, options.family)
         weights = {
@@ -175,6 +180,8 @@ def _write_weights(
         in_threads(items, work, options.threads or default_threads())
     finally:
         open_shards.discard()
+    checksums = {name: f"{crc:08x}" for name, crc in sorted(open_shards.checksums.items())}
+    write_atomic(folder / CHECKSUMS_FILE, json.dumps({"crc32": checksums}, indent=1) + "\n")
     if len(shards) > 1:
         weight_map = {
             tensor.recipe.spec.name: name
@@ -201,6 +208,7 @@ class _OpenShards:
         self._left = [sum(tensor.nbytes for tensor in shard) for shard in shards]
         self._writers: dict[int, SafetensorsWriter] = {}
         self._lock = threading.Lock()
+        self.checksums: dict[str, int] = {}
 
     def write(self, shard: int, block: Block, rows: torch.Tensor) -> None:
         with self._lock:
@@ -217,8 +225,10 @@ class _OpenShards:
             self._left[shard] -= rows.numel() * rows.element_size()
             finished = not self._left[shard]
         if finished:
+            checksums = writer.checksums()
             writer.finish()
             with self._lock:
+                self.checksums |= checksums
                 del self._writers[shard]
 
     def discard(self) -> None:

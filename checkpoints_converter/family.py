@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from checkpoints_converter.weights import Mapping as WeightMapping
@@ -35,6 +36,14 @@ class Fields:
             return value
         self.problems.append(f"{name}={value!r} must be a whole number of at least 1")
         return 1
+
+    def number(self, name: str, default: float) -> float:
+        """A finite number; `default` stands in where it is not, which is a problem."""
+        value = self.get(name, default)
+        if isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value):
+            return float(value)
+        self.problems.append(f"{name}={value!r} must be a number")
+        return default
 
     def must_be(self, name: str, *allowed: Any, default: Any = None, why: str) -> Any:
         """A field that has no counterpart here; another value than those allowed is a problem."""

@@ -124,7 +124,7 @@ def model(fields: Fields) -> dict[str, Any]:
         "moe_router_topk": fields.size("num_experts_per_tok", 2),
         "moe_router_score_function": "softmax",
         "moe_router_pre_softmax": False,
-        "moe_aux_loss_coeff": float(fields.get("router_aux_loss_coef", 0.001)),
+        "moe_aux_loss_coeff": fields.number("router_aux_loss_coef", 0.001),
     }
 
 

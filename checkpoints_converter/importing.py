@@ -42,7 +42,7 @@ from megatron_hybrid.data.tokenizer import (
     Tokenizer,
     build_tokenizer,
 )
-from megatron_hybrid.fileio import write_atomic
+from megatron_hybrid.fileio import file_errors, write_atomic
 from megatron_hybrid.model.tensor_names import extra_states
 
 # A rank reads whole parts of a tensor to take its share of them: not too large; but each one costs
@@ -99,7 +99,7 @@ def import_model(
     """
     chosen, fields, values = read_model(source)
     _refuse_to_replace(save, options.force)
-    with SafetensorsReader(source) as reader:
+    with file_errors(save), SafetensorsReader(source) as reader:
         dtypes = {name: entry.dtype for name, entry in reader.tensors.items()}
         _refuse_dtypes(source, dtypes)
         folder = checkpoint_files.iteration_folder(save, 0)
@@ -120,6 +120,7 @@ def import_model(
         partial = checkpoint_files.partial_folder(save, 0)
         try:
             total = _write(partial, reader, config.model, plan, options, advance)
+            reader.verify()
             write_atomic(partial / CONFIG_FILE, config.to_yaml())
             if tokenizer is not None:
                 tokenizer.save_copy(partial)
@@ -148,7 +149,11 @@ def read_model(source: Path) -> tuple[Family, Fields, dict[str, Any]]:
     chosen = family(raw.get("model_type"))
     fields = Fields(raw)
     fields.must_be("quantization_config", None, why="quantized weights cannot be trained on")
-    values = chosen.model(fields)
+    try:
+        values = chosen.model(fields)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        # A field of a kind that nobody would write: which one, Python's text says best.
+        raise ConversionError(f"{path} has a field of the wrong kind: {error}") from error
     if fields.problems:
         lines = [f"  - {problem}" for problem in fields.problems]
         raise ConversionError("\n".join([f"{path} cannot be held exactly:", *lines]))

@@ -132,7 +132,7 @@ def model(fields: Fields) -> dict[str, Any]:
         "hidden_size": fields.size("hidden_size", 4096),
         "ffn_hidden_size": fields.size("intermediate_size", 21504),
         "vocab_size": fields.size("vocab_size", 131072),
-        "activation": _ACTIVATIONS.get(activation, "squared_relu"),
+        "activation": _ACTIVATIONS.get(str(activation), "squared_relu"),
         "layernorm_epsilon": fields.get("layer_norm_epsilon", 1e-5),
         "init_method_std": fields.get("initializer_range", 0.02),
         "untie_embeddings_and_output_weights": True,
@@ -145,7 +145,7 @@ def model(fields: Fields) -> dict[str, Any]:
             "num_attention_heads": heads,
             "num_query_groups": groups or fields.size("num_key_value_heads", 8),
             "kv_channels": fields.size("head_dim", 128),
-            "attention_dropout": float(fields.get("attention_dropout", 0.0)),
+            "attention_dropout": fields.number("attention_dropout", 0.0),
         }
     if MAMBA in pattern:
         values |= _mamba_model(fields)
@@ -158,6 +158,9 @@ def _pattern(fields: Fields) -> str:
     """The layer pattern, said in one of two ways, or in both alike."""
     text, types = fields.get("hybrid_override_pattern"), fields.get("layers_block_type")
     types = types if types is not None else fields.get("layer_types")
+    if types is not None and not isinstance(types, list):
+        fields.problems.append(f"layers_block_type={types!r} must be a list of kinds of layers")
+        return MAMBA
     if types is not None:
         unknown = sorted({str(name) for name in types} - _LAYER_TYPES.keys())
         if unknown:
@@ -188,12 +191,16 @@ def _mamba_model(fields: Fields) -> dict[str, Any]:
     fields.must_be("conv_kernel", CONV_KERNEL, default=4, why="the convolution's length is fixed")
     fields.must_be("use_conv_bias", True, default=True, why="the convolution always has a bias")
     fields.must_be("mamba_hidden_act", "silu", "swish", default="silu", why="the gate is a silu")
-    low, high = _time_step_limit(fields.get("time_step_limit", (0.0, math.inf)))
-    if low > 0 or high < math.inf:
+    limit = fields.get("time_step_limit", [0.0, math.inf])
+    try:
+        low, high = _time_step_limit(limit)
+    except (TypeError, ValueError, KeyError, AttributeError):
+        low, high = math.nan, math.nan
+    if not (low <= 0 and high == math.inf):
         fields.problems.append(
-            f"time_step_limit=[{low}, {high}] must be [0, inf]: step sizes are not clamped here"
+            f"time_step_limit={limit!r} must be [0, inf]: step sizes are not clamped here"
         )
-    shortest = float(fields.get("time_step_min", 0.001))
+    shortest = fields.number("time_step_min", 0.001)
     if shortest > NO_TIME_STEP_MIN:
         fields.notes.append(
             f"time_step_min={shortest:g} only draws initial weights here; transformers from 5.15.1 "
@@ -226,7 +233,7 @@ def _moe_model(fields: Fields) -> dict[str, Any]:
     groups = fields.size("n_group", 1)
     fields.must_be("topk_group", groups, default=1, why=f"all n_group={groups} groups are open")
     fields.must_be("moe_latent_size", None, why="there are no latent experts here")
-    factor = float(fields.get("routed_scaling_factor", 1.0))
+    factor = fields.number("routed_scaling_factor", 1.0)
     return {
         "num_moe_experts": fields.size("n_routed_experts", 8),
         "moe_ffn_hidden_size": fields.size("moe_intermediate_size", 7688),

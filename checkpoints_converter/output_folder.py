@@ -12,7 +12,8 @@ from megatron_hybrid.fileio import sync_folder
 # What a model folder is made of; --force removes nothing else.
 MODEL_FILES = (
     "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
-    "tokenizer*", "null_tokenizer.json", "special_tokens_map.json", "README.md", ".*.part",
+    "checksums.json", "tokenizer*", "null_tokenizer.json", "special_tokens_map.json", "README.md",
+    ".*.part",
 )  # fmt: skip
 
 
@@ -31,6 +32,9 @@ def output_folder(path: Path, *, force: bool, in_place: bool) -> Iterator[Path]:
     Raises:
         ConversionError: something is at `path`, and `force` does not replace it.
     """
+    path = path.absolute()  # `.` has no name
+    if path.is_symlink():
+        raise ConversionError(f"{path} is a symbolic link; give the folder that it should lead to")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         _refuse_to_replace(path, force)
     partial = path if in_place else path.with_name(f".{path.name}.part")
@@ -49,7 +53,7 @@ def output_folder(path: Path, *, force: bool, in_place: bool) -> Iterator[Path]:
 def _refuse_to_replace(path: Path, force: bool) -> None:
     if not force:
         raise ConversionError(f"{path} exists; give another place, or --force to replace it")
-    if not path.is_dir() or path.is_symlink():
+    if not path.is_dir():
         raise ConversionError(f"{path} is not a folder, and --force replaces only model folders")
     foreign = sorted(
         entry.name
@@ -67,6 +71,7 @@ def _refuse_to_replace(path: Path, force: bool) -> None:
 def _publish(partial: Path, path: Path) -> None:
     """Give a whole folder its name; what had it is removed after the new one is there."""
     old = path.with_name(f".{path.name}.old.part")
+    shutil.rmtree(old, ignore_errors=True)  # a killed conversion may have left it
     if path.exists():
         path.rename(old)
     partial.rename(path)

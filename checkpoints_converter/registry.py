@@ -15,14 +15,24 @@ MODULES = {
 }
 
 
+# Families that come to mind, and why our layers cannot hold them exactly.
+_NOT_HELD = {
+    "falcon_h1": "its layers add attention and Mamba-2 of one input; a layer here is one of them",
+    "zamba2": "its attention layers share their weights; here each has its own",
+}
+
+
 def family(model_type: str | None) -> Family:
     """A family by the `model_type` of its config.json.
 
     Raises:
         ConversionError: it is not one of ours.
     """
-    if model_type not in MODULES:
-        raise ConversionError(f"model_type={model_type!r} is not supported; {', '.join(MODULES)}")
+    if not isinstance(model_type, str) or model_type not in MODULES:
+        why = f": {_NOT_HELD[str(model_type)]}" if str(model_type) in _NOT_HELD else ""
+        raise ConversionError(
+            f"model_type={model_type!r} is not supported{why}; allowed: {', '.join(MODULES)}"
+        )
     found = import_module(MODULES[model_type]).FAMILY
     assert isinstance(found, Family)
     return found

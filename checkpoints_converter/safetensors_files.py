@@ -9,7 +9,8 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -19,11 +20,13 @@ import torch
 from torch import Tensor
 
 from checkpoints_converter.errors import ConversionError
+from megatron_hybrid.checkpoint.checksum import whole_crc
 from megatron_hybrid.checkpoint.reader import as_matrix, tensor_bytes
 from megatron_hybrid.fileio import read_ahead, sync_folder
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+CHECKSUMS_FILE = "checksums.json"  # ours: CRC-32 of every tensor, for whoever imports the folder
 # In the order in which the library writes them: widest first.
 DTYPES = {
     "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32,
@@ -54,12 +57,35 @@ class Entry:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+class Crcs:
+    """CRC-32 of tensors that pass by in blocks, in any order and by several threads."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[str, list[tuple[int, int, int]]] = {}
+        self._lock = threading.Lock()
+
+    def add(self, name: str, start: int, content: memoryview) -> None:
+        """Take note of a tensor's bytes from byte `start` on."""
+        block = (start, len(content), zlib.crc32(content))
+        with self._lock:
+            self._blocks.setdefault(name, []).append(block)
+
+    def names(self) -> list[str]:
+        """Tensors of which something has passed."""
+        return list(self._blocks)
+
+    def whole(self, name: str, nbytes: int, read: Callable[[int, int], bytes]) -> int:
+        """The CRC-32 of a whole tensor; `read` gives what has not passed (`whole_crc`)."""
+        return whole_crc(self._blocks[name], nbytes, read)
+
+
 class SafetensorsReader:
     """The tensors of a Hugging Face folder. Several threads may read at once.
 
     Attributes:
         tensors: by name.
         fingerprints: what the shards' own metadata say of the model they belong to, by file.
+        checksums: CRC-32 of tensors, which a folder that was exported here has; else empty.
 
     Raises:
         ConversionError: files are missing, cut off, damaged, or not those of the index.
@@ -69,6 +95,8 @@ class SafetensorsReader:
         self.folder = folder
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
+        self._crcs = Crcs()
+        self.checksums = _read_checksums(folder)
         tensors: dict[str, Entry] = {}
         problems: list[str] = []
         self.fingerprints: dict[str, str] = {}
@@ -86,6 +114,8 @@ class SafetensorsReader:
                 problems += _differences(file, weight_map, {entry.name for entry in entries})
         if len(set(self.fingerprints.values())) > 1:
             problems.append(f"its files belong to different models: {self.fingerprints}")
+        if self.checksums and (odd := sorted(self.checksums.keys() ^ tensors.keys())):
+            problems.append(f"{CHECKSUMS_FILE} is of other files: {', '.join(odd[:3])}")
         if problems:
             text = "\n".join(f"  - {problem}" for problem in problems)
             raise ConversionError(f"{folder} cannot be read:\n{text}")
@@ -113,21 +143,64 @@ class SafetensorsReader:
         entry = self.tensors[name]
         width = as_matrix(entry.shape)[1]
         rows = torch.empty(stop - start, width, dtype=entry.dtype)
-        place = entry.start + start * width * entry.dtype.itemsize
-        buffer, done = tensor_bytes(rows), 0
+        first = start * width * entry.dtype.itemsize
+        buffer = tensor_bytes(rows)
+        self._fill(entry, buffer, first)
+        if self.checksums:
+            self._crcs.add(name, first, buffer)
+        return rows
+
+    def verify(self) -> None:
+        """Compare the checksums of all tensors of which something was read; the rest is read now.
+
+        Raises:
+            ConversionError: a tensor is not what was exported.
+        """
+        for name in self._crcs.names():
+            entry = self.tensors[name]
+
+            def read(start: int, length: int, entry: Entry = entry) -> bytes:
+                data = bytearray(length)
+                self._fill(entry, memoryview(data), start)
+                return bytes(data)
+
+            if self._crcs.whole(name, entry.nbytes, read) != self.checksums[name]:
+                raise ConversionError(
+                    f"{self.folder / entry.file} is damaged, or of another model: the checksum of "
+                    f"{name} differs from that in {CHECKSUMS_FILE}"
+                )
+
+    def _fill(self, entry: Entry, buffer: memoryview, first: int) -> None:
+        """Read a tensor's bytes from byte `first` on."""
+        place, done = entry.start + first, 0
         while done < len(buffer):
             got = os.preadv(self._descriptor(entry.file), [buffer[done:]], place + done)
             if not got:
-                raise ConversionError(f"{self.folder / entry.file} ends within {name}")
+                raise ConversionError(f"{self.folder / entry.file} ends within {entry.name}")
             done += got
         read_ahead(self._descriptor(entry.file), place + done)
-        return rows
 
     def _descriptor(self, file: str) -> int:
         with self._lock:
             if file not in self._descriptors:
                 self._descriptors[file] = os.open(self.folder / file, os.O_RDONLY)
             return self._descriptors[file]
+
+
+def _read_checksums(folder: Path) -> dict[str, int]:
+    """CRC-32 by tensor; empty where the folder has none.
+
+    Raises:
+        ConversionError: the file of them is damaged.
+    """
+    path = folder / CHECKSUMS_FILE
+    try:
+        found = json.loads(path.read_bytes())["crc32"]
+        return {str(name): int(value, 16) for name, value in found.items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConversionError(f"{path} is damaged: {error!r}") from error
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:
@@ -248,6 +321,7 @@ class SafetensorsWriter:
             name: Entry(name, shape, dtype, path.name, first + header[name]["data_offsets"][0])
             for name, shape, dtype in ordered
         }
+        self._crcs = Crcs()
         self._file = self._partial.open("wb")
         try:
             self._file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
@@ -264,8 +338,20 @@ class SafetensorsWriter:
         assert rows.dtype == entry.dtype
         place = entry.start + start * as_matrix(entry.shape)[1] * entry.dtype.itemsize
         buffer, done = tensor_bytes(rows.contiguous()), 0
+        self._crcs.add(name, place - entry.start, buffer)
         while done < len(buffer):
             done += os.pwrite(self._file.fileno(), buffer[done:], place + done)
+
+    def checksums(self) -> dict[str, int]:
+        """CRC-32 of every tensor, once every row is written."""
+
+        def none_missing(start: int, length: int) -> bytes:
+            raise AssertionError(f"bytes {start} to {start + length} were not written")
+
+        return {
+            name: self._crcs.whole(name, entry.nbytes, none_missing) if entry.nbytes else 0
+            for name, entry in self.entries.items()
+        }
 
     def finish(self) -> None:
         """Every row is written: make it last, and give it its name."""

@@ -1,7 +1,11 @@
 """Files that appear whole or not at all."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from megatron_hybrid.errors import UserError
 
 # What is asked for ahead of a reader of large files.
 _AHEAD_BYTES = 16 << 20
@@ -15,6 +19,21 @@ def read_ahead(descriptor: int, place: int) -> None:
     """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, place, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+
+
+@contextmanager
+def file_errors(target: Path) -> Iterator[None]:
+    """What the file system refuses while `target` is made is the user's to mend.
+
+    Raises:
+        UserError: naming the file and the system's reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        reason = error.strerror or str(error)
+        raise UserError(f"{target} could not be written: {where}{reason}") from error
 
 
 def sync_folder(folder: Path) -> None:

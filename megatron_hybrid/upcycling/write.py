@@ -21,7 +21,7 @@ from megatron_hybrid.checkpoint.writer import CheckpointWriter
 from megatron_hybrid.config import CONFIG_FILE, RunConfig, UpcyclingConfig
 from megatron_hybrid.data.saved_plan import DATA_PLAN_FILE
 from megatron_hybrid.data.tokenizer import load_tokenizer
-from megatron_hybrid.fileio import write_atomic
+from megatron_hybrid.fileio import file_errors, write_atomic
 from megatron_hybrid.model.tensor_names import extra_states
 from megatron_hybrid.upcycling.scheme import scheme_between
 from megatron_hybrid.upcycling.tensors import BLOCK_BYTES, Made, UpcycledTensors
@@ -67,7 +67,7 @@ def write_upcycled(
     refuse_to_replace(save)
     scheme = scheme_between(dense.model, config.model, scale_weights=options.scale_weights)
     threads = threads or default_threads()
-    with CheckpointReader(source) as reader, _one_thread_an_operation():
+    with file_errors(save), CheckpointReader(source) as reader, _one_thread_an_operation():
         tensors = UpcycledTensors(
             reader, dense.model, config.model, scheme, options, config.training.seed, threads
         )
