@@ -56,7 +56,9 @@ def _draw_busy(axes: Axes, layers: Sequence[int], tokens: np.ndarray, busy: np.n
     """Layers over tokens: the busiest expert's tokens over the mean, several steps in a column."""
     columns = np.array_split(np.arange(len(tokens)), min(len(tokens), _MOST_COLUMNS))
     values = np.stack([busy[:, column].mean(axis=1) for column in columns], axis=1)
-    edges = np.array([0.0, *(tokens[column[-1]] for column in columns)])
+    # A run that goes on from another one's checkpoint does not begin at 0.
+    begin = max(0.0, 2 * tokens[0] - tokens[1]) if len(tokens) > 1 else 0.0
+    edges = np.array([begin, *(tokens[column[-1]] for column in columns)])
     top = max(2.0, float(np.nanpercentile(values, 99.5)))
     mesh = axes.pcolormesh(
         edges, np.arange(len(layers) + 1), values, cmap=_BUSY, vmin=1.0, vmax=top
