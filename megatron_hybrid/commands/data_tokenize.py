@@ -1,5 +1,6 @@
 """`megatron-hybrid data tokenize`: text files to an indexed file of tokens."""
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated, Literal
@@ -61,11 +62,13 @@ def tokenize(
     from megatron_hybrid.data.tokenizing.console import tokenize_on_console
     from megatron_hybrid.data.tokenizing.settings import TokenizeSettings
 
+    if not math.isfinite(shuffle_memory_gib):
+        raise typer.BadParameter("not a finite number", param_hint="--shuffle-memory-gib")
     tokenize_on_console(
         TokenizeSettings(
             inputs=(*inputs, *(more_inputs or ())),
             outputs={json_key: output},
-            rejected_path=output.with_name(f"{output.name}_rejected.jsonl"),
+            rejected_path=Path(f"{output}_rejected.jsonl"),
             tokenizer_type=tokenizer_type,
             tokenizer_model=tokenizer_model,
             vocab_size=vocab_size,

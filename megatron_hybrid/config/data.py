@@ -150,7 +150,9 @@ class DataConfig(Section):
         "sequence lengths",
     )
     split: str = Field(
-        default="969,30,1", description="shares of the documents to train, validate and test on"
+        default="969,30,1",
+        description="shares of each source's tokens (with sample_order=megatron: documents) to "
+        "train, validate and test on",
     )
     seq_length: Positive = Field(default=1024, description="tokens in a sample")
     tokenizer_type: Annotated[

@@ -69,8 +69,14 @@ def exact(number: float) -> Fraction:
     return Fraction(str(number))
 
 
+# A few of them may have a sum beyond the largest float.
+LARGE_WEIGHT = 1e300
+
+
 def normalised(weights: dict[str, float]) -> dict[str, float]:
     """Weights above 0, divided by their sum."""
+    if (largest := max(weights.values(), default=0.0)) > LARGE_WEIGHT:
+        weights = {name: weight / largest for name, weight in weights.items()}
     total = math.fsum(weights.values())
     return {name: weight / total for name, weight in weights.items() if weight > 0}
 

@@ -146,7 +146,11 @@ class _Past:
         """What has changed of a phase that has begun; its name and its end are free."""
         if new.start_tokens != old.start_tokens:
             field = self.fields.phase.format(number)
-            yield f"{field} starts at {new.start_tokens} tokens; it started at {old.start_tokens}"
+            yield (
+                f"{field} starts at {new.start_tokens} tokens; it started at {old.start_tokens}. "
+                "start_fraction and last_tokens go by the length of the run; in place of them, "
+                f"{field}.start_tokens={old.start_tokens} keeps it where it was"
+            )
         if new.seq_length != old.seq_length:
             field = self.fields.seq_length.format(number)
             yield f"{field}={new.seq_length} was {old.seq_length}"

@@ -15,6 +15,11 @@ from megatron_hybrid.data.facts import FileFacts
 logger = logging.getLogger(__name__)
 
 
+def part_path(path: Path) -> Path:
+    """Where a file is written before it has its name."""
+    return Path(f"{path}.part")
+
+
 class PartFile:
     """A file that is being written, `<path>.part`, until `publish` gives it its name.
 
@@ -33,7 +38,7 @@ class PartFile:
             DataError: another process holds it.
         """
         self.path = path
-        self._part = Path(f"{path}.part")
+        self._part = part_path(path)
         self._hash = hashlib.sha256()
         self._bytes = 0
         # Unbuffered: nothing is left to be written when it is closed after an error.

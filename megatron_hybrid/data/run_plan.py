@@ -76,6 +76,7 @@ def check_epochs(config: RunConfig, plan: Plan) -> None:
     Raises:
         DataError: with each source above its cap, the phase that crosses it, and the shortfall.
     """
+    _warn_of_nothing(plan)
     problems = []
     for number, use in enumerate(plan.consumed(plan.samples)):
         own = sources(config)[use.name].max_epochs
@@ -90,6 +91,21 @@ def check_epochs(config: RunConfig, plan: Plan) -> None:
             )
     if any(problems):
         raise DataError("\n".join(filter(None, problems)))
+
+
+def _warn_of_nothing(plan: Plan) -> None:
+    """A source that a phase weighs, but of which it reads no sample."""
+    for number, phase in enumerate(plan.phases):
+        stretches = [stretch for stretch in plan.stretches if stretch.phase == number]
+        samples = sum(stretch.end_sample - stretch.first_sample for stretch in stretches)
+        for place, source in enumerate(plan.sources):
+            weight = phase.weights.get(source.name, 0.0)
+            if weight and not sum(stretch.counts[place] for stretch in stretches):
+                logger.warning(
+                    "phase %s reads no sample of source %s: its weight is %.3g of the blend, and "
+                    "of %d samples one is %.3g",
+                    *(phase.name, source.name, weight, samples, 1 / max(samples, 1)),
+                )
 
 
 def validation_plan(config: RunConfig, opened: Mapping[str, Source], plan: Plan) -> Plan:

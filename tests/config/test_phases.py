@@ -25,6 +25,7 @@ from megatron_hybrid.config import (
     run_tokens,
     sources,
 )
+from megatron_hybrid.config.phases import normalised
 from megatron_hybrid.config.yaml_text import dump_yaml, parse_yaml
 from megatron_hybrid.errors import ConfigError
 from tests.config import GOOD
@@ -336,3 +337,8 @@ def test_phases_survive_yaml(
         }
     )
     assert build_config(parse_yaml(config.to_yaml()), which=()) == config
+
+
+def test_weights_whose_sum_is_no_float() -> None:
+    """Only the ratio of weights counts, whatever their size."""
+    assert normalised({"web": 1e308, "code": 1e308, "math": 0.0}) == {"web": 0.5, "code": 0.5}

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_hybrid.config.phases import Phase
@@ -61,7 +61,12 @@ def test_edits_in_mid_run_keep_the_past_and_repeat_nothing(declared: Any, data: 
         if consumed:
             phases, sources = data.draw(_edits(plan, consumed, sources, turn))
         sizes = ((0, data.draw(st.integers(1, 7))),)
-        plan = continue_plan(plan, consumed, phases, sources, sizes, seed)
+        try:
+            plan = continue_plan(plan, consumed, phases, sources, sizes, seed)
+        except DataError as error:
+            # A phase may be too short for a batch of the new size.
+            assume("holds no global batch" not in str(error))
+            raise
         plan = Plan.from_json(plan.to_json())
         assert windows(plan, consumed) == past
         assert plan.tokens >= phases[-1].end_tokens
@@ -187,7 +192,11 @@ def _refusal(
         (
             (replace(PHASES[0], end_tokens=720), replace(PHASES[1], start_tokens=720)),
             120,
-            ["data.phases[1] starts at 720 tokens; it started at 800"],
+            [
+                "data.phases[1] starts at 720 tokens; it started at 800. start_fraction and "
+                "last_tokens go by the length of the run; in place of them, "
+                "data.phases[1].start_tokens=800 keeps it where it was"
+            ],
         ),
         (
             (replace(PHASES[0], seq_length=4), PHASES[1]),

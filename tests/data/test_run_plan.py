@@ -168,6 +168,20 @@ def test_many_epochs_without_a_cap_are_a_warning(
         assert messages == [f"{text}data.max_epochs would set a limit" for text in warnings]
 
 
+def test_a_weight_too_small_for_a_sample_is_a_warning(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A phase that weighs a source and reads none of it says so; the others do not."""
+    phases = [{"name": "one", "weights": {"web": 1, "code": 1e-9}}]
+    config, opened = make(phases=phases)
+    with caplog.at_level(logging.WARNING):
+        check_epochs(config, training_plan(config, opened))
+    assert [record.getMessage() for record in caplog.records] == [
+        "phase one reads no sample of source code: its weight is 1e-09 of the blend, and of 400 "
+        "samples one is 0.0025"
+    ]
+
+
 def test_a_run_goes_on_with_the_blocks_it_began_with(make: Make) -> None:
     """An added phase of another length leaves the default blocks of what was read as they were;
     a length that they do not hold is refused, and so is another size of them."""

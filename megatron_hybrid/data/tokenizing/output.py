@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 from megatron_hybrid.data.facts import Facts, InputFacts, TokenizerFacts
 from megatron_hybrid.data.indexed import IndexedFileWriter, token_dtype
@@ -10,7 +9,7 @@ from megatron_hybrid.data.part_file import writing
 from megatron_hybrid.data.tokenizer import Tokenizer
 from megatron_hybrid.data.tokenizing.encoder import Documents
 from megatron_hybrid.data.tokenizing.settings import TokenizeSettings
-from megatron_hybrid.data.tokenizing.shuffle import DocumentShuffler
+from megatron_hybrid.data.tokenizing.shuffle import DocumentShuffler, shuffle_folder
 
 
 class Output:
@@ -31,7 +30,7 @@ class Output:
         self._settings = settings
         self._tokenizer = tokenizer
         self.writer = IndexedFileWriter(prefix, tokenizer.vocab_size)
-        runs = Path(f"{prefix}.shuffle.part")
+        runs = shuffle_folder(prefix)
         shutil.rmtree(runs, ignore_errors=True)  # a killed run's: the writer holds the lock
         self._shuffler: DocumentShuffler | None = None
         if settings.shuffle_seed is not None:

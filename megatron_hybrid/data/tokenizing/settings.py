@@ -6,11 +6,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from megatron_hybrid.data.errors import DataError
-from megatron_hybrid.data.facts import Facts, TokenizerType
+from megatron_hybrid.data.facts import Facts, TokenizerType, facts_path
 from megatron_hybrid.data.indexed import indexed_paths
+from megatron_hybrid.data.part_file import part_path
 from megatron_hybrid.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_hybrid.data.tokenizing.inputs import Input, find_inputs
+from megatron_hybrid.data.tokenizing.shuffle import shuffle_folder
+
+MOST_IDS = 2**31 - 1  # token files hold int32
 
 # Fields of a run's config, which the tokenizer's messages name, as the flags that set them here.
 _FLAGS = {
@@ -111,9 +117,17 @@ def check(settings: TokenizeSettings) -> tuple[Tokenizer, list[Input]]:
         problems.append("--json-key must name at least one key, none of them empty")
     if settings.workers < 1:
         problems.append(f"--workers {settings.workers} must be at least 1")
-    if settings.shuffle_memory_bytes <= 0:
+    memory = psutil.virtual_memory().total
+    if not 0 < settings.shuffle_memory_bytes <= memory:
         gib = settings.shuffle_memory_bytes / 2**30
-        problems.append(f"--shuffle-memory-gib {gib:g} must be above 0")
+        problems.append(
+            f"--shuffle-memory-gib {gib:g} must be above 0 and at most this machine's "
+            f"{memory / 2**30:.1f}"
+        )
+    if settings.vocab_size is not None and settings.vocab_size > MOST_IDS:
+        problems.append(
+            f"--vocab-size {settings.vocab_size} must be at most {MOST_IDS}, as an id has 32 bits"
+        )
     if not 0 <= settings.max_rejected_fraction < 1:
         fraction = settings.max_rejected_fraction
         problems.append(f"--max-rejected-fraction {fraction:g} must be in [0, 1)")
@@ -141,10 +155,21 @@ def _output_problems(settings: TokenizeSettings, inputs: list[Input]) -> list[st
             problems.append(f"--output {prefix} is a folder; name its files' beginning too")
         elif reason := _why_not_writable(prefix.parent):
             problems.append(f"--output {prefix}: {reason}")
-    pairs = [path for prefix in settings.outputs.values() for path in indexed_paths(prefix)]
-    written = {path.resolve() for path in (*pairs, settings.rejected_path)}
-    read = {item.path.resolve() for item in inputs}
-    return problems + [f"--input {path} would be overwritten" for path in sorted(read & written)]
+    return problems + [
+        f"--input {path} would be overwritten"
+        for path in sorted({item.path.resolve() for item in inputs})
+        if _is_written(settings, path)
+    ]
+
+
+def _is_written(settings: TokenizeSettings, path: Path) -> bool:
+    """Whether a run writes, or removes, a file of that name."""
+    files, folders = [settings.rejected_path], []
+    for prefix in settings.outputs.values():
+        files += [*indexed_paths(prefix), facts_path(prefix)]
+        folders.append(shuffle_folder(prefix).resolve())
+    written = {each.resolve() for file in files for each in (file, part_path(file))}
+    return path in written or any(path.is_relative_to(folder) for folder in folders)
 
 
 def _why_not_writable(folder: Path) -> str | None:

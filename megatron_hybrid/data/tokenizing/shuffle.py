@@ -49,6 +49,11 @@ class _Run:
     next_document: int = 0
 
 
+def shuffle_folder(prefix: Path) -> Path:
+    """Where the documents of a prefix wait that do not fit into memory; removed in the end."""
+    return Path(f"{prefix}.shuffle.part")
+
+
 class DocumentShuffler:
     """Takes documents in the order of the input and gives them in the order of their keys."""
 

@@ -3,8 +3,11 @@
 import gzip
 import os
 import random
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -253,6 +256,43 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
     ):
         assert problem.startswith(expected)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "file"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "out.bin", "out.bin.part", "out.idx.part", "out.meta.json", "out.meta.json.part",
+        "rejected.jsonl", "rejected.jsonl.part", "out.shuffle.part/in.jsonl",
+    ],
+)  # fmt: skip
+def test_an_input_that_would_be_written_over(tmp_path: Path, name: str) -> None:
+    """An input with the name of anything that a run writes or removes is refused and untouched."""
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    write_lines(path, [[1, 2]])
+    content = path.read_bytes()
+    settings = replace(settings_in(tmp_path, path), rejected_path=tmp_path / "rejected.jsonl")
+    with pytest.raises(DataError, match=f"--input {re.escape(str(path))} would be overwritten"):
+        tokenize(settings)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shuffle_memory_bytes": 10**18}, "--shuffle-memory-gib 9.31323e[+]08 must be above 0 and "
+         "at most this machine's"),
+        ({"vocab_size": 5 * 10**9}, "--vocab-size 5000000000 must be at most 2147483647"),
+        ({"outputs": {"text": Path()}}, "--output [.] is a folder"),
+    ],
+)  # fmt: skip
+def test_sizes_and_places_that_cannot_be(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    """More memory than there is, ids that a file cannot hold, a folder as the files' name."""
+    path = write_lines(tmp_path / "in.jsonl", [[1, 2]])
+    with pytest.raises(DataError, match=message):
+        tokenize(replace(settings_in(tmp_path, path), **change))
 
 
 @pytest.mark.parametrize(
