@@ -7,7 +7,6 @@ from rich.table import Table
 
 from megatron_hybrid.config import ModelConfig, RunConfig
 from megatron_hybrid.config.pattern import parse_pattern
-from megatron_hybrid.human import human_count
 from megatron_hybrid.model.counts import count_parameters
 from megatron_hybrid.upcycling.scheme import Scheme
 
@@ -68,7 +67,7 @@ def print_report(dense: RunConfig, config: RunConfig, scheme: Scheme, console: C
         "scale": f"{scheme.scale:.4f} on both matrices of each routed expert",
     }
     for name, text in lines.items():
-        console.print(f"{name:8}  {text}", highlight=False, markup=False)
+        console.print(f"{name:8}  {text}", highlight=False, markup=False, soft_wrap=True)
     table = Table("model")
     for title in ("parameters", "active a token", "weights GiB", "training state GiB"):
         table.add_column(title, justify="right")
@@ -81,7 +80,8 @@ def print_report(dense: RunConfig, config: RunConfig, scheme: Scheme, console: C
     console.print(table)
     itemsize = _WEIGHT_BYTES[dense.precision.recipe]
     console.print(
-        f"{human_count(sizes(config).total * itemsize)}B to write; in memory, beside Python and "
-        f"torch, one matrix of an MLP: {matrix_gib(dense.model, itemsize):.2f} GiB",
+        f"to write: {sizes(config).total * itemsize / _GIB:.2f} GiB; in memory beside Python and "
+        f"torch, one matrix of an MLP: {matrix_gib(dense.model, itemsize):.3f} GiB",
         highlight=False,
+        soft_wrap=True,
     )
