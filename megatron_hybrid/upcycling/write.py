@@ -20,7 +20,12 @@ from megatron_hybrid.checkpoint.threads import default_threads, in_threads
 from megatron_hybrid.checkpoint.writer import CheckpointWriter
 from megatron_hybrid.config import CONFIG_FILE, RunConfig, UpcyclingConfig
 from megatron_hybrid.data.saved_plan import DATA_PLAN_FILE
-from megatron_hybrid.data.tokenizer import load_tokenizer
+from megatron_hybrid.data.tokenizer import (
+    Tokenizer,
+    build_tokenizer,
+    holds_tokenizer,
+    load_tokenizer,
+)
 from megatron_hybrid.fileio import file_errors, write_atomic
 from megatron_hybrid.model.tensor_names import extra_states
 from megatron_hybrid.upcycling.scheme import scheme_between
@@ -67,6 +72,7 @@ def write_upcycled(
     refuse_to_replace(save)
     scheme = scheme_between(dense.model, config.model, scale_weights=options.scale_weights)
     threads = threads or default_threads()
+    tokenizer = _tokenizer(source, config)
     with file_errors(save), CheckpointReader(source) as reader, _one_thread_an_operation():
         tensors = UpcycledTensors(
             reader, dense.model, config.model, scheme, options, config.training.seed, threads
@@ -80,7 +86,7 @@ def write_upcycled(
         try:
             total = _write_tensors(partial, tensors, config, common, advance)
             reader.verify()
-            _complete(source, partial, config, threads)
+            _complete(source, partial, config, tokenizer, threads)
             files.publish(partial, save, iteration, keep_last=None)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -214,12 +220,27 @@ def _rows(reader: CheckpointReader, made: Made, start: int, stop: int) -> Iterat
         yield reader.read_rows(made.source, first, min(first + step, stop * of_index))
 
 
-def _complete(source: Path, partial: Path, config: RunConfig, threads: int) -> None:
+def _tokenizer(source: Path, config: RunConfig) -> Tokenizer:
+    """That of the dense checkpoint; of Megatron-LM's own, which holds none, the config's.
+
+    Raises:
+        DataError: neither has one; names the field to set.
+    """
+    if holds_tokenizer(source):
+        return load_tokenizer(source)
+    data = config.data
+    return build_tokenizer(
+        data.tokenizer_type, data.tokenizer_model, vocab_size=config.model.vocab_size
+    )
+
+
+def _complete(
+    source: Path, partial: Path, config: RunConfig, tokenizer: Tokenizer, threads: int
+) -> None:
     """The files beside the tensors: config, tokenizer, plan of the data, checksums."""
     write_atomic(partial / CONFIG_FILE, config.to_yaml())
-    if (source / CONFIG_FILE).is_file():  # Megatron-LM's own holds neither
-        load_tokenizer(source).save_copy(partial)
-        if (source / DATA_PLAN_FILE).is_file():
-            shutil.copyfile(source / DATA_PLAN_FILE, partial / DATA_PLAN_FILE)
+    tokenizer.save_copy(partial)
+    if (source / DATA_PLAN_FILE).is_file():
+        shutil.copyfile(source / DATA_PLAN_FILE, partial / DATA_PLAN_FILE)
     if config.checkpoint.verify_integrity:
         files.write_integrity(partial, threads)

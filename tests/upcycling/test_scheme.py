@@ -8,10 +8,15 @@ import torch
 from torch import Tensor
 
 from megatron_hybrid.checkpoint.reader import CheckpointReader, find_checkpoint
-from megatron_hybrid.config import ModelConfig, build_config
+from megatron_hybrid.checkpoint.source_model import source_config
+from megatron_hybrid.checkpoint.writer import CheckpointWriter
+from megatron_hybrid.config import ModelConfig, UpcyclingConfig, build_config
+from megatron_hybrid.errors import UserError
+from megatron_hybrid.model.tensor_names import NORM_NAMES
 from megatron_hybrid.testing import run_distributed
-from megatron_hybrid.upcycling.request import Request
+from megatron_hybrid.upcycling.request import Request, upcycled_config
 from megatron_hybrid.upcycling.scheme import Scheme, weight_scale
+from megatron_hybrid.upcycling.write import write_upcycled
 from tests.upcycling.models import dense_words, train, upcycle
 
 # (E, G, T): scale with softmax before the top-k, and squared ReLU. Section C of the paper.
@@ -147,3 +152,41 @@ def test_another_seed_draws_others(dense: Path, tmp_path: Path) -> None:
             routers.append(reader.read("decoder.layers.1.mlp.router.weight"))
     assert torch.equal(routers[0], routers[1])
     assert not torch.equal(routers[0], routers[2])
+
+
+def without_transformer_engine(dense: Path, folder: Path) -> None:
+    """Write a dense checkpoint's weights with the names of norms that stand by themselves, as
+    Megatron-LM without Transformer Engine saves them; no config of ours beside them.
+    """
+    others = {names[0]: names[1] for names in NORM_NAMES.values() if len(names) > 1}
+    folder.mkdir(parents=True)
+    writer = CheckpointWriter(folder, 1)
+    with CheckpointReader(find_checkpoint(dense)) as reader:
+        for name, info in reader.tensors.items():
+            if name.startswith("optimizer."):
+                continue
+            end = next((ours for ours in others if name.endswith(ours)), None)
+            renamed = name if end is None else name.removesuffix(end) + others[end]
+            writer.declare(renamed, info.shape, info.dtype)
+            writer.write_part(0, renamed, 0, info.shape, [reader.read(name).contiguous()])
+    writer.finish({"iteration": 7})
+
+
+def test_a_checkpoint_of_megatron_lm(dense: Path, tmp_path: Path) -> None:
+    """Norms under other names, no config, no counters of ours: the same weights at its step."""
+    source = tmp_path / "megatron" / "iter_0000007"
+    without_transformer_engine(dense, source)
+    request = Request(2, 4, 4)
+    with CheckpointReader(find_checkpoint(dense)) as reader:
+        model = source_config(reader, None)
+    without = ["data.tokenizer_type=sentencepiece"]
+    config = upcycled_config(model, request, tmp_path / "moe", without)
+    with pytest.raises(UserError, match=r"needs data.tokenizer_model; it is unset"):
+        write_upcycled(source, model, config, tmp_path / "moe", UpcyclingConfig())
+    config = upcycled_config(model, request, tmp_path / "moe", [])
+    done = write_upcycled(source, model, config, tmp_path / "moe", UpcyclingConfig())
+    assert done.folder.name == "iter_0000007"
+    _, expected = upcycle(dense, tmp_path / "other", request)
+    with CheckpointReader(done.folder) as one, CheckpointReader(expected) as two:
+        assert one.tensors.keys() == two.tensors.keys()
+        assert all(torch.equal(one.read(name), two.read(name)) for name in one.tensors)

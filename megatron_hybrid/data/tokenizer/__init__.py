@@ -22,6 +22,7 @@ __all__ = [
     "NullTokenizer",
     "Tokenizer",
     "build_tokenizer",
+    "holds_tokenizer",
     "load_tokenizer",
 ]
 
@@ -69,6 +70,12 @@ def build_tokenizer(
     if tokenizer_type == "sentencepiece":
         return SentencePieceTokenizer(Path(tokenizer_model))
     return HuggingFaceTokenizer(Path(tokenizer_model), parse_special_tokens)
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether `load_tokenizer` finds one."""
+    kinds = (SentencePieceTokenizer, HuggingFaceTokenizer, NullTokenizer)
+    return any((folder / kind.file_name).is_file() for kind in kinds)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
