@@ -78,7 +78,7 @@ def write_upcycled(
             reader, dense.model, config.model, scheme, options, config.training.seed, threads
         )
         common = _common(reader, restart_schedule) | {
-            UPCYCLING: {"from": str(source), "scale": scheme.scale, **asdict(scheme)}
+            UPCYCLING: {"from": str(source), **asdict(scheme)}
         }
         iteration = common["iteration"]
         files.start_partial(save, iteration)
@@ -112,15 +112,29 @@ def refuse_to_replace(save: Path) -> None:
 
 
 def _common(reader: CheckpointReader, restart_schedule: bool) -> dict[str, Any]:
-    """The part of the checkpoint that belongs to no rank: counters, as in the dense one."""
+    """The part of the checkpoint that belongs to no rank: counters, as in the dense one.
+
+    Raises:
+        CheckpointError: the schedule is to start anew, and nothing says after how many samples.
+    """
     iteration = int(reader.common.get("iteration", 0))
     common: dict[str, Any] = {"checkpoint_version": 3.0, "iteration": iteration}
     progress = reader.common.get("progress")
+    if progress is None:  # Megatron-LM's own counts them in its arguments
+        consumed = getattr(reader.common.get("args"), "consumed_train_samples", None)
+        if consumed is not None:
+            progress = {"iteration": iteration, "consumed_samples": int(consumed)}
     if progress is not None:
         progress = dict(progress) | {"loss_average": None}  # of another model
         if restart_schedule:
             progress["schedule_start_samples"] = progress["consumed_samples"]
         common["progress"] = progress
+    elif restart_schedule and iteration:
+        raise CheckpointError(
+            f"{reader.folder} does not say how many samples were read in its {iteration} steps, "
+            "after which the schedule of the learning rate would start anew; "
+            "--no-restart-schedule lets it go on"
+        )
     return common
 
 

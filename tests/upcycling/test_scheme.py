@@ -1,5 +1,6 @@
 """Which channels an expert takes, the scale, and what is drawn."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,9 @@ def without_transformer_engine(dense: Path, folder: Path) -> None:
             renamed = name if end is None else name.removesuffix(end) + others[end]
             writer.declare(renamed, info.shape, info.dtype)
             writer.write_part(0, renamed, 0, info.shape, [reader.read(name).contiguous()])
-    writer.finish({"iteration": 7})
+    writer.finish({})
+    arguments = argparse.Namespace(consumed_train_samples=28)
+    torch.save({"args": arguments, "iteration": 7}, folder / "common.pt")
 
 
 def test_a_checkpoint_of_megatron_lm(dense: Path, tmp_path: Path) -> None:
@@ -186,6 +189,15 @@ def test_a_checkpoint_of_megatron_lm(dense: Path, tmp_path: Path) -> None:
     config = upcycled_config(model, request, tmp_path / "moe", [])
     done = write_upcycled(source, model, config, tmp_path / "moe", UpcyclingConfig())
     assert done.folder.name == "iter_0000007"
+    with CheckpointReader(done.folder) as reader:
+        assert reader.common["progress"] == {
+            "iteration": 7, "consumed_samples": 28, "loss_average": None,
+            "schedule_start_samples": 28,
+        }  # fmt: skip
+    (source / "common.pt").unlink()
+    torch.save({"iteration": 7}, source / "common.pt")
+    with pytest.raises(UserError, match="how many samples were read in its 7 steps"):
+        write_upcycled(source, model, config, tmp_path / "again", UpcyclingConfig())
     _, expected = upcycle(dense, tmp_path / "other", request)
     with CheckpointReader(done.folder) as one, CheckpointReader(expected) as two:
         assert one.tensors.keys() == two.tensors.keys()
