@@ -11,6 +11,7 @@ import torch
 
 from checkpoints_converter.export import ExportOptions, export
 from checkpoints_converter.importing import ImportOptions, import_model
+from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.errors import UserError
 from tests.checkpoints_converter.peer_models import nemotron_h, saved
 
@@ -125,12 +126,14 @@ def test_a_pickle_runs_nothing(pair: tuple[Path, Path], tmp_path: Path) -> None:
 def test_damaged_checkpoints(where: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
     """An export of a damaged checkpoint is refused, and no folder is left."""
     checkpoint = shutil.copytree(pair[1], tmp_path / "iter_0000000")
-    path = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    with CheckpointReader(checkpoint) as reader:
+        (chunk,) = reader.tensors["embedding.word_embeddings.weight"].chunks
+    path = checkpoint / chunk.file
     content = bytearray(path.read_bytes())
     if where == "cut":
         path.write_bytes(content[: len(content) // 2])
     elif where == "flipped":
-        content[len(content) // 2] ^= 1
+        content[chunk.start + chunk.length // 2] ^= 1  # of the tensor, not what is around it
         path.write_bytes(content)
     else:
         path.unlink()
