@@ -87,7 +87,8 @@ def find_checkpoint(path: Path) -> Path:
         raise CheckpointError(f"{path} does not exist: give a checkpoint, its folder, or its run's")
     if (path / INDEX_FILE).is_file():
         return path
-    for folder in (path, path / "checkpoints"):
+    # A run's own are in checkpoints/; what it started from may lie beside them.
+    for folder in (path / "checkpoints", path):
         if (folder / TRACKER_FILE).is_file():
             found = latest_checkpoint(folder)
             assert found is not None

@@ -84,7 +84,7 @@ def upcycle(
     from megatron_hybrid.checkpoint.source_model import source_config
     from megatron_hybrid.config import UpcyclingConfig
     from megatron_hybrid.upcycling.report import print_report
-    from megatron_hybrid.upcycling.request import Request, upcycled_config
+    from megatron_hybrid.upcycling.request import Request, refuse_unsaid, upcycled_config
     from megatron_hybrid.upcycling.scheme import scheme_between
     from megatron_hybrid.upcycling.write import refuse_to_replace, write_upcycled
 
@@ -96,6 +96,8 @@ def upcycle(
     source = find_checkpoint(load)
     with CheckpointReader(source) as reader:
         dense = source_config(reader, model)
+        if model is None and reader.config_file is None:
+            refuse_unsaid(source, context.args)
     config = upcycled_config(dense, request, save, context.args)
     options = UpcyclingConfig(
         router_std=router_std, router_noise=router_noise, reinit_fraction=reinit_fraction,

@@ -28,6 +28,12 @@ def stable_topk(scores: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     return scores.gather(1, indices), indices
 
 
+def _map_of_topk(scores: Tensor, topk: int) -> Tensor:
+    """Which experts `stable_topk` takes: bool `[t, E]`."""
+    _, indices = stable_topk(scores, topk)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, indices, True)
+
+
 class _StableTopk:
     """Takes the place in which the engine's router asks for recorded choices of experts."""
 
@@ -68,6 +74,24 @@ class TopKRouter(EngineTopKRouter):
                 load = torch.cat([routing_map.sum(0), asked])
                 self.load = load if self.load is None else self.load.add_(load)
         return probs, routing_map
+
+    def _apply_aux_loss(
+        self, probs: Tensor, scores: Tensor, routing_map: Tensor, *others: Any, **named: Any
+    ) -> Tensor:
+        """The engine's, for the experts that `stable_topk` takes, of equal ones too."""
+        if self.get_aux_loss_coeff("aux_loss"):
+            routing_map = _map_of_topk(scores, self.topk)
+        result: Tensor = super()._apply_aux_loss(probs, scores, routing_map, *others, **named)
+        return result
+
+    def _apply_seq_aux_loss(
+        self, probs: Tensor, scores: Tensor, routing_map: Tensor, *others: Any, **named: Any
+    ) -> Tensor:
+        """As `_apply_aux_loss`, for each sequence."""
+        if self.get_aux_loss_coeff("seq_aux_loss"):
+            routing_map = _map_of_topk(scores, self.topk)
+        result: Tensor = super()._apply_seq_aux_loss(probs, scores, routing_map, *others, **named)
+        return result
 
     def take_load(self) -> Tensor | None:
         """`load`, which begins anew; None where nothing was routed."""

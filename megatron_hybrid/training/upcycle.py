@@ -50,7 +50,8 @@ class _Upcycle:
 
     def __init__(self, tensors: UpcycledTensors) -> None:
         self._tensors = tensors
-        self._matrix: tuple[Made, Tensor] | None = None  # the last one that was read
+        self._layer = -1
+        self._matrices: dict[str, Tensor] = {}  # of that layer; its experts are asked for in turns
 
     def load(self, state: dict[str, Any], folder: str, async_strategy: str = "") -> dict[str, Any]:
         """The state with tensors in place of `ShardedTensor`s; other objects are empty."""
@@ -85,10 +86,11 @@ class _Upcycle:
             return part.view(count, *made.shape[1:])
         if made.kind != "experts":
             return self._tensors.whole(made)[first : first + count]
-        if self._matrix is None or self._matrix[0].source != made.source:
-            self._matrix = None  # before the next one takes its place
-            self._matrix = made, self._tensors.matrix(made)
-        matrix = self._matrix[1]
+        if made.layer != self._layer:
+            self._layer, self._matrices = made.layer, {}
+        if made.source not in self._matrices:
+            self._matrices[made.source] = self._tensors.matrix(made)
+        matrix = self._matrices[made.source]
         experts = [
             torch.cat(list(self._tensors.expert(made, matrix, expert)))
             for expert in range(first, first + count)

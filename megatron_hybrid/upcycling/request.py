@@ -7,8 +7,9 @@ from typing import Any
 
 from megatron_hybrid.checkpoint.errors import CheckpointError
 from megatron_hybrid.config import ModelConfig, RunConfig, load_config, rules
+from megatron_hybrid.config.flags import parse_command_line
 from megatron_hybrid.config.pattern import MLP, MOE, parse_pattern
-from megatron_hybrid.config.rules.common import divisors, listing
+from megatron_hybrid.config.rules.common import LENGTHS, divisors, listing
 from megatron_hybrid.errors import ConfigError
 
 # Of the load-balancing loss where a model had no experts before: what the paper trained with.
@@ -67,6 +68,22 @@ def upcycled_config(
     for name in ("save", "load", "finetune", "load_optim", "load_rng"):
         del values["checkpoint"][name]
     return load_config(words, which=rules.NO_FILES, base=values)
+
+
+def refuse_unsaid(source: Path, words: Sequence[str]) -> None:
+    """Of Megatron-LM's own checkpoint only the model is known: how it is trained must be typed.
+
+    Raises:
+        CheckpointError: naming what is not among the words.
+    """
+    typed = {path for path, _ in parse_command_line(words).values}
+    needed = (("optimizer.lr",), ("training.global_batch_size",), LENGTHS)
+    unsaid = [" or ".join(names) for names in needed if not typed & set(names)]
+    if unsaid:
+        raise CheckpointError(
+            f"{source} is Megatron-LM's own and does not say how it was trained; set "
+            f"{'; '.join(unsaid)}, or name a preset or YAML file with --model"
+        )
 
 
 def _model_values(model: ModelConfig, request: Request) -> dict[str, Any]:

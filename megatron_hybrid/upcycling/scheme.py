@@ -19,6 +19,11 @@ from megatron_hybrid.config.rules.common import divisors, listing
 
 # Of a layer's output as a function of one factor on both of its matrices (on all three, gated).
 _HOMOGENEOUS_DEGREE = {"squared_relu": 3, "swiglu": 3, "gelu": 2}
+# How tokens are routed, in all MoE layers of a model alike.
+_ROUTING_FIELDS = (
+    "moe_router_topk", "moe_router_pre_softmax", "moe_router_score_function",
+    "moe_router_topk_scaling_factor",
+)  # fmt: skip
 _EXPERT_FIELDS = (
     "num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
     "moe_router_enable_expert_bias",
@@ -164,8 +169,8 @@ def _fields_in_common(dense: ModelConfig) -> tuple[str, ...]:
     """What both models must agree on; also about experts, where the dense one has some."""
     left_out = ["hybrid_layer_pattern"]
     if MOE not in dense.hybrid_layer_pattern:
-        left_out += _EXPERT_FIELDS
-    return tuple(name for name in SHAPE_FIELDS if name not in left_out)
+        left_out += [*_EXPERT_FIELDS, *_ROUTING_FIELDS]
+    return tuple(n for n in (*SHAPE_FIELDS, *_ROUTING_FIELDS) if n not in left_out)
 
 
 def _cut(dense: ModelConfig, moe: ModelConfig) -> tuple[int, int, list[str]]:

@@ -39,6 +39,19 @@ def test_equal_scores_go_to_the_lower_expert() -> None:
     assert scores.grad[:2].tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
 
 
+def test_the_balance_loss_counts_the_experts_that_are_taken() -> None:
+    """Of equal scores too: the map that the loss sees is that of the choice."""
+    from megatron_hybrid.layers.router import _map_of_topk, stable_topk
+
+    rows = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
+    scores = rows.repeat_interleave(4, dim=1).softmax(dim=1)  # four experts a copy, all alike
+    found = _map_of_topk(scores, 2)
+    _, indices = stable_topk(scores, 2)
+    assert found.sum(1).tolist() == [2] * 300
+    assert found.gather(1, indices).all()
+    assert not found.view(300, 4, 4)[:, :, 2:].any()  # the later ones of a copy get nothing
+
+
 def loads(
     layout: Layout, weights: Path, changes: dict[str, Any], recompute: bool
 ) -> tuple[Any, list[int]]:

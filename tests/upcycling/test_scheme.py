@@ -1,6 +1,7 @@
 """Which channels an expert takes, the scale, and what is drawn."""
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from megatron_hybrid.config import ModelConfig, UpcyclingConfig, build_config
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.model.tensor_names import NORM_NAMES
 from megatron_hybrid.testing import run_distributed
-from megatron_hybrid.upcycling.request import Request, upcycled_config
-from megatron_hybrid.upcycling.scheme import Scheme, weight_scale
+from megatron_hybrid.upcycling.request import Request, refuse_unsaid, upcycled_config
+from megatron_hybrid.upcycling.scheme import Scheme, scheme_between, weight_scale
 from megatron_hybrid.upcycling.write import write_upcycled
 from tests.upcycling.models import dense_words, train, upcycle
 
@@ -173,6 +174,35 @@ def without_transformer_engine(dense: Path, folder: Path) -> None:
     writer.finish({})
     arguments = argparse.Namespace(consumed_train_samples=28)
     torch.save({"args": arguments, "iteration": 7}, folder / "common.pt")
+
+
+def test_moe_layers_that_are_there_keep_their_routing() -> None:
+    """How tokens are routed is said for all MoE layers at once, so another way is refused."""
+    dense = moe(2, hybrid_layer_pattern="-E", ffn_hidden_size=16, moe_ffn_hidden_size=8)
+    same = dense.model_copy(update={"hybrid_layer_pattern": "EE"})
+    assert scheme_between(dense, same, scale_weights=True).layers == (0,)
+    other = same.model_copy(update={"moe_router_topk": 4, "moe_router_pre_softmax": False})
+    with pytest.raises(UserError) as caught:
+        scheme_between(dense, other, scale_weights=True)
+    assert "model.moe_router_topk=4, in the dense checkpoint 2" in str(caught.value)
+    assert "model.moe_router_pre_softmax=False" in str(caught.value)
+
+
+def test_what_megatron_lm_does_not_say_must_be_typed(tmp_path: Path) -> None:
+    """Its checkpoints hold no learning rate, batch size or length for us to go on with."""
+    with pytest.raises(UserError, match=r"set optimizer.lr; training.global_batch_size; "):
+        refuse_unsaid(tmp_path, [])
+    with pytest.raises(UserError, match=r"set training.global_batch_size, or name"):
+        refuse_unsaid(tmp_path, ["--lr", "1e-4", "training.train_tokens=5"])
+    refuse_unsaid(tmp_path, ["--lr", "1e-4", "--train-iters", "5", "--global-batch-size", "8"])
+
+
+def test_of_a_run_its_own_checkpoints_are_the_newest(dense: Path, tmp_path: Path) -> None:
+    """A run that was upcycled into its own folder has trained since: that is what is taken."""
+    _, folder = upcycle(dense, tmp_path / "moe", Request(2, 4, 4))
+    assert find_checkpoint(tmp_path / "moe") == folder
+    shutil.copytree(dense / "checkpoints", tmp_path / "moe" / "checkpoints")
+    assert find_checkpoint(tmp_path / "moe").parent == tmp_path / "moe" / "checkpoints"
 
 
 def test_a_checkpoint_of_megatron_lm(dense: Path, tmp_path: Path) -> None:
