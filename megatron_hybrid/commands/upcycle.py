@@ -1,5 +1,6 @@
 """`megatron-hybrid upcycle`: a dense checkpoint becomes a fine-grained mixture of experts."""
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,6 +9,8 @@ import typer
 
 from megatron_hybrid.commands.progress import byte_progress
 
+MOST_LAYERS = 100_000  # so that a slip of the finger does not fill the memory
+
 
 def _layers(text: str) -> tuple[int, ...]:
     """`2,4,10-20` -> the numbers."""
@@ -15,8 +18,10 @@ def _layers(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if not 1 <= first <= last:
-            raise typer.BadParameter(f"{text!r} is not like 2,4,10-20 (layers are counted from 1)")
+        if not 1 <= first <= last <= MOST_LAYERS:
+            raise typer.BadParameter(
+                f"{text!r} is not like 2,4,10-20 (layers are counted from 1, to {MOST_LAYERS})"
+            )
         numbers += range(first, last + 1)
     return tuple(numbers)
 
@@ -88,6 +93,9 @@ def upcycle(
     from megatron_hybrid.upcycling.scheme import scheme_between
     from megatron_hybrid.upcycling.write import refuse_to_replace, write_upcycled
 
+    for flag, value in (("--router-std", router_std), ("--router-noise", router_noise)):
+        if value is not None and not math.isfinite(value):
+            raise typer.BadParameter(f"{value} is not a finite number", param_hint=flag)
     chosen = None if layers is None else _layers(layers)
     request = Request(
         experts, granularity, topk, chosen, shared_experts, router_order == "softmax-topk"

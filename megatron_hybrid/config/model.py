@@ -111,11 +111,8 @@ class ModelConfig(Section):
     moe_expert_capacity_factor: float | None = Field(
         default=None,
         gt=0,
-        description="tokens that an expert takes, of an even share; what is more is dropped; "
-        "null: all",
-    )
-    moe_token_drop_policy: Literal["probs", "position"] = Field(
-        default="probs", description="dropped first: the least probable, or the last of a batch"
+        description="tokens that an expert takes, of an even share; of more, the least "
+        "probable are dropped; null: all",
     )
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = Field(
         default="alltoall", description="how tokens travel to their experts"

@@ -31,7 +31,6 @@ MOE_FIELDS = (
     "moe_router_load_balancing_type", "moe_router_score_function", "moe_router_pre_softmax",
     "moe_router_topk_scaling_factor", "moe_router_enable_expert_bias",
     "moe_router_bias_update_rate", "moe_token_dispatcher_type", "moe_expert_capacity_factor",
-    "moe_token_drop_policy",
 )  # fmt: skip
 PARALLEL_FIELDS = (
     "tensor_model_parallel_size", "sequence_parallel", "pipeline_model_parallel_size",

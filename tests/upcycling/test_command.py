@@ -112,6 +112,23 @@ def test_wrong_requests_are_refused(
     assert not (tmp_path / "moe").exists()
 
 
+@pytest.mark.parametrize(
+    ("typed", "problem"),
+    [
+        ("--layers 1-99999999999", "not like 2,4,10-20"),
+        ("--router-noise inf", "not a finite number"),
+        ("--router-std 1e400", "not a finite number"),
+    ],
+)
+def test_values_beyond_reason(
+    typed: str, problem: str, dense: Path, tmp_path: Path, command: Command
+) -> None:
+    """A usage error in a line, not a traceback or a full memory."""
+    line = f"--experts 2 --granularity 4 --topk 4 {typed}"
+    assert command(dense, tmp_path / "moe", line) == 2
+    assert problem in " ".join(command.errors.split())
+
+
 def test_no_mlp_is_refused(tmp_path: Path, command: Command) -> None:
     """There is nothing to upcycle in a pattern without MLPs."""
     line = dense_words(tmp_path / "run", "model.hybrid_layer_pattern=M*M", "training.train_iters=1")
