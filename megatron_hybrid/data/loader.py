@@ -9,9 +9,11 @@ batches, and no rank is given one source of a blend again and again.
 Shapes: b = micro_batch_size, s = seq_length; packed batches are one row, `[1, b*s]`.
 """
 
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.util import Finalize
 
 import numpy as np
 import torch
@@ -81,15 +83,20 @@ def build_iterator(
 
 def _batches(loader: DataLoader[Tensor], dataset: Windows, packed: bool) -> Iterator[Batch]:
     has_cuda = torch.cuda.is_available()
-    for rows in loader:
-        highest = int(rows.max())
-        if highest >= dataset.vocab_size:
-            raise DataError(
-                f"the data hold the token id {highest}; the tokenizer has {dataset.vocab_size} "
-                "ids: the files were made with another tokenizer"
-            )
-        batch = _packed_batch(rows, dataset.eod) if packed else _plain_batch(rows)
-        yield batch.pin_memory() if has_cuda else batch
+    at_exit = Finalize(None, _kill_workers, exitpriority=0)
+    try:
+        for rows in loader:
+            highest = int(rows.max())
+            if highest >= dataset.vocab_size:
+                raise DataError(
+                    f"the data hold the token id {highest}; the tokenizer has "
+                    f"{dataset.vocab_size} ids: the files were made with another tokenizer"
+                )
+            batch = _packed_batch(rows, dataset.eod) if packed else _plain_batch(rows)
+            yield batch.pin_memory() if has_cuda else batch
+    except GeneratorExit:  # nobody holds it; after any other error, a traceback does
+        pass
+    at_exit.cancel()
 
 
 def _plain_batch(rows: Tensor) -> Batch:
@@ -152,3 +159,14 @@ def _ignore_signals(worker: int) -> None:
     and a reader that ended early would take the last, orderly steps of the run with it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _kill_workers() -> None:
+    """When this process ends while an iterator is still held, as it is by an error's traceback.
+
+    Python would send its readers SIGTERM, of which they take no notice, and wait for them forever.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as failed
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()

@@ -1,7 +1,9 @@
 """The order of samples depends on how many were read, and on nothing else."""
 
+import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from itertools import islice, pairwise
@@ -178,18 +180,46 @@ def test_workers_outlive_the_jobs_signals(dataset: MockWindows, make_config: Mak
     iterator = build_iterator(
         dataset, constant(config), config, consumed_samples=0, replica=Replica()
     )
-    next(iterator)
+    next(iterator), next(iterator)  # one of each worker: both have started
     workers = [child for child in own.children() if child not in others]
     assert len(workers) == 2
     for worker in workers:
         os.kill(worker.pid, signal.SIGTERM)
         os.kill(worker.pid, signal.SIGUSR1)
-    assert len(list(islice(iterator, 39))) == 39
+    assert len(list(islice(iterator, 38))) == 38
     start = time.monotonic()
     del iterator
     _, alive = psutil.wait_procs(workers, timeout=5)
     assert not alive
     assert time.monotonic() - start < 4
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_held_iterator_at_exit(dataset: MockWindows, make_config: MakeConfig, lost: bool) -> None:
+    """A process ends while an iterator is held, though its readers ignore SIGTERM.
+
+    One whose reader was killed reports that; it does not wait forever for the readers left.
+    """
+    process = multiprocessing.get_context("fork").Process(
+        target=_hold_iterator, args=(dataset, make_config({"num_workers": 2}), lost)
+    )
+    process.start()
+    try:
+        process.join(timeout=30)
+        assert process.exitcode == int(lost)
+    finally:
+        process.kill()
+
+
+def _hold_iterator(dataset: Windows, config: RunConfig, lost: bool) -> None:
+    iterator = build_iterator(
+        dataset, constant(config), config, consumed_samples=0, replica=Replica()
+    )
+    sys.held = iterator  # type: ignore[attr-defined]  # as an error's traceback holds it
+    next(iterator), next(iterator)
+    if lost:
+        multiprocessing.active_children()[0].kill()
+        list(iterator)
 
 
 def test_ids_outside_the_vocabulary(dataset: MockWindows, make_config: MakeConfig) -> None:
