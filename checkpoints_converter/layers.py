@@ -17,7 +17,7 @@ from checkpoints_converter.weights import (
     renamed,
 )
 from megatron_hybrid.config import ModelConfig
-from megatron_hybrid.model.counts import CONV_KERNEL, padded_vocab_size
+from megatron_hybrid.model.counts import CONV_KERNEL
 from megatron_hybrid.model.tensor_names import NORM_NAMES
 
 
@@ -40,10 +40,10 @@ def vocabulary(model: ModelConfig, embedding: str, output: str | None) -> list[M
         output: None where theirs has no output layer of its own. Where ours has none and theirs
             does, theirs are two alike.
     """
-    assert model.vocab_size is not None
+    assert model.vocab_size is not None and model.padded_vocab_size is not None
     sizes = {
         "vocab_size": model.vocab_size,
-        "padded": padded_vocab_size(model.vocab_size, model.make_vocab_size_divisible_by),
+        "padded": model.padded_vocab_size,
         "hidden_size": model.hidden_size,
     }
     our = "embedding.word_embeddings.weight"

@@ -15,8 +15,9 @@ TWO_STAGES = next(layout for layout in LAYOUTS if layout.name == "TP2xPP2")
 
 def save_checkpoint(weights: Path, save: Path) -> None:
     """On a rank: a checkpoint as a TP2xPP2 run leaves it."""
+    from megatron_hybrid.checkpoint.progress import Progress
     from megatron_hybrid.data.tokenizer import NullTokenizer
-    from megatron_hybrid.training.checkpoint import Checkpointer, Progress, load_checkpoint
+    from megatron_hybrid.training.checkpoint import Checkpointer, load_checkpoint
 
     config = layout_config(TWO_STAGES, MOE, packed=False, recompute=False)
     checkpoint = config.checkpoint.model_copy(update={"save": save})

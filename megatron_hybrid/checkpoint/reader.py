@@ -161,6 +161,7 @@ class CheckpointReader:
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
+        self._stored.clear()
 
     def read(self, name: str) -> Tensor:
         """A whole tensor, checked against its checksum.

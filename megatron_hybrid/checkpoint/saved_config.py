@@ -11,12 +11,13 @@ from megatron_hybrid.config.phases import sequence_lengths
 from megatron_hybrid.config.tracker import CONFIG_FILE
 from megatron_hybrid.errors import UserError
 
-# The fields of the model that decide which tensors it has, and of which shapes.
+# What decides which tensors a model has, and of which shapes. Vocabularies padded to the same rows
+# are alike here; which words they hold is for the tokenizers to say.
 SHAPE_FIELDS = (
     "hybrid_layer_pattern", "hidden_size", "ffn_hidden_size", "activation", "add_bias_linear",
     "num_attention_heads", "num_query_groups", "kv_channels",
     "mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups",
-    "vocab_size", "make_vocab_size_divisible_by", "untie_embeddings_and_output_weights",
+    "padded_vocab_size", "untie_embeddings_and_output_weights",
     "num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
     "moe_router_enable_expert_bias",
 )  # fmt: skip

@@ -90,8 +90,7 @@ def upcycle(
     from megatron_hybrid.config import UpcyclingConfig
     from megatron_hybrid.upcycling.report import print_report
     from megatron_hybrid.upcycling.request import Request, refuse_unsaid, upcycled_config
-    from megatron_hybrid.upcycling.scheme import scheme_between
-    from megatron_hybrid.upcycling.write import refuse_to_replace, write_upcycled
+    from megatron_hybrid.upcycling.write import Upcycling, refuse_to_replace
 
     for flag, value in (("--router-std", router_std), ("--router-noise", router_noise)):
         if value is not None and not math.isfinite(value):
@@ -111,14 +110,13 @@ def upcycle(
         router_std=router_std, router_noise=router_noise, reinit_fraction=reinit_fraction,
         scale_weights=scale_weights,
     )  # fmt: skip
-    scheme = scheme_between(dense.model, config.model, scale_weights=scale_weights)
-    print_report(dense, config, scheme, Console())
+    upcycling = Upcycling(
+        source, dense, config, options, restart_schedule=restart_schedule, threads=threads
+    )
+    print_report(dense, config, upcycling, Console())
     if dry_run:
         return
     with byte_progress("upcycle") as advance:
-        done = write_upcycled(
-            source, dense, config, save, options,
-            restart_schedule=restart_schedule, threads=threads, advance=advance,
-        )  # fmt: skip
+        done = upcycling.write(save, advance)
     print(f"{done.folder}: {done.tensors} tensors, {done.nbytes / 1e9:.2f} GB")
     print(f"go on with: megatron-hybrid pretrain --load {save} training.train_tokens=...")

@@ -117,3 +117,9 @@ class ModelConfig(Section):
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = Field(
         default="alltoall", description="how tokens travel to their experts"
     )
+
+    @property
+    def padded_vocab_size(self) -> int | None:
+        """Rows of the embedding; None while the size of the vocabulary is not known."""
+        multiple = self.make_vocab_size_divisible_by
+        return None if self.vocab_size is None else -(-self.vocab_size // multiple) * multiple

@@ -9,7 +9,6 @@ from megatron.core.transformer.module import Float16Module
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.pattern import parse_pattern
 from megatron_hybrid.config.phases import sequence_lengths
-from megatron_hybrid.model.counts import padded_vocab_size
 from megatron_hybrid.model.specs import hybrid_stack_spec, layer_classes
 
 
@@ -31,11 +30,13 @@ def build_model(
     pp_group = parallel_state.get_pipeline_model_parallel_group()
     pattern = parse_pattern(model.hybrid_layer_pattern)
     last_chunk = (parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1) - 1
-    assert model.vocab_size is not None, "resolved from the tokenizer before the model is built"
+    assert model.padded_vocab_size is not None, (
+        "resolved from the tokenizer before the model is built"
+    )
     return layer_classes(backend).model(
         config=engine_config,
         hybrid_stack_spec=hybrid_stack_spec(backend),
-        vocab_size=padded_vocab_size(model.vocab_size, model.make_vocab_size_divisible_by),
+        vocab_size=model.padded_vocab_size,
         max_sequence_length=max(sequence_lengths(config)),
         hybrid_layer_pattern=pattern.engine_text(pp_group.size()),
         pre_process=pp_group.rank() == 0 and vp_stage in (None, 0),

@@ -67,20 +67,15 @@ class Flops:
         return sum(self.by_kind.values()) + self.logits
 
 
-def padded_vocab_size(vocab_size: int, divisible_by: int) -> int:
-    """V: the next multiple of `divisible_by` (the embedding is built with this many rows)."""
-    return -(-vocab_size // divisible_by) * divisible_by
-
-
 def _vocabulary(model: ModelConfig) -> int:
-    if model.vocab_size is None:
+    if model.padded_vocab_size is None:
         raise ConfigError(
             [
                 "model.vocab_size is not set, and without a tokenizer it is not known; "
                 "it must be a whole number of at least 1"
             ]
         )
-    return padded_vocab_size(model.vocab_size, model.make_vocab_size_divisible_by)
+    return model.padded_vocab_size
 
 
 def _mamba_widths(model: ModelConfig) -> tuple[int, int, int]:

@@ -7,7 +7,6 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,10 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_hybrid.checkpoint import files
+from megatron_hybrid.checkpoint.progress import Progress, saved_progress
 from megatron_hybrid.checkpoint.saved_config import refuse_other_model, saved_config
 from megatron_hybrid.checkpoint.threads import default_threads
 from megatron_hybrid.config import RunConfig
-from megatron_hybrid.config.phases import sequence_lengths
 from megatron_hybrid.config.tracker import CONFIG_FILE
 from megatron_hybrid.data.plan import Plan
 from megatron_hybrid.data.saved_plan import DATA_PLAN_FILE, SavedPlan
@@ -51,23 +50,6 @@ from megatron_hybrid.training.upcycle import load_upcycled
 from megatron_hybrid.upcycling.write import UPCYCLING
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Progress:
-    """Where a run stands; travels in the checkpoint.
-
-    Attributes:
-        iteration: steps done.
-        consumed_samples: of the training data.
-        loss_average: running mean of the loss that spikes are measured against, None at first.
-        schedule_start_samples: consumed when the schedule of the learning rate began.
-    """
-
-    iteration: int = 0
-    consumed_samples: int = 0
-    loss_average: float | None = None
-    schedule_start_samples: int = 0
 
 
 class Checkpointer:
@@ -286,17 +268,14 @@ def load_checkpoint(
 
 def _progress(config: RunConfig, folder: Path, loaded: dict[str, Any]) -> Progress:
     """Where the run that saved a checkpoint stood."""
-    if "progress" in loaded:
-        return Progress(**loaded["progress"])
-    # Megatron-LM's own checkpoint: it knows its iteration, and its samples if the batch was fixed.
-    iteration = int(loaded.get("iteration", 0))
-    if config.training.batch_size_schedule or len(set(sequence_lengths(config))) > 1:
+    progress = saved_progress(loaded, config)
+    if progress is None:
         raise UserError(
             f"{folder} is Megatron-LM's own and does not say how many samples were read: that is "
             "known of steps of one size, without training.batch_size_schedule and phases of other "
             "lengths; checkpoint.finetune=true starts with fresh counters"
         )
-    return Progress(iteration, iteration * config.training.global_batch_size)
+    return progress
 
 
 def _verify(folder: Path) -> None:

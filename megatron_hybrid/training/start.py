@@ -1,7 +1,7 @@
 """What a run starts from and what it will read: settled from files alone, before the engine starts.
 
-Neither torch nor other ranks are needed, so a launcher finds out what cannot run before it starts
-any rank, and every rank comes to the same answer by itself.
+No other rank is needed, and torch only to look into another run's checkpoint, so a launcher finds
+out what cannot run before it starts any rank, and every rank comes to the same answer by itself.
 """
 
 from dataclasses import dataclass
@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_hybrid.checkpoint import files as checkpoint_files
+from megatron_hybrid.checkpoint.progress import Progress, saved_progress
 from megatron_hybrid.checkpoint.saved_config import refuse_other_data, saved_config
-from megatron_hybrid.config import RunConfig
+from megatron_hybrid.config import RunConfig, validate
+from megatron_hybrid.config.rules.common import LENGTHS, values
+from megatron_hybrid.data.batches import Steps
 from megatron_hybrid.data.datasets import RunData, plan_data
 from megatron_hybrid.data.saved_plan import SavedPlan, read_saved_plan
 from megatron_hybrid.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
@@ -81,15 +84,21 @@ def find_start(config: RunConfig, tokenizer: Tokenizer, world_size: int) -> Star
         UserError: as `open_run`.
     """
     origin = find_checkpoint(config)
-    if origin.upcycle:
-        _refuse_other_model(config, origin.folder)
     saved_plan: SavedPlan | None = None
+    progress = None
     consumed: int | None = 0
     if origin.folder is not None and not origin.weights_only:
+        if _starts_elsewhere(config, origin.folder):
+            progress = _look_into(config, origin)
         saved_plan = _resumed_plan(config, tokenizer, origin.folder)
         # Without a plan, the state in the checkpoint alone knows how far it has read.
         consumed = saved_plan.consumed_samples if saved_plan is not None else None
     data = plan_data(config, tokenizer, saved_plan)
+    if progress is not None:
+        consumed = progress.consumed_samples
+        _refuse_nothing_left(config, origin, data.steps, consumed)
+        start = consumed if config.optimizer.restart_schedule else progress.schedule_start_samples
+        validate(config, schedule_start_tokens=data.steps.tokens_before(start))
     if consumed is not None:
         check_batch_sizes(config, data.steps, consumed, world_size)
     return Start(origin, data, saved_plan)
@@ -128,13 +137,40 @@ def find_checkpoint(config: RunConfig) -> Origin:
     return Origin(own, weights_only=False, is_own=False)
 
 
-def _refuse_other_model(config: RunConfig, folder: Path | None) -> None:
-    """Refuse a dense checkpoint that cannot become this model, if its own config says so."""
-    assert folder is not None
-    saved = saved_config(folder)
-    if saved is not None:
-        scale_weights = config.upcycling.scale_weights
-        scheme_between(saved.model, config.model, scale_weights=scale_weights)
+def _starts_elsewhere(config: RunConfig, folder: Path) -> bool:
+    """Whether a checkpoint is another run's; one of its own was looked into when it began."""
+    save = config.checkpoint.save
+    assert save is not None
+    return folder.parent.resolve() != save.resolve()
+
+
+def _look_into(config: RunConfig, origin: Origin) -> Progress | None:
+    """The counters in the checkpoint that a run goes on from; None: it does not tell.
+
+    Raises:
+        UserError: it is damaged, or its dense model cannot become this one.
+    """
+    from megatron_hybrid.checkpoint.reader import CheckpointReader  # and torch
+    from megatron_hybrid.checkpoint.source_model import source_config
+
+    assert origin.folder is not None
+    with CheckpointReader(origin.folder) as reader:
+        if origin.upcycle:
+            dense, scale = source_config(reader, None).model, config.upcycling.scale_weights
+            scheme_between(dense, config.model, scale_weights=scale)
+        return saved_progress(reader.common, config)
+
+
+def _refuse_nothing_left(config: RunConfig, origin: Origin, steps: Steps, consumed: int) -> None:
+    """A run of another's checkpoint that would train nothing is not what anyone asks for."""
+    if consumed < steps.samples:
+        return
+    lengths = (f"{name}={value}" for name, value in values(config, LENGTHS).items() if value)
+    raise UserError(
+        f"nothing is left to train: {origin.folder} has read {consumed} samples, and "
+        f"{', '.join(lengths)} ends at {steps.samples}; allowed: a longer run, or "
+        "checkpoint.finetune=true, which counts anew"
+    )
 
 
 def _resumed_plan(config: RunConfig, tokenizer: Tokenizer, folder: Path) -> SavedPlan | None:

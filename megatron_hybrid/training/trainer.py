@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from megatron.core import parallel_state
 
+from megatron_hybrid.checkpoint.progress import Progress
 from megatron_hybrid.config import RunConfig, validate
 from megatron_hybrid.data.batch import Batch
 from megatron_hybrid.data.batches import Steps
@@ -21,7 +22,7 @@ from megatron_hybrid.model.counts import flops_per_token
 from megatron_hybrid.model.transformer_config import transformer_config
 from megatron_hybrid.platform import Platform
 from megatron_hybrid.training.batch_sizes import check_batch_sizes
-from megatron_hybrid.training.checkpoint import Checkpointer, Progress, load_checkpoint
+from megatron_hybrid.training.checkpoint import Checkpointer, load_checkpoint
 from megatron_hybrid.training.distributed import is_rank_zero
 from megatron_hybrid.training.extras import params_norm
 from megatron_hybrid.training.metrics import MetricsWriter, peak_memory_gib
@@ -158,6 +159,8 @@ class Trainer:
             )  # fmt: skip
             saved_at = progress.iteration
             reason = "finished"
+            if progress.consumed_samples >= steps.samples and is_rank_zero():
+                print(f"nothing is left to train: all {steps.samples} samples are read", flush=True)
             while progress.consumed_samples < steps.samples:
                 result = self._step(metrics, batches, signals)
                 try:

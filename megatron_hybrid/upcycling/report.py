@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from megatron_hybrid.checkpoint.progress import Progress
 from megatron_hybrid.config import ModelConfig, RunConfig
 from megatron_hybrid.config.pattern import parse_pattern
+from megatron_hybrid.config.phases import run_tokens, sequence_lengths
 from megatron_hybrid.model.counts import count_parameters
-from megatron_hybrid.upcycling.scheme import Scheme
+from megatron_hybrid.upcycling.write import Upcycling
 
 # Bytes a parameter: weight, fp32 gradient, and the optimizer's fp32 weight and two moments. In fp32
 # the weight is the optimizer's.
@@ -51,8 +53,11 @@ def matrix_gib(model: ModelConfig, itemsize: int) -> float:
     return halves * model.ffn_hidden_size * model.hidden_size * itemsize / _GIB
 
 
-def print_report(dense: RunConfig, config: RunConfig, scheme: Scheme, console: Console) -> None:
-    """Layers, experts, scale, and both models beside each other."""
+def print_report(
+    dense: RunConfig, config: RunConfig, upcycling: Upcycling, console: Console
+) -> None:
+    """Layers, experts, scale, both models beside each other, and what the run has before it."""
+    scheme = upcycling.scheme
     before, after = (parse_pattern(c.model.hybrid_layer_pattern).layers for c in (dense, config))
     router = "softmax, then top-k" if config.model.moe_router_pre_softmax else "top-k, then softmax"
     if config.model.moe_router_score_function == "sigmoid":
@@ -65,6 +70,7 @@ def print_report(dense: RunConfig, config: RunConfig, scheme: Scheme, console: C
         f"an MLP of {scheme.channels}, cut into {scheme.granularity}{shared}",
         "router": f"{scheme.topk} experts a token; {router}",
         "scale": f"{scheme.scale:.4f} on both matrices of each routed expert",
+        "training": _ahead(config, upcycling.progress),
     }
     for name, text in lines.items():
         console.print(f"{name:8}  {text}", highlight=False, markup=False, soft_wrap=True)
@@ -85,3 +91,17 @@ def print_report(dense: RunConfig, config: RunConfig, scheme: Scheme, console: C
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _ahead(config: RunConfig, progress: Progress | None) -> str:
+    """What the config leaves to train after the dense run's steps."""
+    if progress is None:
+        return "the checkpoint does not count what was read"
+    read = f"goes on at step {progress.iteration}, sample {progress.consumed_samples:,}"
+    lengths, tokens = set(sequence_lengths(config)), run_tokens(config)
+    if len(lengths) > 1 or tokens is None:
+        return read
+    samples = -(-tokens // lengths.pop())
+    if samples > progress.consumed_samples:
+        return f"{read} of {samples:,}"
+    return f"{read}; NOTHING IS LEFT of the {samples:,} that the config asks for: set a longer run"

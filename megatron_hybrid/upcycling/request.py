@@ -1,6 +1,6 @@
 """From what is asked of `megatron-hybrid upcycle` to the config of the MoE model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,22 @@ from megatron_hybrid.errors import ConfigError
 
 # Of the load-balancing loss where a model had no experts before: what the paper trained with.
 AUX_LOSS_COEFF = 0.01
+# Fields that this command's options decide.
+_OPTIONS = {
+    "model.num_moe_experts": "--experts with --granularity",
+    "model.moe_ffn_hidden_size": "--granularity",
+    "model.moe_router_topk": "--topk",
+    "model.moe_router_pre_softmax": "--router-order",
+    "model.moe_shared_expert_intermediate_size": "--shared-experts",
+    "optimizer.restart_schedule": "--restart-schedule or --no-restart-schedule",
+    "checkpoint.load": "--load",
+    "checkpoint.finetune": "pretrain, which loads what is made here,",
+    "upcycling.from": "--load",
+    "upcycling.router_std": "--router-std",
+    "upcycling.router_noise": "--router-noise",
+    "upcycling.reinit_fraction": "--reinit-fraction",
+    "upcycling.scale_weights": "--scale-weights or --no-scale-weights",
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +67,8 @@ def upcycled_config(
         CheckpointError: the request does not fit the dense model, with every reason.
         ConfigError: the changes are wrong, or the config that they make.
     """
-    problems = _problems(dense.model, request)
+    typed = dict(parse_command_line(words).values)
+    problems = _problems(dense.model, request, typed) + _said_twice(typed)
     if problems:
         try:
             load_config(words, which=rules.NO_FILES, base=dense.model_dump(mode="json"))
@@ -62,12 +79,22 @@ def upcycled_config(
     values = dense.model_dump(mode="json")
     values["run_dir"] = str(save.parent if save.name == "checkpoints" else save)
     values["model"] |= _model_values(dense.model, request)
+    if MOE not in dense.model.hybrid_layer_pattern:
+        values["model"]["moe_aux_loss_coeff"] = AUX_LOSS_COEFF
     # How the dense run began, and where it saved, says nothing of this one.
     values["upcycling"] = {}
     values["optimizer"]["restart_schedule"] = False
     for name in ("save", "load", "finetune", "load_optim", "load_rng"):
         del values["checkpoint"][name]
-    return load_config(words, which=rules.NO_FILES, base=values)
+    pattern = values["model"]["hybrid_layer_pattern"]
+    config = load_config(words, which=rules.NO_FILES, base=values)
+    found = config.model.hybrid_layer_pattern
+    if found.replace("|", "") != pattern.replace("|", ""):
+        raise CheckpointError(
+            f"model.hybrid_layer_pattern={found!r} must be {pattern!r}, which --layers decides, "
+            "but for the places of '|'"
+        )
+    return config
 
 
 def refuse_unsaid(source: Path, words: Sequence[str]) -> None:
@@ -96,7 +123,7 @@ def _model_values(model: ModelConfig, request: Request) -> dict[str, Any]:
         symbol if symbol == "|" or next(numbers) not in chosen else MOE
         for symbol in model.hybrid_layer_pattern
     )
-    values: dict[str, Any] = {
+    return {
         "hybrid_layer_pattern": pattern,
         "num_moe_experts": request.experts * (request.granularity - request.shared_experts),
         "moe_ffn_hidden_size": width,
@@ -104,9 +131,6 @@ def _model_values(model: ModelConfig, request: Request) -> dict[str, Any]:
         "moe_router_pre_softmax": request.pre_softmax,
         "moe_shared_expert_intermediate_size": request.shared_experts * width or None,
     }
-    if MOE not in model.hybrid_layer_pattern:
-        values["moe_aux_loss_coeff"] = AUX_LOSS_COEFF
-    return values
 
 
 def _chosen(model: ModelConfig, request: Request) -> frozenset[int]:
@@ -121,7 +145,16 @@ def _mlp_layers(model: ModelConfig) -> list[int]:
     return [number for number, symbol in enumerate(layers, start=1) if symbol == MLP]
 
 
-def _problems(model: ModelConfig, request: Request) -> list[str]:
+def _said_twice(typed: Mapping[str, Any]) -> list[str]:
+    """Fields among the words that say what the command's own options say."""
+    return [
+        f"{path}={value} cannot be set here: {_OPTIONS[path]} decides it"
+        for path, value in typed.items()
+        if path in _OPTIONS
+    ]
+
+
+def _problems(model: ModelConfig, request: Request, typed: Mapping[str, Any]) -> list[str]:
     """Why the request does not fit the dense model."""
     e, g, t, s = request.experts, request.granularity, request.topk, request.shared_experts
     pattern = parse_pattern(model.hybrid_layer_pattern).layers
@@ -138,6 +171,13 @@ def _problems(model: ModelConfig, request: Request) -> list[str]:
         problems.append(
             f"--granularity {g} must divide the MLPs' model.ffn_hidden_size={f}; "
             f"allowed: {listing(divisors(f))}"
+        )
+    function = typed.get("model.moe_router_score_function", model.moe_router_score_function)
+    if t == 1 and not request.pre_softmax and function == "softmax":
+        problems.append(
+            "--topk 1 with --router-order topk-softmax gives the one expert the weight 1, whatever "
+            "the router says, so that it learns nothing; allowed: --topk 2 and more, or "
+            "--router-order softmax-topk"
         )
     if s >= g:
         allowed = f"0 to {g - 1}" if g > 1 else "0"

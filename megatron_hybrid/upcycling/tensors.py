@@ -5,7 +5,8 @@ of up), w of an expert, h hidden_size.
 """
 
 import hashlib
-from collections.abc import Collection, Iterator
+import math
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -153,13 +154,21 @@ class UpcycledTensors:
             matrix: as `matrix` gives it.
         """
         cut = self._cut(made, matrix, self.scheme.channels_of(expert))
-        if self.options.reinit_fraction:
-            yield self._reinitialised(made, torch.cat(cut), expert)
+        if not self.options.reinit_fraction:
+            yield from (rows.contiguous() for part in cut for rows in _blocks(part))
             return
+        drawn, std = self._drawn_channels(made.layer, expert), _std(cut)
+        draws = self._generator(made.layer, f"{made.matrix} of expert {expert}")
         for part in cut:
-            step = max(1, BLOCK_BYTES // (part.shape[1] * part.dtype.itemsize))
-            for rows in part.split(step):
-                yield rows.contiguous()
+            start = 0  # of the block, of the rows
+            for rows in _blocks(part):
+                rows = rows.clone()
+                at = (
+                    (slice(None), drawn) if made.matrix == FC2 else drawn[start : start + len(rows)]
+                )
+                start += len(rows)
+                rows[at] = torch.randn(rows[at].shape, generator=draws).mul_(std).to(rows.dtype)
+                yield rows
 
     def whole(self, made: Made) -> Tensor:
         """A tensor of an upcycled layer other than its routed experts'."""
@@ -176,23 +185,13 @@ class UpcycledTensors:
             return (matrix[:, channels],)
         return tuple(half[channels] for half in matrix.split(self.scheme.channels))
 
-    def _reinitialised(self, made: Made, cut: Tensor, expert: int) -> Tensor:
-        """An expert's matrix with some channels drawn anew, as large as the others are.
-
-        An expert's channels are the same in both of its matrices.
-        """
-        found = cut.float()
+    def _drawn_channels(self, layer: int, expert: int) -> Tensor:
+        """Which of an expert's channels are drawn anew, in both of its matrices: bool `[w]`."""
         w = self.scheme.width
-        draws = self._generator(made.layer, f"channels of expert {expert}")
-        chosen = torch.randperm(w, generator=draws)[: round(self.options.reinit_fraction * w)]
-        draws = self._generator(made.layer, f"{made.matrix} of expert {expert}")
-        new = torch.randn(found.shape, generator=draws).mul_(found.std())
-        if made.matrix == FC2:
-            found[:, chosen] = new[:, chosen]
-        else:
-            for old, drawn in zip(found.split(w), new.split(w), strict=True):
-                old[chosen] = drawn[chosen]
-        return found.to(made.dtype)
+        draws = self._generator(layer, f"channels of expert {expert}")
+        drawn = torch.zeros(w, dtype=torch.bool)
+        drawn[torch.randperm(w, generator=draws)[: round(self.options.reinit_fraction * w)]] = True
+        return drawn
 
     def _router(self, made: Made) -> Tensor:
         """`[n, h]`: a drawn row for each copy of the MLP, the same for all of its experts."""
@@ -208,6 +207,22 @@ class UpcycledTensors:
     def _generator(self, layer: int, what: str) -> torch.Generator:
         digest = hashlib.sha256(f"{self.seed}/layer {layer}/{what}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _blocks(matrix: Tensor) -> tuple[Tensor, ...]:
+    """A matrix, some of its rows at a time."""
+    return matrix.split(max(1, BLOCK_BYTES // (matrix.shape[1] * matrix.dtype.itemsize)))
+
+
+def _std(parts: Sequence[Tensor]) -> float:
+    """The standard deviation of all elements, without a copy of them all."""
+    number, total, squares = 0, 0.0, 0.0
+    for block in (block for part in parts for block in _blocks(part)):
+        values = block.float()
+        number += values.numel()
+        total += values.sum(dtype=torch.float64).item()
+        squares += values.square().sum(dtype=torch.float64).item()
+    return math.sqrt(max(0.0, squares - total**2 / number) / max(1, number - 1))
 
 
 def _norm_names(dense: ModelConfig, moe: ModelConfig, names: Collection[str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_hybrid.checkpoint import files
 from megatron_hybrid.checkpoint.errors import CheckpointError
+from megatron_hybrid.checkpoint.progress import Progress, saved_progress
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.threads import default_threads, in_threads
 from megatron_hybrid.checkpoint.writer import CheckpointWriter
@@ -45,53 +46,84 @@ class Written:
     nbytes: int
 
 
-def write_upcycled(
-    source: Path,
-    dense: RunConfig,
-    config: RunConfig,
-    save: Path,
-    options: UpcyclingConfig,
-    *,
-    restart_schedule: bool = True,
-    threads: int | None = None,
-    advance: Callable[[int, int], None] = lambda done, total: None,
-) -> Written:
-    """Write a dense checkpoint as that of a MoE model, at the same step, into `save`.
+class Upcycling:
+    """An upcycling of which everything is known but the bytes: nothing is written so far.
 
     Args:
         source: the dense checkpoint, `.../iter_0000100`, saved by any layout.
         dense, config: what it holds, and what is made of it.
-        save: the folder of checkpoints to be; it must not exist, or be empty.
         restart_schedule: the learning rate starts its schedule anew there.
-        advance: told bytes written since the last call, and bytes in all.
+
+    Attributes:
+        scheme: how MLPs become experts.
+        progress: where the dense run stood; None: unknown.
 
     Raises:
-        UserError: one cannot be made of the other, a file is damaged, or something is at `save`;
-            nothing that loads is left there.
+        UserError: one cannot be made of the other, the checkpoint does not hold what it says, or
+            has neither tokenizer nor counters where they are needed.
     """
-    refuse_to_replace(save)
-    scheme = scheme_between(dense.model, config.model, scale_weights=options.scale_weights)
-    threads = threads or default_threads()
-    tokenizer = _tokenizer(source, config)
-    with file_errors(save), CheckpointReader(source) as reader, _one_thread_an_operation():
-        tensors = UpcycledTensors(
-            reader, dense.model, config.model, scheme, options, config.training.seed, threads
-        )
-        common = _common(reader, restart_schedule) | {
-            UPCYCLING: {"from": str(source), **asdict(scheme)}
+
+    def __init__(
+        self,
+        source: Path,
+        dense: RunConfig,
+        config: RunConfig,
+        options: UpcyclingConfig,
+        *,
+        restart_schedule: bool = True,
+        threads: int | None = None,
+    ) -> None:
+        self.scheme = scheme_between(dense.model, config.model, scale_weights=options.scale_weights)
+        self._source, self._config = source, config
+        self._tokenizer = _tokenizer(source, config)
+        with CheckpointReader(source) as reader:
+            self.progress = _progress(reader, config, restart_schedule)
+            self._tensors = UpcycledTensors(
+                reader, dense.model, config.model, self.scheme, options, config.training.seed,
+                threads or default_threads(),
+            )  # fmt: skip
+
+    def write(
+        self, save: Path, advance: Callable[[int, int], None] = lambda done, total: None
+    ) -> Written:
+        """Write the checkpoint, at the dense one's step, into `save`.
+
+        Args:
+            save: the folder of checkpoints to be; it must not exist, or be empty.
+            advance: told bytes written since the last call, and bytes in all.
+
+        Raises:
+            UserError: a file is damaged, or something is at `save`; nothing that loads is left
+                there.
+        """
+        refuse_to_replace(save)
+        tensors, config = self._tensors, self._config
+        iteration = self._iteration
+        with file_errors(save), tensors.reader as reader, _one_thread_an_operation():
+            files.start_partial(save, iteration)
+            partial = files.partial_folder(save, iteration)
+            try:
+                total = _write_tensors(partial, tensors, config, self._common(), advance)
+                reader.verify()
+                _complete(self._source, partial, config, self._tokenizer, tensors.threads)
+                files.publish(partial, save, iteration, keep_last=None)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+        return Written(files.iteration_folder(save, iteration), len(tensors.made), total)
+
+    @property
+    def _iteration(self) -> int:
+        return int(self._tensors.reader.common.get("iteration", 0))
+
+    def _common(self) -> dict[str, Any]:
+        """The part of the checkpoint that belongs to no rank: counters, as in the dense one."""
+        common = {
+            "checkpoint_version": 3.0,
+            "iteration": self._iteration,
+            UPCYCLING: {"from": str(self._source), **asdict(self.scheme)},
         }
-        iteration = common["iteration"]
-        files.start_partial(save, iteration)
-        partial = files.partial_folder(save, iteration)
-        try:
-            total = _write_tensors(partial, tensors, config, common, advance)
-            reader.verify()
-            _complete(source, partial, config, tokenizer, threads)
-            files.publish(partial, save, iteration, keep_last=None)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    return Written(files.iteration_folder(save, iteration), len(tensors.made), total)
+        return common if self.progress is None else common | {"progress": vars(self.progress)}
 
 
 def refuse_to_replace(save: Path) -> None:
@@ -111,31 +143,26 @@ def refuse_to_replace(save: Path) -> None:
         )
 
 
-def _common(reader: CheckpointReader, restart_schedule: bool) -> dict[str, Any]:
-    """The part of the checkpoint that belongs to no rank: counters, as in the dense one.
+def _progress(
+    reader: CheckpointReader, config: RunConfig, restart_schedule: bool
+) -> Progress | None:
+    """Where the upcycled run stands.
 
     Raises:
         CheckpointError: the schedule is to start anew, and nothing says after how many samples.
     """
-    iteration = int(reader.common.get("iteration", 0))
-    common: dict[str, Any] = {"checkpoint_version": 3.0, "iteration": iteration}
-    progress = reader.common.get("progress")
-    if progress is None:  # Megatron-LM's own counts them in its arguments
-        consumed = getattr(reader.common.get("args"), "consumed_train_samples", None)
-        if consumed is not None:
-            progress = {"iteration": iteration, "consumed_samples": int(consumed)}
+    progress = saved_progress(reader.common, config)
     if progress is not None:
-        progress = dict(progress) | {"loss_average": None}  # of another model
+        progress.loss_average = None  # of another model
         if restart_schedule:
-            progress["schedule_start_samples"] = progress["consumed_samples"]
-        common["progress"] = progress
-    elif restart_schedule and iteration:
+            progress.schedule_start_samples = progress.consumed_samples
+    elif restart_schedule:
         raise CheckpointError(
-            f"{reader.folder} does not say how many samples were read in its {iteration} steps, "
-            "after which the schedule of the learning rate would start anew; "
-            "--no-restart-schedule lets it go on"
+            f"{reader.folder} does not say how many samples were read in its "
+            f"{reader.common.get('iteration', 0)} steps, after which the schedule of the learning "
+            "rate would start anew; --no-restart-schedule lets it go on"
         )
-    return common
+    return progress
 
 
 def _write_tensors(

@@ -57,8 +57,9 @@ def _config(checkpoint: Path, pattern: str, sizes: dict[str, Any]) -> RunConfig:
 
 def load_and_save(checkpoint: Path, pattern: str, sizes: dict[str, Any], save: Path) -> None:
     """On a rank: load a checkpoint into a layout, and save it as the trainer does."""
+    from megatron_hybrid.checkpoint.progress import Progress
     from megatron_hybrid.data.tokenizer import NullTokenizer
-    from megatron_hybrid.training.checkpoint import Checkpointer, Progress, load_checkpoint
+    from megatron_hybrid.training.checkpoint import Checkpointer, load_checkpoint
     from tests.distributed.layouts import built
 
     config = _config(checkpoint, pattern, sizes)

@@ -32,8 +32,9 @@ def _config(layout: Layout, save: Path) -> Any:
 
 def train_and_save(layout: Layout, save: Path) -> list[float]:
     """On a rank: train, save, train on; the losses after the save."""
+    from megatron_hybrid.checkpoint.progress import Progress
     from megatron_hybrid.data.tokenizer import NullTokenizer
-    from megatron_hybrid.training.checkpoint import Checkpointer, Progress
+    from megatron_hybrid.training.checkpoint import Checkpointer
     from megatron_hybrid.training.step import BatchShape
 
     config = _config(layout, save)

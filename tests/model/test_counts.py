@@ -4,7 +4,7 @@ import pytest
 
 from megatron_hybrid.config import ModelConfig, load_config, rules
 from megatron_hybrid.errors import ConfigError
-from megatron_hybrid.model.counts import count_parameters, flops_per_token, padded_vocab_size
+from megatron_hybrid.model.counts import count_parameters, flops_per_token
 
 PER_LAYER = {
     "nemotron_h_8b": (8_100_852_736, 109_640_064, 41_947_136, 176_164_864),
@@ -73,7 +73,10 @@ def test_biases_and_tied_embeddings() -> None:
 
 def test_vocabulary_is_padded() -> None:
     """The embedding is counted with the rows it is built with."""
-    assert [padded_vocab_size(size, 128) for size in (1, 128, 129)] == [128, 128, 256]
+    assert [
+        ModelConfig(hybrid_layer_pattern="M", hidden_size=8, vocab_size=size).padded_vocab_size
+        for size in (1, 128, 129)
+    ] == [128, 128, 256]
     sizes = [count_parameters(model("tiny", "--vocab-size", str(v))).total for v in (4000, 4096)]
     assert sizes[0] == sizes[1]
     with pytest.raises(ConfigError, match=r"model\.vocab_size is not set"):

@@ -258,7 +258,8 @@ def test_keep_last(tmp_path: Path) -> None:
 
 def saved_at_once(line: list[str]) -> tuple[bool, bool]:
     """On a rank: save before the first step; was it named before and after it was finished?"""
-    from megatron_hybrid.training.checkpoint import Checkpointer, Progress
+    from megatron_hybrid.checkpoint.progress import Progress
+    from megatron_hybrid.training.checkpoint import Checkpointer
 
     with trainer(line) as run:
         checkpointer = Checkpointer(
@@ -311,7 +312,8 @@ def test_saved_with_overlap(tmp_path: Path) -> None:
 
 def full_disk(line: list[str]) -> tuple[str, list[str]]:
     """On a rank: a save for which there is no room; its error, and what is left in the folder."""
-    from megatron_hybrid.training.checkpoint import Checkpointer, Progress
+    from megatron_hybrid.checkpoint.progress import Progress
+    from megatron_hybrid.training.checkpoint import Checkpointer
 
     with trainer(line) as run:
         run.run()

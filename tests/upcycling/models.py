@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_hybrid.config import RunConfig, UpcyclingConfig, load_config, rules
 from megatron_hybrid.upcycling.request import Request, upcycled_config
-from megatron_hybrid.upcycling.write import write_upcycled
+from megatron_hybrid.upcycling.write import Upcycling
 from tests.training.runs import words
 
 PATTERN = "M-*-M-"
@@ -58,7 +58,7 @@ def upcycle(
         dense = source_config(reader, None)
     config = upcycled_config(dense, request, save, more)
     how = {name: options.pop(name) for name in ("restart_schedule", "threads") if name in options}
-    done = write_upcycled(source, dense, config, save, UpcyclingConfig(**options), **how)
+    done = Upcycling(source, dense, config, UpcyclingConfig(**options), **how).write(save)
     return config, done.folder
 
 

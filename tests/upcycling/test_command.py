@@ -13,11 +13,13 @@ from megatron_hybrid.checkpoint import files
 from megatron_hybrid.checkpoint.reader import CheckpointReader, find_checkpoint
 from megatron_hybrid.checkpoint.source_model import source_config
 from megatron_hybrid.cli import main
-from megatron_hybrid.config import TRACKER_FILE, UpcyclingConfig, load_config
+from megatron_hybrid.config import CONFIG_FILE, TRACKER_FILE, UpcyclingConfig, load_config
+from megatron_hybrid.errors import ConfigError, UserError
 from megatron_hybrid.testing import run_distributed
 from megatron_hybrid.testing.distributed import RankError
+from megatron_hybrid.training.start import open_run
 from megatron_hybrid.upcycling.request import Request, upcycled_config
-from megatron_hybrid.upcycling.write import write_upcycled
+from megatron_hybrid.upcycling.write import Upcycling
 from tests.upcycling.models import dense_words, train, upcycle
 
 # (what is typed beside --load and --save, every problem that is reported)
@@ -54,7 +56,16 @@ REFUSED = {
     ),
     "no gradient": (
         "--experts 3 --granularity 1 --topk 1 --router-order topk-softmax",
-        ["model.moe_router_topk=1 with model.moe_router_score_function=softmax needs"],
+        ["--topk 1 with --router-order topk-softmax", "allowed: --topk 2 and more"],
+    ),
+    "said twice": (
+        "--experts 2 --granularity 4 --topk 4 --num-experts 4 upcycling.from=/tmp",
+        ["model.num_moe_experts=4 cannot be set here: --experts with --granularity decides it",
+         "upcycling.from=/tmp cannot be set here: --load decides it"],
+    ),
+    "another pattern": (
+        "--experts 2 --granularity 4 --topk 4 model.hybrid_layer_pattern=M-*EME",
+        ["model.hybrid_layer_pattern='M-*EME' must be 'ME*EME', which --layers decides"],
     ),
     "unknown field": (
         "--experts 2 --granularity 4 --topk 4 optimizer.learning_rate=1",
@@ -145,6 +156,22 @@ def test_a_target_that_exists_is_refused(dense: Path, tmp_path: Path, command: C
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_dry_run_finds_what_stands_against_it(
+    dense: Path, tmp_path: Path, command: Command
+) -> None:
+    """A checkpoint of another model than its config says is refused before anything is written."""
+    copy = tmp_path / "dense"
+    shutil.copytree(dense, copy)
+    path = find_checkpoint(copy) / CONFIG_FILE
+    path.write_text(path.read_text().replace("ffn_hidden_size: 48", "ffn_hidden_size: 96"))
+    typed = "--experts 2 --granularity 4 --topk 4 --dry-run"
+    assert command(copy, tmp_path / "moe", typed) == 1
+    assert "does not hold the model of its config" in command.errors
+    assert (
+        "decoder.layers.1.mlp.linear_fc1.weight is (48, 32); it must be (96, 32)" in command.errors
+    )
+
+
 def test_a_dry_run_says_what_would_be_done(dense: Path, tmp_path: Path, command: Command) -> None:
     """Layers, experts, scale, counts and memory; nothing is written. E8G8T8 has the scale 4."""
     typed = "--experts 8 --granularity 8 --topk 8 --layers 2,6 --dry-run"
@@ -152,6 +179,7 @@ def test_a_dry_run_says_what_would_be_done(dense: Path, tmp_path: Path, command:
     for text in (
         "M-*-M- -> ME*-ME", "64 of 6 channels: 8 copies of an MLP of 48, cut into 8",
         "8 experts a token; softmax, then top-k", "4.0000 on both matrices", "dense", "upcycled",
+        "goes on at step 1, sample 4; NOTHING IS LEFT of the 4",
     ):  # fmt: skip
         assert text in command.output
     assert re.search(r"layers +2, 6", command.output)
@@ -176,6 +204,27 @@ def test_the_command_makes_what_pretrain_loads(
         assert (said["expansion"], said["granularity"], said["shared_shards"]) == (2, 4, 1)
         for name in reader.tensors:
             reader.read(name)  # checksums
+
+
+def test_a_run_with_nothing_left_to_train_is_refused(
+    dense: Path, tmp_path: Path, command: Command
+) -> None:
+    """The dense run was at its end: whoever goes on from there must say how far, before any work;
+    a warm-up that does not fit is another thing, and is called so.
+    """
+    assert command(dense, tmp_path / "moe", "--experts 2 --granularity 4 --topk 4") == 0
+    line = ["--load", str(tmp_path / "moe"), f"run_dir={tmp_path / 'run'}"]
+    warm_up = "optimizer.lr_warmup_samples=4"
+    for more in ([], [warm_up, "optimizer.lr_decay_samples=8"]):
+        with pytest.raises(UserError, match=r"nothing is left.* 4 samples, and training.train_ite"):
+            open_run(load_config([*line, *more]), 1)
+    longer = "training.train_iters=2"
+    with pytest.raises(ConfigError, match=r"warm-up, 128 tokens .* 128 tokens \(the run, from"):
+        open_run(load_config([*line, longer, warm_up]), 1)
+    _, _, start = open_run(load_config([*line, longer]), 1)
+    assert start.data.steps.samples == 8
+    _, _, start = open_run(load_config([*line, "checkpoint.finetune=true"]), 1)
+    assert start.origin.weights_only
 
 
 def test_threads_change_nothing(dense: Path, tmp_path: Path) -> None:
@@ -221,7 +270,7 @@ def upcycle_and_die(dense: Path, save: Path, at: float | str) -> None:
     with CheckpointReader(source) as reader:
         config = source_config(reader, None)
     moe = upcycled_config(config, Request(2, 4, 4), save, [])
-    write_upcycled(source, config, moe, save, UpcyclingConfig(), advance=advance)
+    Upcycling(source, config, moe, UpcyclingConfig()).write(save, advance)
 
 
 @pytest.mark.parametrize("at", [0.0, 0.2, 0.5, 0.9, 1.0, "publish", "tracker"])

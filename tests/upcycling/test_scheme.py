@@ -16,9 +16,11 @@ from megatron_hybrid.config import ModelConfig, UpcyclingConfig, build_config
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.model.tensor_names import NORM_NAMES
 from megatron_hybrid.testing import run_distributed
+from megatron_hybrid.upcycling import tensors
 from megatron_hybrid.upcycling.request import Request, refuse_unsaid, upcycled_config
 from megatron_hybrid.upcycling.scheme import Scheme, scheme_between, weight_scale
-from megatron_hybrid.upcycling.write import write_upcycled
+from megatron_hybrid.upcycling.tensors import UpcycledTensors
+from megatron_hybrid.upcycling.write import Upcycling
 from tests.upcycling.models import dense_words, train, upcycle
 
 # (E, G, T): scale with softmax before the top-k, and squared ReLU. Section C of the paper.
@@ -120,10 +122,14 @@ def test_router_rows_repeat_unless_there_is_noise(dense: Path, tmp_path: Path) -
     assert zero.count_nonzero() == 0
 
 
-def test_a_share_of_the_channels_is_drawn_anew(dense: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("block_bytes", [4 << 20, 600])
+def test_a_share_of_the_channels_is_drawn_anew(
+    block_bytes: int, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A quarter of each expert's channels, the same ones in all its matrices, as large as others;
-    other ones in each expert.
+    other ones in each expert; also where a matrix is cut into blocks of a few rows.
     """
+    monkeypatch.setattr(tensors, "BLOCK_BYTES", block_bytes)
     request = Request(3, 2, 2)
     kept = layer(dense, tmp_path / "kept", request)
     drawn = layer(dense, tmp_path / "drawn", request, reinit_fraction=0.25)
@@ -140,6 +146,22 @@ def test_a_share_of_the_channels_is_drawn_anew(dense: Path, tmp_path: Path) -> N
     assert len(set(chosen)) == 6
     untouched = (drawn[fc1] == kept[fc1]).all(-1)
     assert untouched.sum() == 6 * 2 * 18
+
+
+def test_experts_are_made_in_small_blocks(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside an MLP's matrix no thread holds more than a block, drawn anew or not."""
+    monkeypatch.setattr(tensors, "BLOCK_BYTES", 600)
+    source = find_checkpoint(dense)
+    with CheckpointReader(source) as reader:
+        config = source_config(reader, None)
+        moe = upcycled_config(config, Request(3, 2, 2), Path("moe"), [])
+        scheme = scheme_between(config.model, moe.model, scale_weights=True)
+        for options in (UpcyclingConfig(), UpcyclingConfig(reinit_fraction=0.5)):
+            made = UpcycledTensors(reader, config.model, moe.model, scheme, options, seed=1)
+            for each in (each for each in made.made.values() if each.kind == "experts"):
+                pieces = list(made.expert(each, made.matrix(each), 1))
+                assert max(piece.nbytes for piece in pieces) <= 600
+                assert sum(len(piece) for piece in pieces) == each.shape[1]
 
 
 def test_another_seed_draws_others(dense: Path, tmp_path: Path) -> None:
@@ -188,6 +210,20 @@ def test_moe_layers_that_are_there_keep_their_routing() -> None:
     assert "model.moe_router_pre_softmax=False" in str(caught.value)
 
 
+def test_vocabularies_are_compared_by_their_rows() -> None:
+    """Megatron-LM's checkpoints know how many rows there are, not what they were a multiple of."""
+    sizes = {"ffn_hidden_size": 16, "moe_ffn_hidden_size": 8}
+    dense = moe(
+        2, hybrid_layer_pattern="-", vocab_size=64, make_vocab_size_divisible_by=64, **sizes
+    )
+    padded = {"vocab_size": 50, "make_vocab_size_divisible_by": 32}
+    into = moe(2, hybrid_layer_pattern="E", **padded, **sizes)
+    assert scheme_between(dense, into, scale_weights=True).layers == (0,)
+    other = into.model_copy(update={"make_vocab_size_divisible_by": 52})
+    with pytest.raises(UserError, match="padded_vocab_size=52, in the dense checkpoint 64"):
+        scheme_between(dense, other, scale_weights=True)
+
+
 def test_what_megatron_lm_does_not_say_must_be_typed(tmp_path: Path) -> None:
     """Its checkpoints hold no learning rate, batch size or length for us to go on with."""
     with pytest.raises(UserError, match=r"set optimizer.lr; training.global_batch_size; "):
@@ -215,9 +251,9 @@ def test_a_checkpoint_of_megatron_lm(dense: Path, tmp_path: Path) -> None:
     without = ["data.tokenizer_type=sentencepiece"]
     config = upcycled_config(model, request, tmp_path / "moe", without)
     with pytest.raises(UserError, match=r"needs data.tokenizer_model; it is unset"):
-        write_upcycled(source, model, config, tmp_path / "moe", UpcyclingConfig())
+        Upcycling(source, model, config, UpcyclingConfig())
     config = upcycled_config(model, request, tmp_path / "moe", [])
-    done = write_upcycled(source, model, config, tmp_path / "moe", UpcyclingConfig())
+    done = Upcycling(source, model, config, UpcyclingConfig()).write(tmp_path / "moe")
     assert done.folder.name == "iter_0000007"
     with CheckpointReader(done.folder) as reader:
         assert reader.common["progress"] == {
@@ -226,8 +262,13 @@ def test_a_checkpoint_of_megatron_lm(dense: Path, tmp_path: Path) -> None:
         }  # fmt: skip
     (source / "common.pt").unlink()
     torch.save({"iteration": 7}, source / "common.pt")
+    counted = Upcycling(source, model, config, UpcyclingConfig()).progress
+    assert counted is not None
+    assert counted.consumed_samples == 7 * config.training.global_batch_size
+    varied = config.training.model_copy(update={"batch_size_schedule": ((0, 2), (99, 4))})
+    config = config.model_copy(update={"training": varied})
     with pytest.raises(UserError, match="how many samples were read in its 7 steps"):
-        write_upcycled(source, model, config, tmp_path / "again", UpcyclingConfig())
+        Upcycling(source, model, config, UpcyclingConfig())
     _, expected = upcycle(dense, tmp_path / "other", request)
     with CheckpointReader(done.folder) as one, CheckpointReader(expected) as two:
         assert one.tensors.keys() == two.tensors.keys()
