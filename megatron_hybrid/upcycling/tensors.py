@@ -27,6 +27,7 @@ from megatron_hybrid.upcycling.scheme import Scheme
 _NO_WEIGHTS = ("optimizer.", "rng_state", "._extra_state")
 FC1, FC2 = "linear_fc1", "linear_fc2"
 BLOCK_BYTES = 4 << 20  # of a matrix, read and scaled at a time
+DRAWN_BYTES = 256 << 10  # the same where some is drawn, which takes ten times its size
 
 
 @dataclass(frozen=True)
@@ -155,13 +156,13 @@ class UpcycledTensors:
         """
         cut = self._cut(made, matrix, self.scheme.channels_of(expert))
         if not self.options.reinit_fraction:
-            yield from (rows.contiguous() for part in cut for rows in _blocks(part))
+            yield from (rows.contiguous() for part in cut for rows in _blocks(part, BLOCK_BYTES))
             return
         drawn, std = self._drawn_channels(made.layer, expert), _std(cut)
         draws = self._generator(made.layer, f"{made.matrix} of expert {expert}")
         for part in cut:
             start = 0  # of the block, of the rows
-            for rows in _blocks(part):
+            for rows in _blocks(part, DRAWN_BYTES):
                 rows = rows.clone()
                 at = (
                     (slice(None), drawn) if made.matrix == FC2 else drawn[start : start + len(rows)]
@@ -209,15 +210,15 @@ class UpcycledTensors:
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def _blocks(matrix: Tensor) -> tuple[Tensor, ...]:
+def _blocks(matrix: Tensor, nbytes: int) -> tuple[Tensor, ...]:
     """A matrix, some of its rows at a time."""
-    return matrix.split(max(1, BLOCK_BYTES // (matrix.shape[1] * matrix.dtype.itemsize)))
+    return matrix.split(max(1, nbytes // (matrix.shape[1] * matrix.dtype.itemsize)))
 
 
 def _std(parts: Sequence[Tensor]) -> float:
     """The standard deviation of all elements, without a copy of them all."""
     number, total, squares = 0, 0.0, 0.0
-    for block in (block for part in parts for block in _blocks(part)):
+    for block in (block for part in parts for block in _blocks(part, DRAWN_BYTES)):
         values = block.float()
         number += values.numel()
         total += values.sum(dtype=torch.float64).item()

@@ -129,7 +129,7 @@ def test_a_share_of_the_channels_is_drawn_anew(
     """A quarter of each expert's channels, the same ones in all its matrices, as large as others;
     other ones in each expert; also where a matrix is cut into blocks of a few rows.
     """
-    monkeypatch.setattr(tensors, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(tensors, "DRAWN_BYTES", block_bytes)
     request = Request(3, 2, 2)
     kept = layer(dense, tmp_path / "kept", request)
     drawn = layer(dense, tmp_path / "drawn", request, reinit_fraction=0.25)
@@ -151,6 +151,7 @@ def test_a_share_of_the_channels_is_drawn_anew(
 def test_experts_are_made_in_small_blocks(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside an MLP's matrix no thread holds more than a block, drawn anew or not."""
     monkeypatch.setattr(tensors, "BLOCK_BYTES", 600)
+    monkeypatch.setattr(tensors, "DRAWN_BYTES", 600)
     source = find_checkpoint(dense)
     with CheckpointReader(source) as reader:
         config = source_config(reader, None)
