@@ -7,7 +7,6 @@ long as saving takes, and the last thing on the screen is the error of the rank 
 """
 
 import ctypes
-import json
 import os
 import signal
 import socket
@@ -19,36 +18,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from megatron_hybrid.fileio import write_atomic
+from launchers.errors import ERROR_FILE, error_file, output_file, read_error
+from launchers.place import ATTEMPT
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-ERROR_FILE = "MEGATRON_HYBRID_ERROR_FILE"
 _POLL_S = 0.05
 _PR_SET_PDEATHSIG = 1
 
 
-def record_error(text: str) -> bool:
-    """In a rank: leave the error for the launcher to show. False: there is no such launcher."""
-    path = os.environ.get(ERROR_FILE)
-    if path is None:
-        return False
-    write_atomic(Path(path), json.dumps({"time": time.time(), "text": text}))
-    return True
-
-
-def launch(argv: Sequence[str], nproc: int, grace_s: float = 10.0) -> int:
+def launch(argv: Sequence[str], nproc: int, grace_s: float = 10.0, logs: Path | None = None) -> int:
     """Run `python *argv` on `nproc` ranks, and wait for all of them.
 
     Args:
         argv: words for Python, such as `-m megatron_hybrid.cli pretrain tiny`.
         nproc: how many ranks.
         grace_s: after one rank has failed, how long the others may take to notice by themselves.
+        logs: what ranks print (all but rank 0) and their errors are kept in a folder there; None:
+            they are not kept.
 
     Returns:
         The exit code: 0, that of the rank that failed first, or 128 + the signal that ended it.
     """
-    with tempfile.TemporaryDirectory(prefix="megatron-hybrid-") as folder:
-        ranks = _Ranks(argv, nproc, Path(folder))
+    attempt = f"local-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    with tempfile.TemporaryDirectory(prefix="megatron-hybrid-") as temporary:
+        folder = Path(temporary) if logs is None else logs / attempt
+        folder.mkdir(parents=True, exist_ok=True)
+        ranks = _Ranks(argv, nproc, folder, attempt)
         previous = {
             number: signal.signal(number, ranks.forward)
             for number in FORWARDED
@@ -66,10 +61,11 @@ def launch(argv: Sequence[str], nproc: int, grace_s: float = 10.0) -> int:
 class _Ranks:
     """The processes of a run; `folder` keeps what they print (all but rank 0) and their errors."""
 
-    def __init__(self, argv: Sequence[str], nproc: int, folder: Path) -> None:
+    def __init__(self, argv: Sequence[str], nproc: int, folder: Path, attempt: str) -> None:
         self._argv = [sys.executable, *argv]
         self._nproc = nproc
         self._folder = folder
+        self._attempt = attempt
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
@@ -79,6 +75,7 @@ class _Ranks:
             "LOCAL_WORLD_SIZE": str(self._nproc),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(_free_port()),
+            ATTEMPT: self._attempt,
         }
         cores = len(os.sched_getaffinity(0))
         shared.setdefault("OMP_NUM_THREADS", str(max(1, cores // self._nproc)))
@@ -86,9 +83,9 @@ class _Ranks:
             own = {
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
-                ERROR_FILE: str(self._error_file(rank)),
+                ERROR_FILE: str(error_file(self._folder, rank)),
             }
-            with self._output_file(rank).open("wb") as file:
+            with output_file(self._folder, rank).open("wb") as file:
                 output = None if rank == 0 else file
                 self._processes.append(
                     subprocess.Popen(
@@ -131,33 +128,20 @@ class _Ranks:
 
     def _show_first(self, failed: dict[int, int]) -> int:
         """Print the error of the rank that failed first; return its exit code."""
-        errors = {rank: self._read_error(rank) for rank in failed}
-        rank = min(failed, key=lambda rank: (errors[rank][0], rank))
-        code, text = failed[rank], errors[rank][1]
-        if text is not None:
-            print(text.rstrip(), file=sys.stderr)
-            if not text.startswith("error:"):
+        errors = {rank: read_error(error_file(self._folder, rank)) for rank in failed}
+        # A rank that could not say anything is taken for the first.
+        rank = min(failed, key=lambda rank: (error.time if (error := errors[rank]) else 0, rank))
+        code, error = failed[rank], errors[rank]
+        if error is not None:
+            print(error.text, file=sys.stderr)
+            if error.text.startswith("Traceback "):
                 print(f"error: rank {rank} of {self._nproc} failed first", file=sys.stderr)
         else:
-            lines = self._output_file(rank).read_text(errors="replace").splitlines()[-30:]
+            lines = output_file(self._folder, rank).read_text(errors="replace").splitlines()[-30:]
             print("\n".join(lines), file=sys.stderr)
             cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             print(f"error: rank {rank} of {self._nproc} ended by {cause}", file=sys.stderr)
         return 128 - code if code < 0 else code
-
-    def _read_error(self, rank: int) -> tuple[float, str | None]:
-        """When and with what text a rank failed; a rank that could not say is taken for first."""
-        try:
-            error = json.loads(self._error_file(rank).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return 0.0, None
-        return error["time"], error["text"]
-
-    def _error_file(self, rank: int) -> Path:
-        return self._folder / f"error_{rank}.json"
-
-    def _output_file(self, rank: int) -> Path:
-        return self._folder / f"output_{rank}.txt"
 
 
 def _free_port() -> int:

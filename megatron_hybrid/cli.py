@@ -10,13 +10,18 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from launchers.local import launch, record_error
+from launchers.errors import record_error, redirect_output
+from launchers.local import launch
+from launchers.place import LOGS, Place, join, log_folder
 from megatron_hybrid import cli_text
 from megatron_hybrid.commands import convert as convert_commands
 from megatron_hybrid.commands import data as data_commands
+from megatron_hybrid.commands.submit import submit
 from megatron_hybrid.commands.upcycle import upcycle
+from megatron_hybrid.commands.verdict import verdict
 from megatron_hybrid.config import TRACKER_FILE, RunConfig, load_config, rules, validate
 from megatron_hybrid.errors import UserError
+from megatron_hybrid.fileio import file_errors
 from megatron_hybrid.platform.threads import spin_before_sleeping
 
 app = typer.Typer(
@@ -27,6 +32,7 @@ app = typer.Typer(
 )
 app.add_typer(data_commands.app, name="data")
 app.add_typer(convert_commands.app, name="convert")
+_place: Place | None = None  # of this process among the ranks of a job
 # Words that are ours to read: presets, section.field=value, Megatron-LM's flags.
 _CONFIG_WORDS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -62,6 +68,9 @@ def pretrain(
         )
     config = load_config(context.args, world_size=world_size or 1)
     if nproc is None or nproc == 1:
+        if _place is not None and not _place.own_console:
+            with file_errors(config.run_dir):
+                redirect_output(log_folder(config.run_dir), _place)
         spin_before_sleeping()
         from megatron_hybrid.training.pretrain import pretrain as run
 
@@ -69,7 +78,10 @@ def pretrain(
         return
     _check_device(config, nproc)
     _check_files(config, nproc)
-    raise typer.Exit(launch(["-m", "megatron_hybrid.cli", "pretrain", *context.args], nproc))
+    argv = ["-m", "megatron_hybrid.cli", "pretrain", *context.args]
+    with file_errors(config.run_dir):
+        code = launch(argv, nproc, logs=config.run_dir / LOGS)
+    raise typer.Exit(code)
 
 
 def _check_device(config: RunConfig, world_size: int) -> None:
@@ -97,6 +109,11 @@ app.command(
     context_settings=_CONFIG_WORDS,
     options_metavar="[OPTIONS] [section.field=value | --flag value]...",
 )(upcycle)
+app.command(
+    context_settings=_CONFIG_WORDS,
+    options_metavar="[OPTIONS] [section.field=value | --flag value]...",
+)(submit)
+app.command(context_settings=_CONFIG_WORDS, hidden=True)(verdict)
 
 
 @app.command()
@@ -142,11 +159,13 @@ def doctor() -> None:
 
 def main() -> None:
     """Run a command. Errors that a user can mend are printed as text; exit codes are 0, 1, 2."""
-    _show_log()
+    global _place
     try:
+        _place = join(os.environ)
+        _show_log()
         app(prog_name="megatron-hybrid")
     except UserError as error:
-        text = f"error: {error}"
+        text = f"{error.label}: {error}"
         if not record_error(text):
             print(text, file=sys.stderr)
         sys.exit(1)

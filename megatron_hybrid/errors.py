@@ -4,7 +4,13 @@ from collections.abc import Sequence
 
 
 class UserError(Exception):
-    """Something the user can mend: a wrong config, flag, file or checkpoint."""
+    """Something the user can mend: a wrong config, flag, file or checkpoint.
+
+    Attributes:
+        label: how its text begins; "error" says that starting again would not mend it.
+    """
+
+    label = "error"
 
 
 class ConfigError(UserError):

@@ -89,6 +89,12 @@ class TrainingConfig(Section):
     exit_duration_in_mins: float | None = Field(
         default=None, gt=0, description="save and exit after this many minutes; null: never"
     )
+    hang_timeout_s: float | None = Field(
+        default=1200,
+        gt=0,
+        description="seconds without a step, evaluation or checkpoint after which every rank says "
+        "where it is and the run ends; null: never",
+    )
     recompute_granularity: Literal["full", "selective"] | None = Field(
         default=None, description="activations to compute again in the backward pass; null: none"
     )

@@ -14,27 +14,11 @@ from megatron_hybrid.platform import Platform
 
 COLLECTIVE_TIMEOUT_MINUTES = 30
 STAGE_SEED_STEP = 100
-# Ranks as Slurm, Open MPI and MPICH count them, in whose environment torch's variables are missing.
-OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 def launched_world_size() -> int:
-    """How many ranks the launcher started (`WORLD_SIZE`), 1 without one.
-
-    Raises:
-        UserError: something started several processes and left out the variables that join them.
-    """
-    launched = os.environ.get("WORLD_SIZE")
-    if launched is not None:
-        return int(launched)
-    for name in OTHER_LAUNCHERS:
-        if int(os.environ.get(name, "1")) > 1:
-            raise UserError(
-                f"{name}={os.environ[name]}, but WORLD_SIZE is not set: these processes would be "
-                "runs of their own in one folder; set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR "
-                "and MASTER_PORT in each, or start one torchrun a node"
-            )
-    return 1
+    """How many ranks the launcher started (`WORLD_SIZE`, see `launchers.place`), 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_rank_zero() -> bool:

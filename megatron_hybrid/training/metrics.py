@@ -258,6 +258,22 @@ def truncate_after(path: Path, iteration: int) -> None:
         write_atomic(path, data)
 
 
+def rewound_steps(run_dir: Path, iteration: int) -> tuple[int, float, float | None]:
+    """What the metrics hold beyond `iteration`, at which a run goes on: steps to be done again.
+
+    Returns:
+        How many, the seconds they took, and when the last metrics were written (seconds of the
+        clock; None: there are none).
+    """
+    path = run_dir / METRICS_FILE
+    if not path.exists():
+        return 0, 0.0, None
+    again = [r for r in read_records(path) if r["kind"] == "train" and r["iteration"] > iteration]
+    last = max((record["iteration"] for record in again), default=iteration)
+    seconds = sum(record["step_ms"] for record in again) / 1000
+    return last - iteration, seconds, path.stat().st_mtime
+
+
 def peak_memory_gib(device: "torch.device") -> float:
     """The most memory used so far: allocated on the GPU, or resident of this process on the CPU."""
     if device.type == "cuda":

@@ -12,7 +12,12 @@ LOSS_AVERAGE_STEPS = 50
 
 
 class TrainingStoppedError(UserError):
-    """The run ended because its loss or gradient was no longer sound."""
+    """The run ended because its loss or gradient was no longer sound.
+
+    Once, that may be a GPU that computed wrongly; in the same step again and again, it is the run.
+    """
+
+    label = "unsound"
 
 
 def average_in(progress: Progress, loss: float) -> None:

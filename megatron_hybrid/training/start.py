@@ -10,7 +10,11 @@ from typing import NamedTuple
 
 from megatron_hybrid.checkpoint import files as checkpoint_files
 from megatron_hybrid.checkpoint.progress import Progress, saved_progress
-from megatron_hybrid.checkpoint.saved_config import refuse_other_data, saved_config
+from megatron_hybrid.checkpoint.saved_config import (
+    refuse_other_data,
+    refuse_other_model,
+    saved_config,
+)
 from megatron_hybrid.config import RunConfig, validate
 from megatron_hybrid.config.rules.common import LENGTHS, values
 from megatron_hybrid.data.batches import Steps
@@ -90,7 +94,7 @@ def find_start(config: RunConfig, tokenizer: Tokenizer, world_size: int) -> Star
     if origin.folder is not None and not origin.weights_only:
         if _starts_elsewhere(config, origin.folder):
             progress = _look_into(config, origin)
-        saved_plan = _resumed_plan(config, tokenizer, origin.folder)
+        saved_plan = _resumed_plan(config, tokenizer, origin.folder, upcycle=origin.upcycle)
         # Without a plan, the state in the checkpoint alone knows how far it has read.
         consumed = saved_plan.consumed_samples if saved_plan is not None else None
     data = plan_data(config, tokenizer, saved_plan)
@@ -173,10 +177,14 @@ def _refuse_nothing_left(config: RunConfig, origin: Origin, steps: Steps, consum
     )
 
 
-def _resumed_plan(config: RunConfig, tokenizer: Tokenizer, folder: Path) -> SavedPlan | None:
+def _resumed_plan(
+    config: RunConfig, tokenizer: Tokenizer, folder: Path, *, upcycle: bool
+) -> SavedPlan | None:
     """The plan in a checkpoint that this run goes on from, whose samples must be this run's."""
     saved_plan, saved = read_saved_plan(folder), saved_config(folder)
     if saved is not None:
+        if not upcycle:
+            refuse_other_model(folder, config.model, saved.model)
         refuse_other_data(folder, config, saved, has_plan=saved_plan is not None)
         if load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
             raise UserError(

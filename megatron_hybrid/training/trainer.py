@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from megatron.core import parallel_state
 
+from launchers.errors import POSITION
+from launchers.place import log_folder
 from megatron_hybrid.checkpoint.progress import Progress
 from megatron_hybrid.config import RunConfig, validate
 from megatron_hybrid.data.batch import Batch
@@ -21,11 +23,12 @@ from megatron_hybrid.model.build import build_model_chunks
 from megatron_hybrid.model.counts import flops_per_token
 from megatron_hybrid.model.transformer_config import transformer_config
 from megatron_hybrid.platform import Platform
+from megatron_hybrid.training.attempts import AttemptLog
 from megatron_hybrid.training.batch_sizes import check_batch_sizes
 from megatron_hybrid.training.checkpoint import Checkpointer, load_checkpoint
 from megatron_hybrid.training.distributed import is_rank_zero
 from megatron_hybrid.training.extras import params_norm
-from megatron_hybrid.training.metrics import MetricsWriter, peak_memory_gib
+from megatron_hybrid.training.metrics import MetricsWriter, peak_memory_gib, rewound_steps
 from megatron_hybrid.training.optimizer import LearningRate, build_optimizer, wrap_data_parallel
 from megatron_hybrid.training.signals import ExitSignals
 from megatron_hybrid.training.soundness import (
@@ -37,6 +40,7 @@ from megatron_hybrid.training.soundness import (
 from megatron_hybrid.training.start import Start
 from megatron_hybrid.training.step import BatchShape, Stepper, StepResult
 from megatron_hybrid.training.step_metrics import StepMetrics
+from megatron_hybrid.training.watchdog import Watchdog
 
 # The ETA goes by the mean of the last steps, this many at most.
 RATE_STEPS = 20
@@ -67,6 +71,9 @@ class Trainer:
         self.device = platform.device
         self.tokenizer = tokenizer
         self.started = started
+        self.attempt = AttemptLog(config.run_dir)
+        if is_rank_zero():
+            self.attempt.start(torch.distributed.get_world_size())
         self.data = start.data
         self.steps = start.data.steps
         self._refuse_other_plans()
@@ -84,6 +91,7 @@ class Trainer:
             validate(config, schedule_start_tokens=schedule_start_tokens)
         self.learning_rate = LearningRate(config, self.optimizer, schedule_start_tokens)
         self.learning_rate.set(self._consumed_tokens())
+        POSITION.iteration = self.progress.iteration
         self.recent: list[tuple[float, int]] = []  # seconds and tokens of the last steps
 
     def _refuse_other_plans(self) -> None:
@@ -140,6 +148,7 @@ class Trainer:
             TrainingStoppedError: the loss or the gradient is not sound, and the config says stop.
         """
         progress, training, steps = self.progress, self.config.training, self.steps
+        rewound = rewound_steps(self.config.run_dir, progress.iteration)
         train, valid = open_windows(self.config, self.tokenizer, self.data)
         batches = self._batches(train, steps, progress.consumed_samples)
         with (
@@ -151,7 +160,10 @@ class Trainer:
                 total_iterations=progress.iteration + steps.steps_from(progress.consumed_samples),
             ) as metrics,
             ExitSignals() as signals,
+            Watchdog(log_folder(self.config.run_dir), self.config.training.hang_timeout_s) as dog,
         ):
+            if is_rank_zero():
+                self.attempt.training(progress.iteration, *rewound)
             checkpointer = Checkpointer(
                 self.config, self.model, self.optimizer, self.tokenizer,
                 lambda iteration, line: metrics.event(iteration, "checkpoint", line),
@@ -169,11 +181,14 @@ class Trainer:
                     checkpointer.finish()  # what was saved while the run was sound
                     raise
                 checkpointer.poll()
+                dog.beat(progress.iteration)
                 if self._due(training.eval_interval):
                     self._evaluate(metrics, valid)
+                    dog.beat(progress.iteration)
                 ended = self._reason_to_end(result, signals)
                 if ended or self._due(self.config.checkpoint.save_interval):
                     checkpointer.save(progress, wait=ended is not None)
+                    dog.beat(progress.iteration)
                     saved_at = progress.iteration
                 if ended:
                     reason = ended
@@ -182,6 +197,8 @@ class Trainer:
             if saved_at < progress.iteration:
                 checkpointer.save(progress)
             checkpointer.finish()
+        if is_rank_zero():
+            self.attempt.end(progress.iteration, reason)
         return reason
 
     def _batches(self, windows: Windows, steps: Steps, consumed_samples: int) -> Iterator[Batch]:
@@ -205,6 +222,7 @@ class Trainer:
         shape = BatchShape(self.steps.batch_size(first_sample), self.steps.seq_length(first_sample))
         result = self.stepper.train(batches, shape, threshold, self._votes(signals))
         progress.iteration += 1
+        POSITION.iteration = progress.iteration
         progress.consumed_samples += shape.samples
         self.learning_rate.set(self._consumed_tokens())
         if result.refusal is None:

@@ -16,7 +16,7 @@ LAUNCHER = (
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
-from launchers.local import record_error
+from launchers.errors import record_error
 rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
 """
 

@@ -1,0 +1,57 @@
+"""Ranks that torchrun started, or anything else that sets torch's own variables."""
+
+from collections.abc import Mapping
+
+from launchers.place import ATTEMPT, Place
+from megatron_hybrid.errors import UserError
+
+_NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def started(environment: Mapping[str, str]) -> bool:
+    """Whether torch's variables are there."""
+    return "WORLD_SIZE" in environment
+
+
+def find_place(environment: Mapping[str, str]) -> Place:
+    """The place that the variables tell.
+
+    Raises:
+        UserError: some are missing, or no numbers.
+    """
+    missing = [name for name in _NEEDED if name not in environment]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE={environment['WORLD_SIZE']} is set, and {', '.join(missing)} is not: "
+            f"a rank needs {', '.join(_NEEDED)} (and LOCAL_RANK with several ranks a node)"
+        )
+    numbers = {}
+    for name, default in {
+        "RANK": "", "WORLD_SIZE": "", "MASTER_PORT": "", "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0",
+    }.items():  # fmt: skip
+        text = environment.get(name, default)
+        if not text.isascii() or not text.isdigit():
+            raise UserError(f"{name}={text!r} in the environment must be a whole number")
+        numbers[name] = int(text)
+    if numbers["RANK"] >= numbers["WORLD_SIZE"]:
+        raise UserError(f"RANK={numbers['RANK']} must be below WORLD_SIZE={numbers['WORLD_SIZE']}")
+    return Place(
+        launcher="torchrun",
+        rank=numbers["RANK"],
+        world_size=numbers["WORLD_SIZE"],
+        local_rank=numbers["LOCAL_RANK"],
+        local_world_size=max(1, numbers["LOCAL_WORLD_SIZE"]),
+        node_rank=numbers["GROUP_RANK"],
+        master_addr=environment["MASTER_ADDR"],
+        master_port=numbers["MASTER_PORT"],
+        attempt=environment.get(ATTEMPT) or _attempt(environment),
+        own_console=True,  # torchrun has --redirects and --tee
+    )
+
+
+def _attempt(environment: Mapping[str, str]) -> str:
+    run = environment.get("TORCHELASTIC_RUN_ID", "none")
+    restart = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    job = environment.get("SLURM_JOB_ID", environment["MASTER_PORT"])
+    return f"torchrun-{job if run == 'none' else run}.{restart}"

@@ -1,0 +1,68 @@
+"""`megatron-hybrid submit`: a checked run on a cluster, with its code and config kept beside it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def submit(
+    context: typer.Context,
+    nodes: Annotated[int, typer.Option(min=1, help="nodes of the job")],
+    ranks_per_node: Annotated[int, typer.Option(min=1, help="ranks on each node")] = 8,
+    gpus_per_node: Annotated[
+        int | None,
+        typer.Option(min=0, help="GPUs asked for; default: one a rank, none with backend=torch"),
+    ] = None,
+    time_limit: Annotated[
+        str, typer.Option("--time", metavar="[DAYS-]HH:MM:SS", help="Slurm's time limit")
+    ] = "04:00:00",
+    job_name: Annotated[
+        str | None, typer.Option(help="default: the name of the run's folder")
+    ] = None,
+    partition: Annotated[str | None, typer.Option(help="Slurm's partition")] = None,
+    account: Annotated[str | None, typer.Option(help="Slurm's account")] = None,
+    chain: Annotated[
+        int, typer.Option(min=1, help="jobs, one after the other, each going on where one ended")
+    ] = 1,
+    array: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FIELD=V1,V2,...", help="a run for each value; several: for each combination"
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="--X=Y", help="one more option of sbatch")
+    ] = None,
+    template: Annotated[
+        Path | None, typer.Option(help="the script to fill in; default: slurm/pretrain.sbatch")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="print the script, and submit nothing")] = False,
+) -> None:
+    """Queue a run: `submit PRESET|FILE.yaml --nodes N [section.field=value | --flag value]...`.
+
+    Config, data and checkpoint are checked first, as far as that takes no ranks. The resolved
+    config, the code and the script are kept in the run's folder, in jobs/.
+    """
+    from launchers.sbatch import Job, render, submit_job
+    from megatron_hybrid.submission import prepare, source_tree
+
+    tree = source_tree() if template is None else None
+    script = template or tree / "slurm" / "pretrain.sbatch"  # type: ignore[operator]
+    job = Job(
+        nodes=nodes, ranks_per_node=ranks_per_node, gpus_per_node=gpus_per_node,
+        time_limit=time_limit, name=job_name, partition=partition, account=account,
+        chain=chain, options=tuple(option or ()),
+    )  # fmt: skip
+    prepared = prepare(context.args, job, array or [], script)
+    text = render(script.read_text(encoding="utf-8"), prepared.job, prepared.variables)
+    if dry_run:
+        print(text, end="")
+        return
+    prepared.keep(text)
+    for number in range(chain):
+        identity = submit_job(prepared.script)
+        prepared.note(identity)
+        print(f"job {identity}" + (f" ({number + 1} of {chain})" if chain > 1 else ""))
+    print(f"kept in {prepared.folder}: config, code and script")
+    print(f"next: squeue -j {identity};  tail -F {prepared.output(identity)}")

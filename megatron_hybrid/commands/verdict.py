@@ -1,0 +1,46 @@
+"""`megatron-hybrid verdict`: what a batch script does next when the ranks of a run have ended."""
+
+import os
+import time
+from typing import Annotated
+
+import typer
+
+AGAIN_CODE = 75  # as sysexits.h has it: a temporary failure, try again
+
+
+def verdict(
+    context: typer.Context,
+    exit_code: Annotated[int, typer.Option(min=0, help="with which the ranks ended")],
+) -> None:
+    """Say how the ranks ended: `verdict CONFIG [section.field=value]... --exit-code N`.
+
+    The words are those of `pretrain`. Ends with 0 if the run is done or was asked to end here, with
+    75 if it should start again, and with 1 if that would not help.
+    """
+    from launchers.errors import first_error
+    from launchers.place import LOGS
+    from megatron_hybrid.config import load_config
+    from megatron_hybrid.training.attempts import ATTEMPTS_FILE, append, read_attempts
+    from megatron_hybrid.training.verdict import AGAIN, DONE, failure, judge
+
+    config = load_config(context.args, which=())
+    job = os.environ.get("SLURM_JOB_ID")
+    restart = os.environ.get("SLURM_RESTART_COUNT", "0")
+    folders = sorted(
+        (config.run_dir / LOGS).glob(f"{job}.{restart}.*" if job else "*"),
+        key=lambda folder: folder.stat().st_mtime,
+    )
+    error = first_error(folders[-1]) if folders else None
+    if exit_code:
+        attempt = folders[-1].name if folders else "unknown"
+        event = {"event": "failure", "time": time.time()} | failure(attempt, exit_code, error)
+        append(config.run_dir / ATTEMPTS_FILE, event)
+    found = judge(read_attempts(config.run_dir))
+    if error is not None and exit_code:
+        print(error.text)
+    print(f"{found.action}: {found.text}", flush=True)
+    if found.action == AGAIN:
+        raise typer.Exit(AGAIN_CODE)
+    if found.action != DONE:
+        raise typer.Exit(1)

@@ -1,0 +1,102 @@
+"""How a rank finds its place: torchrun's, Slurm's and MPI's variables."""
+
+import pytest
+
+from launchers import mpi, slurm, torchrun
+from launchers.place import ATTEMPT, join
+from megatron_hybrid.errors import UserError
+
+STEP = {
+    "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "3", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2", "SLURM_STEP_NUM_TASKS": "6", "SLURM_STEP_NODELIST": "gpu[08-10]",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x3)", "SLURM_RESTART_COUNT": "1", "SLURM_CPUS_PER_TASK": "12",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("node1", ["node1"]),
+        ("node[1-3]", ["node1", "node2", "node3"]),
+        ("a[08-10],b,c[1,3-4]", ["a08", "a09", "a10", "b", "c1", "c3", "c4"]),
+        ("r[1-2]n[01-02]", ["r1n01", "r1n02", "r2n01", "r2n02"]),
+        ("gpu-[1-2].site", ["gpu-1.site", "gpu-2.site"]),
+    ],
+)
+def test_lists_of_hosts(text: str, names: list[str]) -> None:
+    """As `scontrol show hostnames` reads them."""
+    assert slurm.hostnames(text) == names
+
+
+def test_tasks_per_node() -> None:
+    """Slurm's short form, and what is none."""
+    assert slurm.tasks_per_node("2(x3),1") == [2, 2, 2, 1]
+    with pytest.raises(ValueError, match="is not like"):
+        slurm.tasks_per_node("2(x)")
+
+
+def test_a_task_of_a_step_is_a_rank() -> None:
+    """Static places: nothing is agreed on over the network; threads as Slurm gives them."""
+    environment = dict(STEP)
+    place = join(environment)
+    assert place is not None and not place.own_console
+    assert {name: environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} == {
+        "RANK": "5", "WORLD_SIZE": "6", "LOCAL_RANK": "1",
+    }  # fmt: skip
+    assert environment["MASTER_ADDR"] == "gpu08"
+    assert environment["MASTER_PORT"] == str(slurm.default_port(4711, 3))
+    assert environment["OMP_NUM_THREADS"] == "12"
+    assert environment[ATTEMPT] == place.attempt == "4711.1.3"
+    given = STEP | {"MASTER_ADDR": "ib-gpu08", "MASTER_PORT": "29400", "OMP_NUM_THREADS": "1"}
+    join(given)
+    assert (given["MASTER_ADDR"], given["MASTER_PORT"]) == ("ib-gpu08", "29400")
+    assert given["OMP_NUM_THREADS"] == "1"
+
+
+def test_one_task_is_alone() -> None:
+    """A step of one task, and a batch script itself, are no ranks."""
+    assert join(STEP | {"SLURM_STEP_NUM_TASKS": "1"}) is None
+    assert join({"SLURM_JOB_ID": "4711", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) is None
+
+
+def test_a_step_that_does_not_tell_is_refused() -> None:
+    """One message with what is missing, before any work."""
+    environment = {name: value for name, value in STEP.items() if name != "SLURM_LOCALID"}
+    with pytest.raises(UserError, match=r"KeyError\('SLURM_LOCALID'\)"):
+        join(environment)
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT is not"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 must be below WORLD_SIZE=2"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK='-1' in the environment must be a whole number"),
+    ],
+)
+def test_torchs_variables(more: dict[str, str], problem: str) -> None:
+    """Half of them, or nonsense, is an error and not a run of its own."""
+    address = {"MASTER_ADDR": "here", "MASTER_PORT": "1"} if "RANK" in more else {}
+    with pytest.raises(UserError, match=problem):
+        join(address | more)
+
+
+def test_srun_with_pmi_is_srun() -> None:
+    """`srun --mpi=pmi2` sets MPI's variables too; MPI's own proxies in a step are MPI."""
+    assert not mpi.started(STEP | {"PMI_SIZE": "6"})
+    assert mpi.started(STEP | {"PMI_SIZE": "12"})
+    assert mpi.started({"OMPI_COMM_WORLD_SIZE": "4"})
+    assert not mpi.started({"PMI_SIZE": "1"})
+
+
+def test_torchrun_goes_first() -> None:
+    """One torchrun a node, started by srun: its ranks are torchrun's."""
+    environment = STEP | {
+        "RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1",
+        "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1",
+    }  # fmt: skip
+    assert torchrun.started(environment)
+    place = join(environment)
+    assert place is not None
+    assert (place.launcher, place.rank, place.node_rank) == ("torchrun", 3, 1)
+    assert place.own_console
