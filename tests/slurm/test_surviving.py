@@ -1,0 +1,172 @@
+"""Jobs on a real Slurm that are preempted, cut off, killed or hang: they come back by themselves,
+and end with the parameters of the run that was left alone, bit for bit.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from megatron_hybrid.checkpoint.reader import CheckpointReader
+from megatron_hybrid.training.attempts import read_attempts
+from tests.slurm.cluster import Cluster
+from tests.slurm.conftest import command
+from tests.training.runs import words
+
+STEPS, INTERVAL = 240, 60
+
+
+def line(run_dir: Path, *more: str) -> list[str]:
+    return words(
+        run_dir, f"training.train_iters={STEPS}", f"checkpoint.save_interval={INTERVAL}",
+        "backend=torch", "training.log_interval=1", *more,
+    )  # fmt: skip
+
+
+class Run:
+    """A run of two nodes with a rank each, submitted."""
+
+    def __init__(self, cluster: Cluster, run_dir: Path, *more: str) -> None:
+        self.cluster, self.run_dir = cluster, run_dir
+        printed = command(
+            "submit", *line(run_dir, *more), "--nodes", "2", "--ranks-per-node", "1",
+            environment=cluster.environment,
+        )  # fmt: skip
+        self.job = printed.split()[1]
+
+    def wait_for_step(self, step: int) -> None:
+        """Until so many steps are logged."""
+        metrics = self.run_dir / "metrics.jsonl"
+        self.cluster.wait(
+            lambda: metrics.exists() and metrics.read_bytes().count(b'"kind":"train"') >= step,
+            90, f"step {step} of job {self.job}",
+        )  # fmt: skip
+
+    def wait_for_end(self, state: str = "COMPLETED") -> str:
+        """Until the job has ended so; its output."""
+        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        self.cluster.wait(lambda: self.cluster.job_state(self.job) in ends, 120, "the job's end")
+        output = self.output()
+        assert self.cluster.job_state(self.job) == state, output
+        return output
+
+    def output(self) -> str:
+        return next(self.run_dir.glob(f"jobs/*/{self.job}.out")).read_text()
+
+    def rank(self, number: int) -> psutil.Process:
+        """The process of a rank."""
+        for process in psutil.process_iter(["cmdline"]):
+            at = process.info["cmdline"] or [""]
+            ours = "pretrain" in at and f"run_dir={self.run_dir}" in at and at[0] == sys.executable
+            if ours and process.environ().get("SLURM_PROCID") == str(number):
+                return process
+        raise AssertionError(f"no rank {number}")
+
+    def starts(self) -> list[dict[str, Any]]:
+        return [event for event in read_attempts(self.run_dir) if event["event"] == "training"]
+
+
+def parameters(run_dir: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the last checkpoint, the optimizer's included."""
+    with CheckpointReader(run_dir / "checkpoints" / f"iter_{STEPS:07d}") as reader:
+        return {name: reader.read(name) for name in reader.tensors}
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The parameters of the run that nothing happened to, on this machine."""
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command("pretrain", *line(run_dir), "--nproc", "2", environment=environment)
+    return parameters(run_dir)
+
+
+def check(run: Run, alone: dict[str, torch.Tensor], starts: int) -> None:
+    found = parameters(run.run_dir)
+    assert found.keys() == alone.keys()
+    assert all(torch.equal(found[name], alone[name]) for name in alone)
+    assert len(run.starts()) == starts
+
+
+def test_preempted(cluster: Cluster, tmp_path: Path, alone: dict[str, torch.Tensor]) -> None:
+    """A job of higher priority takes the nodes: saved, requeued, no step is done twice."""
+    run = Run(cluster, tmp_path / "run")
+    run.wait_for_step(70)
+    urgent = cluster.run(
+        "sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null",
+        "--wrap", "sleep 1",
+    )  # fmt: skip
+    cluster.wait(lambda: cluster.job_state(urgent) == "COMPLETED", 60, "the urgent job")
+    output = run.wait_for_end()
+    assert "told to save and end" in output
+    assert "again: SIG" in output or "again: signal" in output
+    assert run.starts()[1]["iteration"] >= 70
+    assert run.starts()[1]["rewound_steps"] == 0
+    check(run, alone, starts=2)
+
+
+def test_time_limit(cluster: Cluster, tmp_path: Path, alone: dict[str, torch.Tensor]) -> None:
+    """The signal before the time limit: saved, requeued, no step is done twice.
+
+    It is sent as Slurm sends it, to the batch script; Slurm's own clock is half a minute wide.
+    """
+    run = Run(cluster, tmp_path / "run")
+    run.wait_for_step(70)
+    cluster.run("scancel", "--signal=USR1", "--batch", run.job)
+    run.wait_for_end()
+    assert run.starts()[1]["rewound_steps"] == 0
+    check(run, alone, starts=2)
+    assert cluster.restarts(run.job) == 1
+
+
+def test_lost_node(cluster: Cluster, tmp_path: Path, alone: dict[str, torch.Tensor]) -> None:
+    """A node without power: requeued by Slurm, on from the last whole checkpoint."""
+    run = Run(cluster, tmp_path / "run")
+    run.wait_for_step(70)
+    cluster.cut_node("node2")
+    cluster.boot_node("node2")
+    run.wait_for_end()
+    assert run.starts()[1]["iteration"] >= 60
+    assert run.starts()[1]["rewound_steps"] < INTERVAL
+    check(run, alone, starts=2)
+
+
+def test_killed_rank(cluster: Cluster, tmp_path: Path, alone: dict[str, torch.Tensor]) -> None:
+    """kill -9, as the kernel does when memory is out: requeued, on from the last checkpoint."""
+    run = Run(cluster, tmp_path / "run")
+    run.wait_for_step(70)
+    run.rank(1).kill()
+    output = run.wait_for_end()
+    assert "again: failed" in output and "(1 of 3 times)" in output
+    assert run.starts()[1]["rewound_steps"] < INTERVAL
+    check(run, alone, starts=2)
+
+
+def test_hang(cluster: Cluster, tmp_path: Path, alone: dict[str, torch.Tensor]) -> None:
+    """A rank that stops is named within the timeout, with the collective that the other waits in
+    and all stacks; the job is requeued.
+    """
+    run = Run(cluster, tmp_path / "run", "training.hang_timeout_s=4")
+    run.wait_for_step(70)
+    run.rank(1).send_signal(signal.SIGSTOP)
+    output = run.wait_for_end()
+    assert "hang: nothing has moved for 4 s, after step" in output
+    assert "rank 1 did not arrive, and does not answer" in output
+    assert "rank 0 waits in all_" in output and "of ranks 0-1, called by" in output
+    stacks = next(run.run_dir.glob("logs/*/stacks_rank_00000.txt")).read_text()
+    assert "megatron_hybrid/training/trainer.py" in stacks
+    check(run, alone, starts=2)
+
+
+def test_crash_loop(cluster: Cluster, tmp_path: Path) -> None:
+    """The same step with the same error, three times: the job fails and says so."""
+    run = Run(cluster, tmp_path / "run", "optimizer.lr=1e30", "optimizer.clip_grad=0")
+    output = run.wait_for_end("FAILED")
+    assert output.count("again: failed after step") == 2
+    assert "stop: 3 times in a row the ranks failed after step" in output
+    assert cluster.restarts(run.job) == 2
