@@ -37,6 +37,8 @@ EXTRAS = {
     "convert": ["transformers>=5.15.1"],
     "dev": [
         "hypothesis>=6.100",
+        "mpi4py>=4",
+        "mpich>=5",  # mpirun, for the test of that launcher
         "mypy>=1.15",
         "pytest>=8",
         "pytest-timeout>=2.3",

@@ -16,6 +16,7 @@ from launchers.place import LOGS, Place, join, log_folder
 from megatron_hybrid import cli_text
 from megatron_hybrid.commands import convert as convert_commands
 from megatron_hybrid.commands import data as data_commands
+from megatron_hybrid.commands.status import status
 from megatron_hybrid.commands.submit import submit
 from megatron_hybrid.commands.upcycle import upcycle
 from megatron_hybrid.commands.verdict import verdict
@@ -114,6 +115,7 @@ app.command(
     options_metavar="[OPTIONS] [section.field=value | --flag value]...",
 )(submit)
 app.command(context_settings=_CONFIG_WORDS, hidden=True)(verdict)
+app.command()(status)
 
 
 @app.command()

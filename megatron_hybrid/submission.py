@@ -13,9 +13,9 @@ from megatron_hybrid.config import RunConfig, load_config
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import file_errors, write_atomic
 from megatron_hybrid.training.attempts import append
+from megatron_hybrid.training.run_time import JOBS_FILE
 
 JOBS = "jobs"
-JOBS_FILE = "jobs.jsonl"
 CODE = ("megatron_hybrid", "launchers", "checkpoints_converter", "slurm", "tools", "setup.py")
 
 

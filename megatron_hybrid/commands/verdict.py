@@ -22,7 +22,7 @@ def verdict(
     from launchers.place import LOGS
     from megatron_hybrid.config import load_config
     from megatron_hybrid.training.attempts import ATTEMPTS_FILE, append, read_attempts
-    from megatron_hybrid.training.verdict import AGAIN, DONE, failure, judge
+    from megatron_hybrid.training.verdict import AGAIN, DONE, STOP, failure, judge
 
     config = load_config(context.args, which=())
     job = os.environ.get("SLURM_JOB_ID")
@@ -37,6 +37,9 @@ def verdict(
         event = {"event": "failure", "time": time.time()} | failure(attempt, exit_code, error)
         append(config.run_dir / ATTEMPTS_FILE, event)
     found = judge(read_attempts(config.run_dir))
+    if found.action == STOP:
+        stop = {"event": "stop", "time": time.time(), "text": found.text}
+        append(config.run_dir / ATTEMPTS_FILE, stop)
     if error is not None and exit_code:
         print(error.text)
     print(f"{found.action}: {found.text}", flush=True)

@@ -2,14 +2,17 @@
 
 `attempts.jsonl` has an object a line, in the order of time:
 
-    {"event": "start", "attempt": "17.0.2", "time": ..., "world_size": 8, "host": ..., "job": "17"}
+    {"event": "start", "attempt": "17.0.2", "time": ..., "launched": ..., "world_size": 8,
+     "host": ..., "job": "17"}
     {"event": "training", ..., "iteration": 100, "rewound_steps": 3, "rewound_s": 4.2,
      "active_until": ...}
+    {"event": "checkpoint", ..., "iteration": 200, "stall_s": 1.4}
     {"event": "end", ..., "iteration": 200, "reason": "SIGUSR1"}
     {"event": "failure", ..., "iteration": 207, "error": ..., "exit_code": 137}
+    {"event": "stop", "time": ..., "text": why it is not started again}
 
-A "failure" is written by whoever watched the ranks (see `verdict.py`); an attempt without "end" and
-"failure" was cut off together with its watcher.
+A "failure" or "stop" is written by whoever watched the ranks (see `verdict.py`); an attempt without
+"end" and "failure" was cut off together with its watcher.
 """
 
 import json
@@ -18,6 +21,8 @@ import socket
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from launchers.place import ATTEMPT
 
@@ -36,9 +41,11 @@ class AttemptLog:
         self._attempt = os.environ.get(ATTEMPT) or f"alone-{time.strftime('%Y%m%d-%H%M%S')}"
 
     def start(self, world_size: int) -> None:
-        """The ranks have met."""
-        job = os.environ.get("SLURM_JOB_ID")
-        self.write("start", world_size=world_size, host=socket.gethostname(), job=job)
+        """The ranks have met; this process began some time ago."""
+        self.write(
+            "start", world_size=world_size, host=socket.gethostname(),
+            job=os.environ.get("SLURM_JOB_ID"), launched=psutil.Process().create_time(),
+        )  # fmt: skip
 
     def training(
         self, iteration: int, rewound_steps: int, rewound_s: float, active_until: float | None
@@ -54,6 +61,10 @@ class AttemptLog:
             "training", iteration=iteration, rewound_steps=rewound_steps,
             rewound_s=round(rewound_s, 3), active_until=active_until,
         )  # fmt: skip
+
+    def checkpoint(self, iteration: int, stall_s: float) -> None:
+        """Training stood still for a checkpoint."""
+        self.write("checkpoint", iteration=iteration, stall_s=round(stall_s, 3))
 
     def end(self, iteration: int, reason: str) -> None:
         """The run is at its end, or was asked to end."""

@@ -187,7 +187,7 @@ class Trainer:
                     dog.beat(progress.iteration)
                 ended = self._reason_to_end(result, signals)
                 if ended or self._due(self.config.checkpoint.save_interval):
-                    checkpointer.save(progress, wait=ended is not None)
+                    self._save(checkpointer, wait=ended is not None)
                     dog.beat(progress.iteration)
                     saved_at = progress.iteration
                 if ended:
@@ -195,11 +195,17 @@ class Trainer:
                     metrics.event(progress.iteration, "exit", f"{ended}: saved, ending the run")
                     break
             if saved_at < progress.iteration:
-                checkpointer.save(progress)
+                self._save(checkpointer, wait=True)
             checkpointer.finish()
         if is_rank_zero():
             self.attempt.end(progress.iteration, reason)
         return reason
+
+    def _save(self, checkpointer: Checkpointer, *, wait: bool) -> None:
+        started = time.perf_counter()
+        checkpointer.save(self.progress, wait=wait)
+        if is_rank_zero():
+            self.attempt.checkpoint(self.progress.iteration, time.perf_counter() - started)
 
     def _batches(self, windows: Windows, steps: Steps, consumed_samples: int) -> Iterator[Batch]:
         replica = Replica(

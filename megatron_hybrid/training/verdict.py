@@ -66,7 +66,9 @@ def _same_failures(events: Sequence[Mapping[str, Any]]) -> int:
     """How many of the last attempts failed in the same step with the same error."""
     last, times = _key(events[-1]), 0
     for event in reversed(events):
-        if event["event"] == "end" or (event["event"] == "failure" and _key(event) != last):
+        if event["event"] in ("end", "stop") or (
+            event["event"] == "failure" and _key(event) != last
+        ):
             break
         times += event["event"] == "failure"
     return times

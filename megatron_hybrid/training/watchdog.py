@@ -28,7 +28,8 @@ from launchers.errors import record_error
 from megatron_hybrid.fileio import write_atomic
 
 SETTLE_S = 3.0  # for the reports of ranks whose clocks and steps differ a little
-_ENGINE_FILES = ("distributed_c10d.py", "c10d_logger.py")
+# Of frames between a collective and its caller.
+_BETWEEN = ("c10d_logger.py", "contextlib.py", "typing_extensions.py")
 EXIT_CODE = 1
 
 
@@ -133,11 +134,11 @@ def locate(frame: FrameType | None, rank: int, iteration: int) -> Report:
     inner = frame
     while inner is not None:
         name = Path(inner.f_code.co_filename).name
-        if name == "distributed_c10d.py" and not inner.f_code.co_name.startswith("_"):
-            if inner.f_code.co_name != "wrapper":
-                collective, ranks = inner.f_code.co_name, _ranks(inner.f_locals.get("group"))
+        if name == "distributed_c10d.py":
+            # Such as all_reduce, _all_gather_base, and _coalescing_manager around several.
+            collective, ranks = inner.f_code.co_name.strip("_"), _ranks(inner.f_locals.get("group"))
             caller = inner.f_back
-        elif collective is not None and name not in _ENGINE_FILES:
+        elif collective is not None and name not in _BETWEEN:
             caller = inner
             break
         elif collective is None and _waits(inner):

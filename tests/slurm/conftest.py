@@ -1,11 +1,17 @@
-"""One Slurm of two nodes for all tests here; where there can be none they are skipped, loudly."""
+"""One Slurm for all tests here; where there can be none they are skipped, loudly.
+
+A job mostly waits: to be started, to be noticed, to be requeued. So all of them run at the same
+time, each on a pair of nodes of its own, and a test waits for its own and looks at what came of it.
+"""
 
 import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +27,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if why is not None:
         warnings.warn(f"NOTHING IS TESTED ON SLURM: {why}", stacklevel=1)
         pytest.skip(why)
-    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"), nodes=18)
     cluster.environment |= {
         "PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo", "TMPDIR": str(cluster.folder),
@@ -31,6 +37,42 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield cluster
     finally:
         cluster.stop()
+
+
+Scenario = Callable[[Cluster, str, Path], Any]
+_scenarios: dict[str, Scenario] = {}
+
+
+def scenario(function: Scenario) -> Scenario:
+    """Mark what happens to a job: called in a thread with cluster, a pair of nodes and a folder.
+
+    The test of the same name, but for `test_`, finds what it returns in the fixture `outcome`.
+    """
+    _scenarios[function.__name__] = function
+    return function
+
+
+@pytest.fixture(scope="session")
+def outcomes(
+    cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[dict[str, Future[Any]]]:
+    """What comes of each scenario that has a test in this session."""
+    asked = {item.name.removeprefix("test_") for item in request.session.items}
+    names = [name for name in _scenarios if name in asked]
+    with ThreadPoolExecutor(max(1, len(names))) as pool:
+        yield {
+            name: pool.submit(
+                _scenarios[name], cluster, f"node[{2 * place + 1}-{2 * place + 2}]",
+                tmp_path_factory.mktemp(name),
+            )
+            for place, name in enumerate(names)
+        }  # fmt: skip
+
+
+@pytest.fixture
+def outcome(outcomes: dict[str, Future[Any]], request: pytest.FixtureRequest) -> Any:
+    """What came of the scenario of a test."""
+    return outcomes[request.node.name.removeprefix("test_")].result(timeout=400)
 
 
 def command(*words: str, environment: dict[str, str] | None = None) -> str:

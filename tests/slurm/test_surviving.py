@@ -3,8 +3,10 @@ and end with the parameters of the run that was left alone, bit for bit.
 """
 
 import os
+import re
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,16 @@ import psutil
 import pytest
 import torch
 
+from launchers.slurm import hostnames
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.training.attempts import read_attempts
+from megatron_hybrid.training.run_time import run_time
 from tests.slurm.cluster import Cluster
-from tests.slurm.conftest import command
+from tests.slurm.conftest import command, scenario
 from tests.training.runs import words
 
 STEPS, INTERVAL = 240, 60
+HANG_S = 10
 
 
 def line(run_dir: Path, *more: str) -> list[str]:
@@ -29,12 +34,13 @@ def line(run_dir: Path, *more: str) -> list[str]:
 
 
 class Run:
-    """A run of two nodes with a rank each, submitted."""
+    """A run of a pair of nodes with a rank each, submitted."""
 
-    def __init__(self, cluster: Cluster, run_dir: Path, *more: str) -> None:
-        self.cluster, self.run_dir = cluster, run_dir
+    def __init__(self, cluster: Cluster, nodes: str, folder: Path, *more: str) -> None:
+        self.cluster, self.run_dir = cluster, folder / "run"
         printed = command(
-            "submit", *line(run_dir, *more), "--nodes", "2", "--ranks-per-node", "1",
+            "submit", *line(self.run_dir, *more), "--nodes", "2", "--ranks-per-node", "1",
+            f"--option=--nodelist={nodes}",
             environment=cluster.environment,
         )  # fmt: skip
         self.job = printed.split()[1]
@@ -44,13 +50,13 @@ class Run:
         metrics = self.run_dir / "metrics.jsonl"
         self.cluster.wait(
             lambda: metrics.exists() and metrics.read_bytes().count(b'"kind":"train"') >= step,
-            90, f"step {step} of job {self.job}",
+            240, f"step {step} of job {self.job}",
         )  # fmt: skip
 
     def wait_for_end(self, state: str = "COMPLETED") -> str:
         """Until the job has ended so; its output."""
         ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        self.cluster.wait(lambda: self.cluster.job_state(self.job) in ends, 120, "the job's end")
+        self.cluster.wait(lambda: self.cluster.job_state(self.job) in ends, 240, "the job's end")
         output = self.output()
         assert self.cluster.job_state(self.job) == state, output
         return output
@@ -78,7 +84,9 @@ def parameters(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="session")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+def alone(
+    outcomes: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, torch.Tensor]:
     """The parameters of the run that nothing happened to, on this machine."""
     run_dir = tmp_path_factory.mktemp("alone") / "run"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -86,87 +94,126 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     return parameters(run_dir)
 
 
-def check(run: Run, alone: dict[str, torch.Tensor], starts: int) -> None:
+def check(run: Run, alone: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Started twice, it came to the same bits; the event of the second start."""
     found = parameters(run.run_dir)
     assert found.keys() == alone.keys()
     assert all(torch.equal(found[name], alone[name]) for name in alone)
-    assert len(run.starts()) == starts
+    _, second = run.starts()
+    assert second["iteration"] >= INTERVAL
+    return second
 
 
-def test_preempted(cluster: Cluster, tmp_path: Path, alone: dict[str, torch.Tensor]) -> None:
-    """A job of higher priority takes the nodes: saved, requeued, no step is done twice."""
-    run = Run(cluster, tmp_path / "run")
+@scenario
+def preempted(cluster: Cluster, nodes: str, folder: Path) -> tuple[Run, str]:
+    run = Run(cluster, nodes, folder)
     run.wait_for_step(70)
     urgent = cluster.run(
-        "sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null",
-        "--wrap", "sleep 1",
+        "sbatch", "--parsable", "-p", "urgent", "-N2", f"--nodelist={nodes}", "--exclusive",
+        "-o", "/dev/null", "--wrap", "sleep 1",
     )  # fmt: skip
-    cluster.wait(lambda: cluster.job_state(urgent) == "COMPLETED", 60, "the urgent job")
-    output = run.wait_for_end()
+    cluster.wait(lambda: cluster.job_state(urgent) == "COMPLETED", 120, "the urgent job")
+    return run, run.wait_for_end()
+
+
+def test_preempted(outcome: tuple[Run, str], alone: dict[str, torch.Tensor]) -> None:
+    """A job of higher priority takes the nodes: saved, requeued, no step is done twice."""
+    run, output = outcome
     assert "told to save and end" in output
     assert "again: SIG" in output or "again: signal" in output
-    assert run.starts()[1]["iteration"] >= 70
-    assert run.starts()[1]["rewound_steps"] == 0
-    check(run, alone, starts=2)
+    second = check(run, alone)
+    assert second["iteration"] >= 70
+    assert second["rewound_steps"] == 0
+    spent = run_time(run.run_dir, time.time())
+    assert (spent.attempts, spent.failures, spent.ended) == (2, 0, "finished")
+    assert spent.seconds("queue") > 5  # a requeued job waits for so long at least
+    assert spent.seconds("start-up") > 2
+    assert spent.seconds("rewound") == 0
+    printed = command("status", str(run.run_dir), environment=run.cluster.environment)
+    assert f"{run.job}: COMPLETED" in printed
+    assert re.search(r"goodput +\d+\.\d% of 00:0", printed)
 
 
-def test_time_limit(cluster: Cluster, tmp_path: Path, alone: dict[str, torch.Tensor]) -> None:
+@scenario
+def time_limit(cluster: Cluster, nodes: str, folder: Path) -> tuple[Run, str]:
+    run = Run(cluster, nodes, folder)
+    run.wait_for_step(70)
+    cluster.run("scancel", "--signal=USR1", "--batch", run.job)
+    return run, run.wait_for_end()
+
+
+def test_time_limit(
+    outcome: tuple[Run, str], alone: dict[str, torch.Tensor], cluster: Cluster
+) -> None:
     """The signal before the time limit: saved, requeued, no step is done twice.
 
     It is sent as Slurm sends it, to the batch script; Slurm's own clock is half a minute wide.
     """
-    run = Run(cluster, tmp_path / "run")
-    run.wait_for_step(70)
-    cluster.run("scancel", "--signal=USR1", "--batch", run.job)
-    run.wait_for_end()
-    assert run.starts()[1]["rewound_steps"] == 0
-    check(run, alone, starts=2)
+    run, _ = outcome
+    assert check(run, alone)["rewound_steps"] == 0
     assert cluster.restarts(run.job) == 1
 
 
-def test_lost_node(cluster: Cluster, tmp_path: Path, alone: dict[str, torch.Tensor]) -> None:
-    """A node without power: requeued by Slurm, on from the last whole checkpoint."""
-    run = Run(cluster, tmp_path / "run")
+@scenario
+def lost_node(cluster: Cluster, nodes: str, folder: Path) -> tuple[Run, str]:
+    run = Run(cluster, nodes, folder)
     run.wait_for_step(70)
-    cluster.cut_node("node2")
-    cluster.boot_node("node2")
-    run.wait_for_end()
-    assert run.starts()[1]["iteration"] >= 60
-    assert run.starts()[1]["rewound_steps"] < INTERVAL
-    check(run, alone, starts=2)
+    node = hostnames(nodes)[1]
+    cluster.cut_node(node)
+    cluster.boot_node(node)
+    return run, run.wait_for_end()
 
 
-def test_killed_rank(cluster: Cluster, tmp_path: Path, alone: dict[str, torch.Tensor]) -> None:
-    """kill -9, as the kernel does when memory is out: requeued, on from the last checkpoint."""
-    run = Run(cluster, tmp_path / "run")
+def test_lost_node(outcome: tuple[Run, str], alone: dict[str, torch.Tensor]) -> None:
+    """A node without power: requeued by Slurm, on from the last whole checkpoint."""
+    assert check(outcome[0], alone)["rewound_steps"] < INTERVAL
+
+
+@scenario
+def killed_rank(cluster: Cluster, nodes: str, folder: Path) -> tuple[Run, str]:
+    run = Run(cluster, nodes, folder)
     run.wait_for_step(70)
     run.rank(1).kill()
-    output = run.wait_for_end()
+    return run, run.wait_for_end()
+
+
+def test_killed_rank(outcome: tuple[Run, str], alone: dict[str, torch.Tensor]) -> None:
+    """kill -9, as the kernel does when memory is out: requeued, on from the last checkpoint."""
+    run, output = outcome
     assert "again: failed" in output and "(1 of 3 times)" in output
-    assert run.starts()[1]["rewound_steps"] < INTERVAL
-    check(run, alone, starts=2)
+    assert check(run, alone)["rewound_steps"] < INTERVAL
 
 
-def test_hang(cluster: Cluster, tmp_path: Path, alone: dict[str, torch.Tensor]) -> None:
+@scenario
+def hang(cluster: Cluster, nodes: str, folder: Path) -> tuple[Run, str]:
+    run = Run(cluster, nodes, folder, f"training.hang_timeout_s={HANG_S}")
+    run.wait_for_step(70)
+    run.rank(1).send_signal(signal.SIGSTOP)
+    return run, run.wait_for_end()
+
+
+def test_hang(outcome: tuple[Run, str], alone: dict[str, torch.Tensor]) -> None:
     """A rank that stops is named within the timeout, with the collective that the other waits in
     and all stacks; the job is requeued.
     """
-    run = Run(cluster, tmp_path / "run", "training.hang_timeout_s=4")
-    run.wait_for_step(70)
-    run.rank(1).send_signal(signal.SIGSTOP)
-    output = run.wait_for_end()
-    assert "hang: nothing has moved for 4 s, after step" in output
+    run, output = outcome
+    assert f"hang: nothing has moved for {HANG_S} s, after step" in output
     assert "rank 1 did not arrive, and does not answer" in output
-    assert "rank 0 waits in all_" in output and "of ranks 0-1, called by" in output
+    assert re.search(r"rank 0 waits in \w+ of ranks 0-1, called by core/\S+:\d+ \w+", output)
     stacks = next(run.run_dir.glob("logs/*/stacks_rank_00000.txt")).read_text()
     assert "megatron_hybrid/training/trainer.py" in stacks
-    check(run, alone, starts=2)
+    check(run, alone)
 
 
-def test_crash_loop(cluster: Cluster, tmp_path: Path) -> None:
+@scenario
+def crash_loop(cluster: Cluster, nodes: str, folder: Path) -> tuple[Run, str]:
+    run = Run(cluster, nodes, folder, "optimizer.lr=1e30", "optimizer.clip_grad=0")
+    return run, run.wait_for_end("FAILED")
+
+
+def test_crash_loop(outcome: tuple[Run, str], cluster: Cluster) -> None:
     """The same step with the same error, three times: the job fails and says so."""
-    run = Run(cluster, tmp_path / "run", "optimizer.lr=1e30", "optimizer.clip_grad=0")
-    output = run.wait_for_end("FAILED")
+    run, output = outcome
     assert output.count("again: failed after step") == 2
     assert "stop: 3 times in a row the ranks failed after step" in output
     assert cluster.restarts(run.job) == 2

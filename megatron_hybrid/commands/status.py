@@ -1,0 +1,106 @@
+"""`megatron-hybrid status`: how a run stands, and where its time went."""
+
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def status(
+    run: Annotated[Path, typer.Argument(help="folder of a run")],
+    as_json: Annotated[bool, typer.Option("--json", help="the same as JSON")] = False,
+) -> None:
+    """State of a run's jobs, last step, tokens, loss, speed, and time lost by cause."""
+    from rich.console import Console
+
+    from megatron_hybrid.errors import UserError
+    from megatron_hybrid.training.run_time import read_jobs, run_time
+
+    if not run.is_dir():
+        raise UserError(f"{run} is not the folder of a run")
+    now = time.time()
+    found = run_time(run, now)
+    if not found.attempts and not read_jobs(run):
+        raise UserError(
+            f"{run} has neither attempts.jsonl nor jobs.jsonl: no run was started there"
+        )
+    facts = _facts(run, now)
+    if as_json:
+        lost = {span.cause: round(found.seconds(span.cause), 3) for span in found.spans}
+        print(json.dumps(facts | {"seconds": lost, "goodput": round(found.goodput, 4)}, indent=1))
+        return
+    _print(facts, found, Console())
+
+
+def _facts(run: Path, now: float) -> dict[str, Any]:
+    from megatron_hybrid.training.run_time import last_steps, read_jobs, run_time
+
+    found, jobs = run_time(run, now), [str(job["job"]) for job in read_jobs(run)]
+    steps = last_steps(run)
+    facts: dict[str, Any] = {
+        "jobs": {job: _slurm_state(job) for job in jobs},
+        "starts": found.attempts,
+        "failures": found.failures,
+        "ended": found.ended,
+        "last_sign_s": None if found.last_sign is None else round(now - found.last_sign, 1),
+    }
+    if steps:
+        last = steps[-1]
+        tokens = sum(s["tokens_per_s"] * s["step_ms"] for s in steps)
+        facts |= {
+            "step": last["iteration"],
+            "tokens": last["consumed_tokens"],
+            "loss": last["loss"],
+            "tokens_per_s": round(tokens / sum(s["step_ms"] for s in steps), 1),
+            "eta_s": last["eta_s"],
+        }
+    return facts
+
+
+def _slurm_state(job: str) -> str:
+    """What Slurm says of a job; "unknown" where there is no Slurm or it has forgotten it."""
+    words = ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T %r"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown (no answer from squeue)"
+    lines = done.stdout.split("\n")
+    return (
+        lines[0].removesuffix(" None").strip() if done.returncode == 0 and lines[0] else "unknown"
+    )
+
+
+def _print(facts: dict[str, Any], found: Any, console: Any) -> None:
+    from rich.table import Table
+
+    from megatron_hybrid.human import human_count, human_duration
+    from megatron_hybrid.training.run_time import CAUSES
+
+    def line(name: str, text: str) -> None:
+        console.print(f"{name:10}{text}", highlight=False, markup=False, soft_wrap=True)
+
+    for job, state in facts["jobs"].items():
+        line("job", f"{job}: {state}")
+    line("starts", f"{facts['starts']}, {facts['failures']} of them ended by an error")
+    line("ended", facts["ended"] or "no")
+    if "step" in facts:
+        loss = "not finite" if facts["loss"] is None else f"{facts['loss']:.4f}"
+        parts = (
+            f"{facts['step']:,}", f"tokens {human_count(facts['tokens'])}", f"loss {loss}",
+            f"{human_count(facts['tokens_per_s'])} tokens/s",
+        )  # fmt: skip
+        line("step", " | ".join(parts))
+    if facts["last_sign_s"] is not None:
+        line("seen", f"{human_duration(facts['last_sign_s'])} ago")
+    table = Table("time", "share", "what it went for", title=None)
+    for cause, meaning in CAUSES.items():
+        seconds = found.seconds(cause)
+        if seconds:
+            table.add_row(
+                human_duration(seconds), f"{seconds / found.total:.1%}", f"{cause}: {meaning}"
+            )
+    console.print(table)
+    line("goodput", f"{found.goodput:.1%} of {human_duration(found.total)}")

@@ -1,0 +1,102 @@
+"""The quickstart's run on four ranks: however they are started, the same losses."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_hybrid.training.metrics import read_records
+from tests.slurm.cluster import Cluster
+from tests.slurm.conftest import ROOT, command, scenario
+
+CONFIG = ROOT / "examples" / "01_quickstart" / "quickstart.yaml"
+STEPS = 6
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's data."""
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def make_corpus(folder: Path) -> Path:
+    script = ROOT / "examples" / "01_quickstart" / "prepare.py"
+    subprocess.run([sys.executable, script, folder / "data"], check=True, capture_output=True)
+    return folder / "data"
+
+
+def line(data: Path, run_dir: Path) -> list[str]:
+    """The quickstart, shortened."""
+    paths = [f"data.sources.{name}.path={data / name}" for name in ("code", "docs", "reference")]
+    return [
+        str(CONFIG), *paths, f"data.tokenizer_model={data / 'tokenizer.model'}",
+        f"training.train_iters={STEPS}", "training.eval_interval=null", "backend=torch",
+        f"run_dir={run_dir}",
+    ]  # fmt: skip
+
+
+def losses(run_dir: Path) -> list[float]:
+    found = [r["loss"] for r in read_records(run_dir / "metrics.jsonl") if r["kind"] == "train"]
+    assert len(found) == STEPS
+    return found
+
+
+@scenario
+def submitted_and_by_hand(cluster: Cluster, nodes: str, folder: Path) -> tuple[Path, Path]:
+    data = make_corpus(folder)
+    printed = command(
+        "submit", *line(data, folder / "submitted"), "--nodes", "2", "--ranks-per-node", "2",
+        f"--option=--nodelist={nodes}", environment=cluster.environment,
+    )  # fmt: skip
+    config = folder / "run.yaml"
+    config.write_text(command("pretrain", *line(data, folder / "by hand"), "--dry-run"))
+    by_hand = cluster.run(
+        "sbatch", "--parsable", f"--chdir={ROOT}", "--nodes=2", "--ntasks-per-node=2",
+        "--gpus-per-node=0", f"--nodelist={nodes}", f"--output={folder}/by_hand.out",
+        str(ROOT / "slurm" / "pretrain.sbatch"),
+        environment={"CONFIG": str(config), "CODE": str(ROOT)},
+    )  # fmt: skip
+    for job in (printed.split()[1], by_hand):
+        cluster.wait(lambda job=job: cluster.job_state(job) == "COMPLETED", 300, f"job {job}")
+    return folder / "submitted", folder / "by hand"
+
+
+@pytest.fixture(scope="session")
+def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of four ranks on one machine."""
+    run_dir = tmp_path_factory.mktemp("one") / "run"
+    command("pretrain", *line(corpus, run_dir), "--nproc", "4", environment=alone())
+    return losses(run_dir)
+
+
+def alone() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def test_submitted_and_by_hand(outcome: tuple[Path, Path], expected: list[float]) -> None:
+    """Two nodes with two ranks each, by `submit` and by plain `sbatch` of slurm/pretrain.sbatch:
+    the losses of four ranks on one machine, to the last bit; each rank's output is kept.
+    """
+    assert [losses(run_dir) for run_dir in outcome] == [expected, expected]
+    submitted = next((outcome[0] / "logs").iterdir())
+    assert sorted(path.name for path in submitted.glob("rank_*")) == [
+        "rank_00001.txt", "rank_00002.txt", "rank_00003.txt",
+    ]  # fmt: skip
+
+
+MPIRUN = Path(sys.executable).with_name("mpirun")
+
+
+@pytest.mark.skipif(not MPIRUN.exists(), reason="no mpirun (pip install mpich mpi4py)")
+def test_mpirun(corpus: Path, expected: list[float], tmp_path: Path) -> None:
+    """Four ranks of `mpirun`, to which MPI gives the address: the same losses to the last bit."""
+    program = [sys.executable, "-m", "megatron_hybrid.cli", "pretrain"]
+    done = subprocess.run(
+        [MPIRUN, "-n", "4", *program, *line(corpus, tmp_path / "run")],
+        env=alone(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("4 ranks on cpu") == 1
+    assert losses(tmp_path / "run") == expected

@@ -1,0 +1,99 @@
+"""Where the time of a run went, from its files."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_hybrid.training.attempts import append
+from megatron_hybrid.training.plot_time import draw_run_time
+from megatron_hybrid.training.run_time import run_time
+
+
+def write(run_dir: Path, *events: dict[str, Any], sign: float | None = None) -> None:
+    append(run_dir / "jobs.jsonl", {"job": "1", "time": 100.0, "folder": ""})
+    for event in events:
+        append(run_dir / "attempts.jsonl", {"attempt": "a"} | event)
+    if sign is not None:
+        path = run_dir / "metrics.jsonl"
+        path.write_text(json.dumps({"kind": "train", "iteration": 1, "step_ms": 1.0}) + "\n")
+        os.utime(path, (sign, sign))
+
+
+def start(launched: float, training: float, **more: Any) -> list[dict[str, Any]]:
+    return [
+        {"event": "start", "time": launched + 2, "launched": launched},
+        {"event": "training", "time": training, "iteration": 0, "rewound_steps": 0,
+         "rewound_s": 0.0, "active_until": None} | more,
+    ]  # fmt: skip
+
+
+def seconds(run_dir: Path, now: float) -> dict[str, float]:
+    found = run_time(run_dir, now)
+    for before, after in zip(found.spans, found.spans[1:], strict=False):
+        assert before.end == pytest.approx(after.start)
+    return {cause: round(found.seconds(cause), 3) for cause in {s.cause for s in found.spans}}
+
+
+def test_a_run_that_was_interrupted_and_failed(tmp_path: Path) -> None:
+    """Each second from the submission to the end is counted once, under its cause."""
+    write(
+        tmp_path,
+        *start(110, 120),
+        {"event": "checkpoint", "time": 150, "iteration": 10, "stall_s": 3},
+        {"event": "end", "time": 150, "iteration": 10, "reason": "SIGUSR1"},
+        *start(160, 165),
+        # Its last step ends at 200, of which 12 s are done again; 20 s pass until that is noticed.
+        {"event": "failure", "time": 220, "iteration": 15, "error": "x", "exit_code": 1},
+        *start(230, 236, rewound_steps=3, rewound_s=12.0, active_until=200.0),
+        {"event": "end", "time": 300, "iteration": 20, "reason": "finished"},
+    )
+    assert seconds(tmp_path, 1000) == {
+        "queue": 10 + 10 + 10, "start-up": 10 + 5 + 6, "training": 27 + 23 + 64,
+        "checkpoint": 3, "rewound": 12, "down": 20,
+    }  # fmt: skip
+    found = run_time(tmp_path, 1000)
+    assert (found.attempts, found.failures, found.ended) == (3, 1, "finished")
+    assert found.goodput == pytest.approx(114 / 200)
+    draw_run_time(tmp_path, tmp_path / "time.png")
+    assert (tmp_path / "time.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_cut_off_without_a_word(tmp_path: Path) -> None:
+    """A lost node writes no end: the next start knows its last sign of life."""
+    write(
+        tmp_path, *start(110, 120),
+        *start(300, 305, rewound_steps=5, rewound_s=10.0, active_until=180.0),
+        {"event": "end", "time": 400, "iteration": 20, "reason": "finished"},
+    )  # fmt: skip
+    assert seconds(tmp_path, 1000) == {
+        "queue": 10 + 120, "start-up": 10 + 5, "training": 50 + 95, "rewound": 10,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("last", "ended", "expected"),
+    [
+        ([], None, {"queue": 10, "start-up": 10, "training": 80}),
+        ([{"event": "end", "time": 150, "iteration": 9, "reason": "SIGTERM"}], None,
+         {"queue": 60, "start-up": 10, "training": 30}),
+        ([{"event": "failure", "time": 160, "iteration": 9, "error": "x", "exit_code": 1},
+          {"event": "stop", "time": 161, "text": "three times"}], "stopped: three times",
+         {"queue": 10, "start-up": 10, "training": 30, "down": 10}),
+    ],
+)  # fmt: skip
+def test_the_last_attempt(
+    last: list[dict[str, Any]], ended: str | None, expected: dict[str, float], tmp_path: Path
+) -> None:
+    """It runs, waits to go on, or was stopped for good, after which no time is lost."""
+    write(tmp_path, *start(110, 120), *last, sign=150.0)
+    assert seconds(tmp_path, 200) == expected
+    assert run_time(tmp_path, 200).ended == ended
+
+
+def test_queued_only(tmp_path: Path) -> None:
+    """A job that has not begun is all waiting."""
+    write(tmp_path)
+    assert seconds(tmp_path, 130) == {"queue": 30}
