@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
-from launchers.place import Place
 from megatron_hybrid.fileio import write_atomic
 
 ERROR_FILE = "MEGATRON_HYBRID_ERROR_FILE"
@@ -58,19 +57,19 @@ def output_file(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank:05d}.txt"
 
 
-def redirect_output(folder: Path, place: Place) -> None:
+def redirect_output(folder: Path, rank: int) -> None:
     """Of ranks that share a console: rank 0 keeps it, the others write to files in `folder`.
 
     All leave their errors there.
     """
     global _console
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ[ERROR_FILE] = str(error_file(folder, place.rank))
+    os.environ[ERROR_FILE] = str(error_file(folder, rank))
     sys.stdout.flush()
     sys.stderr.flush()
     _console = os.fdopen(os.dup(sys.stderr.fileno()), "w")
-    if place.rank:
-        with output_file(folder, place.rank).open("ab") as file:
+    if rank:
+        with output_file(folder, rank).open("ab") as file:
             os.dup2(file.fileno(), sys.stdout.fileno())
             os.dup2(file.fileno(), sys.stderr.fileno())
 

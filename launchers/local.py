@@ -39,7 +39,7 @@ def launch(argv: Sequence[str], nproc: int, grace_s: float = 10.0, logs: Path | 
     Returns:
         The exit code: 0, that of the rank that failed first, or 128 + the signal that ended it.
     """
-    attempt = f"local-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    attempt = os.environ.get(ATTEMPT) or f"local-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     with tempfile.TemporaryDirectory(prefix="megatron-hybrid-") as temporary:
         folder = Path(temporary) if logs is None else logs / attempt
         folder.mkdir(parents=True, exist_ok=True)

@@ -74,4 +74,6 @@ def join(environment: MutableMapping[str, str]) -> Place | None:
             place = way.find_place(environment)
             place.export(environment)
             return place
+    if name := slurm.attempt(environment):  # the only task of a step
+        environment[ATTEMPT] = name
     return None

@@ -39,7 +39,7 @@ def find_place(environment: Mapping[str, str]) -> Place:
             node_rank=node_rank,
             master_addr=environment.get("MASTER_ADDR", first_host),
             master_port=int(environment.get("MASTER_PORT", default_port(job, step))),
-            attempt=f"{job}.{environment.get('SLURM_RESTART_COUNT', '0')}.{step}",
+            attempt=attempt(environment),
         )
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(
@@ -48,6 +48,14 @@ def find_place(environment: Mapping[str, str]) -> Place:
             "SLURM_STEP_NODELIST and SLURM_STEP_TASKS_PER_NODE must be as Slurm sets them"
         ) from error
     return place
+
+
+def attempt(environment: Mapping[str, str]) -> str:
+    """The name of this start of a job, `JOB.RESTARTS.STEP`; empty outside of a step."""
+    if "SLURM_JOB_ID" not in environment or "SLURM_STEP_ID" not in environment:
+        return ""
+    restarts = environment.get("SLURM_RESTART_COUNT", "0")
+    return f"{environment['SLURM_JOB_ID']}.{restarts}.{environment['SLURM_STEP_ID']}"
 
 
 def default_port(job: int, step: int) -> int:

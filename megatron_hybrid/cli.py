@@ -12,7 +12,7 @@ from rich.console import Console
 
 from launchers.errors import record_error, redirect_output
 from launchers.local import launch
-from launchers.place import LOGS, Place, join, log_folder
+from launchers.place import ATTEMPT, LOGS, Place, join, log_folder
 from megatron_hybrid import cli_text
 from megatron_hybrid.commands import convert as convert_commands
 from megatron_hybrid.commands import data as data_commands
@@ -69,9 +69,9 @@ def pretrain(
         )
     config = load_config(context.args, world_size=world_size or 1)
     if nproc is None or nproc == 1:
-        if _place is not None and not _place.own_console:
+        if os.environ.get(ATTEMPT) and not (_place and _place.own_console):
             with file_errors(config.run_dir):
-                redirect_output(log_folder(config.run_dir), _place)
+                redirect_output(log_folder(config.run_dir), _place.rank if _place else 0)
         spin_before_sleeping()
         from megatron_hybrid.training.pretrain import pretrain as run
 

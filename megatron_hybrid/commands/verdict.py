@@ -21,10 +21,13 @@ def verdict(
     from launchers.errors import first_error
     from launchers.place import LOGS
     from megatron_hybrid.config import load_config
+    from megatron_hybrid.fileio import file_errors
     from megatron_hybrid.training.attempts import ATTEMPTS_FILE, append, read_attempts
     from megatron_hybrid.training.verdict import AGAIN, DONE, STOP, failure, judge
 
-    config = load_config(context.args, which=())
+    ranks = os.environ.get("SLURM_NTASKS")
+    # Checked as by the ranks: what they refused before they had a folder is refused here.
+    config = load_config(context.args, world_size=int(ranks) if ranks else None)
     job = os.environ.get("SLURM_JOB_ID")
     restart = os.environ.get("SLURM_RESTART_COUNT", "0")
     folders = sorted(
@@ -32,14 +35,15 @@ def verdict(
         key=lambda folder: folder.stat().st_mtime,
     )
     error = first_error(folders[-1]) if folders else None
-    if exit_code:
-        attempt = folders[-1].name if folders else "unknown"
-        event = {"event": "failure", "time": time.time()} | failure(attempt, exit_code, error)
-        append(config.run_dir / ATTEMPTS_FILE, event)
-    found = judge(read_attempts(config.run_dir))
-    if found.action == STOP:
-        stop = {"event": "stop", "time": time.time(), "text": found.text}
-        append(config.run_dir / ATTEMPTS_FILE, stop)
+    attempts = config.run_dir / ATTEMPTS_FILE
+    with file_errors(config.run_dir):
+        if exit_code:
+            name = folders[-1].name if folders else "unknown"
+            event = {"event": "failure", "time": time.time()} | failure(name, exit_code, error)
+            append(attempts, event)
+        found = judge(read_attempts(config.run_dir))
+        if found.action == STOP:
+            append(attempts, {"event": "stop", "time": time.time(), "text": found.text})
     if error is not None and exit_code:
         print(error.text)
     print(f"{found.action}: {found.text}", flush=True)

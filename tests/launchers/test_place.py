@@ -55,7 +55,9 @@ def test_a_task_of_a_step_is_a_rank() -> None:
 
 def test_one_task_is_alone() -> None:
     """A step of one task, and a batch script itself, are no ranks."""
-    assert join(STEP | {"SLURM_STEP_NUM_TASKS": "1"}) is None
+    environment = STEP | {"SLURM_STEP_NUM_TASKS": "1"}
+    assert join(environment) is None
+    assert "RANK" not in environment and environment[ATTEMPT] == "4711.1.3"
     assert join({"SLURM_JOB_ID": "4711", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) is None
 
 

@@ -27,7 +27,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if why is not None:
         warnings.warn(f"NOTHING IS TESTED ON SLURM: {why}", stacklevel=1)
         pytest.skip(why)
-    cluster = Cluster(tmp_path_factory.mktemp("slurm"), nodes=18)
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"), nodes=22)
     cluster.environment |= {
         "PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo", "TMPDIR": str(cluster.folder),

@@ -19,7 +19,7 @@ from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.training.attempts import read_attempts
 from megatron_hybrid.training.run_time import run_time
 from tests.slurm.cluster import Cluster
-from tests.slurm.conftest import command, scenario
+from tests.slurm.conftest import ROOT, command, scenario
 from tests.training.runs import words
 
 STEPS, INTERVAL = 240, 60
@@ -203,6 +203,28 @@ def test_hang(outcome: tuple[Run, str], alone: dict[str, torch.Tensor]) -> None:
     stacks = next(run.run_dir.glob("logs/*/stacks_rank_00000.txt")).read_text()
     assert "megatron_hybrid/training/trainer.py" in stacks
     check(run, alone)
+
+
+@scenario
+def one_rank_that_cannot_be_helped(cluster: Cluster, nodes: str, folder: Path) -> str:
+    config = folder / "run.yaml"
+    config.write_text(command("pretrain", *line(folder / "run"), "--dry-run"))
+    job = cluster.run(
+        "sbatch", "--parsable", f"--chdir={ROOT}", "--nodes=1", "--ntasks-per-node=1",
+        "--gpus-per-node=0", f"--nodelist={hostnames(nodes)[0]}", f"--output={folder}/out",
+        str(ROOT / "slurm" / "pretrain.sbatch"),
+        environment={"CONFIG": str(config), "CODE": str(ROOT), "RUN_DIR": "/proc/run"},
+    )  # fmt: skip
+    cluster.wait(lambda: cluster.job_state(job) == "FAILED", 240, "the job's end")
+    assert cluster.restarts(job) == 0
+    return (folder / "out").read_text()
+
+
+def test_one_rank_that_cannot_be_helped(outcome: str) -> None:
+    """What the user has to mend (here a folder that cannot be written) is not tried again."""
+    assert "error: " in outcome and "/proc/run" in outcome
+    assert "Traceback" not in outcome
+    assert "again" not in outcome
 
 
 @scenario
