@@ -12,6 +12,7 @@ AGAIN_CODE = 75  # as sysexits.h has it: a temporary failure, try again
 def verdict(
     context: typer.Context,
     exit_code: Annotated[int, typer.Option(min=0, help="with which the ranks ended")],
+    world_size: Annotated[int, typer.Option(min=1, help="how many there were")],
 ) -> None:
     """Say how the ranks ended: `verdict CONFIG [section.field=value]... --exit-code N`.
 
@@ -25,9 +26,8 @@ def verdict(
     from megatron_hybrid.training.attempts import ATTEMPTS_FILE, append, read_attempts
     from megatron_hybrid.training.verdict import AGAIN, DONE, STOP, failure, judge
 
-    ranks = os.environ.get("SLURM_NTASKS")
     # Checked as by the ranks: what they refused before they had a folder is refused here.
-    config = load_config(context.args, world_size=int(ranks) if ranks else None)
+    config = load_config(context.args, world_size=world_size)
     job = os.environ.get("SLURM_JOB_ID")
     restart = os.environ.get("SLURM_RESTART_COUNT", "0")
     folders = sorted(
