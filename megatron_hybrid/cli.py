@@ -14,6 +14,7 @@ from launchers.local import launch, record_error
 from megatron_hybrid import cli_text
 from megatron_hybrid.commands import convert as convert_commands
 from megatron_hybrid.commands import data as data_commands
+from megatron_hybrid.commands.smoke_test import smoke_test
 from megatron_hybrid.commands.upcycle import upcycle
 from megatron_hybrid.config import TRACKER_FILE, RunConfig, load_config, rules, validate
 from megatron_hybrid.errors import UserError
@@ -97,6 +98,7 @@ app.command(
     context_settings=_CONFIG_WORDS,
     options_metavar="[OPTIONS] [section.field=value | --flag value]...",
 )(upcycle)
+app.command("smoke-test")(smoke_test)
 
 
 @app.command()
