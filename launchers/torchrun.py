@@ -9,8 +9,8 @@ _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def started(environment: Mapping[str, str]) -> bool:
-    """Whether torch's variables are there."""
-    return "WORLD_SIZE" in environment
+    """Whether torch's variables are there (WORLD_SIZE alone is a size to check a config for)."""
+    return "RANK" in environment
 
 
 def find_place(environment: Mapping[str, str]) -> Place:
@@ -22,8 +22,8 @@ def find_place(environment: Mapping[str, str]) -> Place:
     missing = [name for name in _NEEDED if name not in environment]
     if missing:
         raise UserError(
-            f"WORLD_SIZE={environment['WORLD_SIZE']} is set, and {', '.join(missing)} is not: "
-            f"a rank needs {', '.join(_NEEDED)} (and LOCAL_RANK with several ranks a node)"
+            f"{', '.join(n for n in _NEEDED if n in environment)} is set, and {', '.join(missing)} "
+            f"is not: a rank needs {', '.join(_NEEDED)} (and LOCAL_RANK with several ranks a node)"
         )
     numbers = {}
     for name, default in {

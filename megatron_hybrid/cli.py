@@ -10,12 +10,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from launchers import torchrun
 from launchers.errors import record_error, redirect_output
 from launchers.local import launch
 from launchers.place import ATTEMPT, LOGS, Place, join, log_folder
 from megatron_hybrid import cli_text
 from megatron_hybrid.commands import convert as convert_commands
 from megatron_hybrid.commands import data as data_commands
+from megatron_hybrid.commands.smoke_test import smoke_test
 from megatron_hybrid.commands.status import status
 from megatron_hybrid.commands.submit import submit
 from megatron_hybrid.commands.upcycle import upcycle
@@ -67,6 +69,8 @@ def pretrain(
             f"a launcher has started this rank already (WORLD_SIZE={launched})",
             param_hint="--nproc",
         )
+    if launched and _place is None:
+        torchrun.find_place(os.environ)  # says what is missing
     config = load_config(context.args, world_size=world_size or 1)
     if nproc is None or nproc == 1:
         if os.environ.get(ATTEMPT) and not (_place and _place.own_console):
@@ -116,6 +120,7 @@ app.command(
 )(submit)
 app.command(context_settings=_CONFIG_WORDS, hidden=True)(verdict)
 app.command()(status)
+app.command("smoke-test")(smoke_test)
 
 
 @app.command()

@@ -7,6 +7,7 @@ from importlib import metadata
 from typing import Literal
 
 from packaging.requirements import Requirement
+from packaging.version import Version
 from rich.console import Console
 from rich.table import Table
 
@@ -59,9 +60,16 @@ def _required(requirement: Requirement) -> Finding:
     wanted = f"{requirement.name}{requirement.specifier}"
     if version is None:
         return Finding(requirement.name, "-", "broken", f'pip install "{wanted}"')
-    if not requirement.specifier.contains(version, prereleases=True):
+    if not requirement.specifier.contains(_release(version), prereleases=True):
         return Finding(requirement.name, version, "broken", f"must be {requirement.specifier}")
     return Finding(requirement.name, version, "ok")
+
+
+def _release(version: str) -> str:
+    """2.13.0 for `2.13.0a0+9186a08b2c.nv26.07`, a build in NVIDIA's images; else the version."""
+    parsed = Version(version)
+    by_nvidia = any(part.startswith("nv") for part in (parsed.local or "").split("."))
+    return parsed.base_version if by_nvidia else version
 
 
 def _optional(package: str, gives: str) -> Finding:

@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034  # the scripts that source this use its variables
 # What differs from cluster to cluster, in one place: how the program is started, and the network.
 # Sourced by the sbatch scripts beside it.
 

@@ -114,6 +114,15 @@ def test_doctor_tells_the_two_apexes_apart_and_what_is_broken() -> None:
     assert not report([Finding("x", "1", "ok"), broken], console)
 
 
+def test_doctor_takes_nvidias_build_for_the_release_it_is_of() -> None:
+    """The torch of NVIDIA's images is called a pre-release; others stay what they are."""
+    from megatron_hybrid.doctor import _release
+
+    assert _release("2.13.0a0+9186a08b2c.nv26.07") == "2.13.0"
+    assert _release("2.13.0+cu130") == "2.13.0+cu130"
+    assert _release("2.13.0a0+git8f9a6c8") == "2.13.0a0+git8f9a6c8"
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -135,7 +144,16 @@ def test_wrong_usage_exits_2(words: tuple[str, ...]) -> None:
 
 def test_nproc_inside_a_launched_rank_is_refused() -> None:
     """Starting ranks within ranks would multiply them."""
-    done = run("pretrain", *GOOD, "--nproc", "2", WORLD_SIZE="2", RANK="0")
+    done = run(
+        "pretrain",
+        *GOOD,
+        "--nproc",
+        "2",
+        WORLD_SIZE="2",
+        RANK="0",
+        MASTER_ADDR="localhost",
+        MASTER_PORT="1",
+    )
     assert done.returncode == 2
     assert "a launcher has started this rank already" in done.stderr.replace("\n", " ")
 

@@ -71,14 +71,14 @@ def test_a_step_that_does_not_tell_is_refused() -> None:
 @pytest.mark.parametrize(
     ("more", "problem"),
     [
-        ({"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT is not"),
+        ({"RANK": "0"}, "RANK is set, and WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 must be below WORLD_SIZE=2"),
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK='-1' in the environment must be a whole number"),
     ],
 )
 def test_torchs_variables(more: dict[str, str], problem: str) -> None:
     """Half of them, or nonsense, is an error and not a run of its own."""
-    address = {"MASTER_ADDR": "here", "MASTER_PORT": "1"} if "RANK" in more else {}
+    address = {"MASTER_ADDR": "here", "MASTER_PORT": "1"} if "WORLD_SIZE" in more else {}
     with pytest.raises(UserError, match=problem):
         join(address | more)
 

@@ -1,0 +1,54 @@
+"""What this machine has, in one line; run as a program, since asking for GPUs takes hold of one."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+
+from megatron_hybrid.errors import UserError
+
+
+@dataclass(frozen=True)
+class Facts:
+    """`line` is for people; `gpus` is 0 where a training would run on the CPU."""
+
+    line: str
+    gpus: int
+
+
+def find_facts() -> Facts:
+    """Ask torch and the packages' metadata, in a process of its own.
+
+    Raises:
+        UserError: torch cannot be imported, or a GPU is there without the packages that it needs.
+    """
+    command = [sys.executable, "-m", "megatron_hybrid.smoke.facts"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+        raise UserError(f"this installation cannot train: {last}; see megatron-hybrid doctor")
+    return Facts(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _look() -> Facts:
+    import torch
+
+    from megatron_hybrid import __version__
+    from megatron_hybrid.platform.backend import check_engine_version, probe, resolve_backend
+
+    check_engine_version()
+    backend, found = resolve_backend("auto"), probe()
+    gpus = torch.cuda.device_count() if found.cuda_device else 0
+    device = f"{gpus} x {found.cuda_device}" if gpus else f"CPU, {os.cpu_count()} cores"
+    line = (
+        f"megatron-hybrid {__version__}, megatron-core {found.versions['megatron-core']}, "
+        f"torch {torch.__version__}, Python {platform.python_version()}; "
+        f"{device}, backend {backend}"
+    )
+    return Facts(line, gpus)
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(_look())))
