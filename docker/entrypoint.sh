@@ -9,7 +9,7 @@
 set -euo pipefail
 
 case "${1-}" in
-    "" | -* | convert | counts | data | doctor | generate | pretrain | smoke-test | \
+    "" | -* | convert | counts | data | doctor | generate | preflight | pretrain | smoke-test | \
         status | submit | upcycle | verdict)
         set -- megatron-hybrid "$@"
         ;;

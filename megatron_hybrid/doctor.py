@@ -20,7 +20,7 @@ OPTIONAL = {
     "mamba-ssm": "fast Mamba-2 kernels on GPUs",
     "causal-conv1d": "fast convolutions of Mamba-2 on GPUs",
     "flash-attn": "fast attention on GPUs",
-    "mpi4py": "MPI from Python; nothing here uses it yet",
+    "mpi4py": "the addresses of ranks that mpirun starts",
     "transformers": "the peer in the benchmarks",
 }
 

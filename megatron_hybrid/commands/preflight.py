@@ -1,0 +1,65 @@
+"""`megatron-hybrid preflight`: what would make a run fail, before it does."""
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from megatron_hybrid.preflight.checks import Check
+
+
+def preflight(
+    context: typer.Context,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="start this many ranks here, and look at them too")
+    ] = None,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="ranks of the run to be, where none are started")
+    ] = None,
+    checksum_s: Annotated[
+        float, typer.Option(min=0, help="seconds for the checksums of the data; 0: none")
+    ] = 20.0,
+    timeout_s: Annotated[float, typer.Option(min=1, help="seconds to wait for a rank")] = 20.0,
+) -> None:
+    """Check a run: `preflight PRESET|FILE.yaml [section.field=value | --flag value]...`.
+
+    Everywhere: config, tokenizer, data, checkpoint, disk. As ranks (srun, torchrun, mpirun or
+    --nproc) also: versions, GPUs, clocks, a shared folder, and a collective of each kind on each
+    group of the layout. Ends with 1 if anything is wrong.
+    """
+    from launchers.local import launch
+    from megatron_hybrid.preflight.files import check_files
+
+    launched = os.environ.get("RANK") is not None
+    if nproc and not launched:
+        words = ["--checksum-s", str(checksum_s), "--timeout-s", str(timeout_s), *context.args]
+        raise typer.Exit(launch(["-m", "megatron_hybrid.cli", "preflight", *words], nproc))
+    if launched:
+        world_size = int(os.environ["WORLD_SIZE"])
+    reports = os.environ.get("RANK", "0") == "0"
+    config, checks = check_files(context.args, world_size, checksum_s if reports else 0)
+    if launched and config is not None:
+        from megatron_hybrid.preflight.ranks import check_ranks
+
+        checks += check_ranks(config, timeout_s)
+    if reports:
+        _report(checks)
+    if any(check.problems for check in checks):
+        raise typer.Exit(1)
+
+
+def _report(checks: "Sequence[Check]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("check", "result", "what was found", box=None, padding=(0, 2, 0, 0))
+    for check in checks:
+        good = "[yellow]not checked[/]" if check.skipped else "[green]good[/]"
+        result = f"[red]{len(check.problems)} wrong[/]" if check.problems else good
+        table.add_row(check.name, result, check.found)
+    console = Console()
+    console.print(table)
+    for problem in (problem for check in checks for problem in check.problems):
+        print(f"  - {problem}")

@@ -1,0 +1,187 @@
+"""The half of a preflight that the ranks do together: what differs between their nodes.
+
+Facts travel over a TCP store before any collective is tried, so that a node that cannot take part
+in one is named all the same.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform as python_platform
+import socket
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_hybrid.errors import UserError
+from megatron_hybrid.preflight.checks import Check
+
+PACKAGES = (
+    "torch", "megatron-core", "megatron-hybrid", "transformer-engine", "mamba-ssm",
+    "causal-conv1d", "flash-attn", "numpy",
+)  # fmt: skip
+MOST_SKEW_S = 2.0
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """What a rank sees of its node.
+
+    Attributes:
+        versions: by name; "-" for what is missing.
+        gpus: that it can use; `local_world_size` ranks share them.
+        skew_s: its clock less rank 0's; None: not asked yet.
+        sees_run_dir: whether a file that rank 0 has just written is there.
+    """
+
+    rank: int
+    host: str
+    versions: dict[str, str]
+    gpus: int
+    local_world_size: int
+    skew_s: float | None = None
+    sees_run_dir: bool = True
+
+
+def own_facts(rank: int) -> NodeFacts:
+    """Those of this process."""
+    versions = {"Python": python_platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "-"
+    versions["CUDA"] = torch.version.cuda or "-"
+    if torch.cuda.is_available():
+        versions["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return NodeFacts(rank, socket.gethostname(), versions, gpus, local)
+
+
+def open_store(timeout_s: float) -> dist.TCPStore:
+    """The store at MASTER_ADDR:MASTER_PORT, which rank 0 opens.
+
+    Raises:
+        UserError: it cannot be opened, or reached in time.
+    """
+    rank, address = int(os.environ["RANK"]), os.environ["MASTER_ADDR"]
+    port = int(os.environ["MASTER_PORT"])
+    try:
+        return dist.TCPStore(
+            address, port, world_size=int(os.environ["WORLD_SIZE"]), is_master=rank == 0,
+            timeout=timedelta(seconds=timeout_s), wait_for_workers=False,
+        )  # fmt: skip
+    except (RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0][:200]
+        done = "open" if rank == 0 else "reach"
+        raise UserError(
+            f"rank {rank} on {socket.gethostname()} could not {done} {address}:{port} within "
+            f"{timeout_s:g} s: the port is blocked or taken, the name resolves elsewhere, or rank "
+            f"0 did not start ({reason})"
+        ) from error
+
+
+def exchange(store: dist.Store, run_dir: Path, timeout_s: float) -> list[NodeFacts]:
+    """The facts of every rank. All ranks call it together.
+
+    Raises:
+        UserError: ranks did not answer in time; names them.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store.set(f"facts/{rank}", json.dumps(asdict(own_facts(rank))))
+    limit = timedelta(seconds=timeout_s)
+    mark = run_dir / ".preflight"
+    if rank == 0:
+        _wait_for_all(store, "facts", world_size, timeout_s)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        name = uuid.uuid4().hex
+        mark.write_text(name)
+        store.set("go", json.dumps({"time": time.time(), "mark": name}))
+        skew = 0.0
+    else:
+        store.wait(["go"], limit)
+        go = json.loads(store.get("go"))
+        skew = time.time() - go["time"]
+        name = go["mark"]
+    sees = _sees(mark, name)
+    store.set(f"seen/{rank}", json.dumps({"skew_s": skew, "sees_run_dir": sees}))
+    _wait_for_all(store, "seen", world_size, timeout_s)
+    if rank == 0:
+        mark.unlink(missing_ok=True)
+    return [
+        NodeFacts(**json.loads(store.get(f"facts/{n}")) | json.loads(store.get(f"seen/{n}")))
+        for n in range(world_size)
+    ]
+
+
+def _sees(mark: Path, name: str) -> bool:
+    """Whether a file is there; network file systems take a moment."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        try:
+            if mark.read_text() == name:
+                return True
+        except OSError:
+            pass
+        time.sleep(0.1)
+    return False
+
+
+def _wait_for_all(store: dist.Store, kind: str, world_size: int, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    left = list(range(world_size))
+    while left:
+        left = [rank for rank in left if not store.check([f"{kind}/{rank}"])]
+        if left and time.monotonic() > deadline:
+            raise UserError(
+                f"ranks {', '.join(map(str, left))} of {world_size} did not answer within "
+                f"{timeout_s:g} s: they did not start, or cannot reach "
+                f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            )
+        time.sleep(0.05 if left else 0)
+
+
+def compare(facts: Sequence[NodeFacts], run_dir: Path, *, needs_gpus: bool) -> list[Check]:
+    """What differs between nodes, and what they lack.
+
+    Args:
+        needs_gpus: the backend is one of GPUs.
+    """
+    first = facts[0]
+    nodes = {fact.host: fact for fact in facts}
+    differences = [
+        f"{host} has {name} {fact.versions[name]}, {first.host} has {version}"
+        for host, fact in nodes.items()
+        for name, version in first.versions.items()
+        if fact.versions.get(name) != version
+    ]
+    needs_gpus = needs_gpus or any(fact.gpus for fact in facts)
+    too_few = [
+        f"{host} shows {fact.gpus} GPUs to {fact.local_world_size} ranks; allowed: at most one rank "
+        "a GPU"
+        for host, fact in nodes.items()
+        if needs_gpus and fact.gpus < fact.local_world_size
+    ]
+    skewed = {f.host: f.skew_s for f in facts if f.skew_s and abs(f.skew_s) > MOST_SKEW_S}
+    skews = [
+        f"the clock of {host} is {skew:+.1f} s off that of {first.host}; allowed: {MOST_SKEW_S:g} s"
+        for host, skew in skewed.items()
+    ]
+    blind = sorted({fact.host for fact in facts if not fact.sees_run_dir})
+    unseen = [f"run_dir={run_dir} of {first.host} is not what {host} sees there" for host in blind]
+    gpus = sorted({fact.gpus for fact in facts})
+    worst = max((abs(fact.skew_s or 0.0) for fact in facts), default=0.0)
+    hosts = f"{len(nodes)} nodes, {len(facts)} ranks"
+    return [
+        Check("versions", f"{hosts}: torch {first.versions['torch']}", tuple(differences)),
+        Check("GPUs", f"{', '.join(map(str, gpus))} a node", tuple(too_few)),
+        Check("clocks", f"at most {worst:.2f} s apart", tuple(skews)),
+        Check("shared folder", str(run_dir), tuple(unseen)),
+    ]
