@@ -181,6 +181,8 @@ def load_optimizer_state(
     }
     parts = optimizer_parts(optimizer)
     for index, part in enumerate(parts):
+        if len(parts) > 1 and not part.get_parameters():
+            continue  # a pipeline stage without experts: nothing of this part was saved or loaded
         state = part.state_dict()
         for group in state["optimizer"]["param_groups"]:
             group["step"] = max(steps, default=0)
