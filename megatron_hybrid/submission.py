@@ -12,10 +12,12 @@ from launchers.sbatch import Job
 from megatron_hybrid.config import RunConfig, load_config
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import file_errors, write_atomic
+from megatron_hybrid.preflight.files import check_files
 from megatron_hybrid.training.attempts import append
 from megatron_hybrid.training.run_time import JOBS_FILE
 
 JOBS = "jobs"
+CHECKSUM_S = 20.0  # for the checksums of the data
 CODE = ("megatron_hybrid", "launchers", "checkpoints_converter", "slurm", "tools", "setup.py")
 
 
@@ -107,9 +109,8 @@ def prepare(args: Sequence[str], job: Job, array: Sequence[str], script: Path) -
         config = load_config([*args, *words], world_size=world_size)
         if array:
             own = [*words, f"run_dir={config.run_dir.resolve() / _name(words)}"]
-            config = load_config([*args, *own], world_size=world_size)
             words = own
-        _check(config, world_size)
+        config = _checked([*args, *words], world_size)
         configs.append((config, words))
     base = configs[0][0].run_dir.resolve()
     base = base.parent if array else base
@@ -132,10 +133,17 @@ def prepare(args: Sequence[str], job: Job, array: Sequence[str], script: Path) -
     return Prepared(job, folder, variables, tuple(configs))
 
 
-def _check(config: RunConfig, world_size: int) -> None:
-    from megatron_hybrid.training.start import open_run
+def _checked(words: Sequence[str], world_size: int) -> RunConfig:
+    """The config of a run that the files of a preflight find nothing against.
 
-    open_run(config, world_size)
+    Raises:
+        UserError: with everything that they find.
+    """
+    config, checks = check_files(words, world_size, CHECKSUM_S)
+    problems = [f"  - {problem}" for check in checks for problem in check.problems]
+    if problems or config is None:
+        raise UserError("\n".join(["this run would fail:", *problems]))
+    return config
 
 
 def _combinations(array: Sequence[str]) -> list[list[str]]:

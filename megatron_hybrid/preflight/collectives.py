@@ -17,7 +17,7 @@ ROUNDS = 3
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one collective on one group: `gb_per_s` a rank has sent or received, or what went wrong."""
+    """Of one collective on one group: GB/s of a rank's own data, or what went wrong."""
 
     group: str
     kind: str

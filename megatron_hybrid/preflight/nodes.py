@@ -164,8 +164,8 @@ def compare(facts: Sequence[NodeFacts], run_dir: Path, *, needs_gpus: bool) -> l
     ]
     needs_gpus = needs_gpus or any(fact.gpus for fact in facts)
     too_few = [
-        f"{host} shows {fact.gpus} GPUs to {fact.local_world_size} ranks; allowed: at most one rank "
-        "a GPU"
+        f"{host} shows {fact.gpus} GPUs to {fact.local_world_size} ranks; allowed: at most one "
+        "rank a GPU"
         for host, fact in nodes.items()
         if needs_gpus and fact.gpus < fact.local_world_size
     ]

@@ -139,20 +139,19 @@ class _Test:
         for layout in layouts:
             results.append(self._compare(self._label(layout), layout, start, layout.name))
         # Back to one rank, from what the first sound layout has saved; without any, from its own.
-        name, step, load = ONE_RANK, FIRST_SAVED, start
+        back, load = f"{ONE_RANK}, resumed", start
         for layout, result in zip(layouts, results[1:], strict=True):
             if not result.problem:
-                name, step, load = result.name, SECOND_SAVED, self._folder / "back"
-                self._hand_over(self._folder / layout.name, step, load)
+                back, load = f"{ONE_RANK}, from {result.name}", self._folder / "back"
+                self._hand_over(self._folder / layout.name, SECOND_SAVED, load)
                 break
-        back = f"{ONE_RANK}, from {name}"
         results.append(self._compare(back, Layout("resumed"), load, "resumed", alone=True))
         return results
 
     def print_table(self, results: Sequence[Result]) -> None:
         """The losses are those of the last steps, which all runs have in common."""
-        table = Table(box=None, padding=(0, 2, 0, 0))
-        for title in ("layout", "losses", "worst relative\ndifference", "seconds", "ok"):
+        table = Table(box=None, padding=(0, 1, 0, 0))
+        for title in ("layout", "losses", "worst\nrelative\ndifference", "seconds", "ok"):
             table.add_column(title, no_wrap=True)
         for each in results:
             losses = " ".join(f"{loss:.4f}" for loss in each.losses[FIRST_SAVED - STEPS :])
