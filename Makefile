@@ -19,7 +19,7 @@ quickstart: env  ## Train a small hybrid model on this computer, plot it: about 
 	@PATH="$(BIN):$$PATH" examples/01_quickstart/run.sh
 
 test: env  ## Run the whole test suite
-	@"$(BIN)/python" -m pytest
+	@tools/test.sh "$(BIN)/python"
 
 lint: env  ## Check style and types
 	@"$(BIN)/python" -m ruff check .

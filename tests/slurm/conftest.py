@@ -1,6 +1,6 @@
 """One Slurm for all tests here; where there can be none they are skipped, loudly.
 
-A job mostly waits: to be started, to be noticed, to be requeued. So all of them run at the same
+A job mostly waits: to be started, to be noticed, to be requeued. So some of them run at the same
 time, each on a pair of nodes of its own, and a test waits for its own and looks at what came of it.
 """
 
@@ -39,6 +39,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         cluster.stop()
 
 
+AT_ONCE = 3  # more wait less and compute more slowly: ranks of one step wait for each other
 Scenario = Callable[[Cluster, str, Path], Any]
 _scenarios: dict[str, Scenario] = {}
 
@@ -59,7 +60,7 @@ def outcomes(
     """What comes of each scenario that has a test in this session."""
     asked = {item.name.removeprefix("test_") for item in request.session.items}
     names = [name for name in _scenarios if name in asked]
-    with ThreadPoolExecutor(max(1, len(names))) as pool:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
         yield {
             name: pool.submit(
                 _scenarios[name], cluster, f"node[{2 * place + 1}-{2 * place + 2}]",
@@ -72,7 +73,7 @@ def outcomes(
 @pytest.fixture
 def outcome(outcomes: dict[str, Future[Any]], request: pytest.FixtureRequest) -> Any:
     """What came of the scenario of a test."""
-    return outcomes[request.node.name.removeprefix("test_")].result(timeout=400)
+    return outcomes[request.node.name.removeprefix("test_")].result(timeout=900)
 
 
 def command(*words: str, environment: dict[str, str] | None = None) -> str:
@@ -80,7 +81,7 @@ def command(*words: str, environment: dict[str, str] | None = None) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "megatron_hybrid.cli", *words],
         env=environment or os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=240,
+        capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,18 @@ STEPS = 6
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The quickstart's data."""
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
+    return make_corpus(Path(tmp_path_factory.getbasetemp()) / "corpus")
+
+
+_making = threading.Lock()
 
 
 def make_corpus(folder: Path) -> Path:
+    """Once, for whoever comes first."""
     script = ROOT / "examples" / "01_quickstart" / "prepare.py"
-    subprocess.run([sys.executable, script, folder / "data"], check=True, capture_output=True)
-    return folder / "data"
+    with _making:
+        subprocess.run([sys.executable, script, folder], check=True, capture_output=True)
+    return folder
 
 
 def line(data: Path, run_dir: Path) -> list[str]:
@@ -45,7 +51,7 @@ def losses(run_dir: Path) -> list[float]:
 
 @scenario
 def submitted_and_by_hand(cluster: Cluster, nodes: str, folder: Path) -> tuple[Path, Path]:
-    data = make_corpus(folder)
+    data = make_corpus(folder.parent / "corpus")  # pytest's folder of this session
     printed = command(
         "submit", *line(data, folder / "submitted"), "--nodes", "2", "--ranks-per-node", "2",
         f"--option=--nodelist={nodes}", environment=cluster.environment,
@@ -59,7 +65,7 @@ def submitted_and_by_hand(cluster: Cluster, nodes: str, folder: Path) -> tuple[P
         environment={"CONFIG": str(config), "CODE": str(ROOT)},
     )  # fmt: skip
     for job in (printed.split()[1], by_hand):
-        cluster.wait(lambda job=job: cluster.job_state(job) == "COMPLETED", 300, f"job {job}")
+        cluster.wait(lambda job=job: cluster.job_state(job) == "COMPLETED", 500, f"job {job}")
     return folder / "submitted", folder / "by hand"
 
 
@@ -95,7 +101,7 @@ def test_mpirun(corpus: Path, expected: list[float], tmp_path: Path) -> None:
     program = [sys.executable, "-m", "megatron_hybrid.cli", "pretrain"]
     done = subprocess.run(
         [MPIRUN, "-n", "4", *program, *line(corpus, tmp_path / "run")],
-        env=alone(), capture_output=True, text=True, timeout=120,
+        env=alone(), capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("4 ranks on cpu") == 1

@@ -33,7 +33,7 @@ def sweep_data_and_conversion(cluster: Cluster, nodes: str, folder: Path) -> Pat
         model_prefix=str(folder / "tokenizer"), vocab_size=40, hard_vocab_limit=False,
         minloglevel=2,
     )  # fmt: skip
-    cluster.wait(lambda: set(cluster.job_state(sweep).split()) == {"COMPLETED"}, 300, "sweep")
+    cluster.wait(lambda: set(cluster.job_state(sweep).split()) == {"COMPLETED"}, 400, "sweep")
     scripts = {
         "data": {
             "INPUT": str(folder / "in.jsonl"), "OUTPUT": str(folder / "tokens"),
@@ -53,7 +53,7 @@ def sweep_data_and_conversion(cluster: Cluster, nodes: str, folder: Path) -> Pat
         for name, variables in scripts.items()
     ]  # fmt: skip
     for job in jobs:
-        cluster.wait(lambda job=job: cluster.job_state(job) == "COMPLETED", 120, f"job {job}")
+        cluster.wait(lambda job=job: cluster.job_state(job) == "COMPLETED", 300, f"job {job}")
     return folder
 
 
@@ -67,12 +67,12 @@ def test_sweep_data_and_conversion(outcome: Path) -> None:
 
 @scenario
 def chain(cluster: Cluster, nodes: str, folder: Path) -> Path:
-    line = words(folder / "run", "backend=torch", "training.train_iters=300")
+    line = words(folder / "run", "backend=torch", "training.train_iters=160")
     first, second = submit(cluster, hostnames(nodes)[1], *line, "--chain", "2")
     metrics = folder / "run" / "metrics.jsonl"
-    cluster.wait(lambda: metrics.exists() and metrics.stat().st_size > 20_000, 240, "steps")
+    cluster.wait(lambda: metrics.exists() and metrics.stat().st_size > 10_000, 400, "steps")
     cluster.run("scancel", "--signal=USR1", "--batch", first)
-    cluster.wait(lambda: cluster.job_state(second) == "COMPLETED", 240, "the second job")
+    cluster.wait(lambda: cluster.job_state(second) == "COMPLETED", 400, "the second job")
     return folder / "run"
 
 
