@@ -2,7 +2,7 @@
 # The whole test suite: `tools/test.sh PYTHON`. Jobs on a Slurm of their own mostly wait and start up;
 # they run beside the rest, at a lower priority, and what they print comes last.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 python=${1:-python}
 
 log=$(mktemp)

@@ -14,6 +14,7 @@ from tests.slurm.conftest import ROOT, command, scenario
 
 CONFIG = ROOT / "examples" / "01_quickstart" / "quickstart.yaml"
 STEPS = 6
+pytestmark = pytest.mark.timeout(1200)  # a job may wait for others
 
 
 @pytest.fixture(scope="session")

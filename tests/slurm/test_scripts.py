@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from sentencepiece import SentencePieceTrainer
 
 from launchers.slurm import hostnames
@@ -10,6 +11,8 @@ from megatron_hybrid.training.attempts import read_attempts
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import ROOT, command, scenario
 from tests.training.runs import words
+
+pytestmark = pytest.mark.timeout(1200)  # a job may wait for others
 
 
 def submit(cluster: Cluster, node: str, *more: str) -> list[str]:

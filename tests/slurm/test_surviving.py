@@ -24,6 +24,7 @@ from tests.training.runs import words
 
 STEPS, INTERVAL, HIT = 160, 40, 50  # what happens, happens at step HIT
 HANG_S = 20
+pytestmark = pytest.mark.timeout(1200)  # a job may wait for others
 
 
 def line(run_dir: Path, *more: str) -> list[str]:
