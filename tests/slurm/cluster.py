@@ -59,6 +59,10 @@ RealMemory=16000
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=30
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=2 PreemptMode=OFF
 """
+UNSHARE = (
+    "unshare", "--mount", "--propagation", "slave", "--uts", "--ipc", "--pid", "--fork",
+    "--kill-child", "--mount-proc",
+)  # fmt: skip
 MACHINE = """\
 hostname "$1"
 mount --bind "$2" /etc/hosts
@@ -75,7 +79,11 @@ def missing() -> str | None:
             f"{', '.join(lacking)} missing: "
             "apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
         )
-    return None if os.geteuid() == 0 else "a Slurm of one's own needs root"
+    if os.geteuid() != 0:
+        return "a Slurm of one's own needs root"
+    probe = ["bash", "-ec", "hostname probe; mount -t tmpfs tmpfs /dev/shm"]
+    done = subprocess.run([*UNSHARE, *probe], capture_output=True, text=True)
+    return f"no namespaces of one's own: {done.stderr.strip()}" if done.returncode else None
 
 
 class Cluster:
@@ -161,10 +169,9 @@ class Cluster:
 
     def _boot(self, name: str, command: str) -> None:
         with (self.folder / "out" / name).open("ab") as out:
+            machine = ["bash", "-ec", MACHINE, "boot", name, str(self.folder / "hosts"), command]
             self._machines[name] = subprocess.Popen(
-                ["unshare", "--mount", "--propagation", "slave", "--uts", "--ipc", "--pid",
-                 "--fork", "--kill-child", "--mount-proc", "bash", "-ec", MACHINE,
-                 "boot", name, str(self.folder / "hosts"), command],
+                [*UNSHARE, *machine],
                 env=self.environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
                 start_new_session=True,
             )  # fmt: skip

@@ -33,7 +33,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "GLOO_SOCKET_IFNAME": "lo", "TMPDIR": str(cluster.folder),
     }  # fmt: skip
     try:
-        cluster.start()
+        try:
+            cluster.start()
+        except AssertionError as error:  # nothing of ours has run so far
+            warnings.warn(
+                f"NOTHING IS TESTED ON SLURM: it does not start here: {error}", stacklevel=1
+            )
+            pytest.skip(f"Slurm does not start here: {error}")
         yield cluster
     finally:
         cluster.stop()
