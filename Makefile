@@ -19,7 +19,7 @@ quickstart: env  ## Train a small hybrid model on this computer, plot it: about 
 	@PATH="$(BIN):$$PATH" examples/01_quickstart/run.sh
 
 test: env  ## Run the whole test suite
-	@tools/test.sh "$(BIN)/python"
+	@"$(BIN)/python" -m pytest
 
 lint: env  ## Check style and types
 	@"$(BIN)/python" -m ruff check .
