@@ -1,6 +1,8 @@
 """`megatron-hybrid preflight`: what would make a run fail, before it does."""
 
 import os
+import socket
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,6 +48,11 @@ def preflight(
         checks += check_ranks(config, timeout_s)
     if reports:
         _report(checks)
+    elif config is None:  # this node sees other files than rank 0's, perhaps
+        for problem in checks[0].problems:
+            print(
+                f"rank {os.environ['RANK']} on {socket.gethostname()}: {problem}", file=sys.stderr
+            )
     if any(check.problems for check in checks):
         raise typer.Exit(1)
 

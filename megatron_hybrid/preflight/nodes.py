@@ -27,6 +27,7 @@ PACKAGES = (
     "causal-conv1d", "flash-attn", "numpy",
 )  # fmt: skip
 MOST_SKEW_S = 2.0
+_DRIVER = Path("/sys/module/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def own_facts(rank: int) -> NodeFacts:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "-"
     versions["CUDA"] = torch.version.cuda or "-"
+    versions["NVIDIA driver"] = _DRIVER.read_text().strip() if _DRIVER.is_file() else "-"
     if torch.cuda.is_available():
         versions["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
