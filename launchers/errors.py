@@ -16,7 +16,6 @@ from typing import TextIO
 from megatron_hybrid.fileio import write_atomic
 
 ERROR_FILE = "MEGATRON_HYBRID_ERROR_FILE"
-GRACE_S = 1.0  # for an earlier error of another node to be seen
 
 
 @dataclass(frozen=True)
@@ -87,14 +86,22 @@ def record_error(text: str) -> bool:
     write_atomic(Path(path), json.dumps(asdict(error)))
     if _console is not None:
         print(error.text, file=sys.stderr, flush=True)
-        time.sleep(GRACE_S)
-        first = first_error(Path(path).parent)
-        if rank and (first is None or first.rank == rank):
-            print(error.text, file=_console)
-        if first is None or first.rank == rank:
-            world = os.environ.get("WORLD_SIZE", "1")
-            print(f"error: rank {rank} of {world} on {error.host} failed first", file=_console)
-        _console.flush()
+        if _is_first(Path(path).parent):
+            if rank:
+                print(error.text, file=_console)
+            if error.text.startswith("Traceback "):
+                world = os.environ.get("WORLD_SIZE", "1")
+                print(f"error: rank {rank} of {world} on {error.host} failed first", file=_console)
+            _console.flush()
+    return True
+
+
+def _is_first(folder: Path) -> bool:
+    """Whether no rank has asked before: one that fails for want of another asks after it."""
+    try:
+        (folder / "first_error").touch(exist_ok=False)
+    except FileExistsError:
+        return False
     return True
 
 

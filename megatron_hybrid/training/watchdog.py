@@ -67,10 +67,12 @@ class Watchdog:
         self._ended = threading.Event()
         self._trainer = threading.get_ident()
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._own_report = folder / _report_file(f"{self._rank:05d}")
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
         self._last = time.monotonic()
+        self._own_report.unlink(missing_ok=True)  # of a start before, where they share a name
         if self._timeout_s is not None:
             self._thread.start()
         return self
@@ -100,16 +102,14 @@ class Watchdog:
         with (self._folder / f"stacks_rank_{self._rank:05d}.txt").open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         report = locate(sys._current_frames()[self._trainer], self._rank, self._iteration)
-        path = self._folder / f"hang_rank_{self._rank:05d}.json"
+        path = self._own_report
         write_atomic(path, json.dumps(asdict(report)))
-        deadline = time.monotonic() + SETTLE_S
-        while time.monotonic() < deadline and len(self._reports()) < self._world_size:
-            time.sleep(0.1)
+        time.sleep(SETTLE_S)
         if self._ended.is_set():
             return
-        reports = self._reports()
-        if self._rank == min(reports):
-            text = explain(reports, self._world_size, self._timeout_s or 0, self._folder)
+        # Thousands of ranks look into one folder: each once, and only the first reads the reports.
+        if path == min(self._folder.glob(_report_file("*"))):
+            text = explain(self._reports(), self._world_size, self._timeout_s or 0, self._folder)
             if not record_error(text):
                 print(text, file=sys.stderr, flush=True)
         else:
@@ -118,12 +118,16 @@ class Watchdog:
 
     def _reports(self) -> dict[int, Report]:
         found: dict[int, Report] = {}
-        for path in self._folder.glob("hang_rank_*.json"):
+        for path in self._folder.glob(_report_file("*")):
             with contextlib.suppress(OSError, ValueError, TypeError):
                 values = json.loads(path.read_text(encoding="utf-8"))
                 report = Report(**values | {"ranks": tuple(values["ranks"])})
                 found[report.rank] = report
         return found
+
+
+def _report_file(rank: str) -> str:
+    return f"hang_rank_{rank}.json"
 
 
 def locate(frame: FrameType | None, rank: int, iteration: int) -> Report:
