@@ -9,7 +9,6 @@ long as saving takes, and the last thing on the screen is the error of the rank 
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from launchers.errors import ERROR_FILE, error_file, output_file, read_error
-from launchers.place import ATTEMPT
+from launchers.place import ATTEMPT, free_port
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _POLL_S = 0.05
@@ -74,7 +73,7 @@ class _Ranks:
             "WORLD_SIZE": str(self._nproc),
             "LOCAL_WORLD_SIZE": str(self._nproc),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
+            "MASTER_PORT": str(free_port()),
             ATTEMPT: self._attempt,
         }
         cores = len(os.sched_getaffinity(0))
@@ -142,13 +141,6 @@ class _Ranks:
             cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             print(f"error: rank {rank} of {self._nproc} ended by {cause}", file=sys.stderr)
         return 128 - code if code < 0 else code
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def _end_with_launcher() -> None:

@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Mapping
 
-from launchers.place import Place
+from launchers.place import Place, free_port
 from megatron_hybrid.errors import UserError
 
 # How Open MPI, and MPICH and Intel MPI by PMI, say how many ranks there are.
@@ -46,7 +46,7 @@ def find_place(environment: Mapping[str, str]) -> Place:
     # Nodes in the order of their first ranks.
     leaders = sorted(set(world.allgather(node.bcast(world.rank))))
     node_rank = leaders.index(node.bcast(world.rank))
-    address = (socket.gethostname(), _free_port(), f"mpi-{time.strftime('%Y%m%d-%H%M%S')}")
+    address = (socket.gethostname(), free_port(), f"mpi-{time.strftime('%Y%m%d-%H%M%S')}")
     host, port, attempt = world.bcast(address)
     if node.size == world.size:
         host = "127.0.0.1"  # one's own name need not resolve
@@ -64,9 +64,3 @@ def find_place(environment: Mapping[str, str]) -> Place:
     node.Free()
     MPI.Finalize()
     return place
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return int(listener.getsockname()[1])

@@ -6,6 +6,7 @@ in its environment, and nobody asks again who set them.
 """
 
 import os
+import socket
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,13 @@ class Place:
         cores = int(environment.get("SLURM_CPUS_PER_TASK", "0"))
         cores = cores or len(os.sched_getaffinity(0)) // self.local_world_size
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])
 
 
 def log_folder(run_dir: Path) -> Path:

@@ -104,13 +104,14 @@ def prepare(args: Sequence[str], job: Job, array: Sequence[str], script: Path) -
         raise UserError(f"--template {script} does not exist")
     world_size = job.nodes * job.ranks_per_node
     sweep = _combinations(array)
-    configs = []
+    configs: list[tuple[RunConfig, list[str]]] = []
     for words in sweep:
         config = load_config([*args, *words], world_size=world_size)
         if array:
             own = [*words, f"run_dir={config.run_dir.resolve() / _name(words)}"]
             words = own
-        config = _checked([*args, *words], world_size)
+        # The runs of an array read the same data.
+        config = _checked([*args, *words], world_size, 0 if configs else CHECKSUM_S)
         configs.append((config, words))
     base = configs[0][0].run_dir.resolve()
     base = base.parent if array else base
@@ -133,13 +134,13 @@ def prepare(args: Sequence[str], job: Job, array: Sequence[str], script: Path) -
     return Prepared(job, folder, variables, tuple(configs))
 
 
-def _checked(words: Sequence[str], world_size: int) -> RunConfig:
+def _checked(words: Sequence[str], world_size: int, checksum_s: float) -> RunConfig:
     """The config of a run that the files of a preflight find nothing against.
 
     Raises:
         UserError: with everything that they find.
     """
-    config, checks = check_files(words, world_size, CHECKSUM_S)
+    config, checks = check_files(words, world_size, checksum_s)
     problems = [f"  - {problem}" for check in checks for problem in check.problems]
     if problems or config is None:
         raise UserError("\n".join(["this run would fail:", *problems]))

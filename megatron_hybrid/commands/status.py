@@ -4,9 +4,14 @@ import json
 import subprocess
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from megatron_hybrid.training.run_time import RunTime
 
 
 def status(
@@ -23,11 +28,12 @@ def status(
         raise UserError(f"{run} is not the folder of a run")
     now = time.time()
     found = run_time(run, now)
-    if not found.attempts and not read_jobs(run):
+    jobs = [str(job["job"]) for job in read_jobs(run)]
+    if not found.attempts and not jobs:
         raise UserError(
             f"{run} has neither attempts.jsonl nor jobs.jsonl: no run was started there"
         )
-    facts = _facts(run, now)
+    facts = _facts(run, now, found, jobs)
     if as_json:
         lost = {span.cause: round(found.seconds(span.cause), 3) for span in found.spans}
         print(json.dumps(facts | {"seconds": lost, "goodput": round(found.goodput, 4)}, indent=1))
@@ -35,10 +41,9 @@ def status(
     _print(facts, found, Console())
 
 
-def _facts(run: Path, now: float) -> dict[str, Any]:
-    from megatron_hybrid.training.run_time import last_steps, read_jobs, run_time
+def _facts(run: Path, now: float, found: "RunTime", jobs: list[str]) -> dict[str, Any]:
+    from megatron_hybrid.training.run_time import last_steps
 
-    found, jobs = run_time(run, now), [str(job["job"]) for job in read_jobs(run)]
     steps = last_steps(run)
     facts: dict[str, Any] = {
         "jobs": {job: _slurm_state(job) for job in jobs},
@@ -73,7 +78,7 @@ def _slurm_state(job: str) -> str:
     )
 
 
-def _print(facts: dict[str, Any], found: Any, console: Any) -> None:
+def _print(facts: dict[str, Any], found: "RunTime", console: "Console") -> None:
     from rich.table import Table
 
     from megatron_hybrid.human import human_count, human_duration

@@ -47,8 +47,7 @@ def submit(
     from launchers.sbatch import Job, render, submit_job
     from megatron_hybrid.submission import prepare, source_tree
 
-    tree = source_tree() if template is None else None
-    script = template or tree / "slurm" / "pretrain.sbatch"  # type: ignore[operator]
+    script = template or source_tree() / "slurm" / "pretrain.sbatch"
     job = Job(
         nodes=nodes, ranks_per_node=ranks_per_node, gpus_per_node=gpus_per_node,
         time_limit=time_limit, name=job_name, partition=partition, account=account,

@@ -4,7 +4,6 @@ Facts travel over a TCP store before any collective is tried, so that a node tha
 in one is named all the same.
 """
 
-import importlib.metadata
 import json
 import os
 import platform as python_platform
@@ -19,13 +18,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_hybrid import __version__
 from megatron_hybrid.errors import UserError
+from megatron_hybrid.platform.backend import probe
 from megatron_hybrid.preflight.checks import Check
 
-PACKAGES = (
-    "torch", "megatron-core", "megatron-hybrid", "transformer-engine", "mamba-ssm",
-    "causal-conv1d", "flash-attn", "numpy",
-)  # fmt: skip
 MOST_SKEW_S = 2.0
 _DRIVER = Path("/sys/module/nvidia/version")
 
@@ -52,12 +49,8 @@ class NodeFacts:
 
 def own_facts(rank: int) -> NodeFacts:
     """Those of this process."""
-    versions = {"Python": python_platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "-"
+    versions = {name: version or "-" for name, version in probe().versions.items()}
+    versions |= {"Python": python_platform.python_version(), "megatron-hybrid": __version__}
     versions["CUDA"] = torch.version.cuda or "-"
     versions["NVIDIA driver"] = _DRIVER.read_text().strip() if _DRIVER.is_file() else "-"
     if torch.cuda.is_available():

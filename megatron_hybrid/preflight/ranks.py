@@ -4,14 +4,13 @@ import os
 import socket
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.platform import initialize
 from megatron_hybrid.preflight import collectives, nodes
 from megatron_hybrid.preflight.checks import Check
-from megatron_hybrid.training.distributed import model_parallel_groups
+from megatron_hybrid.training.distributed import model_parallel_groups, select_device
 
 
 def check_ranks(config: RunConfig, timeout_s: float) -> list[Check]:
@@ -29,8 +28,7 @@ def check_ranks(config: RunConfig, timeout_s: float) -> list[Check]:
     if any(check.name == "GPUs" and check.problems for check in checks):
         skipped = Check("collectives", "not checked: a rank has no GPU", skipped=True)
         return [*checks, skipped]
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    select_device()
     platform = initialize()
     dist.init_process_group(
         platform.distributed_backend, store=dist.PrefixStore("groups", store),

@@ -1,6 +1,5 @@
 """One training of the smoke test: the public command, in processes of its own, and its losses."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launchers.errors import ERROR_FILE
+from megatron_hybrid.training.metrics import METRICS_FILE, read_records
 
 SHOWN_LINES = 40
 END_GRACE_S = 20.0
@@ -101,6 +101,5 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 def read_losses(run_dir: Path) -> dict[int, float]:
     """{step: loss} of a run's metrics."""
-    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+    records = read_records(run_dir / METRICS_FILE)
     return {each["iteration"]: each["loss"] for each in records if each["kind"] == "train"}
