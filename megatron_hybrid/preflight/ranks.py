@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.platform import initialize
-from megatron_hybrid.preflight import collectives, nodes
+from megatron_hybrid.preflight import nodes
 from megatron_hybrid.preflight.checks import Check
 from megatron_hybrid.training.distributed import model_parallel_groups, select_device
 
@@ -30,6 +30,8 @@ def check_ranks(config: RunConfig, timeout_s: float) -> list[Check]:
         return [*checks, skipped]
     select_device()
     platform = initialize()
+    from megatron_hybrid.preflight import collectives  # and the engine, made ready for this device
+
     dist.init_process_group(
         platform.distributed_backend, store=dist.PrefixStore("groups", store),
         rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]),
