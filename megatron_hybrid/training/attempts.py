@@ -7,6 +7,7 @@
     {"event": "training", ..., "iteration": 100, "rewound_steps": 3, "rewound_s": 4.2,
      "active_until": ...}
     {"event": "checkpoint", ..., "iteration": 200, "stall_s": 1.4}
+    {"event": "unsound", ..., "iteration": 207, "found": [which rank saw what, where: findings.py]}
     {"event": "end", ..., "iteration": 200, "reason": "SIGUSR1"}
     {"event": "failure", ..., "iteration": 207, "error": ..., "exit_code": 137}
     {"event": "stop", "time": ..., "text": why it is not started again}
@@ -19,12 +20,15 @@ import json
 import os
 import socket
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from launchers.place import ATTEMPT
+from megatron_hybrid.training.findings import Finding
 
 ATTEMPTS_FILE = "attempts.jsonl"
 
@@ -65,6 +69,10 @@ class AttemptLog:
     def checkpoint(self, iteration: int, stall_s: float) -> None:
         """Training stood still for a checkpoint."""
         self.write("checkpoint", iteration=iteration, stall_s=round(stall_s, 3))
+
+    def unsound(self, iteration: int, findings: Sequence[Finding]) -> None:
+        """A step was not finite, and the run ends for it."""
+        self.write("unsound", iteration=iteration, found=[asdict(each) for each in findings])
 
     def end(self, iteration: int, reason: str) -> None:
         """The run is at its end, or was asked to end."""

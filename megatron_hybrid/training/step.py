@@ -4,7 +4,7 @@ Legend: b micro batch, s sequence of this rank (with packed documents: one row o
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import tee
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from megatron_hybrid.data.batch import Batch
 from megatron_hybrid.training.expert_load import ExpertLoad, ExpertLoads
 from megatron_hybrid.training.extras import MoeLosses
 from megatron_hybrid.training.optimizer import apply_gradients, gradient_norm
+from megatron_hybrid.training.rerun import StepWatch
 
 
 class BatchShape(NamedTuple):
@@ -78,6 +79,7 @@ class Stepper:
         self.optimizer = optimizer
         self.backend = backend
         self.device = device
+        self.watch: StepWatch | None = None  # while a step is looked for that was not finite
         self._schedule = get_forward_backward_func()
         self._moe_losses = MoeLosses(config.model)
         self._expert_loads = ExpertLoads(config.model, model)
@@ -101,20 +103,21 @@ class Stepper:
             shape: of the global batch.
             votes: flags of this rank, summed over ranks on the way.
         """
-        for chunk in self.model:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
         # The engine moves them with the backward pass, before anyone has seen the loss.
         expert_biases = [bias.clone() for bias in self._expert_biases]
-        sums = self._run(data, shape, forward_only=False)
-        moe_shares = self._moe_losses.take(self._micro_batches(shape))
-        loss, added, loads = self._reduce(
-            sums, [*votes, *moe_shares], self._expert_loads.take(sums)
-        )
+        for micro_batches in [data] if self.watch is None else self.watch.passes(data):
+            for chunk in self.model:
+                chunk.train()
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            _put_back(self._expert_biases, expert_biases)
+            sums = self._run(micro_batches, shape, forward_only=False)
+            moe_shares = self._moe_losses.take(self._micro_batches(shape))
+            expert_loads = self._expert_loads.take(sums)
+        loss, added, loads = self._reduce(sums, [*votes, *moe_shares], expert_loads)
         moe_losses = dict(zip(self._moe_losses.names, added[len(votes) :], strict=True))
         grad_norm = gradient_norm(self.optimizer) if math.isfinite(loss) else math.nan
-        if not math.isfinite(grad_norm):
+        if not math.isfinite(grad_norm) or (self.watch is not None and self.watch.findings):
             refusal = "nonfinite"
         elif loss > spike_above:
             refusal = "loss_spike"
@@ -122,8 +125,7 @@ class Stepper:
             refusal = None
             apply_gradients(self.optimizer, self.config.optimizer.clip_grad, grad_norm)
         if refusal is not None:
-            for bias, before in zip(self._expert_biases, expert_biases, strict=True):
-                bias.copy_(before)
+            _put_back(self._expert_biases, expert_biases)
         return StepResult(
             loss, grad_norm, refusal, added[: len(votes)], moe_losses,
             self._expert_loads.read(loads),
@@ -185,7 +187,7 @@ class Stepper:
             labels=local["labels"],
             packed_seq_params=packed_seq_params(batch, self.backend, self.device),
         )
-        return losses, partial(_sum_of_losses, local["loss_mask"])
+        return losses, partial(_sum_of_losses, local["loss_mask"], watch=self.watch)
 
     def _reduce(
         self, sums: Tensor, others: list[float], counts: Tensor
@@ -233,13 +235,22 @@ def packed_seq_params(batch: Batch, backend: str, device: torch.device) -> Packe
     )
 
 
-def _sum_of_losses(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Any]:
+def _put_back(tensors: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
+    for tensor, before in zip(tensors, saved, strict=True):
+        tensor.copy_(before)
+
+
+def _sum_of_losses(
+    loss_mask: Tensor, losses: Tensor, *, watch: StepWatch | None
+) -> tuple[Tensor, Tensor, Any]:
     """Losses `[b, s]` -> their sum, the number of tokens, and both for the report.
 
     The engine divides the gradient by the number of tokens of the global batch.
     """
     mask = loss_mask.reshape(-1).float()
     loss = (losses.reshape(-1).float() * mask).sum()
+    if watch is not None:
+        watch.check_loss(loss)
     tokens = mask.sum()
     report = torch.stack([loss.detach().double(), tokens.double()])
     return loss, tokens.to(torch.int), report

@@ -32,9 +32,9 @@ from megatron_hybrid.training.metrics import MetricsWriter, peak_memory_gib, rew
 from megatron_hybrid.training.optimizer import LearningRate, build_optimizer, wrap_data_parallel
 from megatron_hybrid.training.signals import ExitSignals
 from megatron_hybrid.training.soundness import (
+    Soundness,
     TrainingStoppedError,
     average_in,
-    refuse_unsound,
     spike_threshold,
 )
 from megatron_hybrid.training.start import Start
@@ -161,6 +161,7 @@ class Trainer:
             ) as metrics,
             ExitSignals() as signals,
             Watchdog(log_folder(self.config.run_dir), self.config.training.hang_timeout_s) as dog,
+            Soundness(self.config, self.stepper, self.attempt, metrics, progress) as soundness,
         ):
             if is_rank_zero():
                 self.attempt.training(progress.iteration, *rewound)
@@ -176,7 +177,7 @@ class Trainer:
             while progress.consumed_samples < steps.samples:
                 result = self._step(metrics, batches, signals)
                 try:
-                    refuse_unsound(training, progress, result)
+                    soundness.check(progress, result)
                 except TrainingStoppedError:
                     checkpointer.finish()  # what was saved while the run was sound
                     raise
