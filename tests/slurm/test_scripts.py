@@ -1,6 +1,9 @@
 """The other batch scripts, sweeps and chains, on a real Slurm."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,3 +90,43 @@ def test_chain(outcome: Path) -> None:
     assert [event["reason"] for event in ends] == ["SIGUSR1", "finished"]
     assert starts[1]["iteration"] == ends[0]["iteration"] > 0
     assert starts[0]["attempt"].split(".")[0] != starts[1]["attempt"].split(".")[0]
+
+
+# What is wrong with the environment of the second node: a torch of another version, and its clock.
+OTHER_VERSION = "Metadata-Version: 2.1\nName: torch\nVersion: 9.9.9\n"
+OTHER_CLOCK = "import time\nnow = time.time\ntime.time = lambda: now() - 60\n"
+
+
+@scenario
+def preflight_of_two_nodes(
+    cluster: Cluster, nodes: str, folder: Path
+) -> subprocess.CompletedProcess[str]:
+    second, other = hostnames(nodes)[1], folder / "other"
+    (other / "torch-9.9.9.dist-info").mkdir(parents=True)
+    (other / "torch-9.9.9.dist-info" / "METADATA").write_text(OTHER_VERSION)
+    (other / "sitecustomize.py").write_text(OTHER_CLOCK)
+    line = words(Path("/dev/shm/run"), "backend=torch")  # each node has a /dev/shm of its own
+    rank = (
+        f"[ $(hostname) != {second} ] || export PYTHONPATH={other}:$PYTHONPATH; "
+        'exec "$0" -m megatron_hybrid.cli preflight "$@"'
+    )
+    return subprocess.run(
+        ["srun", "--nodes=2", "--ntasks-per-node=1", f"--nodelist={nodes}", "bash", "-c", rank,
+         sys.executable, *line],
+        env=cluster.environment | {"COLUMNS": "200"},
+        capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+
+
+def test_preflight_of_two_nodes(outcome: subprocess.CompletedProcess[str]) -> None:
+    """A node with another torch, a clock that is off and no sight of the run's folder: preflight
+    over both names it for each, finds nothing else wrong, and ends with an error.
+    """
+    assert outcome.returncode == 1, outcome.stderr
+    lines = outcome.stdout.splitlines()
+    problems = [line.strip() for line in lines if line.startswith("  - ")]
+    assert len(problems) == 3
+    assert re.fullmatch(r"- (node\d+) has torch 9.9.9, node\d+ has \S+", problems[0])
+    assert re.match(r"- the clock of (node\d+) is -(59|60)\.\d s off that of node", problems[1])
+    assert re.match(r"- run_dir=/dev/shm/run of node\d+ is not what node\d+ sees", problems[2])
+    assert sum(" good " in line for line in lines) == 9
