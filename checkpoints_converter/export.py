@@ -36,7 +36,7 @@ from megatron_hybrid.config import RunConfig
 from megatron_hybrid.fileio import file_errors, write_atomic
 
 # The engine keeps states of layers (none of ours has any) and of the optimizer beside the weights.
-_NO_WEIGHTS = ("optimizer.", "rng_state", "._extra_state")
+_NO_WEIGHTS = ("optimizer.", "rng_state", "._extra_state", "float8_history.")
 _FINGERPRINT_BYTES = 1 << 16
 
 

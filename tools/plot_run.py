@@ -4,6 +4,7 @@ python tools/plot_run.py runs/quickstart
 python tools/plot_run.py runs/a runs/b -o a_against_b.png
 python tools/plot_run.py runs/moe --experts
 python tools/plot_run.py runs/long --time
+python tools/plot_run.py runs/study --float8
 """
 
 import argparse
@@ -13,7 +14,15 @@ from pathlib import Path
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.training.plot import plot_runs
 from megatron_hybrid.training.plot_experts import draw_expert_load
+from megatron_hybrid.training.plot_float8 import draw_float8
 from megatron_hybrid.training.plot_time import draw_run_time
+
+# Pictures of one run: what draws each, and its file's name.
+OF_ONE_RUN = {
+    "experts": (draw_expert_load, "expert_load.png"),
+    "time": (draw_run_time, "run_time.png"),
+    "float8": (draw_float8, "float8.png"),
+}
 
 
 def main() -> int:
@@ -32,21 +41,25 @@ def main() -> int:
         "--time", action="store_true",
         help="where the time of a run's starts went; default output: run_time.png",
     )  # fmt: skip
+    parser.add_argument(
+        "--float8", action="store_true",
+        help="how operands of emulated float8 fit the format; default output: float8.png",
+    )  # fmt: skip
     arguments = parser.parse_args()
-    if (arguments.experts or arguments.time) and len(arguments.run_dir) > 1:
-        parser.error("--experts and --time draw one run")
-    if arguments.experts and arguments.time:
-        parser.error("--experts and --time are two pictures")
+    asked = [name for name in OF_ONE_RUN if getattr(arguments, name)]
+    if asked and len(arguments.run_dir) > 1:
+        parser.error(f"--{asked[0]} draws one run")
+    if len(asked) > 1:
+        parser.error(f"--{asked[0]} and --{asked[1]} are two pictures")
     if arguments.output is None and len(arguments.run_dir) > 1:
         parser.error("several runs in one picture: say where it goes with -o PNG")
-    name = "expert_load" if arguments.experts else "run_time" if arguments.time else "plot"
-    output = arguments.output or arguments.run_dir[0] / f"{name}.png"
     try:
-        if arguments.experts:
-            draw_expert_load(arguments.run_dir[0], output)
-        elif arguments.time:
-            draw_run_time(arguments.run_dir[0], output)
+        if asked:
+            draw, name = OF_ONE_RUN[asked[0]]
+            output = arguments.output or arguments.run_dir[0] / name
+            draw(arguments.run_dir[0], output)
         else:
+            output = arguments.output or arguments.run_dir[0] / "plot.png"
             plot_runs(arguments.run_dir, output)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MOE, parse_pattern
+from megatron_hybrid.config.precision import FLOAT8_RECIPES
 from megatron_hybrid.config.run import RunConfig
 
 
@@ -58,6 +59,11 @@ def _expert_tensor_parallel_size(c: RunConfig) -> int:
     return 1
 
 
+def _layers_in_bf16(c: RunConfig) -> int:
+    recipe = FLOAT8_RECIPES.get(c.precision.recipe)
+    return 0 if recipe is None else recipe.end_layers_in_bf16
+
+
 def _save(c: RunConfig) -> Path:
     return c.run_dir / "checkpoints"
 
@@ -71,8 +77,15 @@ DERIVED: dict[str, Callable[[RunConfig], object]] = {
     "model.moe_ffn_hidden_size": _moe_ffn_hidden_size,
     "parallel.virtual_pipeline_model_parallel_size": _virtual_pipeline_size,
     "parallel.expert_tensor_parallel_size": _expert_tensor_parallel_size,
+    "precision.num_layers_at_start_in_bf16": _layers_in_bf16,
+    "precision.num_layers_at_end_in_bf16": _layers_in_bf16,
     "checkpoint.save": _save,
 }
 # Of these, the ones that follow the layout and the folder even when a resolved config is taken up
 # again with another layout or folder; sizes of the model stay as they were.
-FOLLOWING = ("parallel.virtual_pipeline_model_parallel_size", "checkpoint.save")
+FOLLOWING = (
+    "parallel.virtual_pipeline_model_parallel_size",
+    "precision.num_layers_at_start_in_bf16",
+    "precision.num_layers_at_end_in_bf16",
+    "checkpoint.save",
+)

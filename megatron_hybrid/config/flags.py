@@ -29,6 +29,7 @@ _OTHER_NAMES = {
     "--hybrid-override-pattern": "model.hybrid_layer_pattern",
     "--norm-epsilon": "model.layernorm_epsilon",
     "--num-experts": "model.num_moe_experts",
+    "--fp8-recipe": "precision.recipe",
 }
 _SWITCHES: dict[str, tuple[str, Any]] = {
     "--squared-relu": ("model.activation", "squared_relu"),
@@ -43,7 +44,12 @@ _MEGATRON_VALUES = {
         "GPTSentencePieceTokenizer": "sentencepiece",
         "HuggingFaceTokenizer": "huggingface",
         "NullTokenizer": "null",
-    }
+    },
+    "precision.recipe": {
+        "tensorwise": "fp8_tensorwise",
+        "blockwise": "fp8_blockwise",
+        "delayed": "fp8_delayed",
+    },
 }
 _OVERRIDE = re.compile(rf"({PLACE})=(.*)", re.DOTALL)
 _FLAG = re.compile(r"(--[a-z][\w-]*)(?:=(.*))?", re.DOTALL)

@@ -44,10 +44,31 @@ class ParallelConfig(Section):
 class PrecisionConfig(Section):
     """Number formats."""
 
-    recipe: Literal["bf16", "fp32"] = Field(
-        default="bf16",
-        description="format of weights and activations; the optimizer is always fp32",
+    recipe: Literal["bf16", "fp32", "fp8_tensorwise", "fp8_blockwise", "fp8_delayed", "mxfp8"] = (
+        Field(
+            default="bf16",
+            description="format of weights and activations; the optimizer is always fp32. In "
+            "float8 are the products of linears; their weights are kept in bf16",
+        )
     )
+    num_layers_at_start_in_bf16: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="float8: first layers that stay in bf16; null: the recipe's own"
+    )
+    num_layers_at_end_in_bf16: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="float8: last layers that stay in bf16; null: the recipe's own"
+    )
+    fp8_param_gather: bool = Field(
+        default=False,
+        description="float8: keep weights in float8 too, and gather them so after each step",
+    )
+    emulate: bool = Field(
+        default=False, description="float8 on the CPU: the recipe's own numbers, by casting"
+    )
+
+    @property
+    def weights(self) -> Literal["bf16", "fp32"]:
+        """The format in which weights are kept."""
+        return "fp32" if self.recipe == "fp32" else "bf16"
 
 
 BatchSizes = Annotated[
@@ -197,6 +218,11 @@ class LoggingConfig(Section):
         default=True, description="write TensorBoard events to run_dir/tensorboard"
     )
     log_params_norm: bool = Field(default=False, description="log the norm of all parameters")
+    float8_interval: Positive | None = Field(
+        default=10,
+        description="emulated float8: iterations between records of how each linear's operands "
+        "fit the format; null: none",
+    )
     expert_load_interval: Positive | None = Field(
         default=10,
         description="MoE: iterations between records of each expert's share of tokens; null: none",

@@ -32,9 +32,10 @@ def parallel_linear(
     allreduce_dgrad: bool,
     sequence_parallel: bool,
     tp_group: ProcessGroup | None,
+    product: Callable[[Tensor, Tensor], Tensor] = linear,
     **unused: object,
 ) -> Tensor:
-    """The product in a column- or row-parallel linear, by `ops.linear`: its `_forward_impl`.
+    """The product in a column- or row-parallel linear: its `_forward_impl`.
 
     With sequence parallelism the gathered input is kept for the backward pass, where the engine
     gathers it anew: between processes of one machine that costs more than the memory.
@@ -46,6 +47,7 @@ def parallel_linear(
         allreduce_dgrad: add up the input's gradient over TP.
         sequence_parallel: gather the input over TP, and scatter the sum of its gradient.
         tp_group: may be None where neither is asked for.
+        product: `ops.linear.linear`, or another with its arguments.
         unused: what the engine's own product is told beside these.
 
     Returns:
@@ -55,7 +57,7 @@ def parallel_linear(
         input = gather_from_sequence_parallel_region(input, group=tp_group)
     elif allreduce_dgrad:
         input = copy_to_tensor_model_parallel_region(input, group=tp_group)
-    output = linear(input, weight)
+    output = product(input, weight)
     return output if bias is None else output + bias
 
 

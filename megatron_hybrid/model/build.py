@@ -9,6 +9,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.pattern import parse_pattern
 from megatron_hybrid.config.phases import sequence_lengths
+from megatron_hybrid.model.float8 import emulate_float8
 from megatron_hybrid.model.specs import hybrid_stack_spec, layer_classes
 
 
@@ -57,5 +58,6 @@ def build_model_chunks(
     chunks: list[torch.nn.Module] = []
     for vp_stage in range(virtual_stages) if virtual_stages else [None]:
         chunk = build_model(config, engine_config, backend, vp_stage)
+        emulate_float8(config, chunk, next(chunk.parameters()).device)
         chunks.append(Float16Module(engine_config, chunk) if engine_config.bf16 else chunk)
     return chunks

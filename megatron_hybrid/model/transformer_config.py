@@ -10,6 +10,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.pattern import MOE, parse_pattern
+from megatron_hybrid.config.precision import AMAX_HISTORY, FLOAT8_RECIPES
 from megatron_hybrid.ops.squared_relu import squared_relu
 
 # name -> (function, gated)
@@ -40,6 +41,29 @@ PARALLEL_FIELDS = (
 RECOMPUTE_FIELDS = ("recompute_granularity", "recompute_method", "recompute_num_layers")
 
 
+def _float8_arguments(config: RunConfig) -> dict[str, Any]:
+    """What the engine has Transformer Engine do in float8; the recipes' own options are its."""
+    precision = config.precision
+    recipe = FLOAT8_RECIPES.get(precision.recipe)
+    if recipe is None:
+        return {}
+    start, end = precision.num_layers_at_start_in_bf16, precision.num_layers_at_end_in_bf16
+    arguments: dict[str, Any] = {
+        "fp8": recipe.engine_format,
+        "fp8_recipe": recipe.engine_name,
+        "fp8_param": precision.fp8_param_gather,
+        "first_last_layers_bf16": bool(start or end),
+        "num_layers_at_start_in_bf16": start,
+        "num_layers_at_end_in_bf16": end,
+    }
+    if recipe.scaling == "delayed":
+        arguments |= {"fp8_amax_history_len": AMAX_HISTORY, "fp8_amax_compute_algo": "max"}
+    if parse_pattern(config.model.hybrid_layer_pattern).has(MOE):
+        # Experts get any number of tokens, which the products in float8 do not take.
+        arguments["moe_router_padding_for_quantization"] = True
+    return arguments
+
+
 def transformer_config(config: RunConfig, backend: str, device: torch.device) -> TransformerConfig:
     """The engine's config of a resolved RunConfig.
 
@@ -50,7 +74,7 @@ def transformer_config(config: RunConfig, backend: str, device: torch.device) ->
     model, parallel = config.model, config.parallel
     pattern = parse_pattern(model.hybrid_layer_pattern)
     activation, gated = ACTIVATIONS[model.activation]
-    dtype = torch.bfloat16 if config.precision.recipe == "bf16" else torch.float32
+    dtype = torch.bfloat16 if config.precision.weights == "bf16" else torch.float32
     on_transformer_engine = backend == "transformer_engine"
     if on_transformer_engine and activation is squared_relu:
         activation = engine_squared_relu  # which its fused experts know
@@ -72,6 +96,7 @@ def transformer_config(config: RunConfig, backend: str, device: torch.device) ->
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        **(_float8_arguments(config) if on_transformer_engine else {}),
         is_hybrid_model=True,
         # The mean over the tokens of the global batch, however they fall on ranks and micro
         # batches: packed documents mask some, and ranks would not have the same number.

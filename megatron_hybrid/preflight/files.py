@@ -138,7 +138,7 @@ def _disk(config: RunConfig) -> Check:
     """Room for the checkpoints that are kept and the one that is being written."""
     save = config.checkpoint.save
     assert save is not None
-    one = count_parameters(config.model).total * CHECKPOINT_BYTES[config.precision.recipe]
+    one = count_parameters(config.model).total * CHECKPOINT_BYTES[config.precision.weights]
     kept = (config.checkpoint.keep_last or DEFAULT_KEPT) + 1
     free = shutil.disk_usage(_existing(save)).free
     found = f"{free / _GIB:.1f} GiB free, a checkpoint has {one / _GIB:.2f} GiB"

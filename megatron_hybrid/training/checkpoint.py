@@ -37,6 +37,7 @@ from megatron_hybrid.data.saved_plan import DATA_PLAN_FILE, SavedPlan
 from megatron_hybrid.data.tokenizer import Tokenizer
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import write_atomic
+from megatron_hybrid.model.float8 import float8_linears, histories, set_histories
 from megatron_hybrid.training.checkpoint_state import (
     model_state,
     rng_state,
@@ -110,6 +111,7 @@ class Checkpointer:
             "progress": vars(progress).copy(),
             "rng_state": rng_state(),
             **model_state(self.model, metadata),
+            **histories(float8_linears(self.model)),
         }
         state["optimizer"] = self.optimizer.sharded_state_dict(state, metadata=metadata)
         request = dist_checkpointing.save(
@@ -239,6 +241,10 @@ def load_checkpoint(
         loads_rng = options.load_rng and not (weights_only or upcycle)
         if loads_rng and saved is not None and same_grid(present):
             state["rng_state"] = rng_state()
+        float8 = float8_linears(model)
+        remembered = {key: value for key, value in histories(float8).items() if key in present}
+        if keeps_optimizer:
+            state |= remembered
         with files.no_code_from_pickles():
             if upcycle:
                 loaded = load_upcycled(config, folder, state)
@@ -254,6 +260,7 @@ def load_checkpoint(
         load_optimizer_state(loads_optimizer, loaded["optimizer"], sharding_type)
     elif optimizer is not None:
         optimizer.reload_model_params()
+    set_histories(float8, {key: loaded[key] for key in remembered if key in state})
     if "rng_state" in state:
         set_rng_state(loaded["rng_state"])
     if weights_only:

@@ -5,6 +5,8 @@
   "validation"  an evaluation:   iteration, consumed_samples, consumed_tokens, loss, extra
   "expert_load" MoE: of a step's tokens, each expert's share: iteration, consumed_tokens, layers,
                 shares by layer and expert
+  "float8"      emulated float8: iteration, consumed_tokens, and how each linear's operands fit
+                the format (`float8_fit.summary`)
   "event"       anything else:   iteration, name, message
 in the order in which they happened. Floats are written with all their digits, so that two runs
 can be compared bit for bit; NaN and infinities, which JSON does not have, are written as null.
@@ -120,6 +122,12 @@ class MetricsWriter:
             "shares": [[round(share, 6) for share in row] for row in load.shares.tolist()],
         }
         self._write("expert_load", record)
+
+    def float8(self, iteration: int, consumed_tokens: int, fits: Mapping[str, Any]) -> None:
+        """Record how operands fit in float8, as `float8_fit.summary` tells it."""
+        if self._console is not None:
+            place = {"iteration": iteration, "consumed_tokens": consumed_tokens}
+            self._write("float8", place | dict(fits))
 
     def validation(
         self,

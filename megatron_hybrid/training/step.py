@@ -23,6 +23,7 @@ from megatron_hybrid.config import RunConfig
 from megatron_hybrid.data.batch import Batch
 from megatron_hybrid.training.expert_load import ExpertLoad, ExpertLoads
 from megatron_hybrid.training.extras import MoeLosses
+from megatron_hybrid.training.float8_fit import Float8Steps
 from megatron_hybrid.training.optimizer import apply_gradients, gradient_norm
 from megatron_hybrid.training.rerun import StepWatch
 
@@ -48,6 +49,7 @@ class StepResult(NamedTuple):
         votes: sums over ranks of the flags that the caller handed in.
         moe_losses: mean over the MoE layers of each auxiliary loss, by megatron-core's names.
         expert_load: where the tokens went; None in a model without experts.
+        float8: how operands fit in emulated float8 (`float8_fit.summary`); None if not counted.
     """
 
     loss: float
@@ -56,6 +58,7 @@ class StepResult(NamedTuple):
     votes: list[float]
     moe_losses: dict[str, float]
     expert_load: ExpertLoad | None
+    float8: dict[str, Any] | None
 
 
 class Stepper:
@@ -83,6 +86,7 @@ class Stepper:
         self._schedule = get_forward_backward_func()
         self._moe_losses = MoeLosses(config.model)
         self._expert_loads = ExpertLoads(config.model, model)
+        self.float8 = Float8Steps(model)
         self._expert_biases = [
             module.expert_bias
             for chunk in model
@@ -91,7 +95,13 @@ class Stepper:
         ]
 
     def train(
-        self, data: Iterator[Batch], shape: BatchShape, spike_above: float, votes: list[float]
+        self,
+        data: Iterator[Batch],
+        shape: BatchShape,
+        spike_above: float,
+        votes: list[float],
+        *,
+        count_float8: bool = False,
     ) -> StepResult:
         """One step of the optimizer on the next global batch.
 
@@ -102,6 +112,7 @@ class Stepper:
             data: micro batches of this rank, those of this global batch next.
             shape: of the global batch.
             votes: flags of this rank, summed over ranks on the way.
+            count_float8: find out how operands fit in emulated float8.
         """
         # The engine moves them with the backward pass, before anyone has seen the loss.
         expert_biases = [bias.clone() for bias in self._expert_biases]
@@ -110,10 +121,12 @@ class Stepper:
                 chunk.train()
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
+            self.float8.begin(count_float8)
             _put_back(self._expert_biases, expert_biases)
             sums = self._run(micro_batches, shape, forward_only=False)
             moe_shares = self._moe_losses.take(self._micro_batches(shape))
             expert_loads = self._expert_loads.take(sums)
+        float8 = self.float8.end()
         loss, added, loads = self._reduce(sums, [*votes, *moe_shares], expert_loads)
         moe_losses = dict(zip(self._moe_losses.names, added[len(votes) :], strict=True))
         grad_norm = gradient_norm(self.optimizer) if math.isfinite(loss) else math.nan
@@ -128,7 +141,7 @@ class Stepper:
             _put_back(self._expert_biases, expert_biases)
         return StepResult(
             loss, grad_norm, refusal, added[: len(votes)], moe_losses,
-            self._expert_loads.read(loads),
+            self._expert_loads.read(loads), float8,
         )  # fmt: skip
 
     @torch.no_grad()

@@ -227,7 +227,11 @@ class Trainer:
         threshold = spike_threshold(self.config.training, progress)
         first_sample, learning_rate = progress.consumed_samples, self.learning_rate.current()
         shape = BatchShape(self.steps.batch_size(first_sample), self.steps.seq_length(first_sample))
-        result = self.stepper.train(batches, shape, threshold, self._votes(signals))
+        interval = self.config.logging.float8_interval
+        result = self.stepper.train(
+            batches, shape, threshold, self._votes(signals),
+            count_float8=interval is not None and (progress.iteration + 1) % interval == 0,
+        )  # fmt: skip
         progress.iteration += 1
         POSITION.iteration = progress.iteration
         progress.consumed_samples += shape.samples
@@ -238,6 +242,8 @@ class Trainer:
         self.recent = [*self.recent, (seconds, shape.tokens)][-RATE_STEPS:]
         if result.refusal is not None or self._due(self.config.training.log_interval):
             metrics.train(self._metrics(result, shape, learning_rate, seconds))
+        if result.float8 is not None:
+            metrics.float8(progress.iteration, self._consumed_tokens(), result.float8)
         if result.expert_load is not None and self._due(self.config.logging.expert_load_interval):
             metrics.expert_load(progress.iteration, self._consumed_tokens(), result.expert_load)
         return result

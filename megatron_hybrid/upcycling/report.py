@@ -37,7 +37,7 @@ class Sizes:
 
 def sizes(config: RunConfig) -> Sizes:
     """The sizes of a config's model."""
-    counts, recipe = count_parameters(config.model), config.precision.recipe
+    counts, recipe = count_parameters(config.model), config.precision.weights
     return Sizes(
         counts.total,
         counts.active,
@@ -84,7 +84,7 @@ def print_report(
             f"{size.weights_gib:.2f}", f"{size.training_gib:.2f}",
         )  # fmt: skip
     console.print(table)
-    itemsize = _WEIGHT_BYTES[dense.precision.recipe]
+    itemsize = _WEIGHT_BYTES[dense.precision.weights]
     console.print(
         f"to write: {sizes(config).total * itemsize / _GIB:.2f} GiB; in memory beside Python and "
         f"torch, one matrix of an MLP: {matrix_gib(dense.model, itemsize):.3f} GiB",

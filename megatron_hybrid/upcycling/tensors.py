@@ -24,7 +24,7 @@ from megatron_hybrid.model.tensor_names import NORM_NAMES
 from megatron_hybrid.upcycling.scheme import Scheme
 
 # States of layers (none of ours has any), of the optimizer and of generators: not weights.
-_NO_WEIGHTS = ("optimizer.", "rng_state", "._extra_state")
+_NO_WEIGHTS = ("optimizer.", "rng_state", "._extra_state", "float8_history.")
 FC1, FC2 = "linear_fc1", "linear_fc2"
 BLOCK_BYTES = 4 << 20  # of a matrix, read and scaled at a time
 DRAWN_BYTES = 256 << 10  # the same where some is drawn, which takes ten times its size

@@ -1,0 +1,96 @@
+"""What each precision recipe is: formats, scaling, and which layers it leaves in BF16.
+
+Torch-free: rules, planner and kernels read the same table.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, parse_pattern
+
+E4M3, E5M2 = "e4m3", "e5m2"
+# Delayed scaling goes by the largest value in so many steps (Transformer Engine's default).
+AMAX_HISTORY = 1024
+
+
+@dataclass(frozen=True)
+class Float8Recipe:
+    """How the operands of a linear's matrix products become float8.
+
+    Attributes:
+        engine_name: megatron-core's `fp8_recipe`.
+        gradients: format of gradients; weights and activations are E4M3.
+        scaling: "current" (one scale a tensor, from its own largest value), "delayed" (from the
+            largest of the steps before), "tiles" (128 x 128 of a weight, 1 x 128 of the rest) or
+            "blocks" (1 x 32, powers of two).
+        end_layers_in_bf16: how many layers of the pattern stay in BF16 at either end.
+        width_multiple: what the widths of a matrix must be multiples of, on each rank.
+        tokens_multiple: the same of the tokens on a rank.
+    """
+
+    engine_name: Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
+    gradients: str
+    scaling: Literal["current", "delayed", "tiles", "blocks"]
+    end_layers_in_bf16: int
+    width_multiple: int = 16
+    tokens_multiple: int = 8
+
+    @property
+    def engine_format(self) -> Literal["e4m3", "hybrid"]:
+        """megatron-core's `fp8`: "hybrid" has gradients of another format."""
+        return "hybrid" if self.gradients == E5M2 else "e4m3"
+
+
+# Nemotron-H (arXiv 2504.03624) and Nemotron Nano 2 (arXiv 2508.14444) leave the first and last four
+# matrix products in BF16, which are those of two layers, as every layer has two. Widths and tokens
+# are those that Transformer Engine's `assert_dim_for_fp8_exec` and its MXFP8 blocks take.
+FLOAT8_RECIPES = {
+    "fp8_tensorwise": Float8Recipe("tensorwise", E5M2, "current", 2),
+    "fp8_blockwise": Float8Recipe("blockwise", E4M3, "tiles", 2),
+    "fp8_delayed": Float8Recipe("delayed", E5M2, "delayed", 0),
+    "mxfp8": Float8Recipe("mxfp8", E4M3, "blocks", 0, width_multiple=32, tokens_multiple=32),
+}
+
+
+def float8_layers(pattern: str, at_start: int, at_end: int) -> list[int]:
+    """The numbers (from 1) of the layers whose linears are in float8."""
+    count = parse_pattern(pattern).num_layers
+    return list(range(1 + at_start, 1 + count - at_end))
+
+
+def linear_widths(
+    model: ModelConfig, kind: str, tensor_parallel: int, expert_tensor_parallel: int
+) -> dict[str, tuple[int, int]]:
+    """Each linear of a layer kind -> its inputs and outputs on one rank.
+
+    Sizes that do not divide are cut off: other rules refuse them.
+    """
+    d, tp, etp = model.hidden_size, tensor_parallel, expert_tensor_parallel
+    if kind == MAMBA:
+        assert model.mamba_num_heads is not None
+        inner = model.mamba_num_heads * model.mamba_head_dim
+        width = 2 * (inner + model.mamba_num_groups * model.mamba_state_dim) + model.mamba_num_heads
+        return {"in_proj": (d, width // tp), "out_proj": (inner // tp, d)}
+    if kind == ATTENTION:
+        heads, groups, channels = (
+            model.num_attention_heads, model.num_query_groups, model.kv_channels,
+        )  # fmt: skip
+        assert heads is not None and groups is not None and channels is not None
+        return {
+            "linear_qkv": (d, (heads + 2 * groups) * channels // tp),
+            "linear_proj": (heads * channels // tp, d),
+        }
+    gate = 2 if model.activation == "swiglu" else 1
+    if kind == MLP:
+        assert model.ffn_hidden_size is not None
+        f = model.ffn_hidden_size // tp
+        return {"linear_fc1": (d, gate * f), "linear_fc2": (f, d)}
+    assert kind == MOE and model.moe_ffn_hidden_size is not None
+    f = model.moe_ffn_hidden_size // etp
+    widths = {"linear_fc1 of an expert": (d, gate * f), "linear_fc2 of an expert": (f, d)}
+    if model.moe_shared_expert_intermediate_size is not None:
+        f = model.moe_shared_expert_intermediate_size // tp
+        widths["linear_fc1 of the shared expert"] = (d, gate * f)
+        widths["linear_fc2 of the shared expert"] = (f, d)
+    return widths

@@ -1,0 +1,160 @@
+"""Rules of the number formats: where float8 can run, and the widths that it takes."""
+
+from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, parse_pattern
+from megatron_hybrid.config.phases import sequence_lengths
+from megatron_hybrid.config.precision import FLOAT8_RECIPES, float8_layers, linear_widths
+from megatron_hybrid.config.rules.common import Facts, Problems, Rule
+from megatron_hybrid.config.run import RunConfig
+
+_START = "precision.num_layers_at_start_in_bf16"
+_END = "precision.num_layers_at_end_in_bf16"
+_KINDS = {MAMBA: "a Mamba-2 layer", ATTENTION: "an attention layer", MLP: "an MLP layer"}
+
+
+def float8_only(c: RunConfig, _: Facts) -> Problems:
+    """What belongs to float8 needs a recipe of it."""
+    p = c.precision
+    if p.recipe in FLOAT8_RECIPES:
+        return
+    for name in ("fp8_param_gather", "emulate"):
+        if getattr(p, name):
+            yield f"precision.{name}=true needs a recipe in float8, not {_recipe(c)}; {_allowed()}"
+    for name, layers in ((_START, p.num_layers_at_start_in_bf16),
+                         (_END, p.num_layers_at_end_in_bf16)):  # fmt: skip
+        if layers:
+            yield f"{name}={layers} needs a recipe in float8, not {_recipe(c)}; {_allowed()}"
+
+
+def end_layers(c: RunConfig, _: Facts) -> Problems:
+    """Some layer must be left for float8; delayed scaling has them all in it."""
+    p = c.precision
+    start, end = p.num_layers_at_start_in_bf16 or 0, p.num_layers_at_end_in_bf16 or 0
+    if p.recipe not in FLOAT8_RECIPES:
+        return
+    if p.recipe == "fp8_delayed":
+        for name, layers in ((_START, start), (_END, end)):
+            if layers:
+                yield f"{name}={layers} must be 0 with {_recipe(c)}; allowed: 0"
+    layers = parse_pattern(c.model.hybrid_layer_pattern).num_layers
+    if start + end >= layers:
+        yield (
+            f"{_START}={start} and {_END}={end} must leave some of the {layers} layers of "
+            f"model.hybrid_layer_pattern; allowed: up to {layers - 1} together"
+        )
+
+
+def where_float8_runs(c: RunConfig, facts: Facts) -> Problems:
+    """Transformer Engine has the real thing on GPUs; anywhere else it is emulated, when asked."""
+    p = c.precision
+    if p.recipe not in FLOAT8_RECIPES or facts.has_cuda is None:
+        return
+    if facts.has_cuda and p.emulate:
+        yield (
+            "precision.emulate=true is of the CPU, and here is a GPU, on which Transformer Engine "
+            "runs the recipe itself; allowed: false, or CUDA_VISIBLE_DEVICES= (empty)"
+        )
+    if not facts.has_cuda and not p.emulate:
+        yield (
+            f"{_recipe(c)} needs a GPU and Transformer Engine; allowed here: "
+            "precision.emulate=true (the same numbers, slowly), precision.recipe=bf16 or fp32"
+        )
+    if p.emulate and p.fp8_param_gather:
+        yield (
+            "precision.fp8_param_gather=true with precision.emulate=true is not supported: "
+            "parameters stay in bf16; allowed: false"
+        )
+
+
+def float8_widths(c: RunConfig, _: Facts) -> Problems:
+    """Each linear in float8 has widths that the hardware takes, on every rank."""
+    recipe = FLOAT8_RECIPES.get(c.precision.recipe)
+    if recipe is None:
+        return
+    p, layers = c.parallel, parse_pattern(c.model.hybrid_layer_pattern).layers
+    tp, etp = p.tensor_model_parallel_size, p.expert_tensor_parallel_size or 1
+    at_start = c.precision.num_layers_at_start_in_bf16 or 0
+    at_end = c.precision.num_layers_at_end_in_bf16 or 0
+    numbers = float8_layers(c.model.hybrid_layer_pattern, at_start, at_end)
+    kinds = sorted({layers[number - 1] for number in numbers})
+    told: set[tuple[str, int]] = set()
+    for kind in kinds:
+        for linear, widths in linear_widths(c.model, kind, tp, etp).items():
+            for name, width in zip(("inputs", "outputs"), widths, strict=True):
+                # The hidden size is in every linear, and told of once.
+                key = ("", width) if width == c.model.hidden_size else (f"{kind}{linear}", width)
+                if width % recipe.width_multiple and key not in told:
+                    told.add(key)
+                    yield _width_problem(c, kind, linear, name, width, recipe.width_multiple)
+
+
+def _width_problem(
+    c: RunConfig, kind: str, linear: str, name: str, width: int, multiple: int
+) -> str:
+    below = width - width % multiple
+    near = ", ".join(str(n) for n in (below, below + multiple) if n)
+    tp = c.parallel.tensor_model_parallel_size
+    shared = f" on each of {tp} tensor-parallel ranks" if tp > 1 else ""
+    ways = ""
+    if kind == MAMBA and linear == "in_proj" and name == "outputs":
+        ways = f"; nearest model.mamba_num_heads: {_near_heads(c, multiple)}"
+    return (
+        f"{_recipe(c)}: {linear} of {_KINDS.get(kind, 'a MoE layer')} has {width} {name}{shared}, "
+        f"which must be a multiple of {multiple}; nearest: {near}{ways}"
+    )
+
+
+def _near_heads(c: RunConfig, multiple: int) -> str:
+    """The numbers of Mamba-2 heads next to the config's with which in_proj has a good width."""
+    tp, heads = c.parallel.tensor_model_parallel_size, c.model.mamba_num_heads
+    assert heads is not None
+
+    def works(number: int) -> bool:
+        model = c.model.model_copy(update={"mamba_num_heads": number})
+        return (
+            number > 0
+            and number % tp == 0
+            and number % c.model.mamba_num_groups == 0
+            and not any(
+                width % multiple
+                for widths in linear_widths(model, MAMBA, tp, 1).values()
+                for width in widths
+            )
+        )
+
+    reach = 16 * multiple * tp * c.model.mamba_num_groups
+    below = next((n for n in range(heads - 1, 0, -1) if works(n)), None)
+    above = next((n for n in range(heads + 1, heads + reach) if works(n)), None)
+    return ", ".join(str(n) for n in (below, above) if n) or "none"
+
+
+def float8_tokens(c: RunConfig, _: Facts) -> Problems:
+    """The tokens of a rank are a dimension of the gradient's products."""
+    recipe = FLOAT8_RECIPES.get(c.precision.recipe)
+    if recipe is None:
+        return
+    cp, micro = c.parallel.context_parallel_size, c.training.micro_batch_size
+    for length in sorted(sequence_lengths(c)):
+        tokens = length * micro // cp
+        if tokens % recipe.tokens_multiple:
+            yield (
+                f"{_recipe(c)}: data.seq_length={length} * training.micro_batch_size={micro} / "
+                f"parallel.context_parallel_size={cp} = {tokens} tokens on a rank must be a "
+                f"multiple of {recipe.tokens_multiple}"
+            )
+
+
+def _recipe(c: RunConfig) -> str:
+    return f"precision.recipe={c.precision.recipe}"
+
+
+def _allowed() -> str:
+    return f"allowed: {', '.join(FLOAT8_RECIPES)}"
+
+
+PRECISION: tuple[Rule, ...] = (
+    float8_only,
+    end_layers,
+    where_float8_runs,
+    float8_widths,
+    float8_tokens,
+)

@@ -1,0 +1,126 @@
+"""Which models and layouts float8 takes: widths of the published models, and what to change."""
+
+import pytest
+
+from megatron_hybrid.config import load_config
+from megatron_hybrid.config.pattern import MAMBA
+from megatron_hybrid.config.precision import FLOAT8_RECIPES, linear_widths
+from megatron_hybrid.errors import ConfigError
+
+DATA = ["data.mock_data=true", "data.tokenizer_type=null", "model.vocab_size=131072"]
+# As it is, its in_proj has 648 outputs.
+TINY = ["tiny", "model.mamba_num_heads=32", "model.mamba_head_dim=16"]
+# The pruned Nemotron Nano 7B: 120 heads of 80 channels.
+PRUNED_7B = [
+    "nemotron_nano_9b_v2", "model.hidden_size=4352", "model.mamba_num_heads=120",
+    "model.mamba_head_dim=80", "model.ffn_hidden_size=13824",
+    "model.hybrid_layer_pattern=M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-MMMM-M-",
+]  # fmt: skip
+
+
+def problems(*line: str, tp: int = 1, recipe: str = "fp8_tensorwise") -> str:
+    try:
+        load_config(
+            [
+                *line, *DATA, f"precision.recipe={recipe}",
+                f"parallel.tensor_model_parallel_size={tp}",
+                f"parallel.sequence_parallel={str(tp > 1).lower()}",
+            ]
+        )  # fmt: skip
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("model", "width"),
+    [("nemotron_h_8b", 18560), ("nemotron_h_56b", 37120), ("nemotron_nano_12b_v2", 22656),
+     ("nemotron_nano_9b_v2", 22656), ("nemotron_h_4b", 16496)],
+)  # fmt: skip
+def test_published_models_fit_whole(model: str, width: int) -> None:
+    """in_proj has the published width, which one rank takes."""
+    config = load_config([model, *DATA])
+    assert linear_widths(config.model, MAMBA, 1, 1)["in_proj"][1] == width
+    assert problems(model) == ""
+
+
+@pytest.mark.parametrize("tp", [2, 4, 8])
+def test_the_4b_does_not_divide(tp: int) -> None:
+    """112 heads: no tensor-parallel rank's part of in_proj is a multiple of 16."""
+    found = problems("nemotron_h_4b", tp=tp)
+    width = 16496 // tp
+    below = width - width % 16
+    assert found.count("\n") == 1
+    assert f"in_proj of a Mamba-2 layer has {width} outputs on each of {tp} tensor" in found
+    assert f"must be a multiple of 16; nearest: {below}, {below + 16}" in found
+    heads = {2: "96, 128", 4: "64, 128", 8: "128"}[tp]
+    assert f"nearest model.mamba_num_heads: {heads}" in found
+    for number in heads.split(", "):
+        assert problems("nemotron_h_4b", f"model.mamba_num_heads={number}", tp=tp) == ""
+
+
+@pytest.mark.parametrize("model", ["nemotron_h_8b", "nemotron_h_56b", "nemotron_nano_12b_v2"])
+def test_published_models_fit_on_eight_ranks(model: str) -> None:
+    """TP8, as they were trained."""
+    assert problems(model, tp=8) == ""
+
+
+def test_the_pruned_7b_does_not_fit() -> None:
+    """Its in_proj makes 21,368 channels; the two layers at either end are in BF16 and not asked."""
+    found = problems(*PRUNED_7B)
+    assert "in_proj of a Mamba-2 layer has 21368 outputs, which must be a multiple of 16" in found
+    assert problems(*PRUNED_7B, recipe="bf16") == ""
+
+
+def test_end_layers_are_not_asked() -> None:
+    """A width that only layers in BF16 have is no problem."""
+    odd = ["nemotron_h_8b", "model.hybrid_layer_pattern=-M*M-", "model.ffn_hidden_size=24"]
+    assert "linear_fc1" in problems(*odd, "precision.num_layers_at_start_in_bf16=0")
+    assert problems(*odd) == ""
+
+
+@pytest.mark.parametrize("recipe", FLOAT8_RECIPES)
+def test_where_it_runs(recipe: str) -> None:
+    """Without a GPU it must be asked for as emulated; with one it may not be."""
+
+    def refused(has_cuda: bool, emulate: str) -> str:
+        line = [*TINY, *DATA, f"precision.recipe={recipe}", f"precision.emulate={emulate}"]
+        try:
+            load_config(line, has_cuda=has_cuda)
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    assert "needs a GPU and Transformer Engine; allowed here: precision.emulate" in refused(
+        False, "false"
+    )
+    assert "precision.emulate=true is of the CPU" in refused(True, "true")
+    assert refused(True, "false") == refused(False, "true") == ""
+
+
+def test_what_contradicts() -> None:
+    """Everything at once, each with what is allowed."""
+    found = problems(
+        *TINY, "precision.emulate=true", "precision.fp8_param_gather=true",
+        "precision.num_layers_at_end_in_bf16=1", recipe="bf16",
+    )  # fmt: skip
+    assert found.count("allowed: fp8_tensorwise, fp8_blockwise, fp8_delayed, mxfp8") == 3
+    found = problems(*TINY, "precision.num_layers_at_start_in_bf16=1", recipe="fp8_delayed")
+    assert "num_layers_at_start_in_bf16=1 must be 0 with precision.recipe=fp8_delayed" in found
+    found = problems(*TINY, "precision.num_layers_at_start_in_bf16=7", recipe="mxfp8", tp=1)
+    assert found == ""
+    found = problems(*TINY, "precision.num_layers_at_start_in_bf16=8", recipe="mxfp8")
+    assert "must leave some of the 8 layers" in found
+    found = problems(*TINY, "data.seq_length=1028", "training.micro_batch_size=1")
+    assert "1028 tokens on a rank must be a multiple of 8" in found
+
+
+def test_megatrons_flags() -> None:
+    """The names of Megatron-LM's recipes, and its flags for the layers at the ends."""
+    config = load_config(
+        [*TINY, *DATA, "--fp8-recipe", "tensorwise", "--num-layers-at-start-in-bf16", "1",
+         "--fp8-param-gather"]
+    )  # fmt: skip
+    precision = config.precision
+    assert (precision.recipe, precision.fp8_param_gather) == ("fp8_tensorwise", True)
+    assert (precision.num_layers_at_start_in_bf16, precision.num_layers_at_end_in_bf16) == (1, 2)
