@@ -25,3 +25,7 @@ class ConfigError(UserError):
         count = len(self.problems)
         head = "1 problem in the config" if count == 1 else f"{count} problems in the config"
         super().__init__("\n".join([f"{head}:", *(f"  - {problem}" for problem in self.problems)]))
+
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[list[str]]]:
+        """Sent from a rank to its parent, it is made again from its problems, not from its text."""
+        return ConfigError, (self.problems,)

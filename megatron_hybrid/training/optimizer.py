@@ -34,6 +34,7 @@ def wrap_data_parallel(
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
+        fp8_param_gather=config.precision.fp8_param_gather,
     )
     wrapped = [
         DistributedDataParallel(
@@ -74,6 +75,7 @@ def build_optimizer(
         params_dtype=engine_config.params_dtype,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         overlap_param_gather=config.parallel.overlap_param_gather,
+        fp8_recipe=engine_config.fp8_recipe if engine_config.fp8 else None,
     )
     overrides = get_standard_config_overrides(optimizer_config)
     if engine_config.bf16:

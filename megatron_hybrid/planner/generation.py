@@ -1,0 +1,62 @@
+"""Memory to generate text on one GPU: weights, keys and values, and the states of Mamba-2."""
+
+from dataclasses import dataclass
+
+from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.config.pattern import ATTENTION, MAMBA, parse_pattern
+from megatron_hybrid.model.counts import CONV_KERNEL, count_parameters
+
+
+@dataclass(frozen=True)
+class GenerationMemory:
+    """Bytes.
+
+    Attributes:
+        weights: of all parameters.
+        keys_values: of all sequences, up to the context's length.
+        ssm_states, conv_states: of all sequences, whatever their length.
+    """
+
+    weights: int
+    keys_values: int
+    ssm_states: int
+    conv_states: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.keys_values + self.ssm_states + self.conv_states
+
+
+def generation_memory(
+    model: ModelConfig,
+    context_tokens: int,
+    batch_size: int = 1,
+    *,
+    number_bytes: int = 2,
+    state_bytes: int = 2,
+) -> GenerationMemory:
+    """What generation holds when `batch_size` sequences have `context_tokens` tokens each.
+
+    Args:
+        number_bytes: of a weight, a key or a value.
+        state_bytes: of a number of a state; `megatron-hybrid generate` itself keeps fp32 ones (4).
+    """
+    pattern = parse_pattern(model.hybrid_layer_pattern)
+    keys_values = ssm = conv = 0
+    if pattern.has(ATTENTION):
+        assert model.num_query_groups is not None and model.kv_channels is not None
+        of_token = 2 * model.num_query_groups * model.kv_channels * number_bytes
+        length = context_tokens
+        if model.window_size is not None:
+            length = min(length, model.window_size[0] + 1)
+        keys_values = batch_size * pattern.count(ATTENTION) * length * of_token
+    if pattern.has(MAMBA):
+        assert model.mamba_num_heads is not None
+        inner = model.mamba_num_heads * model.mamba_head_dim
+        channels = inner + 2 * model.mamba_num_groups * model.mamba_state_dim
+        layers = batch_size * pattern.count(MAMBA)
+        ssm = layers * inner * model.mamba_state_dim * state_bytes
+        conv = layers * channels * CONV_KERNEL * number_bytes
+    weights = count_parameters(model).total * number_bytes
+    return GenerationMemory(weights, keys_values, ssm, conv)

@@ -1,0 +1,133 @@
+"""The memory of each pipeline stage: what its fullest rank holds at its fullest moment."""
+
+from dataclasses import dataclass
+
+from megatron_hybrid.config import RunConfig
+from megatron_hybrid.config.precision import FLOAT8_RECIPES
+from megatron_hybrid.planner.activations import (
+    layer_activations,
+    layer_input,
+    output_activations,
+)
+from megatron_hybrid.planner.layout import Layout, layout_of
+from megatron_hybrid.planner.parameters import stage_parameters
+from megatron_hybrid.planner.schedule import chunks_in_flight
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes on a rank of one pipeline stage.
+
+    Attributes:
+        stage: from 0.
+        layers: pattern text of its chunks.
+        parameter_count: how many parameters the rank holds.
+        parameters, gradients, optimizer_state: of those.
+        activations: of all micro batches in flight, and of what is computed again at a time.
+        logits: of the last stage's loss.
+        communication: tensors on their way between ranks.
+    """
+
+    stage: int
+    layers: tuple[str, ...]
+    parameter_count: int
+    parameters: int
+    gradients: int
+    optimizer_state: int
+    activations: int
+    logits: int
+    communication: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(getattr(self, name) for name in PARTS)
+
+
+PARTS = ("parameters", "gradients", "optimizer_state", "activations", "logits", "communication")
+
+
+def rank_memory(
+    config: RunConfig, world_size: int, *, fused: bool | None = None
+) -> tuple[StageMemory, ...]:
+    """The memory of each stage of a valid config on `world_size` ranks.
+
+    Args:
+        fused: the backend is transformer_engine; None: as the config says (auto: it is).
+    """
+    layout = layout_of(config, world_size)
+    if fused is None:
+        fused = config.backend != "torch"
+    return tuple(_stage(config, layout, stage, fused=fused) for stage in range(layout.pp))
+
+
+def _stage(config: RunConfig, layout: Layout, stage: int, *, fused: bool) -> StageMemory:
+    model, precision = config.model, config.precision
+    number = 4 if precision.weights == "fp32" else 2
+    held = stage_parameters(model, layout, stage)
+    fp8_weights = fused and precision.fp8_param_gather
+    weights = 1 if fp8_weights else number
+    master = 0 if number == 4 else 4
+    # Main parameters of 16-bit ones, and two moments, each divided over those that share them.
+    shared = held.dense * (master + 8) + held.fp32 * 8
+    optimizer = shared // layout.shards + held.expert * (master + 8) // layout.expert_shards
+    activations, logits = _activations(config, layout, stage, number=number, fused=fused)
+    return StageMemory(
+        stage=stage,
+        layers=layout.stage_chunks(stage),
+        parameter_count=held.total,
+        parameters=weights * (held.dense + held.expert) + 4 * held.fp32 + held.buffers_bytes,
+        gradients=4 * held.total,
+        optimizer_state=optimizer,
+        activations=activations,
+        logits=logits,
+        communication=_communication(config, layout, stage, number=number),
+    )
+
+
+def _activations(
+    config: RunConfig, layout: Layout, stage: int, *, number: int, fused: bool
+) -> tuple[int, int]:
+    """Of the layers, and of the loss.
+
+    In flight are as many passes of each chunk as the schedule has begun and not ended.
+    """
+    model, training = config.model, config.training
+    fp8 = fused and config.precision.recipe in FLOAT8_RECIPES
+    of_kind = {
+        kind: layer_activations(model, kind, layout, number_bytes=number, fused=fused, fp8=fp8)
+        for kind in set("".join(layout.chunks))
+    }
+    again = layer_input(model, layout, number_bytes=number)
+    kept, most_again = [], 0
+    for chunk in layout.stage_chunks(stage):
+        sizes = [of_kind[kind] for kind in chunk]
+        if training.recompute_granularity != "full":
+            kept.append(sum(sizes))
+            continue
+        group = training.recompute_num_layers or 1
+        if training.recompute_method == "block":
+            kept.append(again * min(group, len(sizes)) + sum(sizes[group:]))
+            most_again = max(most_again, max(sizes[:group], default=0))
+        else:
+            groups = [sizes[i : i + group] for i in range(0, len(sizes), group)]
+            kept.append(again * len(groups))
+            most_again = max(most_again, max(map(sum, groups)))
+    flying = chunks_in_flight(layout.pp, layout.vpp, layout.micro_batches, stage)
+    total = sum(count * size for count, size in zip(flying, kept, strict=True))
+    logits = 0
+    if stage == layout.pp - 1:
+        logits = output_activations(model, layout, number_bytes=number, fused=fused)
+    return total + most_again, logits
+
+
+def _communication(config: RunConfig, layout: Layout, stage: int, *, number: int) -> int:
+    """Received hidden states and their gradients; the sequence gathered over TP at a time.
+
+    Gradients are reduced and parameters gathered in the buffers that are counted already.
+    """
+    d = config.model.hidden_size
+    ends = (stage > 0) + (stage < layout.pp - 1)
+    between = 2 * ends * number * layout.own_tokens * d
+    gathered = number * layout.tokens * d if layout.sequence_parallel and layout.tp > 1 else 0
+    return between + gathered

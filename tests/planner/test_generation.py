@@ -1,0 +1,87 @@
+"""Published budgets and tables, to the digit."""
+
+import pytest
+
+from megatron_hybrid.config import load_config
+from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.model.counts import count_parameters
+from megatron_hybrid.planner.generation import generation_memory
+
+MIB, GIB = 2**20, 2**30
+DATA = ["data.mock_data=true", "data.tokenizer_type=null", "model.vocab_size=131072"]
+# An A10G as Nemotron Nano 2 counts it: 95 % of what it shows, less 1.3 GiB for the engine.
+A10G_GIB = 22.06 * 0.95 - 1.3
+
+
+def model(*line: str) -> ModelConfig:
+    return load_config([*line, *DATA]).model
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    [("nemotron_h_8b", 8_100_852_736), ("nemotron_h_4b", 4_489_223_040),
+     ("nemotron_h_56b", 56_324_350_464), ("nemotron_nano_12b_v2", 12_310_001_152),
+     ("nemotron_nano_9b_v2", 8_888_227_328)],
+)  # fmt: skip
+def test_weights(preset: str, parameters: int) -> None:
+    """Two bytes for each parameter of the published models."""
+    assert generation_memory(model(preset), 1).weights == 2 * parameters
+
+
+def test_the_9b_fits_an_a10g_and_the_12b_does_not() -> None:
+    """At 128k tokens and one sequence: 18.62 and 26.0 GiB, of 19.66."""
+    assert round(A10G_GIB, 2) == 19.66
+    small = generation_memory(model("nemotron_nano_9b_v2"), 128 * 1024)
+    assert round(small.weights / GIB, 3) == 16.556
+    assert small.keys_values == 2 * GIB
+    assert round(small.ssm_states / GIB, 3) == 0.066
+    assert round(small.total / GIB, 2) == 18.62 < A10G_GIB
+    large = generation_memory(model("nemotron_nano_12b_v2"), 128 * 1024)
+    assert round(large.weights / GIB, 3) == 22.929
+    assert large.keys_values == 3 * GIB
+    assert round(large.ssm_states / GIB, 3) == 0.068
+    assert round(large.total / GIB, 1) == 26.0 > A10G_GIB
+
+
+def test_the_pruned_7b() -> None:
+    """Layers 43 to 48, 50 and 52 of the 9B dropped, and narrower: the published pattern, 7.00 B."""
+    whole = model("nemotron_nano_9b_v2")
+    dropped = {*range(43, 49), 50, 52}
+    pattern = "".join(
+        kind for n, kind in enumerate(whole.hybrid_layer_pattern, start=1) if n not in dropped
+    )
+    assert pattern == "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-MMMM-M-"
+    pruned = model(
+        "nemotron_nano_9b_v2", f"model.hybrid_layer_pattern={pattern}", "model.hidden_size=4352",
+        "model.mamba_num_heads=120", "model.mamba_head_dim=80", "model.ffn_hidden_size=13824",
+    )  # fmt: skip
+    assert f"{count_parameters(pruned).total / 1e9:.2f}" == "7.00"
+
+
+def test_llama_with_fewer_attention_layers() -> None:
+    """Puzzle's table of Llama-3.1-8B with 20 of its 32 attention layers, in bf16, for 96 sequences
+    of 4096 tokens in and 4096 out.
+    """
+    pattern = "*-" * 20 + "-" * 12
+    llama = load_config(
+        [
+            f"model.hybrid_layer_pattern={pattern}", "model.hidden_size=4096",
+            "model.ffn_hidden_size=14336", "model.activation=swiglu",
+            "model.num_attention_heads=32", "model.num_query_groups=8", "model.vocab_size=128256",
+            "model.position_embedding_type=rope", "data.mock_data=true",
+            "data.tokenizer_type=null", "data.seq_length=8192", "training.train_iters=1",
+            "optimizer.lr=1e-4",
+        ]
+    ).model  # fmt: skip
+    counts, memory = count_parameters(llama), generation_memory(llama, 8192, 96)
+    assert counts.total == 7_526_895_616
+    assert counts.per_layer["*"] == 41_947_136
+    assert memory.keys_values / MIB == 61_440
+    one_head = memory.keys_values / MIB / 20 / 8
+    assert one_head == 384
+    attention = memory.keys_values + 2 * 20 * counts.per_layer["*"]
+    assert attention / MIB == 63_040.15625
+    assert 2 * 32 * counts.per_layer["-"] / MIB == 10_752.25
+    rest = 2 * (counts.embedding + counts.final_norm)
+    assert round(rest / MIB, 4) == 2_004.0078
+    assert memory.total / MIB == 75_796.4140625

@@ -1,0 +1,217 @@
+"""The planner's memory against the tensors of real ranks: state to 1 %, activations to 10 %."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_hybrid.config import RunConfig, load_config
+from megatron_hybrid.planner.activations import layer_activations, layer_input, output_activations
+from megatron_hybrid.planner.layout import layout_of
+from megatron_hybrid.planner.memory import rank_memory
+from megatron_hybrid.testing import run_distributed
+from tests.distributed.layouts import built
+
+SEQ_LENGTH = 512
+MOE = ["model.num_moe_experts=8", "model.moe_ffn_hidden_size=320",
+       "model.moe_shared_expert_intermediate_size=256"]  # fmt: skip
+
+
+def run_config(pattern: str, *more: str, world_size: int = 1) -> RunConfig:
+    return load_config(
+        [
+            f"model.hybrid_layer_pattern={pattern}", "model.hidden_size=256",
+            "model.num_attention_heads=8", "model.num_query_groups=4", "model.mamba_head_dim=32",
+            "model.mamba_state_dim=32", "model.mamba_num_groups=2", "model.vocab_size=4096",
+            "data.mock_data=true", "data.tokenizer_type=null", f"data.seq_length={SEQ_LENGTH}",
+            "training.train_iters=1", "training.global_batch_size=8", "optimizer.lr=1e-3",
+            "backend=torch", *more, *(MOE if "E" in pattern else []),
+        ],
+        world_size=world_size, has_cuda=False,
+    )  # fmt: skip
+
+
+def storages(tensors: Iterator[torch.Tensor]) -> dict[int, int]:
+    """Address -> bytes of what lies under the tensors, once each."""
+    found = ((t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors)
+    return dict(found)
+
+
+def state_bytes(config: RunConfig) -> tuple[int, int, int, int]:
+    """On a rank: its stage, and the bytes of parameters, gradients and optimizer state."""
+    from megatron.core import parallel_state
+
+    from megatron_hybrid.training.optimizer import optimizer_parts
+
+    with built(config) as (model, optimizer, _):
+        parameters = storages(
+            t for chunk in model for t in (*chunk.parameters(), *chunk.module.buffers())
+        )
+        gradients = storages(
+            buffer.grad_data
+            for chunk in model
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
+        )
+        inner = [part.optimizer for part in optimizer_parts(optimizer)]
+        states = storages(
+            tensor
+            for each in inner
+            if each is not None
+            for group in each.param_groups
+            for parameter in group["params"]
+            for tensor in (parameter, *each.state[parameter].values())
+            if isinstance(tensor, torch.Tensor)
+        )
+        own = sum(size for place, size in states.items() if place not in parameters)
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+    return stage, sum(parameters.values()), sum(gradients.values()), own
+
+
+STATE_LAYOUTS = {
+    "TP2 SP x PP2": [
+        "M-*-|M-M-", "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true",
+        "parallel.pipeline_model_parallel_size=2",
+    ],
+    "PP2 x VPP2 x DP2, uneven": ["M-|M*-|-|MM", "parallel.pipeline_model_parallel_size=2"],
+    "CP2 x DP2, tied": [
+        "M-M*-", "parallel.context_parallel_size=2",
+        "model.untie_embeddings_and_output_weights=false",
+    ],
+    "EP2 x PP2 x DP, tied": [
+        "ME|*E", "parallel.expert_model_parallel_size=2",
+        "parallel.pipeline_model_parallel_size=2",
+        "model.untie_embeddings_and_output_weights=false",
+        "model.moe_router_enable_expert_bias=true", "model.moe_router_score_function=sigmoid",
+    ],
+    "EP4, fp32": ["M*E-", "parallel.expert_model_parallel_size=4", "precision.recipe=fp32"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STATE_LAYOUTS)
+def test_state(name: str) -> None:
+    """Parameters, gradients and optimizer state of the fullest rank of each stage."""
+    pattern, *more = STATE_LAYOUTS[name]
+    config = run_config(pattern, *more, world_size=4)
+    expected = rank_memory(config, 4)
+    fullest = [[0, 0, 0] for _ in expected]
+    for stage, *sizes in run_distributed(state_bytes, 4, config):
+        fullest[stage] = [max(pair) for pair in zip(fullest[stage], sizes, strict=True)]
+    for memory, found in zip(expected, fullest, strict=True):
+        planned = [memory.parameters, memory.gradients, memory.optimizer_state]
+        assert planned == pytest.approx(found, rel=0.01), f"stage {memory.stage}"
+
+
+def kept_bytes(config: RunConfig) -> tuple[list[int], int]:
+    """On a rank: bytes that each layer keeps for its backward pass, and what comes after them.
+
+    Counted once each, without parameters.
+    """
+    from megatron.core.models.hybrid.hybrid_block import HybridStack
+
+    from megatron_hybrid.layers import linear
+
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    original = linear.made_again_in_backward
+
+    def watched(tensor: torch.Tensor, make: Any) -> Any:
+        """The hooks of a fused norm hide those around them: what they keep is seen here."""
+        hooks = original(tensor, make)
+        pack = hooks.pack_hook
+
+        def see(saved: torch.Tensor) -> Any:
+            packed = pack(saved)
+            if packed is not None:
+                kept.append(packed)
+            return packed
+
+        hooks.pack_hook = see
+        return hooks
+
+    found: list[int] = []
+    torch.manual_seed(0)
+    length = SEQ_LENGTH // config.parallel.context_parallel_size
+    tokens = torch.randint(0, 4096, (1, length))
+    positions = torch.arange(length)[None]
+    linear.made_again_in_backward = watched
+    try:
+        with built(config) as (model, _, _):
+            weights = storages(t for t in model[0].parameters())
+
+            def size() -> int:
+                sizes = storages(iter(kept))
+                kept.clear()
+                return sum(sizes[place] for place in sizes if place not in weights)
+
+            def count(*_: Any) -> None:
+                found.append(size())
+
+            [stack] = [m for m in model[0].modules() if isinstance(m, HybridStack)]
+            recompute = config.training.recompute_granularity == "full"
+            for layer in [stack.final_norm] if recompute else stack.layers:
+                if recompute:
+                    layer.register_forward_pre_hook(count)
+                else:
+                    layer.register_forward_hook(count)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                model[0](tokens, positions, None, labels=tokens)
+            rest = size()
+    finally:
+        linear.made_again_in_backward = original
+    return found, rest
+
+
+VARIANTS = {
+    "one rank": [],
+    "rope, no grouping": ["model.position_embedding_type=rope", "model.num_query_groups=8"],
+    "swiglu": ["model.activation=swiglu"],
+    "fp32": ["precision.recipe=fp32"],
+    "TP2 SP": ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
+    "CP2": ["parallel.context_parallel_size=2"],
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_activations(name: str) -> None:
+    """Each kind of layer, and what is kept for the loss, against the tensors that are kept."""
+    ranks = 1 if "2" not in name else 2
+    config = run_config("M*-E", *VARIANTS[name], world_size=ranks)
+    layout = layout_of(config, ranks)
+    number = 4 if name == "fp32" else 2
+    planned = {
+        kind: layer_activations(
+            config.model, kind, layout, number_bytes=number, fused=False, fp8=False
+        )
+        for kind in "M*-E"
+    }
+    layers, rest = run_distributed(kept_bytes, ranks, config)[0]
+    found = dict(zip("M*-E", layers, strict=True))
+    assert planned == pytest.approx(found, rel=0.10)
+    loss = output_activations(config.model, layout, number_bytes=number, fused=False)
+    assert loss == pytest.approx(rest, rel=0.10)
+
+
+@pytest.mark.parametrize("kind", ["M", "*", "-", "E"])
+def test_recomputed_activations(kind: str) -> None:
+    """Layers that are computed again keep the input of each group, of one layer or of two; the
+    first layers only, with the block method.
+    """
+    variants = {"uniform 1": ("uniform", 1), "uniform 2": ("uniform", 2), "block 3": ("block", 3)}
+    for name, (method, layers) in variants.items():
+        config = run_config(
+            kind * 4, "training.recompute_granularity=full",
+            f"training.recompute_method={method}", f"training.recompute_num_layers={layers}",
+        )  # fmt: skip
+        layout = layout_of(config, 1)
+        whole = layer_activations(
+            config.model, kind, layout, number_bytes=2, fused=False, fp8=False
+        )
+        again = layer_input(config.model, layout, number_bytes=2)
+        planned = {"uniform 1": 4 * again, "uniform 2": 2 * again, "block 3": 3 * again + whole}
+        [found] = run_distributed(kept_bytes, 1, config)[0][0]
+        assert planned[name] == pytest.approx(found, rel=0.10), name
