@@ -1,0 +1,86 @@
+"""What a layer of each kind costs in time, measured or given: the input of stage balancing."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from megatron_hybrid.config.pattern import KINDS
+from megatron_hybrid.errors import UserError
+
+EMBEDDING, OUTPUT = "embedding", "output"
+NAMES = (*KINDS, EMBEDDING, OUTPUT)
+_KEYS = ("forward_ms", "backward_ms")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Milliseconds of one micro batch, forward and backward."""
+
+    forward_ms: float
+    backward_ms: float
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.forward_ms + other.forward_ms, self.backward_ms + other.backward_ms)
+
+    @property
+    def total_ms(self) -> float:
+        """Both passes."""
+        return self.forward_ms + self.backward_ms
+
+
+NOTHING = Cost(0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Attributes: `of`: a symbol of the pattern, "embedding" or "output" (with the loss): cost."""
+
+    of: MappingProxyType[str, Cost]
+
+    def chunks(self, segments: tuple[str, ...]) -> list[Cost]:
+        """The cost of each pipeline segment, with embedding and output at the ends."""
+        found = [sum((self.of[kind] for kind in segment), NOTHING) for segment in segments]
+        found[0] = found[0] + self.of.get(EMBEDDING, NOTHING)
+        found[-1] = found[-1] + self.of.get(OUTPUT, NOTHING)
+        return found
+
+
+def read_costs(path: Path, kinds: str) -> Costs:
+    """Costs from JSON: {"M": {"forward_ms": 1.2, "backward_ms": 2.3}, ..., "output": {...}}.
+
+    Args:
+        kinds: symbols that must be there.
+
+    Raises:
+        UserError: the file cannot be read, or says something else.
+    """
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--costs={path} cannot be read as JSON: {error}") from error
+    if not isinstance(given, Mapping):
+        raise UserError(
+            f'--costs={path} must hold an object, such as {{"M": {{"forward_ms": 1.2}}}}'
+        )
+    problems = [
+        f"{name!r} is no layer; allowed: {', '.join(NAMES)}" for name in given if name not in NAMES
+    ]
+    problems += [f"{kind!r} is missing" for kind in sorted(set(kinds) - set(given))]
+    found = {}
+    for name, cost in given.items():
+        pair = [cost.get(key) for key in _KEYS] if isinstance(cost, Mapping) else []
+        numbers = [float(n) for n in pair if isinstance(n, int | float) and n >= 0]
+        if len(numbers) == len(_KEYS):
+            found[name] = Cost(*numbers)
+        else:
+            problems.append(f"{name!r} must have forward_ms and backward_ms, numbers from 0")
+    if problems:
+        raise UserError(f"--costs={path}: " + "; ".join(problems))
+    return Costs(MappingProxyType(found))
+
+
+def costs_json(costs: Costs) -> str:
+    """What `read_costs` reads."""
+    return json.dumps({name: vars(cost) for name, cost in costs.of.items()}, indent=2)

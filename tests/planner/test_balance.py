@@ -1,0 +1,86 @@
+"""Balanced splits: as good as the best of all where that can be told, never worse than even."""
+
+import json
+import random
+from pathlib import Path
+from types import MappingProxyType
+
+import pytest
+
+from megatron_hybrid.config.pattern import parse_pattern
+from megatron_hybrid.errors import UserError
+from megatron_hybrid.planner.balance import Balancer, balance
+from megatron_hybrid.planner.costs import Cost, Costs, costs_json, read_costs
+
+# Milliseconds of a layer of each kind, of the order that `plan --measure` finds on a CPU.
+MEASURED = Costs(
+    MappingProxyType(
+        {
+            "M": Cost(9.8, 24.1), "*": Cost(6.1, 14.9), "-": Cost(7.6, 15.2), "E": Cost(12.3, 27.5),
+            "embedding": Cost(0.3, 0.9), "output": Cost(21.0, 43.0),
+        }
+    )
+)  # fmt: skip
+
+
+def some_costs(draws: random.Random) -> Costs:
+    names = ("M", "*", "-", "E", "embedding", "output")
+    return Costs(
+        MappingProxyType(
+            {name: Cost(f := draws.uniform(0.1, 5), f * draws.uniform(1.5, 3)) for name in names}
+        )
+    )
+
+
+def some_layers(draws: random.Random, count: int) -> str:
+    return "".join(draws.choice("MM*--E") for _ in range(count))
+
+
+CASES = [(4, 1, 12), (8, 1, 13), (4, 2, 12), (2, 3, 11), (16, 1, 18), (8, 2, 18)]
+
+
+@pytest.mark.parametrize(("stages", "chunks", "count"), CASES)
+def test_the_search_finds_the_best(stages: int, chunks: int, count: int) -> None:
+    """For random patterns and costs, and the measured ones: the time of the best of all splits."""
+    draws = random.Random(stages * 100 + chunks)
+    for costs in (MEASURED, *(some_costs(draws) for _ in range(3))):
+        each = Balancer(some_layers(draws, count), costs, stages, chunks, 2 * stages, 0.1)
+        best = each.exhaustive()
+        assert each.searched().step_ms == pytest.approx(best.step_ms, rel=0.005)
+        assert best.step_ms <= each.even().step_ms
+        assert "".join(best.segments) == each.layers
+
+
+@pytest.mark.parametrize(("stages", "chunks"), [(4, 1), (8, 1), (16, 1), (4, 3), (8, 2)])
+def test_long_patterns(stages: int, chunks: int) -> None:
+    """Nemotron-H 56B's layers: a pattern that a config takes, faster than the even split."""
+    layers = "M-M-M-M*-" + 9 * "M-M-M-M-M*-" + "M-M-M-M-M-"
+    found = balance(layers, MEASURED, stages, chunks, 4 * stages)
+    even = Balancer(layers, MEASURED, stages, chunks, 4 * stages).even()
+    assert parse_pattern(found.pattern).segments == found.segments
+    assert len(found.segments) == stages * chunks
+    assert found.step_ms < even.step_ms
+    assert found.bubble < even.bubble
+
+
+def test_an_expensive_end_gets_fewer_layers() -> None:
+    """A vocabulary that costs as much as three layers takes their place on the last stage."""
+    costs = Costs(MappingProxyType({"M": Cost(1, 2), "output": Cost(3, 6)}))
+    found = balance("M" * 13, costs, 4, 1, 64)
+    assert found.pattern == "MMMM|MMMM|MMMM|M"
+    assert found.bubble == pytest.approx(1 - 64 / 67)
+
+
+def test_costs_in_a_file(tmp_path: Path) -> None:
+    """They come back as written; what is wrong or missing is named, all at once."""
+    path = tmp_path / "costs.json"
+    path.write_text(costs_json(MEASURED))
+    assert read_costs(path, "M*-E") == MEASURED
+    path.write_text(json.dumps({"X": {}, "M": {"forward_ms": -1, "backward_ms": 2}}))
+    with pytest.raises(UserError) as caught:
+        read_costs(path, "M*")
+    for text in ("'X' is no layer", "'*' is missing", "'M' must have forward_ms and backward_ms"):
+        assert text in str(caught.value)
+    path.write_text("[")
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        read_costs(path, "M")
