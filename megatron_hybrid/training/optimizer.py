@@ -41,8 +41,9 @@ def wrap_data_parallel(
             config=engine_config,
             ddp_config=ddp_config,
             module=chunk,
-            # Only the first chunk's backward comes last, with nothing left to overlap with.
-            disable_bucketing=index > 0,
+            # Only the first chunk's backward comes last, with nothing left to overlap with. One
+            # bucket holds what has several formats; gloo takes all for the first one's, in silence.
+            disable_bucketing=index > 0 and next(chunk.parameters()).is_cuda,
         )
         for index, chunk in enumerate(chunks)
     ]
