@@ -17,6 +17,7 @@ from launchers.place import ATTEMPT, LOGS, Place, join, log_folder
 from megatron_hybrid import cli_text
 from megatron_hybrid.commands import convert as convert_commands
 from megatron_hybrid.commands import data as data_commands
+from megatron_hybrid.commands.plan import plan
 from megatron_hybrid.commands.preflight import preflight
 from megatron_hybrid.commands.smoke_test import smoke_test
 from megatron_hybrid.commands.status import status
@@ -123,6 +124,10 @@ app.command(
     context_settings=_CONFIG_WORDS,
     options_metavar="[OPTIONS] [section.field=value | --flag value]...",
 )(preflight)
+app.command(
+    context_settings=_CONFIG_WORDS,
+    options_metavar="[OPTIONS] [section.field=value | --flag value]...",
+)(plan)
 app.command(context_settings=_CONFIG_WORDS, hidden=True)(verdict)
 app.command()(status)
 app.command("smoke-test")(smoke_test)

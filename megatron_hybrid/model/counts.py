@@ -161,7 +161,7 @@ def count_parameters(model: ModelConfig) -> Counts:
     )
 
 
-def _mean_keys(model: ModelConfig, seq_length: int) -> float:
+def mean_keys(model: ModelConfig, seq_length: int) -> float:
     """Keys that a query sees on average: (L+1)/2, or fewer within a window of w to the left.
 
     Query j (from 0) sees min(j, w) + 1 keys.
@@ -183,7 +183,7 @@ def _forward_flops(model: ModelConfig, kind: str, seq_length: int) -> float:
         return 2 * d * in_width + 2 * CONV_KERNEL * conv + scan + 2 * inner * d
     if kind == ATTENTION:
         queries, keys_values = _attention_widths(model)
-        scores_and_values = 4 * queries * _mean_keys(model, seq_length)
+        scores_and_values = 4 * queries * mean_keys(model, seq_length)
         return 2 * d * (2 * queries + keys_values) + scores_and_values
     if kind == MLP:
         assert model.ffn_hidden_size is not None

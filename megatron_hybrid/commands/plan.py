@@ -1,0 +1,171 @@
+"""`megatron-hybrid plan`: memory and time of a run on a cluster, before it runs."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from megatron_hybrid.config import RunConfig
+    from megatron_hybrid.planner.costs import Costs
+    from megatron_hybrid.planner.hardware import Gpu
+    from megatron_hybrid.planner.layout import Layout
+
+
+def plan(
+    context: typer.Context,
+    gpus: Annotated[int, typer.Option(min=1, help="how many GPUs")],
+    gpu: Annotated[str, typer.Option(help="their kind: h100, h200, b200, a100, a10g")] = "h100",
+    search: Annotated[
+        bool, typer.Option("--search", help="the fastest layouts that fit, with reasons")
+    ] = False,
+    balance: Annotated[
+        bool, typer.Option("--balance", help="cut the pattern so that stages take the same time")
+    ] = False,
+    costs: Annotated[
+        Path | None, typer.Option(help="with --balance: JSON of milliseconds by layer kind")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="with --balance: time the layers on this machine")
+    ] = False,
+    top: Annotated[int, typer.Option(min=1, help="with --search: how many layouts")] = 10,
+    context_tokens: Annotated[
+        int | None, typer.Option(min=1, help="also the memory to generate at this length")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="with --context-tokens: sequences")] = 1,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="draw memory by stage into this PNG")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+) -> None:
+    """Plan a run: `plan PRESET|FILE.yaml --gpus 512 [section.field=value | --flag value]...`.
+
+    Memory by pipeline stage, a step's time and what it goes for, by data sheets: the program's GPU
+    path has not been timed. Ends with 1 if the run does not fit.
+    """
+    from rich.console import Console
+
+    from megatron_hybrid.errors import UserError
+    from megatron_hybrid.planner.hardware import GPUS
+    from megatron_hybrid.planner.report import Report, print_offers, print_report
+
+    if gpu not in GPUS:
+        raise UserError(f"--gpu={gpu} is not known; allowed: {', '.join(GPUS)}")
+    if (costs or measure) and not balance:
+        raise typer.BadParameter("only with --balance", param_hint="--costs, --measure")
+    if costs and measure:
+        raise typer.BadParameter("one or the other", param_hint="--costs, --measure")
+    kind, console = GPUS[gpu], Console()
+    config = _config(context.args, gpus, checked=not search)
+    if search:
+        from rich.progress import Progress
+
+        from megatron_hybrid.planner.search import search as find
+
+        with Progress(console=Console(stderr=True), transient=True, disable=as_json) as bar:
+            task = bar.add_task("layouts", total=None)
+            offers = find(
+                config, gpus, kind, top,
+                lambda done, total: bar.update(task, completed=done, total=total),
+            )  # fmt: skip
+        if as_json:
+            print(json.dumps([Report.of(o.config, gpus, kind).to_dict() for o in offers], indent=1))
+        else:
+            print_offers(offers, gpus, kind, console)
+        config = offers[0].config
+    if balance:
+        config = _balanced(config, gpus, kind, costs, measure=measure, quiet=as_json)
+    report = Report.of(config, gpus, kind, context_tokens, batch)
+    if as_json and not search:
+        print(json.dumps(report.to_dict(), indent=1))
+    elif not as_json:
+        print_report(report, console)
+    if output is not None:
+        from megatron_hybrid.fileio import file_errors
+        from megatron_hybrid.planner.picture import draw_memory
+
+        with file_errors(output):
+            draw_memory(report.memory, kind, report.title, report.summary, output)
+    if not report.fits:
+        raise typer.Exit(1)
+
+
+def _config(words: list[str], gpus: int, *, checked: bool) -> "RunConfig":
+    """The run; with --search its own layout need not fit the number of GPUs."""
+    from megatron_hybrid.config import load_config, rules
+    from megatron_hybrid.errors import ConfigError
+
+    if checked:
+        config = load_config(words, which=rules.NO_FILES, world_size=gpus, has_cuda=True)
+    else:
+        config = load_config(words, which=rules.NO_FILES)
+    if config.model.padded_vocab_size is None:
+        raise ConfigError(
+            [
+                "model.vocab_size is not set, and without a tokenizer it is not known; "
+                "it must be a whole number of at least 1"
+            ]
+        )
+    return config
+
+
+def _balanced(
+    config: "RunConfig", gpus: int, gpu: "Gpu", path: Path | None, *, measure: bool, quiet: bool
+) -> "RunConfig":
+    """The same run with its pattern cut anew; says how much that is worth."""
+    from megatron_hybrid.config.pattern import parse_pattern
+    from megatron_hybrid.errors import UserError
+    from megatron_hybrid.planner.balance import Balancer, balance
+    from megatron_hybrid.planner.layout import layout_of
+    from megatron_hybrid.planner.step_time import transfer_seconds
+
+    layout = layout_of(config, gpus)
+    if layout.pp == 1:
+        raise UserError(
+            "--balance needs parallel.pipeline_model_parallel_size of at least 2; it is 1"
+        )
+    layers = parse_pattern(config.model.hybrid_layer_pattern).layers
+    found = _costs(config, gpus, gpu, path, layers, measure=measure)
+    transfer = 0.0 if path or measure else 1e3 * transfer_seconds(config, layout, gpu)
+    sizes: tuple[Any, ...] = (layout.pp, layout.vpp, layout.micro_batches, transfer)
+    best = balance(layers, found, *sizes)
+    now = Balancer(layers, found, *sizes).timed(layout.chunks)
+    if not quiet:
+        _print_balance(config, layout, found, now.step_ms, now.bubble, best)
+    model = config.model.model_copy(update={"hybrid_layer_pattern": best.pattern})
+    return config.model_copy(update={"model": model})
+
+
+def _costs(
+    config: "RunConfig", gpus: int, gpu: "Gpu", path: Path | None, layers: str, *, measure: bool
+) -> "Costs":
+    from megatron_hybrid.planner.costs import read_costs
+    from megatron_hybrid.planner.search import predicted_costs
+
+    if path is not None:
+        return read_costs(path, layers)
+    if not measure:
+        return predicted_costs(config, gpus, gpu)
+    from megatron_hybrid.platform import initialize
+    from megatron_hybrid.training.distributed import process_groups, select_device
+
+    select_device()
+    platform = initialize()
+    from megatron_hybrid.planner.measure import measure_costs, one_rank
+
+    single = one_rank(config, layers)
+    with process_groups(single, platform, alone=True):
+        return measure_costs(single)
+
+
+def _print_balance(
+    config: "RunConfig", layout: "Layout", costs: "Costs", now_ms: float, now: float, best: Any
+) -> None:
+    print("milliseconds a micro batch, forward and backward:")
+    for name, cost in costs.of.items():
+        print(f"  {name:9}  {cost.forward_ms:8.3f}  {cost.backward_ms:8.3f}")
+    print(f"as it is  bubble {now:.1%}, {now_ms:.1f} ms a step: {'|'.join(layout.chunks)}")
+    gain = now_ms / best.step_ms - 1
+    print(f"balanced  bubble {best.bubble:.1%}, {best.step_ms:.1f} ms a step ({gain:.1%} faster):")
+    print(f"model.hybrid_layer_pattern='{best.pattern}'")

@@ -1,0 +1,123 @@
+"""What layers cost on this machine: timed on one rank, kind by kind."""
+
+import time
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_hybrid.config import RunConfig, build_config, rules
+from megatron_hybrid.config.pattern import parse_pattern
+from megatron_hybrid.planner.costs import EMBEDDING, OUTPUT, Cost, Costs
+
+LAYERS = 2  # of a kind at a time
+REPEATS = 5
+
+
+def measure_costs(config: RunConfig) -> Costs:
+    """Milliseconds of a micro batch through a layer of each kind of a config's model.
+
+    Within `training.distributed.model_parallel_groups` of one rank. The fastest of a few repeats:
+    what else the machine does only adds.
+    """
+    found: dict[str, Cost] = {}
+    kinds = sorted(set(parse_pattern(config.model.hybrid_layer_pattern).layers))
+    for number, kind in enumerate(kinds):
+        model = _model(config, kind)
+        found[kind] = _layers(config, model)
+        if number == len(kinds) - 1:
+            found[EMBEDDING], found[OUTPUT] = _ends(config, model)
+    return Costs(MappingProxyType(found))
+
+
+def one_rank(config: RunConfig, pattern: str) -> RunConfig:
+    """The same model and micro batch with other layers, on one rank."""
+    values = config.model_dump(mode="json")
+    values["model"]["hybrid_layer_pattern"] = pattern
+    values["parallel"] = {}
+    values["training"]["global_batch_size"] = config.training.micro_batch_size
+    values["training"]["batch_size_schedule"] = []
+    if "E" not in pattern:
+        moe = [name for name in values["model"] if "moe" in name]
+        values["model"] = {k: v for k, v in values["model"].items() if k not in moe}
+    return build_config(values, which=rules.NO_FILES)
+
+
+def _model(config: RunConfig, kind: str) -> Any:
+    """A model of a few layers of a kind, on this machine's device."""
+    from megatron_hybrid.model.build import build_model_chunks
+    from megatron_hybrid.model.transformer_config import transformer_config
+    from megatron_hybrid.platform import initialize
+    from megatron_hybrid.platform.backend import resolve_backend
+
+    backend, device = resolve_backend(config.backend), initialize().device
+    config = one_rank(config, kind * LAYERS)
+    engine_config = transformer_config(config, backend, device)
+    [chunk] = build_model_chunks(config, engine_config, backend)
+    return chunk.module if hasattr(chunk, "module") else chunk
+
+
+def _hidden(config: RunConfig, model: Any) -> Tensor:
+    """A micro batch of hidden states `[s, b, h]`."""
+    weight = next(p for p in model.parameters() if p.dim() == 2)
+    shape = (config.data.seq_length, config.training.micro_batch_size, config.model.hidden_size)
+    return torch.randn(shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
+
+
+def _layers(config: RunConfig, model: Any) -> Cost:
+    hidden = _hidden(config, model)
+    rotary = None
+    if config.model.position_embedding_type == "rope":
+        rotary = model.rotary_pos_emb(config.data.seq_length)
+
+    def forward() -> Tensor:
+        output: Tensor = model.decoder(
+            hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary
+        )
+        return output
+
+    cost = _timed(forward, hidden.device)
+    return Cost(cost.forward_ms / LAYERS, cost.backward_ms / LAYERS)
+
+
+def _ends(config: RunConfig, model: Any) -> tuple[Cost, Cost]:
+    """Embedding; output layer and loss."""
+    hidden = _hidden(config, model)
+    length, batch = hidden.shape[:2]
+    tokens = torch.randint(0, 8, (batch, length), device=hidden.device)
+    positions = torch.arange(length, device=hidden.device).expand(batch, length)
+
+    def loss() -> Tensor:
+        logits, _ = model.output_layer(hidden)
+        losses: Tensor = model.compute_language_model_loss(tokens, logits)
+        return losses
+
+    def embedded() -> Tensor:
+        output: Tensor = model.embedding(input_ids=tokens, position_ids=positions)
+        return output
+
+    return _timed(embedded, hidden.device), _timed(loss, hidden.device)
+
+
+def _timed(forward: Callable[[], Tensor], device: torch.device) -> Cost:
+    """The fastest forward and backward pass of a few, after one that is not timed."""
+    best = [float("inf"), float("inf")]
+    for repeat in range(1 + REPEATS):
+        _wait(device)
+        times = [time.perf_counter()]
+        output = forward()
+        _wait(device)
+        times.append(time.perf_counter())
+        output.backward(torch.ones_like(output))
+        _wait(device)
+        times.append(time.perf_counter())
+        if repeat:
+            best = [min(best[i], times[i + 1] - times[i]) for i in range(2)]
+    return Cost(1e3 * best[0], 1e3 * best[1])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,60 @@
+"""The search for layouts: what it offers runs, fits and is the fastest of what it looked at."""
+
+import pytest
+
+from megatron_hybrid.config import load_config, rules, validate
+from megatron_hybrid.errors import UserError
+from megatron_hybrid.planner.hardware import GPUS, RESERVE_GIB
+from megatron_hybrid.planner.memory import rank_memory
+from megatron_hybrid.planner.search import GIB, search
+from megatron_hybrid.planner.step_time import step_time
+
+DATA = ["data.mock_data=true", "data.tokenizer_type=null", "model.vocab_size=131072"]
+
+
+@pytest.mark.parametrize(("preset", "gpus"), [("nemotron_h_8b", 64), ("nemotron_h_56b", 512)])
+def test_offers(preset: str, gpus: int) -> None:
+    """Each is accepted by the run's own rules, fits, and is slower than the one before it."""
+    config = load_config([preset, *DATA], which=rules.NO_FILES)
+    h100 = GPUS["h100"]
+    offers = search(config, gpus, h100, 5)
+    assert len(offers) == 5
+    speeds = [offer.time.tokens_per_s for offer in offers]
+    assert speeds == sorted(speeds, reverse=True)
+    for offer in offers:
+        validate(offer.config, world_size=gpus, has_cuda=True)
+        assert offer.peak_gib <= h100.memory_gib - RESERVE_GIB
+        assert offer.memory == rank_memory(offer.config, gpus, fused=True)
+        assert offer.time == step_time(offer.config, gpus, h100)
+        assert offer.reason
+        assert offer.config.training.global_batch_size == config.training.global_batch_size
+        changed = offer.config.model.hybrid_layer_pattern.replace("|", "")
+        assert changed == config.model.hybrid_layer_pattern
+
+
+def test_experts_are_divided() -> None:
+    """A MoE model on two nodes is offered expert parallelism among other layouts."""
+    config = load_config(
+        [
+            "nemotron_h_8b", *DATA, "model.num_moe_experts=16", "model.moe_ffn_hidden_size=5376",
+            f"model.hybrid_layer_pattern={'ME' * 8 + 'M*-'}",
+        ],
+        which=rules.NO_FILES,
+    )  # fmt: skip
+    offers = search(config, 16, GPUS["h100"], 20)
+    assert {offer.config.parallel.expert_model_parallel_size for offer in offers} - {1}
+
+
+def test_nothing_fits() -> None:
+    """56 billion parameters on one GPU: what the smallest layout takes, and what there is."""
+    config = load_config(["nemotron_h_56b", *DATA], which=rules.NO_FILES)
+    with pytest.raises(UserError, match=r"no layout of this run fits: the smallest layout takes"):
+        search(config, 1, GPUS["h100"], 1)
+
+
+def test_a_tighter_gpu_gets_other_layouts() -> None:
+    """What does not fit an A100's half is not offered on it."""
+    config = load_config(["nemotron_h_8b", *DATA], which=rules.NO_FILES)
+    small = GPUS["a10g"]
+    for offer in search(config, 64, small, 3):
+        assert max(stage.total for stage in offer.memory) / GIB <= small.memory_gib - RESERVE_GIB

@@ -1,0 +1,103 @@
+"""Predicted steps: parts that add up, work that is the model's, and what changes make slower."""
+
+import pytest
+
+from megatron_hybrid.config import RunConfig, load_config, rules
+from megatron_hybrid.model.counts import flops_per_token
+from megatron_hybrid.planner.hardware import GPUS, MATRIX_SHARE, Gpu
+from megatron_hybrid.planner.layout import layout_of
+from megatron_hybrid.planner.schedule import simulate
+from megatron_hybrid.planner.step_time import StepTime, chunk_work, step_time, transfer_seconds
+
+H100 = GPUS["h100"]
+
+
+def run(*more: str, gpus: int = 64, preset: str = "nemotron_h_8b") -> RunConfig:
+    return load_config(
+        [
+            preset, "data.tokenizer_type=null", "model.vocab_size=131072",
+            "parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false", *more,
+        ],
+        which=rules.NO_FILES, world_size=gpus, has_cuda=True,
+    )  # fmt: skip
+
+
+def planned(*more: str, gpus: int = 64, gpu: Gpu = H100) -> StepTime:
+    return step_time(run(*more, gpus=gpus), gpus, gpu)
+
+
+LAYOUTS = [
+    [],
+    ["parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true"],
+    ["parallel.pipeline_model_parallel_size=4"],
+    ["parallel.context_parallel_size=4"],
+    ["training.recompute_granularity=full", "training.recompute_method=uniform",
+     "training.recompute_num_layers=1"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("more", LAYOUTS, ids=str)
+def test_parts_are_the_step(more: list[str]) -> None:
+    """They add up to it, none is less than nothing, and MFU is below what products may reach."""
+    found = planned(*more)
+    assert sum(found.parts.values()) == pytest.approx(found.seconds)
+    assert min(found.parts.values()) >= -1e-9
+    assert 0.2 < found.mfu < MATRIX_SHARE["bf16"]
+    assert found.tokens == 768 * 8192
+
+
+def test_products_are_the_models() -> None:
+    """The time of matrix products is that of the model's FLOPs, but for attention and the scan."""
+    config = run()
+    flops = flops_per_token(config.model, 8192)
+    rate = H100.bf16_tflops * 1e12 * MATRIX_SHARE["bf16"] * 64
+    found = planned().parts["matrix products"] * rate / (768 * 8192)
+    assert found == pytest.approx(flops.total, rel=0.05)
+    assert found < flops.total
+
+
+def test_what_costs_time() -> None:
+    """TP's transfers, pipeline stages of few micro batches, recomputation; FP8 saves, H200 too."""
+    plain = planned()
+    tensor, pipeline, context, again = (planned(*more) for more in LAYOUTS[1:])
+    assert tensor.parts["TP transfers"] > 0 == plain.parts["TP transfers"]
+    assert context.parts["CP transfers"] > 0
+    assert pipeline.bubble > 0.05 > abs(plain.bubble)
+    assert again.parts["computed again"] == pytest.approx(
+        (plain.parts["matrix products"] + plain.parts["attention and scan"]) / 3, rel=0.25
+    )
+    assert planned("precision.recipe=fp8_tensorwise").seconds < plain.seconds
+    assert planned(gpu=GPUS["h200"]).seconds < plain.seconds
+    plain, overlapped = (
+        planned(f"parallel.overlap_grad_reduce={on}", f"parallel.overlap_param_gather={on}")
+        for on in ("false", "true")
+    )
+    assert overlapped.exposed_communication < plain.exposed_communication
+
+
+@pytest.mark.parametrize("micro_batches", [96, 97, 192])
+def test_many_micro_batches(micro_batches: int) -> None:
+    """Rounds that are not simulated take what they would take if they were."""
+    size = f"training.global_batch_size={micro_batches}"
+    config = run("parallel.pipeline_model_parallel_size=4", size, gpus=4)
+    layout = layout_of(config, 4)
+    work = chunk_work(config, layout, H100)
+    costs = [[each.seconds for each in passes] for passes in zip(*work, strict=True)]
+    transfer = transfer_seconds(config, layout, H100)
+    whole = simulate(*costs, 4, micro_batches, transfer=transfer).seconds
+    found = step_time(config, 4, H100)
+    rest = found.parts["gradients and parameters"] + found.parts["optimizer"]
+    assert found.seconds - rest == pytest.approx(whole)
+
+
+def test_end_layers_in_bf16_are_slower() -> None:
+    """Under the Nemotron-H recipe the two layers at either end cost what they cost in BF16."""
+    config = run("precision.recipe=fp8_tensorwise", "parallel.pipeline_model_parallel_size=26",
+                 "training.global_batch_size=768", gpus=416)  # fmt: skip
+    layout = layout_of(config, 416)
+    assert all(len(chunk) == 2 for chunk in layout.chunks)
+    work = chunk_work(config, layout, H100)
+    plain = chunk_work(run("parallel.pipeline_model_parallel_size=26", gpus=416), layout, H100)
+    assert layout.chunks[0] == layout.chunks[1] == "M-"
+    assert work[0][0].products == pytest.approx(plain[0][0].products)
+    assert work[1][0].products < 0.8 * plain[1][0].products
