@@ -79,6 +79,11 @@ BatchSizes = Annotated[
 ]
 
 
+Ranks = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...], Strict(False), Words("ranks such as [0, 8]")
+]
+
+
 class TrainingConfig(Section):
     """How long, in which steps, and what to do when one goes wrong."""
 
@@ -127,6 +132,16 @@ class TrainingConfig(Section):
         default=None,
         description="full recomputation: layers in a group (uniform) or in all (block)",
     )
+    profile: bool = Field(
+        default=False,
+        description="record some steps: a trace and a table of time by layer kind in "
+        "run_dir/profile",
+    )
+    profile_step_start: Annotated[int, Field(ge=0)] = Field(
+        default=10, description="steps that are done when recording begins"
+    )
+    profile_step_end: Positive = Field(default=12, description="steps that are done when it ends")
+    profile_ranks: Ranks = Field(default=(0,), description="ranks that are recorded")
     nonfinite_action: Literal["stop", "skip"] = Field(
         default="stop", description="what to do at a NaN or Inf in the loss or the gradients"
     )

@@ -30,6 +30,7 @@ from megatron_hybrid.training.distributed import is_rank_zero
 from megatron_hybrid.training.extras import params_norm
 from megatron_hybrid.training.metrics import MetricsWriter, peak_memory_gib, rewound_steps
 from megatron_hybrid.training.optimizer import LearningRate, build_optimizer, wrap_data_parallel
+from megatron_hybrid.training.profile import StepProfiler
 from megatron_hybrid.training.signals import ExitSignals
 from megatron_hybrid.training.soundness import (
     Soundness,
@@ -163,6 +164,9 @@ class Trainer:
             Watchdog(log_folder(self.config.run_dir), self.config.training.hang_timeout_s) as dog,
             Soundness(self.config, self.stepper, self.attempt, metrics, progress) as soundness,
         ):
+            profiler = StepProfiler(
+                self.config, self.stepper, lambda step, line: metrics.event(step, "profile", line)
+            )
             if is_rank_zero():
                 self.attempt.training(progress.iteration, *rewound)
             checkpointer = Checkpointer(
@@ -175,7 +179,9 @@ class Trainer:
             if progress.consumed_samples >= steps.samples and is_rank_zero():
                 print(f"nothing is left to train: all {steps.samples} samples are read", flush=True)
             while progress.consumed_samples < steps.samples:
-                result = self._step(metrics, batches, signals)
+                timed = profiler.before(progress.iteration + 1, batches)
+                result = self._step(metrics, timed, signals)
+                profiler.after(progress.iteration)
                 try:
                     soundness.check(progress, result)
                 except TrainingStoppedError:
@@ -197,6 +203,7 @@ class Trainer:
                     break
             if saved_at < progress.iteration:
                 self._save(checkpointer, wait=True)
+            profiler.close(progress.iteration)
             checkpointer.finish()
         if is_rank_zero():
             self.attempt.end(progress.iteration, reason)

@@ -18,6 +18,7 @@ TEXTS = {
     "data.phases": "[{name: all, weights: {web: 1}}]",
     "data.split": "1,1,1",
     "training.batch_size_schedule": "[[1e6, 2]]",
+    "training.profile_ranks": "[0, 1]",
     "preset": "tiny",
 }
 

@@ -149,6 +149,24 @@ def upcycling(c: RunConfig, _: Facts) -> Problems:
         )
 
 
+def profiled_steps(c: RunConfig, facts: Facts) -> Problems:
+    """At least one step on a rank that there is."""
+    training = c.training
+    start, end = training.profile_step_start, training.profile_step_end
+    if training.profile and end <= start:
+        yield (
+            f"training.profile_step_end={end} must be more than "
+            f"training.profile_step_start={start}; allowed: {start + 1}, {start + 2}, ..."
+        )
+    world_size = facts.world_size or float("inf")
+    beyond = [rank for rank in training.profile_ranks if rank >= world_size]
+    if training.profile and beyond:
+        yield (
+            f"training.profile_ranks names {beyond[0]}, but there are {facts.world_size} ranks; "
+            f"allowed: 0 to {(facts.world_size or 1) - 1}"
+        )
+
+
 RUN: tuple[Rule, ...] = (
     alternatives,
     run_length,
@@ -158,4 +176,5 @@ RUN: tuple[Rule, ...] = (
     recompute,
     beginning,
     upcycling,
+    profiled_steps,
 )

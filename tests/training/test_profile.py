@@ -1,0 +1,113 @@
+"""Profiles of real steps: times that add up, belong to the right layers, and change nothing."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_hybrid.testing import run_distributed
+from tests.training.runs import losses, records, same_tensors, tensors_of_all, trainer, words
+
+PROFILE = ["training.profile=true", "training.profile_step_start=1", "training.profile_step_end=3"]
+
+
+def trained(lines: list[list[str]]) -> None:
+    """On a rank: runs, one after the other."""
+    for line in lines:
+        with trainer(line) as run:
+            run.run()
+
+
+def table(run_dir: Path, rank: int = 0) -> dict[str, Any]:
+    path = run_dir / "profile" / f"steps_2_3_rank_{rank:05d}.json"
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def row(found: dict[str, Any], what: str) -> dict[str, Any]:
+    [found_row] = [each for each in found["rows"] if each["what"] == what]
+    return dict(found_row)
+
+
+def test_files_and_times(tmp_path: Path) -> None:
+    """A trace, a table and a picture; the rows are the whole of the steps, and every kind is there;
+    the result is bit for bit that of a run without a profile.
+    """
+    with_it, without = tmp_path / "profiled", tmp_path / "plain"
+    size = ["model.hybrid_layer_pattern=M*E-", "model.num_moe_experts=4", "model.hidden_size=64"]
+    run_distributed(trained, 1, [words(with_it, *size, *PROFILE), words(without, *size)])
+    assert losses(with_it) == losses(without)
+    last = [run / "checkpoints" / "iter_0000004" for run in (with_it, without)]
+    assert same_tensors(*run_distributed(tensors_of_all, 1, last)[0])
+    assert not (without / "profile").exists()
+    found = table(with_it)
+    assert found["steps"] == 2
+    for kind in ("Mamba-2", "attention", "MoE", "MLP", "embedding", "output and loss"):
+        times = row(found, kind)
+        assert times["forward_ms"] > 0
+        assert times["backward_ms"] > 0
+        assert times["recomputed_ms"] == 0
+    for cause in ("data", "optimizer", "gradients between ranks", "other"):
+        assert row(found, cause)["total_ms"] > 0
+    steps = [record["step_ms"] for record in records(with_it)[1:3]]
+    # Between the steps the loop writes its metrics, which the table has as "other".
+    assert found["step_ms"] == pytest.approx(sum(steps) / 2, rel=0.25)
+    assert found["step_ms"] == pytest.approx(sum(r["total_ms"] for r in found["rows"]))
+    with gzip.open(with_it / "profile" / "steps_2_3_rank_00000.trace.json.gz", "rt") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"M forward 1", "* forward 2", "data", "optimizer"} <= names
+    assert (with_it / "profile" / "steps_2_3_rank_00000.png").read_bytes().startswith(b"\x89PNG")
+    [event] = [r for r in records(with_it, "event") if r["name"] == "profile"]
+    assert "Mamba-2" in event["message"]
+
+
+def test_time_belongs_to_its_layers(tmp_path: Path) -> None:
+    """Three times the MLPs take about three times as long, forward and backward, while the one
+    attention layer takes what it took; the same where layers are computed again.
+    """
+    size = [
+        "model.hidden_size=128", "model.ffn_hidden_size=2048", "data.seq_length=512",
+        "training.global_batch_size=2",
+    ]  # fmt: skip
+    again = [
+        "training.recompute_granularity=full", "training.recompute_method=uniform",
+        "training.recompute_num_layers=1",
+    ]  # fmt: skip
+    variants = {
+        "few": ["model.hybrid_layer_pattern=*--"],
+        "many": ["model.hybrid_layer_pattern=*------"],
+        "again": ["model.hybrid_layer_pattern=*------", *again],
+    }
+    lines = [words(tmp_path / name, *size, *PROFILE, *more) for name, more in variants.items()]
+    run_distributed(trained, 1, lines)
+    few, many, repeated = (table(tmp_path / name) for name in variants)
+    for phase in ("forward_ms", "backward_ms"):
+        ratio = row(many, "MLP")[phase] / row(few, "MLP")[phase]
+        assert 1.5 < ratio < 6
+    assert row(many, "attention")["backward_ms"] < 2.5 * row(few, "attention")["backward_ms"]
+    mlp = row(repeated, "MLP")
+    assert 0.25 < mlp["recomputed_ms"] / mlp["forward_ms"] < 4
+
+
+def test_stages(tmp_path: Path) -> None:
+    """PP2: each profiled rank has the layers of its stage, and waits for the other."""
+    line = words(
+        tmp_path, "model.hybrid_layer_pattern=M*|-M", *PROFILE, "training.profile_ranks=[0,1]",
+        "parallel.pipeline_model_parallel_size=2",
+    )  # fmt: skip
+    run_distributed(trained, 2, [line])
+    first, second = table(tmp_path, 0), table(tmp_path, 1)
+    kinds = [{r["what"] for r in found["rows"]} for found in (first, second)]
+    assert {"embedding", "Mamba-2", "attention", "pipeline transfers"} <= kinds[0]
+    assert {"Mamba-2", "MLP", "output and loss", "pipeline transfers"} <= kinds[1]
+    assert "MLP" not in kinds[0]
+    assert not {"embedding", "attention"} & kinds[1]
+    assert row(second, "output and loss")["backward_ms"] > 0
+
+
+def test_a_run_that_ends_before(tmp_path: Path) -> None:
+    """What was recorded until then is written."""
+    run_distributed(trained, 1, [words(tmp_path, *PROFILE[:2], "training.profile_step_end=50")])
+    assert (tmp_path / "profile" / "steps_2_4_rank_00000.json").exists()
