@@ -4,7 +4,8 @@ Symbols of the pattern: M Mamba-2, * attention, - MLP, E mixture of experts.
 """
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
+from importlib import import_module
 from typing import Any, NamedTuple
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -29,30 +30,119 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
-from megatron_hybrid.layers.attention import DotProductAttention
-from megatron_hybrid.layers.linear import (
-    ColumnParallelLinear,
-    LayerNormColumnParallelLinear,
-    RowParallelLinear,
-)
-from megatron_hybrid.layers.mamba2 import Mamba2Mixer, Mamba2MixerSubmodules
-from megatron_hybrid.layers.norm import RMSNorm
+from megatron_hybrid.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_hybrid.layers.mamba2 import Mamba2MixerSubmodules
 from megatron_hybrid.layers.router import TopKRouter
-from megatron_hybrid.model.hybrid import HybridModel, HybridStack
 from megatron_hybrid.ops.ssd import SSDBackend
 
 
-class LayerClasses(NamedTuple):
-    """What differs between the backends."""
+class Served(NamedTuple):
+    """What serves a part of the model, as `module:name`, and who takes it up.
 
-    model: type[EngineHybridModel]
-    stack: type[EngineHybridStack]
-    norm: type
-    norm_and_column_linear: type
-    row_linear: type
-    core_attention: type
-    mamba_kernel: SSDBackend
-    moe: Any
+    Attributes:
+        torch: on the torch backend.
+        transformer_engine: on the transformer_engine backend.
+        by: "specs" where this file hands it to the engine; else the place that chooses it.
+    """
+
+    torch: str
+    transformer_engine: str
+    by: str = "specs"
+
+
+_TE = "megatron.core.extensions.transformer_engine"
+_CORE = "megatron.core"
+_OURS = "megatron_hybrid"
+
+# Names are looked up when a model is built: the packages of a GPU are not needed to read them.
+SERVED: dict[str, Served] = {
+    "model": Served(
+        f"{_OURS}.model.hybrid:HybridModel", f"{_CORE}.models.hybrid.hybrid_model:HybridModel"
+    ),
+    "stack": Served(
+        f"{_OURS}.model.hybrid:HybridStack", f"{_CORE}.models.hybrid.hybrid_block:HybridStack"
+    ),
+    "norm": Served(f"{_OURS}.layers.norm:RMSNorm", f"{_TE}:TENorm"),
+    "norm_and_column_linear": Served(
+        f"{_OURS}.layers.linear:LayerNormColumnParallelLinear",
+        f"{_TE}:TELayerNormColumnParallelLinear",
+    ),
+    "row_linear": Served(f"{_OURS}.layers.linear:RowParallelLinear", f"{_TE}:TERowParallelLinear"),
+    "core_attention": Served(
+        f"{_OURS}.layers.attention:DotProductAttention", f"{_TE}:TEDotProductAttention"
+    ),
+    "mamba_mixer": Served(
+        f"{_OURS}.layers.mamba2:Mamba2Mixer", f"{_OURS}.layers.mamba2:Mamba2Mixer"
+    ),
+    "mamba_scan": Served(
+        f"{_OURS}.ops.mamba2_fused:fused_core",
+        "mamba_ssm.ops.triton.ssd_combined:mamba_split_conv1d_scan_combined",
+        "ops.mamba2, by the mixer's kernel",
+    ),
+    "causal_conv1d": Served(
+        f"{_OURS}.ops.mamba2_fused:fused_core",
+        "causal_conv1d:causal_conv1d_fn",
+        "within mamba_scan: its kernel calls it",
+    ),
+    "moe_layer": Served(
+        f"{_CORE}.transformer.moe.moe_layer:MoELayer",
+        f"{_CORE}.transformer.moe.moe_layer:MoELayer",
+        "the engine's MoE spec",
+    ),
+    "moe_router": Served(f"{_OURS}.layers.router:TopKRouter", f"{_OURS}.layers.router:TopKRouter"),
+    "moe_dispatcher": Served(
+        f"{_CORE}.transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher",
+        f"{_CORE}.transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher",
+        "the engine's MoELayer, by model.moe_token_dispatcher_type",
+    ),
+    "moe_experts": Served(
+        f"{_CORE}.transformer.moe.experts:SequentialMLP",
+        f"{_CORE}.transformer.moe.experts:TEGroupedMLP",
+        "the engine's MoE spec",
+    ),
+    "moe_expert_column_linear": Served(
+        f"{_OURS}.layers.linear:ColumnParallelLinear",
+        f"{_TE}:TEColumnParallelGroupedLinear",
+        "the engine's MoE spec",
+    ),
+    "moe_expert_row_linear": Served(
+        f"{_OURS}.layers.linear:RowParallelLinear",
+        f"{_TE}:TERowParallelGroupedLinear",
+        "the engine's MoE spec",
+    ),
+    "embedding": Served(
+        f"{_CORE}.models.common.embeddings.language_model_embedding:LanguageModelEmbedding",
+        f"{_CORE}.models.common.embeddings.language_model_embedding:LanguageModelEmbedding",
+        "model",
+    ),
+    "output_layer": Served(
+        f"{_OURS}.layers.linear:parallel_linear",
+        f"{_CORE}.tensor_parallel.layers:ColumnParallelLinear",
+        "model",
+    ),
+    "cross_entropy": Served(
+        f"{_OURS}.layers.cross_entropy:vocab_parallel_cross_entropy",
+        f"{_CORE}.tensor_parallel.cross_entropy:vocab_parallel_cross_entropy",
+        "model; on GPUs gpu.cross_entropy_loss_fusion chooses the engine's fused one",
+    ),
+    "final_norm": Served(f"{_OURS}.layers.norm:RMSNorm", f"{_TE}:TENorm", "stack"),
+    "optimizer": Served(
+        f"{_OURS}.platform.adam:Adam",
+        "transformer_engine.pytorch.optimizers:FusedAdam",
+        "the engine's get_megatron_optimizer",
+    ),
+}
+
+
+@cache
+def served(part: str, backend: str) -> Any:
+    """The class or function that serves a part of the model, imported.
+
+    Raises:
+        ImportError: a package that it needs is not installed.
+    """
+    module, _, name = getattr(SERVED[part], backend).partition(":")
+    return getattr(import_module(module), name)
 
 
 class _TorchMoe(LocalSpecProvider):
@@ -69,38 +159,39 @@ class _TorchMoe(LocalSpecProvider):
         return partial(SequentialMLP, submodules=linears)
 
 
-def _with_our_router(moe: partial[Any]) -> partial[Any]:
-    """The engine's MoE layer with `layers.router.TopKRouter`, on both backends."""
+def _moe(backend: str) -> partial[Any]:
+    """The engine's MoE layer with our router, on both backends."""
+    if backend == "torch":
+        moe = get_moe_module_spec_for_backend(_TorchMoe(), num_experts=1)
+    else:
+        moe = get_moe_module_spec(use_te=True, num_experts=1, moe_grouped_gemm=True)
+    assert isinstance(moe, partial)
     submodules = replace(moe.keywords["submodules"], router=TopKRouter)
     return partial(moe.func, submodules=submodules)
 
 
+class LayerClasses(NamedTuple):
+    """The rows of `SERVED` that are handed to the engine, looked up."""
+
+    model: type[EngineHybridModel]
+    stack: type[EngineHybridStack]
+    norm: type
+    norm_and_column_linear: type
+    row_linear: type
+    core_attention: type
+    mamba_mixer: type
+    mamba_kernel: SSDBackend
+    moe: Any
+
+
 def layer_classes(backend: str) -> LayerClasses:
     """The classes of a backend: "torch" (any device) or "transformer_engine" (CUDA)."""
-    if backend == "torch":
-        return LayerClasses(
-            model=HybridModel,
-            stack=HybridStack,
-            norm=RMSNorm,
-            norm_and_column_linear=LayerNormColumnParallelLinear,
-            row_linear=RowParallelLinear,
-            core_attention=DotProductAttention,
-            mamba_kernel="torch",
-            moe=_with_our_router(get_moe_module_spec_for_backend(_TorchMoe(), num_experts=1)),
-        )
-    from megatron.core.extensions import transformer_engine as te
-
+    parts = ("model", "stack", "norm", "norm_and_column_linear", "row_linear", "core_attention",
+             "mamba_mixer")  # fmt: skip
     return LayerClasses(
-        model=EngineHybridModel,
-        stack=EngineHybridStack,
-        norm=te.TENorm,
-        norm_and_column_linear=te.TELayerNormColumnParallelLinear,
-        row_linear=te.TERowParallelLinear,
-        core_attention=te.TEDotProductAttention,
-        mamba_kernel="mamba_ssm",
-        moe=_with_our_router(
-            get_moe_module_spec(use_te=True, num_experts=1, moe_grouped_gemm=True)
-        ),
+        **{part: served(part, backend) for part in parts},
+        mamba_kernel="torch" if backend == "torch" else "mamba_ssm",
+        moe=_moe(backend),
     )
 
 
@@ -111,7 +202,7 @@ def hybrid_stack_spec(backend: str) -> ModuleSpec:
         module=MambaLayer,
         submodules=MambaLayerSubmodules(
             mixer=ModuleSpec(
-                module=Mamba2Mixer,
+                module=classes.mamba_mixer,
                 params={"kernel": classes.mamba_kernel},
                 submodules=Mamba2MixerSubmodules(
                     in_proj=classes.norm_and_column_linear, out_proj=classes.row_linear
