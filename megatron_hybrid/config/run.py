@@ -10,6 +10,7 @@ from megatron_hybrid.config.data import DataConfig
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.sections import (
     CheckpointConfig,
+    GpuConfig,
     LoggingConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -36,6 +37,7 @@ class RunConfig(Section):
     )
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
+    gpu: GpuConfig = GpuConfig()
     precision: PrecisionConfig = PrecisionConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()

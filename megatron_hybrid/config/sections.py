@@ -41,6 +41,70 @@ class ParallelConfig(Section):
     )
 
 
+GraphModules = Annotated[
+    tuple[Literal["attn", "mlp", "moe", "moe_router", "moe_preprocess", "mamba"], ...],
+    Strict(False),
+    Words("a list of attn, mlp, moe, moe_router, moe_preprocess and mamba"),
+]
+
+
+class GpuConfig(Section):
+    """Kernels and overlap that only the transformer_engine backend has."""
+
+    cp_comm_type: Literal["p2p", "all_gather", "a2a"] | None = Field(
+        default=None,
+        description="how attention's context parallel ranks exchange keys and values; null: p2p "
+        "on GPUs, all_gather on the CPU",
+    )
+    attention_backend: Literal["auto", "flash", "fused", "unfused"] = Field(
+        default="auto", description="Transformer Engine's attention kernel"
+    )
+    overlap_p2p_comm: bool = Field(
+        default=False,
+        description="interleaved pipelines: send and receive while layers compute",
+    )
+    align_param_gather: bool = Field(
+        default=False,
+        description="all pipeline stages gather updated parameters at the same time",
+    )
+    gradient_accumulation_fusion: bool = Field(
+        default=False,
+        description="add weight gradients within the GEMM; needs NVIDIA's apex",
+    )
+    apply_rope_fusion: bool = Field(default=False, description="RoPE in one kernel")
+    bias_activation_fusion: bool = Field(
+        default=False, description="bias and activation in one kernel: gelu with bias, swiglu"
+    )
+    bias_dropout_fusion: bool = Field(
+        default=False, description="bias, dropout and residual in one kernel"
+    )
+    cross_entropy_loss_fusion: bool = Field(
+        default=False, description="cross-entropy in one kernel"
+    )
+    cross_entropy_fusion_impl: Literal["native", "te"] = Field(
+        default="native",
+        description="whose fused cross-entropy: megatron-core's or Transformer Engine's",
+    )
+    moe_permute_fusion: bool = Field(
+        default=False, description="tokens are brought to their experts by one kernel"
+    )
+    moe_router_fusion: bool = Field(
+        default=False, description="top-k and auxiliary loss of the router in one kernel"
+    )
+    moe_shared_expert_overlap: bool = Field(
+        default=False, description="shared experts compute while tokens are sent to the others"
+    )
+    cuda_graph_impl: Literal["none", "local"] = Field(
+        default="none", description="CUDA graphs of layers: none, or megatron-core's own"
+    )
+    cuda_graph_modules: GraphModules = Field(
+        default=(), description="parts of layers that CUDA graphs hold; []: whole layers"
+    )
+    cuda_graph_warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        default=3, description="steps before CUDA graphs are made"
+    )
+
+
 class PrecisionConfig(Section):
     """Number formats."""
 

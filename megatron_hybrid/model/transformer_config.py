@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.activations import squared_relu as engine_squared_relu
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnBackend
 
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.pattern import MOE, parse_pattern
@@ -38,6 +39,12 @@ PARALLEL_FIELDS = (
     "virtual_pipeline_model_parallel_size", "context_parallel_size",
     "expert_model_parallel_size",
 )  # fmt: skip
+GPU_FIELDS = (
+    "cp_comm_type", "overlap_p2p_comm", "gradient_accumulation_fusion", "apply_rope_fusion",
+    "bias_activation_fusion", "bias_dropout_fusion", "cross_entropy_loss_fusion",
+    "cross_entropy_fusion_impl", "moe_permute_fusion", "moe_router_fusion",
+    "moe_shared_expert_overlap", "cuda_graph_impl", "cuda_graph_warmup_steps",
+)  # fmt: skip
 RECOMPUTE_FIELDS = ("recompute_granularity", "recompute_method", "recompute_num_layers")
 
 
@@ -62,6 +69,16 @@ def _float8_arguments(config: RunConfig) -> dict[str, Any]:
         # Experts get any number of tokens, which the products in float8 do not take.
         arguments["moe_router_padding_for_quantization"] = True
     return arguments
+
+
+def _gpu_arguments(config: RunConfig) -> dict[str, Any]:
+    """The engine's choice of kernels and overlap, of which the torch backend has none."""
+    gpu = config.gpu
+    arguments: dict[str, Any] = {name: getattr(gpu, name) for name in GPU_FIELDS}
+    return arguments | {
+        "attention_backend": AttnBackend[gpu.attention_backend],
+        "cuda_graph_modules": list(gpu.cuda_graph_modules),
+    }
 
 
 def transformer_config(config: RunConfig, backend: str, device: torch.device) -> TransformerConfig:
@@ -103,9 +120,10 @@ def transformer_config(config: RunConfig, backend: str, device: torch.device) ->
         calculate_per_token_loss=True,
         # gloo matches messages in order: batched sends of both directions between the same two
         # ranks, as interleaving with two stages has them, would be swapped in silence.
-        batch_p2p_comm=device.type == "cuda",
+        # Overlapped messages are sent one by one.
+        batch_p2p_comm=device.type == "cuda" and not config.gpu.overlap_p2p_comm,
         use_cpu_initialization=device.type == "meta",
         perform_initialization=device.type != "meta",
-        gradient_accumulation_fusion=False,
+        **(_gpu_arguments(config) if on_transformer_engine else {}),
         transformer_impl="transformer_engine" if on_transformer_engine else "local",
     )

@@ -108,7 +108,9 @@ def model_parallel_groups(config: RunConfig, platform: Platform) -> Iterator[Non
         stage = parallel_state.get_pipeline_model_parallel_rank()
         seed = config.training.seed + STAGE_SEED_STEP * stage
         torch.manual_seed(seed)
-        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        tensor_parallel.model_parallel_cuda_manual_seed(
+            seed, use_cudagraphable_rng=config.gpu.cuda_graph_impl != "none"
+        )
         yield
     finally:
         parallel_state.destroy_model_parallel()

@@ -33,6 +33,7 @@ def wrap_data_parallel(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
+        align_param_gather=config.gpu.align_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         fp8_param_gather=config.precision.fp8_param_gather,
     )

@@ -17,6 +17,7 @@ TEXTS = {
     "data.sources": "{web: {path: some/path}}",
     "data.phases": "[{name: all, weights: {web: 1}}]",
     "data.split": "1,1,1",
+    "gpu.cuda_graph_modules": "[attn, mamba]",
     "training.batch_size_schedule": "[[1e6, 2]]",
     "training.profile_ranks": "[0, 1]",
     "preset": "tiny",

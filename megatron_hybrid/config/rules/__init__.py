@@ -7,6 +7,7 @@ of its own (see `config/partial.py`), so a bad value is reported once and hides 
 from megatron_hybrid.config.rules.common import Facts, Rule
 from megatron_hybrid.config.rules.data import DATA, has_plan
 from megatron_hybrid.config.rules.files import DATA_FILES, FILES, INPUTS, data_given
+from megatron_hybrid.config.rules.gpu import GPU
 from megatron_hybrid.config.rules.model import MODEL
 from megatron_hybrid.config.rules.parallel import PARALLEL
 from megatron_hybrid.config.rules.phases import PHASES, REPLACED_INSIDE
@@ -14,7 +15,7 @@ from megatron_hybrid.config.rules.precision import PRECISION
 from megatron_hybrid.config.rules.run import REPLACED, RUN
 
 # For looking at a config, on a machine that may not hold its files.
-NO_FILES: tuple[Rule, ...] = (*MODEL, *PARALLEL, *PRECISION, *RUN, *DATA, *PHASES)
+NO_FILES: tuple[Rule, ...] = (*MODEL, *PARALLEL, *PRECISION, *GPU, *RUN, *DATA, *PHASES)
 # For planning the data of a run, which needs nothing else of the run.
 PLAN: tuple[Rule, ...] = (*NO_FILES, has_plan, data_given, *DATA_FILES)
 # Files that are named must be there, but data and tokenizer need not be named yet.

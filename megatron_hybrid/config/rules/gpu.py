@@ -1,0 +1,134 @@
+"""Rules of what only GPUs have: where it runs, and what each kernel and overlap needs."""
+
+from megatron_hybrid.config.describe import shown
+from megatron_hybrid.config.pattern import ATTENTION, MOE
+from megatron_hybrid.config.rules.common import Facts, Problems, Rule, must_be_multiple
+from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.config.sections import GpuConfig
+
+
+def gpu_only(c: RunConfig, facts: Facts) -> Problems:
+    """The torch backend has one kernel for each thing; nothing here chooses among its."""
+    if not (c.backend == "torch" or (c.backend == "auto" and facts.has_cuda is False)):
+        return
+    for name, field in GpuConfig.model_fields.items():
+        value, default = getattr(c.gpu, name), field.default
+        if value == default or (name == "cp_comm_type" and value == "all_gather"):
+            continue
+        allowed = "null, all_gather" if name == "cp_comm_type" else _typed(default)
+        yield (
+            f"gpu.{name}={_typed(value)} needs the transformer_engine backend, and this run has "
+            f"torch's; allowed here: {allowed}"
+        )
+
+
+def context_parallel_communication(c: RunConfig, _: Facts) -> Problems:
+    """All-to-all gives each CP rank whole heads and groups of attention."""
+    tp, cp = c.parallel.tensor_model_parallel_size, c.parallel.context_parallel_size
+    if c.gpu.cp_comm_type != "a2a" or cp == 1 or ATTENTION not in c.model.hybrid_layer_pattern:
+        return
+    for name in ("num_attention_heads", "num_query_groups"):
+        size = getattr(c.model, name)
+        if size is not None:
+            yield from must_be_multiple(
+                f"gpu.cp_comm_type=a2a: model.{name}", size,
+                "parallel.tensor_model_parallel_size * parallel.context_parallel_size", tp * cp,
+            )  # fmt: skip
+
+
+def overlapping(c: RunConfig, _: Facts) -> Problems:
+    """An overlap needs what it overlaps with."""
+    gpu, parallel = c.gpu, c.parallel
+    if gpu.overlap_p2p_comm and parallel.virtual_pipeline_model_parallel_size is None:
+        yield (
+            "gpu.overlap_p2p_comm=true needs an interleaved pipeline: more segments in "
+            "model.hybrid_layer_pattern than "
+            f"parallel.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size}; "
+            "allowed: false"
+        )
+    if gpu.align_param_gather and not parallel.overlap_param_gather:
+        yield ("gpu.align_param_gather=true needs parallel.overlap_param_gather=true; it is false")
+
+
+def experts(c: RunConfig, _: Facts) -> Problems:
+    """Kernels of the experts need experts, and those beside them shared ones."""
+    names = ("moe_permute_fusion", "moe_router_fusion", "moe_shared_expert_overlap")
+    for name in names:
+        if getattr(c.gpu, name) and MOE not in c.model.hybrid_layer_pattern:
+            yield f"gpu.{name}=true needs 'E' layers in model.hybrid_layer_pattern; allowed: false"
+            continue
+        if name != "moe_shared_expert_overlap" or not c.gpu.moe_shared_expert_overlap:
+            continue
+        if c.model.moe_shared_expert_intermediate_size is None:
+            yield (
+                f"gpu.{name}=true needs model.moe_shared_expert_intermediate_size, which is null; "
+                "allowed: false"
+            )
+        if c.model.moe_token_dispatcher_type != "alltoall":
+            yield (
+                f"gpu.{name}=true needs model.moe_token_dispatcher_type=alltoall; it is "
+                f"{c.model.moe_token_dispatcher_type}"
+            )
+
+
+def fusions(c: RunConfig, _: Facts) -> Problems:
+    """Which fused kernels there are."""
+    activation, bias = c.model.activation, c.model.add_bias_linear
+    if c.gpu.bias_activation_fusion and not (
+        activation == "swiglu" or (activation == "gelu" and bias)
+    ):
+        yield (
+            f"gpu.bias_activation_fusion=true has no kernel for model.activation={activation} "
+            f"with model.add_bias_linear={shown(bias)}; allowed: false, or swiglu, or gelu with "
+            "bias"
+        )
+    if c.gpu.cross_entropy_fusion_impl != "native" and not c.gpu.cross_entropy_loss_fusion:
+        yield (
+            f"gpu.cross_entropy_fusion_impl={c.gpu.cross_entropy_fusion_impl} needs "
+            "gpu.cross_entropy_loss_fusion=true; it is false"
+        )
+
+
+def cuda_graphs(c: RunConfig, _: Facts) -> Problems:
+    """Graphs replay the same shapes and hold no recomputation of whole layers."""
+    gpu = c.gpu
+    modules, listed = gpu.cuda_graph_modules, _typed(gpu.cuda_graph_modules)
+    if gpu.cuda_graph_impl == "none":
+        if modules:
+            yield (f"gpu.cuda_graph_modules={listed} needs gpu.cuda_graph_impl=local; it is none")
+        return
+    if c.data.packed_documents:
+        yield (
+            "gpu.cuda_graph_impl=local with data.packed_documents=true is not supported: "
+            "documents differ from row to row; allowed: none, or data.packed_documents=false"
+        )
+    if c.training.recompute_granularity == "full":
+        yield (
+            "gpu.cuda_graph_impl=local with training.recompute_granularity=full is not supported; "
+            "allowed: none, or selective"
+        )
+    if MOE in c.model.hybrid_layer_pattern and (not modules or "moe" in modules):
+        yield (
+            f"gpu.cuda_graph_modules={listed} would hold whole MoE layers, where the "
+            "number of an expert's tokens varies; allowed: attn, mlp, mamba, moe_router, "
+            "moe_preprocess"
+        )
+    if "moe_preprocess" in modules and "moe_router" not in modules:
+        yield (f"gpu.cuda_graph_modules={listed}: moe_preprocess needs moe_router beside it")
+
+
+def _typed(value: object) -> str:
+    """A value as one types it."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(value)}]"
+    return value if isinstance(value, str) else shown(value)
+
+
+GPU: tuple[Rule, ...] = (
+    gpu_only,
+    context_parallel_communication,
+    overlapping,
+    experts,
+    fusions,
+    cuda_graphs,
+)
