@@ -7,30 +7,16 @@ small mask of their own. No mask of the whole sequence is ever made.
 Legend: s queries, l keys, b batch, n query heads, k key/value heads, d head size.
 """
 
-from bisect import bisect_right
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from megatron_hybrid.ops.attention_blocks import Block, plan_blocks
 from megatron_hybrid.ops.bf16 import through_fp32
-
-# Documents shorter than this share a block; a block that needs a mask has at most the other many
-# queries, so that the mask stays small.
-SMALL_BLOCK_TOKENS = 256
-MASKED_BLOCK_TOKENS = 1024
-
-
-class Block(NamedTuple):
-    """Queries [start, stop) of the text attend to keys [key_start, stop)."""
-
-    start: int
-    stop: int
-    key_start: int
-    exactly_causal: bool
 
 
 def causal_attention(
@@ -78,35 +64,6 @@ def causal_attention(
         for row, starts in zip(rows, documents, strict=True)
     ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-
-
-def plan_blocks(
-    chunks: Sequence[tuple[int, int]], starts: Sequence[int], length: int, window: int | None
-) -> list[Block]:
-    """Cut the queries of `chunks` in blocks; `starts` are the first tokens of the documents."""
-    ends = [*starts[1:], length]
-    blocks = []
-    for start, chunk_stop in chunks:
-        while start < chunk_stop:
-            document = bisect_right(starts, start) - 1
-            key_start, stop = starts[document], min(ends[document], chunk_stop)
-            one_document = True
-            while stop - start < SMALL_BLOCK_TOKENS and stop < chunk_stop:
-                document += 1
-                if ends[document] - starts[document] >= SMALL_BLOCK_TOKENS:
-                    break
-                stop, one_document = min(ends[document], chunk_stop), False
-            if window is not None:
-                stop = min(stop, start + max(window, SMALL_BLOCK_TOKENS))
-                key_start = max(key_start, start - window + 1)
-            exactly_causal = (
-                one_document and key_start == start and (window is None or stop - start <= window)
-            )
-            if not exactly_causal:
-                stop = min(stop, start + MASKED_BLOCK_TOKENS)
-            blocks.append(Block(start, stop, key_start, exactly_causal))
-            start = stop
-    return blocks
 
 
 def _document_starts(seq_idx: Tensor) -> list[int]:

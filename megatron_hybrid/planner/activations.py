@@ -4,19 +4,30 @@ Of the torch backend: what its operations keep, held by tests against hooks on a
 Of transformer_engine: what Transformer Engine's linears, fused attention and mamba-ssm's
 fused scan keep by their sources; that was not measured on a GPU.
 
+Not counted: packed documents (attention is taken to see one document a row), and the fp32 products
+by which a CPU without bf16 instructions attends.
+
 Letters as in `model.counts`; T tokens that all TP ranks see, t those of this rank under sequence
 parallelism; e bytes of a number (2 in bf16).
 """
 
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE
+from megatron_hybrid.ops.attention_blocks import plan_blocks
 from megatron_hybrid.planner.layout import Layout
 
 CHUNK_TOKENS = 64  # of ops.ssd: states are kept before each chunk
 
 
 def layer_activations(
-    model: ModelConfig, kind: str, layout: Layout, *, number_bytes: int, fused: bool, fp8: bool
+    model: ModelConfig,
+    kind: str,
+    layout: Layout,
+    *,
+    number_bytes: int,
+    fused: bool,
+    fp8: bool,
+    selective: bool = False,
 ) -> int:
     """Of one layer.
 
@@ -24,12 +35,14 @@ def layer_activations(
         number_bytes: e.
         fused: the backend is transformer_engine.
         fp8: its linears keep their inputs in float8.
+        selective: the core of attention is computed again in the backward pass.
     """
     e, d, T, t = number_bytes, model.hidden_size, layout.tokens, layout.own_tokens
     stored = 1 if fp8 else e
+    dropped = dropout_mask(model, layout, number_bytes=e, fused=fused)
     if kind == MOE:
-        return _moe(model, layout, e, stored, fused=fused)
-    residual = e * t * d + 4 * t  # the layer's input, and the norm's statistics
+        return dropped + _moe(model, layout, e, stored, fused=fused)
+    residual = dropped + e * t * d + 4 * t  # the layer's input, and the norm's statistics
     if fused:
         residual += stored * t * d  # the normed input; the torch backend makes it again
     elif layout.sequence_parallel and layout.tp > 1:
@@ -37,12 +50,22 @@ def layer_activations(
     if kind == MAMBA:
         return residual + _mamba(model, layout, e, stored, fused=fused)
     if kind == ATTENTION:
-        return residual + _attention(model, layout, e, fused=fused)
+        return residual + _attention(model, layout, e, fused=fused, selective=selective)
     assert kind == MLP and model.ffn_hidden_size is not None
     before, between, after = _activation(model, fused=fused)
     return residual + T * model.ffn_hidden_size // layout.tp * (
         e * (before + between) + stored * after
     )
+
+
+def dropout_mask(model: ModelConfig, layout: Layout, *, number_bytes: int, fused: bool) -> int:
+    """What `model.hidden_dropout` drops of a layer's output, or of the embedding.
+
+    On the CPU torch keeps the factor of each number in the number's own format, on a GPU one byte.
+    """
+    if not model.hidden_dropout:
+        return 0
+    return (1 if fused else number_bytes) * layout.own_tokens * model.hidden_size
 
 
 def _activation(model: ModelConfig, *, fused: bool) -> tuple[int, int, int]:
@@ -56,8 +79,10 @@ def _mamba(model: ModelConfig, layout: Layout, e: int, stored: int, *, fused: bo
     assert model.mamba_num_heads is not None
     tp, T = layout.tp, layout.tokens
     heads, inner = model.mamba_num_heads, model.mamba_num_heads * model.mamba_head_dim
-    width = 2 * inner + 2 * model.mamba_num_groups * model.mamba_state_dim + heads
-    projected, output = T * width // tp, T * inner // tp
+    # Where CP exceeds the groups of a TP rank, a group is on every rank that has heads of it.
+    groups = max(model.mamba_num_groups // tp, layout.cp)
+    projected = T * ((2 * inner + heads) // tp + 2 * groups * model.mamba_state_dim)
+    output = T * inner // tp
     if fused:  # projection; the scan's output before and after the gate, which our norm keeps
         return e * (projected + 2 * output) + stored * output
     chunks = layout.micro_batch * -(-layout.seq_length // CHUNK_TOKENS)
@@ -67,22 +92,87 @@ def _mamba(model: ModelConfig, layout: Layout, e: int, stored: int, *, fused: bo
     return e * (projected + output + states) + norm
 
 
-def _attention(model: ModelConfig, layout: Layout, e: int, *, fused: bool) -> int:
+def _attention(model: ModelConfig, layout: Layout, e: int, *, fused: bool, selective: bool) -> int:
+    """Queries, keys and values, the core, and the output, which the linear after it keeps."""
+    heads, _, channels = _attention_sizes(model, layout)
+    output = e * layout.tokens * heads * channels
+    # Cosines and sines, of queries and keys, for every channel that rotates.
+    tables = 0
+    if model.position_embedding_type == "rope":
+        tables = 4 * e * layout.tokens * int(channels * model.rotary_percent)
+    inputs = _attention_inputs(model, layout, e, fused=fused)
+    if selective:
+        return inputs + tables + output
+    core = _attention_core(model, layout, e, fused=fused)
+    if model.attention_dropout and not fused:
+        inputs = 0  # the core keeps fp32 copies instead
+    return inputs + tables + core + output
+
+
+def _attention_inputs(model: ModelConfig, layout: Layout, e: int, *, fused: bool) -> int:
+    """Queries, keys and values as the core gets them, and what their views keep alive."""
+    heads, groups, channels = _attention_sizes(model, layout)
+    queries, keys = (layout.tokens * count * channels for count in (heads, groups))
+    rotated = model.position_embedding_type == "rope"
+    packed = queries + 2 * keys  # what linear_qkv gives; a view of it keeps all of it
+    # Queries lie between keys and values, so that those of several groups are copied.
+    copied = queries if rotated or 1 < groups < heads else 0
+    if not fused and layout.cp > 1:
+        # Gathered keys and values are tensors of their own.
+        return e * ((copied or packed) + 2 * keys * layout.cp)
+    return e * (packed + copied + (keys if rotated else 0))
+
+
+def _attention_sizes(model: ModelConfig, layout: Layout) -> tuple[int, int, int]:
+    """Query heads and key/value heads of a TP rank, and channels of a head."""
     heads, groups, channels = (
         model.num_attention_heads, model.num_query_groups, model.kv_channels,
     )  # fmt: skip
     assert heads is not None and groups is not None and channels is not None
-    T, tp = layout.tokens, layout.tp
-    queries, keys = T * heads * channels // tp, T * groups * channels // tp
-    logs = 4 * T * heads // tp
-    rotated = model.position_embedding_type == "rope"
-    if not fused and layout.cp > 1:  # keys and values of all; the output in parts and whole
-        return e * (4 * queries + 2 * keys * layout.cp) + logs
-    # A copy of the queries, which lie between keys and values, unless there is one group.
-    copies = queries if rotated or (groups > tp and heads > groups) else 0
-    if rotated:
-        copies += keys
-    return e * (queries + 2 * keys + copies + queries) + logs
+    return heads // layout.tp, max(groups // layout.tp, 1), channels
+
+
+def _attention_core(model: ModelConfig, layout: Layout, e: int, *, fused: bool) -> int:
+    """The logarithms of the softmaxes' sums, and what torch keeps of each block of queries.
+
+    A block that is not exactly causal keeps its mask, in e bytes a query and key. Where there are
+    several blocks their outputs are kept beside the whole. With dropout torch multiplies without a
+    fused kernel, in fp32: it keeps the softmaxes, the factors of the dropout and their product,
+    and queries, keys and values of every head.
+    """
+    heads, _, channels = _attention_sizes(model, layout)
+    logs = 4 * layout.tokens * heads
+    if fused:
+        return logs
+    sizes = []
+    for chunks in _chunks_of_ranks(layout):
+        blocks = plan_blocks(
+            chunks, [0], layout.seq_length,
+            None if model.window_size is None else model.window_size[0] + 1,
+        )  # fmt: skip
+        pairs = [(b.stop - b.start) * (b.stop - b.key_start) for b in blocks]
+        masks = sum(
+            size for size, block in zip(pairs, blocks, strict=True) if not block.exactly_causal
+        )
+        if model.attention_dropout:
+            tokens = sum(b.stop - b.start + 2 * (b.stop - b.key_start) for b in blocks)
+            of_head = 4 * (3 * sum(pairs) + tokens * channels)
+            sizes.append(layout.micro_batch * heads * of_head)
+            continue
+        parts = e * layout.tokens * heads * channels if len(blocks) > 1 else 0
+        sizes.append(logs + e * masks + parts)
+    return max(sizes)
+
+
+def _chunks_of_ranks(layout: Layout) -> list[list[tuple[int, int]]]:
+    """What each CP rank has of the sequence: (first, last + 1) of its chunks, in zigzag."""
+    if layout.cp == 1:
+        return [[(0, layout.seq_length)]]
+    count = 2 * layout.cp
+    size = layout.seq_length // count
+    return [
+        [(i * size, (i + 1) * size) for i in (rank, count - 1 - rank)] for rank in range(layout.cp)
+    ]
 
 
 def _moe(model: ModelConfig, layout: Layout, e: int, stored: int, *, fused: bool) -> int:
@@ -115,8 +205,9 @@ def output_activations(
     e, d, T, t = number_bytes, model.hidden_size, layout.tokens, layout.own_tokens
     assert model.padded_vocab_size is not None
     logits = T * model.padded_vocab_size // layout.tp
-    gathered = e * T * d if layout.sequence_parallel and layout.tp > 1 and not fused else 0
-    return 2 * e * t * d + 4 * t + gathered + (e + (4 if fused else 0)) * logits
+    # What the output layer keeps: the normed input, on the torch backend as gathered over TP.
+    normed = e * d * (t if fused else T)
+    return e * t * d + 4 * t + normed + (e + (4 if fused else 0)) * logits
 
 
 def layer_input(model: ModelConfig, layout: Layout, *, number_bytes: int) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.precision import FLOAT8_RECIPES
 from megatron_hybrid.planner.activations import (
+    dropout_mask,
     layer_activations,
     layer_input,
     output_activations,
@@ -92,33 +93,55 @@ def _activations(
 
     In flight are as many passes of each chunk as the schedule has begun and not ended.
     """
-    model, training = config.model, config.training
-    fp8 = fused and config.precision.recipe in FLOAT8_RECIPES
-    of_kind = {
-        kind: layer_activations(model, kind, layout, number_bytes=number, fused=fused, fp8=fp8)
-        for kind in set("".join(layout.chunks))
-    }
-    again = layer_input(model, layout, number_bytes=number)
-    kept, most_again = [], 0
-    for chunk in layout.stage_chunks(stage):
-        sizes = [of_kind[kind] for kind in chunk]
-        if training.recompute_granularity != "full":
-            kept.append(sum(sizes))
-            continue
-        group = training.recompute_num_layers or 1
-        if training.recompute_method == "block":
-            kept.append(again * min(group, len(sizes)) + sum(sizes[group:]))
-            most_again = max(most_again, max(sizes[:group], default=0))
-        else:
-            groups = [sizes[i : i + group] for i in range(0, len(sizes), group)]
-            kept.append(again * len(groups))
-            most_again = max(most_again, max(map(sum, groups)))
-    flying = chunks_in_flight(layout.pp, layout.vpp, layout.micro_batches, stage)
+    model = config.model
+    kept, again = [], [0]
+    for index, chunk in enumerate(layout.stage_chunks(stage)):
+        of_chunk, made_again = _chunk(config, layout, chunk, number=number, fused=fused)
+        if stage == index == 0:
+            of_chunk += dropout_mask(model, layout, number_bytes=number, fused=fused)
+        kept.append(of_chunk)
+        again.append(made_again)
+    flying = chunks_in_flight(layout.pp, layout.vpp, layout.micro_batches, stage, kept)
     total = sum(count * size for count, size in zip(flying, kept, strict=True))
     logits = 0
     if stage == layout.pp - 1:
         logits = output_activations(model, layout, number_bytes=number, fused=fused)
-    return total + most_again, logits
+    return total + max(again), logits
+
+
+def _chunk(
+    config: RunConfig, layout: Layout, chunk: str, *, number: int, fused: bool
+) -> tuple[int, int]:
+    """What a forward pass of a chunk keeps, and what is made again at a time in the backward."""
+    training = config.training
+
+    def sizes(*, selective: bool) -> list[int]:
+        of_kind = {
+            kind: layer_activations(
+                config.model,
+                kind,
+                layout,
+                number_bytes=number,
+                fused=fused,
+                fp8=fused and config.precision.recipe in FLOAT8_RECIPES,
+                selective=selective,
+            )
+            for kind in set(chunk)
+        }
+        return [of_kind[kind] for kind in chunk]
+
+    whole = sizes(selective=False)
+    if training.recompute_granularity is None:
+        return sum(whole), 0
+    if training.recompute_granularity == "selective":
+        rest = sizes(selective=True)
+        return sum(rest), max(all_of - kept for all_of, kept in zip(whole, rest, strict=True))
+    again = layer_input(config.model, layout, number_bytes=number)
+    group = training.recompute_num_layers or 1
+    if training.recompute_method == "block":
+        return again * min(group, len(whole)) + sum(whole[group:]), max(whole[:group])
+    groups = [sum(whole[i : i + group]) for i in range(0, len(whole), group)]
+    return again * len(groups), max(groups)
 
 
 def _communication(config: RunConfig, layout: Layout, stage: int, *, number: int) -> int:

@@ -47,13 +47,27 @@ def stage_order(stages: int, chunks: int, micro_batches: int, stage: int) -> lis
     return order + [Pass(False, *each) for each in backward[len(forward) - ahead :]]
 
 
-def chunks_in_flight(stages: int, chunks: int, micro_batches: int, stage: int) -> list[int]:
-    """How many passes of each chunk a stage has begun and not ended, at its fullest moment."""
+def chunks_in_flight(
+    stages: int,
+    chunks: int,
+    micro_batches: int,
+    stage: int,
+    sizes: Sequence[int] | None = None,
+) -> list[int]:
+    """How many passes of each chunk a stage has begun and not ended, at its fullest moment.
+
+    Args:
+        sizes: what a pass of each chunk takes, in any unit; None: all the same.
+    """
+    weights = sizes or [1] * chunks
     most, now = [0] * chunks, [0] * chunks
+    filled = fullest = 0
     for each in stage_order(stages, chunks, micro_batches, stage):
-        now[each.chunk] += 1 if each.forward else -1
-        if sum(now) > sum(most):
-            most = list(now)
+        step = 1 if each.forward else -1
+        now[each.chunk] += step
+        filled += step * weights[each.chunk]
+        if filled > fullest:
+            most, fullest = list(now), filled
     return most
 
 

@@ -9,7 +9,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_hybrid.ops import attention
-from megatron_hybrid.ops.attention import causal_attention, plan_blocks
+from megatron_hybrid.ops.attention import causal_attention
+from megatron_hybrid.ops.attention_blocks import plan_blocks
 
 
 def naive_attention(

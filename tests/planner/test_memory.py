@@ -1,13 +1,22 @@
-"""The planner's memory against the tensors of real ranks: state to 1 %, activations to 10 %."""
+"""The planner's memory against the tensors of real ranks: state to 1 %, activations to 2 %.
+
+10 % would hide a tensor that is missing, or one that has another's size at these lengths.
+"""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_hybrid.config import RunConfig, load_config
-from megatron_hybrid.planner.activations import layer_activations, layer_input, output_activations
+from megatron_hybrid.planner.activations import (
+    dropout_mask,
+    layer_activations,
+    layer_input,
+    output_activations,
+)
 from megatron_hybrid.planner.layout import layout_of
 from megatron_hybrid.planner.memory import rank_memory
 from megatron_hybrid.testing import run_distributed
@@ -94,12 +103,41 @@ def test_state(name: str) -> None:
     pattern, *more = STATE_LAYOUTS[name]
     config = run_config(pattern, *more, world_size=4)
     expected = rank_memory(config, 4)
-    fullest = [[0, 0, 0] for _ in expected]
+    most = [[0, 0, 0] for _ in expected]
     for stage, *sizes in run_distributed(state_bytes, 4, config):
-        fullest[stage] = [max(pair) for pair in zip(fullest[stage], sizes, strict=True)]
-    for memory, found in zip(expected, fullest, strict=True):
+        most[stage] = [max(pair) for pair in zip(most[stage], sizes, strict=True)]
+    for memory, found in zip(expected, most, strict=True):
         planned = [memory.parameters, memory.gradients, memory.optimizer_state]
         assert planned == pytest.approx(found, rel=0.01), f"stage {memory.stage}"
+
+
+@contextmanager
+def every_pack(kept: list[torch.Tensor]) -> Iterator[None]:
+    """Record what any hook on saved tensors keeps, those that operations set themselves included:
+    the innermost hooks hide those around them.
+
+    Attention is that of a processor with bf16 products, whichever this one is.
+    """
+    from megatron_hybrid.ops import bf16
+
+    hooks, chooses = torch.autograd.graph.saved_tensors_hooks, bf16._choose_fp32
+    original = hooks.__init__
+
+    def recording(self: Any, pack: Any, unpack: Any) -> None:
+        def record(saved: torch.Tensor) -> Any:
+            packed = pack(saved)
+            if isinstance(packed, torch.Tensor):
+                kept.append(packed)
+            return packed
+
+        original(self, record, unpack)
+
+    hooks.__init__, bf16._choose_fp32 = recording, lambda: False
+    try:
+        with hooks(lambda tensor: tensor, lambda tensor: tensor):
+            yield
+    finally:
+        hooks.__init__, bf16._choose_fp32 = original, chooses
 
 
 def kept_bytes(config: RunConfig) -> tuple[list[int], int]:
@@ -109,91 +147,101 @@ def kept_bytes(config: RunConfig) -> tuple[list[int], int]:
     """
     from megatron.core.models.hybrid.hybrid_block import HybridStack
 
-    from megatron_hybrid.layers import linear
-
     kept: list[torch.Tensor] = []
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor)
-        return tensor
-
-    original = linear.made_again_in_backward
-
-    def watched(tensor: torch.Tensor, make: Any) -> Any:
-        """The hooks of a fused norm hide those around them: what they keep is seen here."""
-        hooks = original(tensor, make)
-        pack = hooks.pack_hook
-
-        def see(saved: torch.Tensor) -> Any:
-            packed = pack(saved)
-            if packed is not None:
-                kept.append(packed)
-            return packed
-
-        hooks.pack_hook = see
-        return hooks
-
     found: list[int] = []
     torch.manual_seed(0)
-    length = SEQ_LENGTH // config.parallel.context_parallel_size
-    tokens = torch.randint(0, 4096, (1, length))
-    positions = torch.arange(length)[None]
-    linear.made_again_in_backward = watched
-    try:
-        with built(config) as (model, _, _):
-            weights = storages(t for t in model[0].parameters())
+    length = config.data.seq_length // config.parallel.context_parallel_size
+    tokens = torch.randint(0, 4096, (config.training.micro_batch_size, length))
+    positions = torch.arange(length).expand_as(tokens)
+    with built(config) as (model, _, _):
+        weights = storages(t for t in model[0].parameters())
 
-            def size() -> int:
-                sizes = storages(iter(kept))
-                kept.clear()
-                return sum(sizes[place] for place in sizes if place not in weights)
+        def size() -> int:
+            sizes = storages(iter(kept))
+            kept.clear()
+            return sum(sizes[place] for place in sizes if place not in weights)
 
-            def count(*_: Any) -> None:
-                found.append(size())
+        def count(*_: Any) -> None:
+            found.append(size())
 
-            [stack] = [m for m in model[0].modules() if isinstance(m, HybridStack)]
-            recompute = config.training.recompute_granularity == "full"
-            for layer in [stack.final_norm] if recompute else stack.layers:
-                if recompute:
-                    layer.register_forward_pre_hook(count)
-                else:
-                    layer.register_forward_hook(count)
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                model[0](tokens, positions, None, labels=tokens)
-            rest = size()
-    finally:
-        linear.made_again_in_backward = original
-    return found, rest
+        [stack] = [m for m in model[0].modules() if isinstance(m, HybridStack)]
+        recompute = config.training.recompute_granularity == "full"
+        for layer in [stack.final_norm] if recompute else stack.layers:
+            if recompute:
+                layer.register_forward_pre_hook(count)
+            else:
+                layer.register_forward_hook(count)
+        with every_pack(kept):
+            model[0](tokens, positions, None, labels=tokens)
+        return found, size()
 
 
+ATTENTION_ONLY = "**"
 VARIANTS = {
-    "one rank": [],
-    "rope, no grouping": ["model.position_embedding_type=rope", "model.num_query_groups=8"],
-    "swiglu": ["model.activation=swiglu"],
-    "fp32": ["precision.recipe=fp32"],
-    "TP2 SP": ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
-    "CP2": ["parallel.context_parallel_size=2"],
-}
+    "one rank": ["M*-E"],
+    "rope, no grouping": [
+        "M*-E", "model.position_embedding_type=rope", "model.num_query_groups=8",
+    ],
+    "swiglu, fp32, two samples": [
+        "M*-E", "model.activation=swiglu", "precision.recipe=fp32", "training.micro_batch_size=2",
+    ],
+    "float8 as emulated": [
+        "M*-E", "precision.recipe=fp8_tensorwise", "precision.emulate=true",
+        "precision.num_layers_at_start_in_bf16=0", "precision.num_layers_at_end_in_bf16=0",
+    ],
+    "hidden dropout": ["M*-E", "model.hidden_dropout=0.1"],
+    "2048 tokens, wider": [
+        "M*-E", "data.seq_length=2048", "model.hidden_size=512", "model.mamba_state_dim=128",
+    ],
+    "a window": [ATTENTION_ONLY, "model.window_size=[128,0]", "data.seq_length=2048"],
+    "attention dropout in a window": [
+        ATTENTION_ONLY, "model.attention_dropout=0.1", "model.window_size=[128,0]",
+    ],
+    "rope, selective": [
+        ATTENTION_ONLY, "model.position_embedding_type=rope", "model.window_size=[128,0]",
+        "training.recompute_granularity=selective",
+    ],
+    "TP2 SP, rope": [
+        "M*-E", "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true",
+        "model.position_embedding_type=rope",
+    ],
+    "CP2, 2048 tokens": [
+        "M*-E", "parallel.context_parallel_size=2", "data.seq_length=2048",
+        "model.num_query_groups=8",
+    ],
+    "CP4, more than Mamba-2 groups": [
+        "M*-E", "parallel.context_parallel_size=4", "model.position_embedding_type=rope",
+    ],
+}  # fmt: skip
+
+
+def fullest(config: RunConfig, ranks: int) -> tuple[list[int], int]:
+    """`kept_bytes` of the rank that has most, layer by layer."""
+    layers, rest = zip(*run_distributed(kept_bytes, ranks, config), strict=True)
+    return [max(sizes) for sizes in zip(*layers, strict=True)], max(rest)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_activations(name: str) -> None:
     """Each kind of layer, and what is kept for the loss, against the tensors that are kept."""
-    ranks = 1 if "2" not in name else 2
-    config = run_config("M*-E", *VARIANTS[name], world_size=ranks)
+    pattern, *more = VARIANTS[name]
+    ranks = {"P2": 2, "P4": 4}.get(name[1:3], 1)
+    config = run_config(pattern, *more, world_size=ranks)
     layout = layout_of(config, ranks)
-    number = 4 if name == "fp32" else 2
-    planned = {
-        kind: layer_activations(
-            config.model, kind, layout, number_bytes=number, fused=False, fp8=False
+    number = 4 if config.precision.recipe == "fp32" else 2
+    planned = [
+        layer_activations(
+            config.model, kind, layout, number_bytes=number, fused=False, fp8=False,
+            selective=config.training.recompute_granularity == "selective",
         )
-        for kind in "M*-E"
-    }
-    layers, rest = run_distributed(kept_bytes, ranks, config)[0]
-    found = dict(zip("M*-E", layers, strict=True))
-    assert planned == pytest.approx(found, rel=0.10)
+        for kind in pattern
+    ]  # fmt: skip
+    # Before the first layer comes the embedding.
+    planned[0] += dropout_mask(config.model, layout, number_bytes=number, fused=False)
+    layers, rest = fullest(config, ranks)
+    assert planned == pytest.approx(layers, rel=0.02)
     loss = output_activations(config.model, layout, number_bytes=number, fused=False)
-    assert loss == pytest.approx(rest, rel=0.10)
+    assert loss == pytest.approx(rest, rel=0.02)
 
 
 @pytest.mark.parametrize("kind", ["M", "*", "-", "E"])
@@ -214,4 +262,4 @@ def test_recomputed_activations(kind: str) -> None:
         again = layer_input(config.model, layout, number_bytes=2)
         planned = {"uniform 1": 4 * again, "uniform 2": 2 * again, "block 3": 3 * again + whole}
         [found] = run_distributed(kept_bytes, 1, config)[0][0]
-        assert planned[name] == pytest.approx(found, rel=0.10), name
+        assert planned[name] == pytest.approx(found, rel=0.02), name

@@ -98,3 +98,12 @@ def test_a_transfer_delays() -> None:
 def test_passes_in_flight(sizes: tuple[int, int, int], expected: list[list[int]]) -> None:
     """1F1B holds p - stage micro batches, no more than there are; interleaving more chunks."""
     assert [chunks_in_flight(*sizes, stage) for stage in range(sizes[0])] == expected
+
+
+def test_the_fullest_moment_goes_by_size() -> None:
+    """With a first chunk much larger than the second, a stage is fullest before it has begun the
+    second for as many micro batches as where their number is highest.
+    """
+    assert chunks_in_flight(2, 2, 4, 1) == [2, 1]
+    assert chunks_in_flight(2, 2, 4, 1, [100, 1]) == [3, 0]
+    assert chunks_in_flight(2, 2, 4, 1, [1, 100]) == [2, 1]
