@@ -13,6 +13,8 @@ from torch import Tensor
 
 from megatron_hybrid.checkpoint import files as checkpoint_files
 from megatron_hybrid.config import RunConfig, load_config, rules
+from megatron_hybrid.config.precision import FLOAT8_RECIPES
+from megatron_hybrid.config.sections import PrecisionConfig
 from megatron_hybrid.config.tracker import CONFIG_FILE, TRACKER_FILE
 from megatron_hybrid.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_hybrid.errors import UserError
@@ -199,6 +201,9 @@ def open_model(config: RunConfig, folder: Path, tokenizer: Tokenizer) -> Iterato
     Raises:
         UserError: it cannot be loaded, or is of another model.
     """
+    if config.precision.recipe in FLOAT8_RECIPES:
+        # The weights are bf16, and a token alone has no shape that float8 could take.
+        config = config.model_copy(update={"precision": PrecisionConfig(recipe="bf16")})
     platform, backend = initialize(), resolve_backend("auto")
     with process_groups(config, platform, alone=True):
         from megatron_hybrid.model.build import build_model_chunks

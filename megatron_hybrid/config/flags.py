@@ -5,7 +5,7 @@ where a field is true or false. The tables below hold what Megatron-LM calls oth
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from megatron_hybrid.config import megatron_fp8
 from megatron_hybrid.config.describe import (
     allowed,
     field_at,
@@ -27,9 +28,9 @@ from megatron_hybrid.config.yaml_text import parse_yaml
 
 _OTHER_NAMES = {
     "--hybrid-override-pattern": "model.hybrid_layer_pattern",
+    "--fp8-recipe": megatron_fp8.RECIPE,
     "--norm-epsilon": "model.layernorm_epsilon",
     "--num-experts": "model.num_moe_experts",
-    "--fp8-recipe": "precision.recipe",
 }
 _SWITCHES: dict[str, tuple[str, Any]] = {
     "--squared-relu": ("model.activation", "squared_relu"),
@@ -38,17 +39,13 @@ _SWITCHES: dict[str, tuple[str, Any]] = {
     "--bf16": ("precision.recipe", "bf16"),
     "--reset-attention-mask": ("data.packed_documents", True),
 }
-_MEGATRON_VALUES = {
+_MEGATRON_VALUES: dict[str, Mapping[str, str]] = {
+    megatron_fp8.RECIPE: megatron_fp8.RECIPES,
     "data.tokenizer_type": {
         "SentencePieceTokenizer": "sentencepiece",
         "GPTSentencePieceTokenizer": "sentencepiece",
         "HuggingFaceTokenizer": "huggingface",
         "NullTokenizer": "null",
-    },
-    "precision.recipe": {
-        "tensorwise": "fp8_tensorwise",
-        "blockwise": "fp8_blockwise",
-        "delayed": "fp8_delayed",
     },
 }
 _OVERRIDE = re.compile(rf"({PLACE})=(.*)", re.DOTALL)
@@ -85,11 +82,15 @@ def flags() -> dict[str, Flag]:
 
 @dataclass
 class CommandLine:
-    """What was typed: the first word, the values in order, and what could not be understood."""
+    """What was typed: the first word, the values in order, and what could not be understood.
+
+    `fp8_flags` are Megatron-LM's that are no fields, with their words.
+    """
 
     source: str | None = None
     values: list[tuple[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    fp8_flags: dict[str, str] = field(default_factory=dict)
 
 
 def read_value(path: str, text: str) -> Any:
@@ -146,7 +147,9 @@ def _take_flag(words: list[str], line: CommandLine) -> None:
     assert match
     name, inline = match[1].replace("_", "-"), match[2]
     flag = flags().get(name)
-    if flag is None:
+    if name in megatron_fp8.FLAGS:
+        _take_fp8_flag(name, inline, words, line)
+    elif flag is None:
         guess = nearest(name, flags())
         hint = f"did you mean {guess}?" if guess else "`pretrain --help` lists the flags"
         line.problems.append(f"{name} is not a flag; {hint}")
@@ -155,7 +158,9 @@ def _take_flag(words: list[str], line: CommandLine) -> None:
     elif not flag.takes_value:
         if inline is not None:
             line.problems.append(f"{name} takes no value, but {inline!r} was given")
-        line.values.append((flag.path, flag.value))
+        # With Megatron-LM, --bf16 beside an FP8 recipe takes nothing back.
+        if name != "--bf16" or not megatron_fp8.fp8_recipe_of(line.values):
+            line.values.append((flag.path, flag.value))
     else:
         given = [inline] if inline is not None else []
         several = flag.path == "data.data_path"
@@ -166,6 +171,19 @@ def _take_flag(words: list[str], line: CommandLine) -> None:
         else:
             value = _read_blend(given) if several else read_value(flag.path, given[0])
             line.values.append((flag.path, value))
+
+
+def _take_fp8_flag(name: str, inline: str | None, words: list[str], line: CommandLine) -> None:
+    """Read one of Megatron-LM's FP8 flags; what it means depends on the others."""
+    takes_value = name in megatron_fp8.WITH_VALUE
+    if not takes_value and inline is not None:
+        line.problems.append(f"{name} takes no value, but {inline!r} was given")
+    elif takes_value and inline is None:
+        if not words or _starts_something(words[0]):
+            line.problems.append(f"{name} needs a value")
+            return
+        inline = words.pop(0)
+    line.fp8_flags[name] = inline or ""
 
 
 def parse_command_line(args: Sequence[str]) -> CommandLine:
@@ -193,6 +211,8 @@ def parse_command_line(args: Sequence[str]) -> CommandLine:
             path, text = match[1], match[2]
             blend = path == "data.data_path"
             line.values.append((path, _read_blend_text(text) if blend else read_value(path, text)))
+    line.values, problems = megatron_fp8.apply_fp8_flags(line.fp8_flags, line.values)
+    line.problems += problems
     return line
 
 

@@ -26,7 +26,6 @@ from megatron_hybrid.config.pattern import KINDS, parse_pattern
 from megatron_hybrid.data.batch import Batch
 from megatron_hybrid.fileio import write_atomic
 from megatron_hybrid.training.optimizer import optimizer_parts
-from megatron_hybrid.training.plot_profile import draw_profile
 from megatron_hybrid.training.spans import OTHER, Cause, EngineTimers, Spans
 from megatron_hybrid.training.step import Stepper
 
@@ -69,6 +68,8 @@ class StepProfiler:
             self._write(iteration)
 
     def _write(self, iteration: int) -> None:
+        from megatron_hybrid.training.plot_profile import draw_profile  # and matplotlib, slow
+
         recording, self._recording = self._recording, None
         assert recording is not None
         steps = iteration - self._first + 1

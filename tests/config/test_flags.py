@@ -108,6 +108,76 @@ def test_words(typed: str, path: str, value: object) -> None:
     assert line.values == [(path, value)]
 
 
+@pytest.mark.parametrize(
+    ("typed", "values"),
+    [
+        (
+            "--fp8-format hybrid --fp8-recipe tensorwise --bf16",
+            [("precision.recipe", "fp8_tensorwise")],
+        ),
+        (
+            "--bf16 --fp8-recipe blockwise",
+            [("precision.recipe", "bf16"), ("precision.recipe", "fp8_blockwise")],
+        ),
+        (
+            "--fp8-recipe mxfp8 precision.recipe=bf16",
+            [("precision.recipe", "mxfp8"), ("precision.recipe", "bf16")],
+        ),
+        (
+            "--fp8-recipe delayed --fp8-amax-history-len 1024 --fp8-amax-compute-algo max",
+            [("precision.recipe", "fp8_delayed")],
+        ),
+        (
+            "--fp8-recipe=mxfp8 --fp8-format=e4m3 --fp8-param-gather",
+            [("precision.recipe", "mxfp8"), ("precision.fp8_param_gather", True)],
+        ),
+        (
+            "--num-layers-at-end-in-bf16 2 --first-last-layers-bf16 precision.recipe=tensorwise",
+            [
+                ("precision.num_layers_at_start_in_bf16", 1),
+                ("precision.num_layers_at_end_in_bf16", 1),
+                ("precision.num_layers_at_end_in_bf16", 2),
+                ("precision.recipe", "fp8_tensorwise"),
+            ],
+        ),
+    ],
+)
+def test_fp8_flags(typed: str, values: list[tuple[str, object]]) -> None:
+    """Megatron-LM's FP8 flags become a recipe, --bf16 beside them or not; later values stand."""
+    line = parse_command_line(typed.split())
+    assert line.problems == []
+    assert line.values == values
+
+
+@pytest.mark.parametrize(
+    ("typed", "problem"),
+    [
+        (
+            "--fp8-format hybrid",
+            "--fp8-format hybrid needs --fp8-recipe; "
+            "allowed: blockwise, delayed, tensorwise, mxfp8",
+        ),
+        (
+            "--fp8-format hybrid --fp8-recipe blockwise",
+            "--fp8-format hybrid is not the format of precision.recipe=fp8_blockwise; "
+            "allowed: e4m3",
+        ),
+        (
+            "--fp8-recipe delayed --fp8-amax-history-len 16",
+            "--fp8-amax-history-len 16 is not supported; allowed: 1024",
+        ),
+        ("--fp8-format --bf16", "--fp8-format needs a value"),
+        (
+            "--first-last-layers-bf16=2",
+            "--first-last-layers-bf16 takes no value, but '2' was given",
+        ),
+    ],
+)
+def test_fp8_flags_that_cannot_be_taken(typed: str, problem: str) -> None:
+    """What a recipe fixes may be repeated but not changed."""
+    assert parse_command_line(typed.split()).problems == [problem]
+
+
 def test_data_path_ends_at_the_next_word_of_ours() -> None:
     """Prefixes with `=` or a leading dash are prefixes; flags and overrides are not."""
     line = parse_command_line(
