@@ -68,12 +68,12 @@ class StepProfiler:
             self._write(iteration)
 
     def _write(self, iteration: int) -> None:
-        from megatron_hybrid.training.plot_profile import draw_profile  # and matplotlib, slow
-
         recording, self._recording = self._recording, None
         assert recording is not None
         steps = iteration - self._first + 1
         table = recording.stop(steps)
+        from megatron_hybrid.training.plot_profile import draw_profile  # and matplotlib, slow
+
         name = f"steps_{self._first}_{iteration}_rank_{dist.get_rank():05d}"
         folder = self._config.run_dir / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
