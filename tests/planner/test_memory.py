@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_hybrid.config import RunConfig, load_config
+from megatron_hybrid.model.counts import count_parameters
 from megatron_hybrid.planner.activations import (
     dropout_mask,
     layer_activations,
@@ -19,6 +20,7 @@ from megatron_hybrid.planner.activations import (
 )
 from megatron_hybrid.planner.layout import layout_of
 from megatron_hybrid.planner.memory import rank_memory
+from megatron_hybrid.planner.parameters import layer_parameters, stage_parameters
 from megatron_hybrid.testing import run_distributed
 from tests.distributed.layouts import built
 
@@ -263,3 +265,16 @@ def test_recomputed_activations(kind: str) -> None:
         planned = {"uniform 1": 4 * again, "uniform 2": 2 * again, "block 3": 3 * again + whole}
         [found] = run_distributed(kept_bytes, 1, config)[0][0]
         assert planned[name] == pytest.approx(found, rel=0.02), name
+
+
+@pytest.mark.parametrize(
+    ("pattern", "more"),
+    [("M*-E", []), ("M*-E", ["model.activation=swiglu"]), ("M*-", ["model.add_bias_linear=true"])],
+)
+def test_one_rank_has_the_models_parameters(pattern: str, more: list[str]) -> None:
+    """On one rank each kind of layer, and all of the model, is what `model.counts` counts."""
+    config = run_config(pattern, *more)
+    layout, counts = layout_of(config, 1), count_parameters(config.model)
+    for kind, expected in counts.per_layer.items():
+        assert layer_parameters(config.model, kind, layout).total == expected
+    assert stage_parameters(config.model, layout, 0).total == counts.total
