@@ -9,8 +9,8 @@
 set -euo pipefail
 
 case "${1-}" in
-    "" | -* | convert | counts | data | doctor | generate | preflight | pretrain | smoke-test | \
-        status | submit | upcycle | verdict)
+    "" | -* | convert | counts | data | doctor | generate | plan | preflight | pretrain | \
+        smoke-test | status | submit | upcycle | verdict)
         set -- megatron-hybrid "$@"
         ;;
 esac

@@ -39,7 +39,7 @@ def recorded(line: list[str]) -> tuple[str, list[Step]]:
     with trainer(line) as run:
         train = run.stepper.train
 
-        def watched(data: Iterator[Batch], shape: Any, *rest: Any) -> Any:
+        def watched(data: Iterator[Batch], shape: Any, *rest: Any, **named: Any) -> Any:
             step = Step(run.progress.consumed_samples, *shape, rows=[])
             steps.append(step)
 
@@ -49,7 +49,7 @@ def recorded(line: list[str]) -> tuple[str, list[Step]]:
                     step.rows.extend(row.tobytes() for row in tokens)
                     yield batch
 
-            return train(watched_data(), shape, *rest)
+            return train(watched_data(), shape, *rest, **named)
 
         run.stepper.train = watched
         return run.run(), steps
