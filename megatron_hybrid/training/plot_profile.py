@@ -39,6 +39,7 @@ def draw_profile(table: dict[str, Any], output: Path, name: str) -> None:
         axes.set_yticks(places, labels)
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.invert_yaxis()
+        axes.set_xlim(0, 1.2 * max(row["total_ms"] for row in rows))  # room for the labels
         axes.grid(False, axis="y")
         axes.set_xlabel("milliseconds a step")
         axes.legend(loc="lower right", frameon=False, ncols=3, bbox_to_anchor=(1.08, 1.0))
