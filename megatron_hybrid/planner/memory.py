@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_hybrid.config import RunConfig
+from megatron_hybrid.config.pattern import ATTENTION, MOE
 from megatron_hybrid.config.precision import FLOAT8_RECIPES
 from megatron_hybrid.planner.activations import (
     dropout_mask,
@@ -145,12 +146,23 @@ def _chunk(
 
 
 def _communication(config: RunConfig, layout: Layout, stage: int, *, number: int) -> int:
-    """Received hidden states and their gradients; the sequence gathered over TP at a time.
+    """What is on its way between ranks at once: the most that one layer needs, and the pipeline's.
 
-    Gradients are reduced and parameters gathered in the buffers that are counted already.
+    Received hidden states and their gradients; the sequence gathered over TP; the copies of tokens
+    that are sent to experts on other ranks (what is received is their activation); the next keys
+    and values of CP's ring, sent and received. Gradients are reduced and parameters gathered in the
+    buffers that are counted already.
     """
-    d = config.model.hidden_size
+    model, kinds = config.model, "".join(layout.stage_chunks(stage))
+    d = model.hidden_size
     ends = (stage > 0) + (stage < layout.pp - 1)
     between = 2 * ends * number * layout.own_tokens * d
     gathered = number * layout.tokens * d if layout.sequence_parallel and layout.tp > 1 else 0
-    return between + gathered
+    dispatched = exchanged = 0
+    if layout.ep > 1 and MOE in kinds:
+        dispatched = number * layout.own_tokens * model.moe_router_topk * d
+    if layout.cp > 1 and ATTENTION in kinds:
+        assert model.num_query_groups is not None and model.kv_channels is not None
+        width = max(model.num_query_groups // layout.tp, 1) * model.kv_channels
+        exchanged = 2 * 2 * number * layout.tokens * width
+    return between + max(gathered, dispatched, exchanged)

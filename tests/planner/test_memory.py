@@ -278,3 +278,27 @@ def test_one_rank_has_the_models_parameters(pattern: str, more: list[str]) -> No
     for kind, expected in counts.per_layer.items():
         assert layer_parameters(config.model, kind, layout).total == expected
     assert stage_parameters(config.model, layout, 0).total == counts.total
+
+
+def test_transfers() -> None:
+    """Each kind of parallelism adds what it has on its way, by hand: bf16, 512 tokens of 256."""
+    hidden = 2 * SEQ_LENGTH * 256
+    expected = {
+        "M*-E": 0,
+        "TP": hidden,  # gathered; each rank's own part is half
+        "PP": 2 * hidden,  # received, and its gradient
+        "EP": 2 * hidden,  # two copies of each token
+        "CP": 2 * 2 * 2 * (SEQ_LENGTH // 2) * 4 * 32,  # keys and values of half the tokens, twice
+    }
+    layouts = {
+        "M*-E": [],
+        "TP": ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
+        "PP": ["parallel.pipeline_model_parallel_size=2"],
+        "EP": ["parallel.expert_model_parallel_size=2"],
+        "CP": ["parallel.context_parallel_size=2"],
+    }
+    found = {
+        name: rank_memory(run_config("M*-E", *more, world_size=2), 2)[0].communication
+        for name, more in layouts.items()
+    }
+    assert found == expected
