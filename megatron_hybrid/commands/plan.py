@@ -2,15 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
     from megatron_hybrid.config import RunConfig
+    from megatron_hybrid.planner.balance import Split
     from megatron_hybrid.planner.costs import Costs
     from megatron_hybrid.planner.hardware import Gpu
-    from megatron_hybrid.planner.layout import Layout
 
 
 def plan(
@@ -94,19 +94,13 @@ def plan(
 def _config(words: list[str], gpus: int, *, checked: bool) -> "RunConfig":
     """The run; with --search its own layout need not fit the number of GPUs."""
     from megatron_hybrid.config import load_config, rules
-    from megatron_hybrid.errors import ConfigError
+    from megatron_hybrid.model.counts import count_parameters
 
     if checked:
         config = load_config(words, which=rules.NO_FILES, world_size=gpus, has_cuda=True)
     else:
         config = load_config(words, which=rules.NO_FILES)
-    if config.model.padded_vocab_size is None:
-        raise ConfigError(
-            [
-                "model.vocab_size is not set, and without a tokenizer it is not known; "
-                "it must be a whole number of at least 1"
-            ]
-        )
+    count_parameters(config.model)  # says what is missing for it
     return config
 
 
@@ -116,7 +110,7 @@ def _balanced(
     """The same run with its pattern cut anew; says how much that is worth."""
     from megatron_hybrid.config.pattern import parse_pattern
     from megatron_hybrid.errors import UserError
-    from megatron_hybrid.planner.balance import Balancer, balance
+    from megatron_hybrid.planner.balance import Balancer
     from megatron_hybrid.planner.layout import layout_of
     from megatron_hybrid.planner.step_time import transfer_seconds
 
@@ -128,11 +122,10 @@ def _balanced(
     layers = parse_pattern(config.model.hybrid_layer_pattern).layers
     found = _costs(config, gpus, gpu, path, layers, measure=measure)
     transfer = 0.0 if path or measure else 1e3 * transfer_seconds(config, layout, gpu)
-    sizes: tuple[Any, ...] = (layout.pp, layout.vpp, layout.micro_batches, transfer)
-    best = balance(layers, found, *sizes)
-    now = Balancer(layers, found, *sizes).timed(layout.chunks)
+    balancer = Balancer(layers, found, layout.pp, layout.vpp, layout.micro_batches, transfer)
+    best = balancer.best()
     if not quiet:
-        _print_balance(config, layout, found, now.step_ms, now.bubble, best)
+        _print_balance(found, balancer.timed(layout.chunks), best)
     model = config.model.model_copy(update={"hybrid_layer_pattern": best.pattern})
     return config.model_copy(update={"model": model})
 
@@ -159,13 +152,11 @@ def _costs(
         return measure_costs(single)
 
 
-def _print_balance(
-    config: "RunConfig", layout: "Layout", costs: "Costs", now_ms: float, now: float, best: Any
-) -> None:
+def _print_balance(costs: "Costs", now: "Split", best: "Split") -> None:
     print("milliseconds a micro batch, forward and backward:")
     for name, cost in costs.of.items():
         print(f"  {name:9}  {cost.forward_ms:8.3f}  {cost.backward_ms:8.3f}")
-    print(f"as it is  bubble {now:.1%}, {now_ms:.1f} ms a step: {'|'.join(layout.chunks)}")
-    gain = now_ms / best.step_ms - 1
+    gain = now.step_ms / best.step_ms - 1
+    print(f"as it is  bubble {now.bubble:.1%}, {now.step_ms:.1f} ms a step: {now.pattern}")
     print(f"balanced  bubble {best.bubble:.1%}, {best.step_ms:.1f} ms a step ({gain:.1%} faster):")
     print(f"model.hybrid_layer_pattern='{best.pattern}'")

@@ -6,8 +6,8 @@ Torch-free: rules, planner and kernels read the same table.
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, parse_pattern
+from megatron_hybrid.config.pattern import parse_pattern
+from megatron_hybrid.config.run import RunConfig
 
 E4M3, E5M2 = "e4m3", "e5m2"
 # Delayed scaling goes by the largest value in so many steps (Transformer Engine's default).
@@ -53,44 +53,11 @@ FLOAT8_RECIPES = {
 }
 
 
-def float8_layers(pattern: str, at_start: int, at_end: int) -> list[int]:
-    """The numbers (from 1) of the layers whose linears are in float8."""
-    count = parse_pattern(pattern).num_layers
-    return list(range(1 + at_start, 1 + count - at_end))
-
-
-def linear_widths(
-    model: ModelConfig, kind: str, tensor_parallel: int, expert_tensor_parallel: int
-) -> dict[str, tuple[int, int]]:
-    """Each linear of a layer kind -> its inputs and outputs on one rank.
-
-    Sizes that do not divide are cut off: other rules refuse them.
-    """
-    d, tp, etp = model.hidden_size, tensor_parallel, expert_tensor_parallel
-    if kind == MAMBA:
-        assert model.mamba_num_heads is not None
-        inner = model.mamba_num_heads * model.mamba_head_dim
-        width = 2 * (inner + model.mamba_num_groups * model.mamba_state_dim) + model.mamba_num_heads
-        return {"in_proj": (d, width // tp), "out_proj": (inner // tp, d)}
-    if kind == ATTENTION:
-        heads, groups, channels = (
-            model.num_attention_heads, model.num_query_groups, model.kv_channels,
-        )  # fmt: skip
-        assert heads is not None and groups is not None and channels is not None
-        return {
-            "linear_qkv": (d, (heads + 2 * groups) * channels // tp),
-            "linear_proj": (heads * channels // tp, d),
-        }
-    gate = 2 if model.activation == "swiglu" else 1
-    if kind == MLP:
-        assert model.ffn_hidden_size is not None
-        f = model.ffn_hidden_size // tp
-        return {"linear_fc1": (d, gate * f), "linear_fc2": (f, d)}
-    assert kind == MOE and model.moe_ffn_hidden_size is not None
-    f = model.moe_ffn_hidden_size // etp
-    widths = {"linear_fc1 of an expert": (d, gate * f), "linear_fc2 of an expert": (f, d)}
-    if model.moe_shared_expert_intermediate_size is not None:
-        f = model.moe_shared_expert_intermediate_size // tp
-        widths["linear_fc1 of the shared expert"] = (d, gate * f)
-        widths["linear_fc2 of the shared expert"] = (f, d)
-    return widths
+def float8_layers(config: RunConfig) -> list[int]:
+    """The numbers (from 1) of the layers of a resolved config whose linears are in float8."""
+    precision = config.precision
+    if precision.recipe not in FLOAT8_RECIPES:
+        return []
+    count = parse_pattern(config.model.hybrid_layer_pattern).num_layers
+    at_start = precision.num_layers_at_start_in_bf16 or 0
+    return list(range(1 + at_start, 1 + count - (precision.num_layers_at_end_in_bf16 or 0)))

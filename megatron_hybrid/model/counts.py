@@ -9,8 +9,9 @@ u = 3 matrices (swiglu) or 2; MoE: E experts, of which a token visits t.
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from megatron_hybrid.config.linears import linears
 from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.pattern import ATTENTION, KINDS, MAMBA, MLP, MOE, parse_pattern
+from megatron_hybrid.config.pattern import ATTENTION, KINDS, MAMBA, MOE, parse_pattern
 from megatron_hybrid.errors import ConfigError
 
 CONV_KERNEL = 4
@@ -78,67 +79,72 @@ def _vocabulary(model: ModelConfig) -> int:
     return model.padded_vocab_size
 
 
-def _mamba_widths(model: ModelConfig) -> tuple[int, int, int]:
-    """i, the width of in_proj's output (z, x, B, C, dt), and c (x, B, C)."""
+def _convolved(model: ModelConfig) -> int:
+    """c."""
     assert model.mamba_num_heads is not None
     inner = model.mamba_num_heads * model.mamba_head_dim
-    states = model.mamba_num_groups * model.mamba_state_dim
-    return inner, 2 * inner + 2 * states + model.mamba_num_heads, inner + 2 * states
+    return inner + 2 * model.mamba_num_groups * model.mamba_state_dim
 
 
-def _mamba_parameters(model: ModelConfig) -> int:
-    """d(2i+2GN+h) + c(K+1) + 3h + i + i*d + d: in_proj, conv, (A_log, D, dt_bias), norms, out."""
-    d, heads = model.hidden_size, model.mamba_num_heads
-    assert heads is not None
-    inner, in_width, conv = _mamba_widths(model)
-    return d * in_width + conv * (CONV_KERNEL + 1) + 3 * heads + inner + inner * d + d
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters on a rank.
+
+    Attributes:
+        dense: in the run's format, and of every layer but of experts.
+        fp32: always in fp32: A_log, D and dt_bias of Mamba-2.
+        expert: of experts.
+    """
+
+    dense: int = 0
+    fp32: int = 0
+    expert: int = 0
+
+    def __add__(self, other: "Parameters") -> "Parameters":
+        return Parameters(
+            self.dense + other.dense, self.fp32 + other.fp32, self.expert + other.expert
+        )
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.dense + self.fp32 + self.expert
 
 
-def _attention_widths(model: ModelConfig) -> tuple[int, int]:
-    """Channels of all queries q*k, and of all keys and values 2*g*k."""
-    heads, groups, channels = model.num_attention_heads, model.num_query_groups, model.kv_channels
-    assert heads is not None and groups is not None and channels is not None
-    return heads * channels, 2 * groups * channels
+def layer_parameters(
+    model: ModelConfig, kind: str, *, tp: int = 1, ep: int = 1, etp: int = 1
+) -> Parameters:
+    """Of one layer with its norm, whole or on a tensor- and expert-parallel rank.
 
-
-def _attention_parameters(model: ModelConfig) -> int:
-    """d*q*k + 2*d*g*k + q*k*d + d: queries, keys and values, output, norm."""
-    queries, keys_values = _attention_widths(model)
-    biases = queries + keys_values + model.hidden_size if model.add_bias_linear else 0
-    return model.hidden_size * (2 * queries + keys_values) + biases + model.hidden_size
-
-
-def _matrices(model: ModelConfig) -> int:
-    return 3 if model.activation == "swiglu" else 2
-
-
-def _mlp_weights(model: ModelConfig, inner: int) -> int:
-    """u*d*f, and biases of (u-1)*f + d where there are some."""
-    matrices = _matrices(model)
-    biases = (matrices - 1) * inner + model.hidden_size if model.add_bias_linear else 0
-    return matrices * model.hidden_size * inner + biases
-
-
-def _moe_parameters(model: ModelConfig, experts: int) -> int:
-    """E*d router weights, `experts` experts, the shared expert, and the norm."""
-    assert model.num_moe_experts is not None and model.moe_ffn_hidden_size is not None
-    router = model.num_moe_experts * model.hidden_size
-    shared_width = model.moe_shared_expert_intermediate_size
-    shared = _mlp_weights(model, shared_width) if shared_width is not None else 0
-    routed = experts * _mlp_weights(model, model.moe_ffn_hidden_size)
-    return router + routed + shared + model.hidden_size
-
-
-def _layer_parameters(model: ModelConfig, kind: str, *, active: bool) -> int:
+    Linears, with biases but in Mamba-2; Mamba-2: convolution c(K+1), gated norm i, and 3h in fp32;
+    MoE: the router's d*E.
+    """
+    dense, of_expert, fp32 = model.hidden_size, 0, 0
+    for linear in linears(model, kind, tp=tp, etp=etp).values():
+        weights = linear.inputs * linear.outputs
+        if model.add_bias_linear and kind != MAMBA:
+            weights += linear.outputs
+        dense, of_expert = (
+            (dense, of_expert + weights) if linear.routed else (dense + weights, of_expert)
+        )
     if kind == MAMBA:
-        return _mamba_parameters(model)
-    if kind == ATTENTION:
-        return _attention_parameters(model)
-    if kind == MLP:
-        assert model.ffn_hidden_size is not None
-        return _mlp_weights(model, model.ffn_hidden_size) + model.hidden_size
-    assert kind == MOE and model.num_moe_experts is not None
-    return _moe_parameters(model, model.moe_router_topk if active else model.num_moe_experts)
+        assert model.mamba_num_heads is not None
+        inner = model.mamba_num_heads * model.mamba_head_dim
+        dense += (_convolved(model) * (CONV_KERNEL + 1) + inner) // tp
+        fp32 = 3 * model.mamba_num_heads // tp
+    experts = 0
+    if kind == MOE:
+        assert model.num_moe_experts is not None
+        dense += model.num_moe_experts * model.hidden_size
+        experts = model.num_moe_experts // ep
+    return Parameters(dense, fp32, experts * of_expert)
+
+
+def _active(model: ModelConfig, kind: str) -> int:
+    """Parameters of a layer that one token passes through."""
+    whole = layer_parameters(model, kind)
+    visited = whole.expert * model.moe_router_topk // (model.num_moe_experts or 1)
+    return whole.dense + whole.fp32 + visited
 
 
 def count_parameters(model: ModelConfig) -> Counts:
@@ -152,10 +158,8 @@ def count_parameters(model: ModelConfig) -> Counts:
     matrices = 2 if model.untie_embeddings_and_output_weights else 1
     return Counts(
         layers=MappingProxyType({kind: pattern.count(kind) for kind in kinds}),
-        per_layer=MappingProxyType({k: _layer_parameters(model, k, active=False) for k in kinds}),
-        active_per_layer=MappingProxyType(
-            {k: _layer_parameters(model, k, active=True) for k in kinds}
-        ),
+        per_layer=MappingProxyType({kind: layer_parameters(model, kind).total for kind in kinds}),
+        active_per_layer=MappingProxyType({kind: _active(model, kind) for kind in kinds}),
         embedding=matrices * _vocabulary(model) * d,
         final_norm=d,
     )
@@ -175,23 +179,23 @@ def mean_keys(model: ModelConfig, seq_length: int) -> float:
 
 def _forward_flops(model: ModelConfig, kind: str, seq_length: int) -> float:
     """FLOPs of one token through one layer, a multiplication and an addition counting as two."""
-    d = model.hidden_size
+    products = sum(
+        2 * linear.inputs * linear.outputs * (model.moe_router_topk if linear.routed else 1)
+        for linear in linears(model, kind).values()
+    )
     if kind == MAMBA:
-        inner, in_width, conv = _mamba_widths(model)
+        assert model.mamba_num_heads is not None
+        inner = model.mamba_num_heads * model.mamba_head_dim
         # The recurrence per channel and state: decay, input and sum (3), readout (2).
         scan = 5 * inner * model.mamba_state_dim
-        return 2 * d * in_width + 2 * CONV_KERNEL * conv + scan + 2 * inner * d
+        return products + 2 * CONV_KERNEL * _convolved(model) + scan
     if kind == ATTENTION:
-        queries, keys_values = _attention_widths(model)
-        scores_and_values = 4 * queries * mean_keys(model, seq_length)
-        return 2 * d * (2 * queries + keys_values) + scores_and_values
-    if kind == MLP:
-        assert model.ffn_hidden_size is not None
-        return 2 * _matrices(model) * d * model.ffn_hidden_size
-    assert model.num_moe_experts is not None and model.moe_ffn_hidden_size is not None
-    shared = model.moe_shared_expert_intermediate_size or 0
-    widths = model.moe_router_topk * model.moe_ffn_hidden_size + shared
-    return 2 * d * model.num_moe_experts + 2 * _matrices(model) * d * widths
+        queries = linears(model, kind)["linear_proj"].inputs
+        return products + 4 * queries * mean_keys(model, seq_length)
+    if kind == MOE:
+        assert model.num_moe_experts is not None
+        return products + 2 * model.hidden_size * model.num_moe_experts
+    return products
 
 
 def flops_per_token(model: ModelConfig, seq_length: int) -> Flops:

@@ -29,12 +29,9 @@ def emulate_float8(config: RunConfig, chunk: torch.nn.Module, device: torch.devi
     Embedding, output layer and router stay as they are. The experts of a layer share what delayed
     scaling remembers, so that it does not depend on which rank has which expert.
     """
-    precision = config.precision
-    recipe = FLOAT8_RECIPES.get(precision.recipe)
-    if recipe is None or not precision.emulate:
+    if not config.precision.emulate:
         return
-    start, end = precision.num_layers_at_start_in_bf16, precision.num_layers_at_end_in_bf16
-    numbers = float8_layers(config.model.hybrid_layer_pattern, start or 0, end or 0)
+    recipe, numbers = FLOAT8_RECIPES[config.precision.recipe], float8_layers(config)
     for stack in chunk.modules():
         if not isinstance(stack, HybridStack):
             continue

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 
 from megatron_hybrid.planner.costs import Costs
@@ -40,10 +40,11 @@ class Split:
         return "|".join(self.segments)
 
 
+@dataclass(frozen=True)
 class Balancer:
     """Times splits of one pattern.
 
-    Args:
+    Attributes:
         layers: symbols without `|`.
         stages: pipeline stages.
         chunks: segments on each stage.
@@ -51,18 +52,17 @@ class Balancer:
         transfer_ms: of hidden states to the next stage.
     """
 
-    def __init__(
-        self,
-        layers: str,
-        costs: Costs,
-        stages: int,
-        chunks: int,
-        micro_batches: int,
-        transfer_ms: float = 0.0,
-    ) -> None:
-        self.layers, self.costs = layers, costs
-        self.stages, self.parts = stages, stages * chunks
-        self.micro_batches, self.transfer_ms = micro_batches, transfer_ms
+    layers: str
+    costs: Costs
+    stages: int
+    chunks: int
+    micro_batches: int
+    transfer_ms: float = 0.0
+
+    @property
+    def parts(self) -> int:
+        """Segments in all."""
+        return self.stages * self.chunks
 
     def timed(self, segments: tuple[str, ...]) -> Split:
         """The time of a split."""
@@ -84,8 +84,11 @@ class Balancer:
 
     def best(self) -> Split:
         """The fastest of all splits where there are few, else the best that a search finds."""
+        count = min(self.micro_batches, MICRO_BATCHES_A_STAGE * self.stages)
+        short = replace(self, micro_batches=count)
         few = math.comb(len(self.layers) - 1, self.parts - 1) <= MOST_SPLITS
-        return self.exhaustive() if few else self.searched()
+        found = short.exhaustive() if few else short.searched()
+        return self.timed(found.segments)
 
     def quick(self) -> Split:
         """The split whose slowest segment is fastest: near the best, and soon found."""
@@ -183,18 +186,3 @@ class Balancer:
             at += len(segment)
             cuts.append(at)
         return cuts
-
-
-def balance(
-    layers: str,
-    costs: Costs,
-    stages: int,
-    chunks: int,
-    micro_batches: int,
-    transfer_ms: float = 0.0,
-) -> Split:
-    """The best split of a pattern, timed for `micro_batches`."""
-    few = min(micro_batches, MICRO_BATCHES_A_STAGE * stages)
-    found = Balancer(layers, costs, stages, chunks, few, transfer_ms).best()
-    whole = Balancer(layers, costs, stages, chunks, micro_batches, transfer_ms)
-    return whole.timed(found.segments)

@@ -49,17 +49,13 @@ class StageMemory:
 PARTS = ("parameters", "gradients", "optimizer_state", "activations", "logits", "communication")
 
 
-def rank_memory(
-    config: RunConfig, world_size: int, *, fused: bool | None = None
-) -> tuple[StageMemory, ...]:
+def rank_memory(config: RunConfig, world_size: int, *, fused: bool) -> tuple[StageMemory, ...]:
     """The memory of each stage of a valid config on `world_size` ranks.
 
     Args:
-        fused: the backend is transformer_engine; None: as the config says (auto: it is).
+        fused: on the transformer_engine backend; else on torch's.
     """
     layout = layout_of(config, world_size)
-    if fused is None:
-        fused = config.backend != "torch"
     return tuple(_stage(config, layout, stage, fused=fused) for stage in range(layout.pp))
 
 
@@ -78,7 +74,7 @@ def _stage(config: RunConfig, layout: Layout, stage: int, *, fused: bool) -> Sta
         stage=stage,
         layers=layout.stage_chunks(stage),
         parameter_count=held.total,
-        parameters=weights * (held.dense + held.expert) + 4 * held.fp32 + held.buffers_bytes,
+        parameters=weights * (held.dense + held.expert) + 4 * held.fp32,
         gradients=4 * held.total,
         optimizer_state=optimizer,
         activations=activations,

@@ -149,8 +149,3 @@ def _ready(
     else:
         came = done.get((False, each.micro_batch, position + 1))
     return None if came is None else came + transfer
-
-
-def even_bubble(stages: int, chunks: int, micro_batches: int) -> float:
-    """Waiting over work where all chunks cost the same: (p - 1) / (m v)."""
-    return (stages - 1) / (micro_batches * chunks)

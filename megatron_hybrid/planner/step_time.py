@@ -11,9 +11,10 @@ pass of the first where `overlap_grad_reduce` and `overlap_param_gather` say so,
 from dataclasses import dataclass, fields
 
 from megatron_hybrid.config import RunConfig
+from megatron_hybrid.config.linears import Linear, linears
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MOE
-from megatron_hybrid.config.precision import FLOAT8_RECIPES, float8_layers, linear_widths
-from megatron_hybrid.model.counts import CONV_KERNEL, flops_per_token, mean_keys
+from megatron_hybrid.config.precision import FLOAT8_RECIPES, float8_layers
+from megatron_hybrid.model.counts import flops_per_token, mean_keys
 from megatron_hybrid.planner.hardware import (
     ATTENTION_SHARE,
     LINK_SHARE,
@@ -125,14 +126,17 @@ class Rank:
         """Of a layer's linears on this rank, forward."""
         layout, model = self.layout, self.model
         flops = 0.0
-        for name, (inputs, outputs) in linear_widths(model, kind, layout.tp, layout.etp).items():
-            routed = layout.own_tokens * model.moe_router_topk
-            tokens = routed if name.endswith("an expert") else layout.tokens
-            flops += 2.0 * tokens * inputs * outputs
+        for linear in linears(model, kind, tp=layout.tp, etp=layout.etp).values():
+            flops += 2.0 * self._tokens(linear) * linear.inputs * linear.outputs
         if kind == MOE:
             assert model.num_moe_experts is not None
             flops += 2.0 * layout.own_tokens * model.hidden_size * model.num_moe_experts
         return flops
+
+    def _tokens(self, linear: Linear) -> int:
+        """That pass through a linear on this rank; experts get them evenly."""
+        routed = self.layout.own_tokens * self.model.moe_router_topk
+        return routed if linear.routed else self.layout.tokens
 
     def _core(self, kind: str) -> tuple[float, float]:
         """What is between the linears: seconds of its products, numbers that it moves."""
@@ -149,15 +153,12 @@ class Rank:
             states = model.mamba_num_groups * model.mamba_state_dim // layout.tp
             flops = 2.0 * T * inner * (SCAN_CHUNK_TOKENS / 2 + 2 * model.mamba_state_dim)
             convolved = inner + 2 * states
-            moved = T * (2 * convolved + 6 * inner + CONV_KERNEL)
-            return flops / (peak * SCAN_SHARE), moved
-        widths = linear_widths(model, kind, layout.tp, layout.etp)
+            return flops / (peak * SCAN_SHARE), T * (2 * convolved + 6 * inner)
         numbers = 0.0
-        for name, (inputs, outputs) in widths.items():
-            if "fc1" in name:
-                routed = name.endswith("an expert")
-                tokens = layout.own_tokens * model.moe_router_topk if routed else T
-                numbers += 2 * tokens * outputs + (4 * tokens * inputs if routed else 0)
+        for name, linear in linears(model, kind, tp=layout.tp, etp=layout.etp).items():
+            if "fc1" in name:  # the activation; of experts, tokens brought there and back too
+                moved = 2 * linear.outputs + (4 * linear.inputs if linear.routed else 0)
+                numbers += self._tokens(linear) * moved
         return 0.0, numbers
 
     def _transfers(self, kind: str, core: float, *, backward: bool) -> tuple[float, float, float]:
@@ -185,9 +186,9 @@ class Rank:
             width = 2 * model.num_query_groups * model.kv_channels // layout.tp
             sent = (2 if backward else 1) * NUMBER_BYTES * layout.tokens * width * (cp - 1)
             return max(0.0, sent / speed - core)
-        _, projected = linear_widths(model, MAMBA, layout.tp, 1)["in_proj"]
-        output, _ = linear_widths(model, MAMBA, layout.tp, 1)["out_proj"]
-        return NUMBER_BYTES * layout.tokens * (projected + output) * (cp - 1) / cp / speed
+        mixer = linears(model, MAMBA, tp=layout.tp)
+        width = mixer["in_proj"].outputs + mixer["out_proj"].inputs
+        return NUMBER_BYTES * layout.tokens * width * (cp - 1) / cp / speed
 
     def ends(self) -> tuple[Work, Work, Work, Work]:
         """Embedding forward and backward, output layer and loss forward and backward."""
@@ -205,14 +206,7 @@ class Rank:
 
 def chunk_work(config: RunConfig, layout: Layout, gpu: Gpu) -> list[tuple[Work, Work]]:
     """One micro batch through each pipeline segment, forward and backward."""
-    rank, precision = Rank(config, layout, gpu), config.precision
-    in_fp8 = set(
-        float8_layers(
-            config.model.hybrid_layer_pattern,
-            precision.num_layers_at_start_in_bf16 or 0,
-            precision.num_layers_at_end_in_bf16 or 0,
-        )
-    )
+    rank, in_fp8 = Rank(config, layout, gpu), set(float8_layers(config))
     known = {
         (kind, fp8): rank.layer(kind, fp8=fp8)
         for kind in set("".join(layout.chunks))
@@ -226,8 +220,7 @@ def chunk_work(config: RunConfig, layout: Layout, gpu: Gpu) -> list[tuple[Work, 
             one, other = known[kind, number in in_fp8]
             forward += one
             backward += other
-            if _is_computed_again(config, place):
-                backward += Work(recomputed=one.seconds)
+            backward += Work(recomputed=_again(config, kind, place, one))
         found.append((forward, backward))
     first_forward, first_backward, last_forward, last_backward = rank.ends()
     found[0] = (found[0][0] + first_forward, found[0][1] + first_backward)
@@ -235,11 +228,15 @@ def chunk_work(config: RunConfig, layout: Layout, gpu: Gpu) -> list[tuple[Work, 
     return found
 
 
-def _is_computed_again(config: RunConfig, place: int) -> bool:
+def _again(config: RunConfig, kind: str, place: int, forward: Work) -> float:
+    """Seconds of what the backward pass computes again of a layer, the `place`-th of its chunk."""
     training = config.training
-    if training.recompute_granularity != "full":
-        return False
-    return training.recompute_method != "block" or place < (training.recompute_num_layers or 1)
+    if training.recompute_granularity == "selective":
+        return forward.attention_and_scan if kind == ATTENTION else 0.0
+    full = training.recompute_granularity == "full" and (
+        training.recompute_method != "block" or place < (training.recompute_num_layers or 1)
+    )
+    return forward.seconds if full else 0.0
 
 
 def transfer_seconds(config: RunConfig, layout: Layout, gpu: Gpu) -> float:

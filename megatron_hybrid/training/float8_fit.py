@@ -55,16 +55,12 @@ def summary(fits: Sequence[dict[str, Fit]]) -> dict[str, Any]:
     for role in ROLES:
         of = [[fit[name] for fit in fits if name in fit] for name in names]
         totals = [max(1, sum(fit.total[role] for fit in each)) for each in of]
-        record[role] = {
-            "amax": [max(fit.amax[role] for fit in each) for each in of],
-            "underflow": [
-                sum(fit.underflow[role] for fit in each) / total
+        record[role] = {"amax": [max(fit.amax[role] for fit in each) for each in of]} | {
+            share: [
+                sum(getattr(fit, share)[role] for fit in each) / total
                 for each, total in zip(of, totals, strict=True)
-            ],
-            "saturated": [
-                sum(fit.saturated[role] for fit in each) / total
-                for each, total in zip(of, totals, strict=True)
-            ],
+            ]
+            for share in ("underflow", "saturated")
         }
     return record
 

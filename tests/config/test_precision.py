@@ -3,8 +3,9 @@
 import pytest
 
 from megatron_hybrid.config import load_config
+from megatron_hybrid.config.linears import linears
 from megatron_hybrid.config.pattern import MAMBA
-from megatron_hybrid.config.precision import FLOAT8_RECIPES, linear_widths
+from megatron_hybrid.config.precision import FLOAT8_RECIPES
 from megatron_hybrid.errors import ConfigError
 
 DATA = ["data.mock_data=true", "data.tokenizer_type=null", "model.vocab_size=131072"]
@@ -40,7 +41,7 @@ def problems(*line: str, tp: int = 1, recipe: str = "fp8_tensorwise") -> str:
 def test_published_models_fit_whole(model: str, width: int) -> None:
     """in_proj has the published width, which one rank takes."""
     config = load_config([model, *DATA])
-    assert linear_widths(config.model, MAMBA, 1, 1)["in_proj"][1] == width
+    assert linears(config.model, MAMBA)["in_proj"].outputs == width
     assert problems(model) == ""
 
 

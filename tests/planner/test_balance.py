@@ -9,7 +9,7 @@ import pytest
 
 from megatron_hybrid.config.pattern import parse_pattern
 from megatron_hybrid.errors import UserError
-from megatron_hybrid.planner.balance import Balancer, balance
+from megatron_hybrid.planner.balance import Balancer
 from megatron_hybrid.planner.costs import Cost, Costs, costs_json, read_costs
 
 # Milliseconds of a layer of each kind, of the order that `plan --measure` finds on a CPU.
@@ -55,8 +55,8 @@ def test_the_search_finds_the_best(stages: int, chunks: int, count: int) -> None
 def test_long_patterns(stages: int, chunks: int) -> None:
     """Nemotron-H 56B's layers: a pattern that a config takes, faster than the even split."""
     layers = "M-M-M-M*-" + 9 * "M-M-M-M-M*-" + "M-M-M-M-M-"
-    found = balance(layers, MEASURED, stages, chunks, 4 * stages)
-    even = Balancer(layers, MEASURED, stages, chunks, 4 * stages).even()
+    balancer = Balancer(layers, MEASURED, stages, chunks, 4 * stages)
+    found, even = balancer.best(), balancer.even()
     assert parse_pattern(found.pattern).segments == found.segments
     assert len(found.segments) == stages * chunks
     assert found.step_ms < even.step_ms
@@ -66,7 +66,7 @@ def test_long_patterns(stages: int, chunks: int) -> None:
 def test_an_expensive_end_gets_fewer_layers() -> None:
     """A vocabulary that costs as much as three layers takes their place on the last stage."""
     costs = Costs(MappingProxyType({"M": Cost(1, 2), "output": Cost(3, 6)}))
-    found = balance("M" * 13, costs, 4, 1, 64)
+    found = Balancer("M" * 13, costs, 4, 1, 64).best()
     assert found.pattern == "MMMM|MMMM|MMMM|M"
     assert found.bubble == pytest.approx(1 - 64 / 67)
 

@@ -20,7 +20,7 @@ from megatron_hybrid.planner.activations import (
 )
 from megatron_hybrid.planner.layout import layout_of
 from megatron_hybrid.planner.memory import rank_memory
-from megatron_hybrid.planner.parameters import layer_parameters, stage_parameters
+from megatron_hybrid.planner.parameters import stage_parameters
 from megatron_hybrid.testing import run_distributed
 from tests.distributed.layouts import built
 
@@ -104,7 +104,7 @@ def test_state(name: str) -> None:
     """Parameters, gradients and optimizer state of the fullest rank of each stage."""
     pattern, *more = STATE_LAYOUTS[name]
     config = run_config(pattern, *more, world_size=4)
-    expected = rank_memory(config, 4)
+    expected = rank_memory(config, 4, fused=False)
     most = [[0, 0, 0] for _ in expected]
     for stage, *sizes in run_distributed(state_bytes, 4, config):
         most[stage] = [max(pair) for pair in zip(most[stage], sizes, strict=True)]
@@ -272,12 +272,10 @@ def test_recomputed_activations(kind: str) -> None:
     [("M*-E", []), ("M*-E", ["model.activation=swiglu"]), ("M*-", ["model.add_bias_linear=true"])],
 )
 def test_one_rank_has_the_models_parameters(pattern: str, more: list[str]) -> None:
-    """On one rank each kind of layer, and all of the model, is what `model.counts` counts."""
+    """On one rank the only stage has what `model.counts` counts."""
     config = run_config(pattern, *more)
-    layout, counts = layout_of(config, 1), count_parameters(config.model)
-    for kind, expected in counts.per_layer.items():
-        assert layer_parameters(config.model, kind, layout).total == expected
-    assert stage_parameters(config.model, layout, 0).total == counts.total
+    found = stage_parameters(config.model, layout_of(config, 1), 0)
+    assert found.total == count_parameters(config.model).total
 
 
 def test_transfers() -> None:
@@ -298,7 +296,7 @@ def test_transfers() -> None:
         "CP": ["parallel.context_parallel_size=2"],
     }
     found = {
-        name: rank_memory(run_config("M*-E", *more, world_size=2), 2)[0].communication
+        name: rank_memory(run_config("M*-E", *more, world_size=2), 2, fused=False)[0].communication
         for name, more in layouts.items()
     }
     assert found == expected

@@ -1,8 +1,9 @@
 """Rules of the number formats: where float8 can run, and the widths that it takes."""
 
+from megatron_hybrid.config.linears import linears
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, parse_pattern
 from megatron_hybrid.config.phases import sequence_lengths
-from megatron_hybrid.config.precision import FLOAT8_RECIPES, float8_layers, linear_widths
+from megatron_hybrid.config.precision import FLOAT8_RECIPES, float8_layers
 from megatron_hybrid.config.rules.common import Facts, Problems, Rule
 from megatron_hybrid.config.run import RunConfig
 
@@ -72,14 +73,11 @@ def float8_widths(c: RunConfig, _: Facts) -> Problems:
         return
     p, layers = c.parallel, parse_pattern(c.model.hybrid_layer_pattern).layers
     tp, etp = p.tensor_model_parallel_size, p.expert_tensor_parallel_size or 1
-    at_start = c.precision.num_layers_at_start_in_bf16 or 0
-    at_end = c.precision.num_layers_at_end_in_bf16 or 0
-    numbers = float8_layers(c.model.hybrid_layer_pattern, at_start, at_end)
-    kinds = sorted({layers[number - 1] for number in numbers})
+    kinds = sorted({layers[number - 1] for number in float8_layers(c)})
     told: set[tuple[str, int]] = set()
     for kind in kinds:
-        for linear, widths in linear_widths(c.model, kind, tp, etp).items():
-            for name, width in zip(("inputs", "outputs"), widths, strict=True):
+        for linear, widths in linears(c.model, kind, tp=tp, etp=etp).items():
+            for name, width in (("inputs", widths.inputs), ("outputs", widths.outputs)):
                 # The hidden size is in every linear, and told of once.
                 key = ("", width) if width == c.model.hidden_size else (f"{kind}{linear}", width)
                 if width % recipe.width_multiple and key not in told:
@@ -116,8 +114,8 @@ def _near_heads(c: RunConfig, multiple: int) -> str:
             and number % c.model.mamba_num_groups == 0
             and not any(
                 width % multiple
-                for widths in linear_widths(model, MAMBA, tp, 1).values()
-                for width in widths
+                for linear in linears(model, MAMBA, tp=tp).values()
+                for width in (linear.inputs, linear.outputs)
             )
         )
 

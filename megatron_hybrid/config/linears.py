@@ -1,0 +1,54 @@
+"""Inputs and outputs of each linear of a layer, whole or on a tensor-parallel rank. Torch-free."""
+
+from typing import NamedTuple
+
+from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE
+
+
+class Linear(NamedTuple):
+    """Widths of a linear; `routed`: each expert has one, and sees the tokens that it gets."""
+
+    inputs: int
+    outputs: int
+    routed: bool = False
+
+
+def linears(model: ModelConfig, kind: str, *, tp: int = 1, etp: int = 1) -> dict[str, Linear]:
+    """The linears of a layer, by name, as one of `tp` ranks (of an expert: of `etp`) has them.
+
+    Sizes that do not divide are cut off: rules refuse them.
+    """
+    d = model.hidden_size
+    if kind == MAMBA:
+        assert model.mamba_num_heads is not None
+        inner = model.mamba_num_heads * model.mamba_head_dim
+        # Packed z, x, B, C, dt.
+        width = 2 * (inner + model.mamba_num_groups * model.mamba_state_dim) + model.mamba_num_heads
+        return {"in_proj": Linear(d, width // tp), "out_proj": Linear(inner // tp, d)}
+    if kind == ATTENTION:
+        heads, groups, channels = (
+            model.num_attention_heads, model.num_query_groups, model.kv_channels,
+        )  # fmt: skip
+        assert heads is not None and groups is not None and channels is not None
+        return {
+            "linear_qkv": Linear(d, (heads + 2 * groups) * channels // tp),
+            "linear_proj": Linear(heads * channels // tp, d),
+        }
+    if kind == MLP:
+        assert model.ffn_hidden_size is not None
+        return _mlp(model, model.ffn_hidden_size // tp, "")
+    assert kind == MOE and model.moe_ffn_hidden_size is not None
+    found = _mlp(model, model.moe_ffn_hidden_size // etp, " of an expert", routed=True)
+    if model.moe_shared_expert_intermediate_size is not None:
+        shared = model.moe_shared_expert_intermediate_size // tp
+        found |= _mlp(model, shared, " of the shared expert")
+    return found
+
+
+def _mlp(model: ModelConfig, inner: int, whose: str, *, routed: bool = False) -> dict[str, Linear]:
+    gate = 2 if model.activation == "swiglu" else 1
+    return {
+        f"linear_fc1{whose}": Linear(model.hidden_size, gate * inner, routed),
+        f"linear_fc2{whose}": Linear(inner, model.hidden_size, routed),
+    }
