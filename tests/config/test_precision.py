@@ -116,6 +116,13 @@ def test_what_contradicts() -> None:
     assert "1028 tokens on a rank must be a multiple of 8" in found
 
 
+def test_parts_that_are_not_equal() -> None:
+    """Ranks that cannot share the heads are told of so, not of widths that there will not be."""
+    found = problems("nemotron_h_8b", tp=3)
+    assert "parallel.tensor_model_parallel_size=3 must divide model.mamba_num_heads" in found
+    assert "precision.recipe" not in found
+
+
 def test_megatrons_flags() -> None:
     """The names of Megatron-LM's recipes, and its flags for the layers at the ends."""
     config = load_config(

@@ -5,6 +5,7 @@ from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, parse_pattern
 from megatron_hybrid.config.phases import sequence_lengths
 from megatron_hybrid.config.precision import FLOAT8_RECIPES, float8_layers
 from megatron_hybrid.config.rules.common import Facts, Problems, Rule
+from megatron_hybrid.config.rules.parallel import expert_parallel, tensor_parallel
 from megatron_hybrid.config.run import RunConfig
 
 _START = "precision.num_layers_at_start_in_bf16"
@@ -66,10 +67,14 @@ def where_float8_runs(c: RunConfig, facts: Facts) -> Problems:
         )
 
 
-def float8_widths(c: RunConfig, _: Facts) -> Problems:
-    """Each linear in float8 has widths that the hardware takes, on every rank."""
+def float8_widths(c: RunConfig, facts: Facts) -> Problems:
+    """Each linear in float8 has widths that the hardware takes, on every rank.
+
+    Where the ranks do not get equal parts, that is told first.
+    """
     recipe = FLOAT8_RECIPES.get(c.precision.recipe)
-    if recipe is None:
+    divides = not [*tensor_parallel(c, facts), *expert_parallel(c, facts)]
+    if recipe is None or not divides:
         return
     p, layers = c.parallel, parse_pattern(c.model.hybrid_layer_pattern).layers
     tp, etp = p.tensor_model_parallel_size, p.expert_tensor_parallel_size or 1
