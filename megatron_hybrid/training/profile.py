@@ -7,8 +7,6 @@ steps.
 
 import gzip
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -91,7 +89,6 @@ class _Recording:
     def __init__(self, config: RunConfig, stepper: Stepper) -> None:
         self._layers = parse_pattern(config.model.hybrid_layer_pattern).layers
         self.spans = Spans(stepper.device)
-        self._ends_backward = False
         self._handles: list[Any] = []
         for chunk in stepper.model:
             for module in chunk.modules():
@@ -132,7 +129,9 @@ class _Recording:
         self._hook(model, own, None)
         # Where there is a loss, its backward pass is what comes next.
         self._handles.append(
-            model.register_forward_hook(lambda *_: self.spans.switch(after), prepend=False)
+            model.register_forward_hook(
+                lambda *_: self.spans.switch(after if model.training else OTHER)
+            )
         )
         if model.pre_process:
             self._hook(model.embedding, Cause(EMBEDDING, FORWARD), Cause(EMBEDDING, BACKWARD))
@@ -147,11 +146,15 @@ class _Recording:
         number = getattr(module, "layer_number", "")
 
         def begin(*_: Any) -> None:
+            if not module.training:  # an evaluation
+                return
             again = torch._C._current_graph_task_id() != -1
             cause = Cause(forward.what, RECOMPUTED) if again else forward
             self.spans.begin(cause, f"{' '.join(cause)} {number}".strip())
 
         def end(_module: Any, _inputs: Any, output: Any) -> None:
+            if not module.training:
+                return
             self.spans.end()
             tensor = output[0] if isinstance(output, tuple) else output
             if backward is not None and isinstance(tensor, Tensor) and tensor.requires_grad:
@@ -207,11 +210,9 @@ def as_text(table: dict[str, Any]) -> str:
 
 def _write_trace(profiler: Any, path: Path) -> None:
     """The trace, whole or not at all, for Perfetto or chrome://tracing."""
-    plain, packed = (path.with_name(f".{path.name}.{kind}") for kind in ("json", "gz"))
-    profiler.export_chrome_trace(str(plain))
-    with plain.open("rb") as source, gzip.open(packed, "wb", compresslevel=4) as target:
-        shutil.copyfileobj(source, target)
-    plain.unlink()
-    with packed.open("rb") as file:
-        os.fsync(file.fileno())
-    packed.replace(path)
+    plain = path.with_name(f".{path.name}.plain")
+    try:
+        profiler.export_chrome_trace(str(plain))
+        write_atomic(path, gzip.compress(plain.read_bytes(), compresslevel=4))
+    finally:
+        plain.unlink(missing_ok=True)

@@ -95,7 +95,7 @@ class StepWatch:
 
     def check_loss(self, loss: Tensor) -> None:
         """Look at the sum of a micro batch's losses, `[]`."""
-        self._check(loss, LOSS)
+        self._check(loss.detach(), LOSS)
 
     def diagnose(self, iteration: int) -> Diagnosis:
         """What the findings of this step say."""
@@ -121,7 +121,7 @@ class StepWatch:
         if machine.state == RerunState.NOT_RUNNING_YET:  # an evaluation
             return
         machine.validate_result(
-            value.detach().float().abs().max(),
+            value.float().abs().max(),
             rejection_func=lambda largest: not torch.isfinite(largest),
             comparison_func=_same_kind,
             message=what,

@@ -97,7 +97,7 @@ class Soundness:
         self._attempt, self._metrics = attempt, metrics
         before = unsound_steps(read_attempts(config.run_dir))
         before = {step: found for step, found in before.items() if step > progress.iteration}
-        if before:
+        if before and config.training.nonfinite_action == "stop":
             layers = parse_pattern(config.model.hybrid_layer_pattern).layers
             stepper.watch = StepWatch(stepper.model, layers, before)
 

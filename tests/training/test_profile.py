@@ -107,6 +107,16 @@ def test_stages(tmp_path: Path) -> None:
     assert row(second, "output and loss")["backward_ms"] > 0
 
 
+def test_evaluations_are_no_steps(tmp_path: Path) -> None:
+    """An evaluation between two recorded steps is no layer's time."""
+    plain, evaluated = tmp_path / "plain", tmp_path / "evaluated"
+    more = ["training.eval_interval=2", "training.eval_iters=20"]
+    run_distributed(trained, 1, [words(plain, *PROFILE), words(evaluated, *PROFILE, *more)])
+    assert [r["iteration"] for r in records(evaluated, "validation")] == [2, 4]
+    times = [row(table(run), "Mamba-2")["forward_ms"] for run in (plain, evaluated)]
+    assert times[1] < 5 * times[0]  # of forward passes there were eleven times as many
+
+
 def test_a_run_that_ends_before(tmp_path: Path) -> None:
     """What was recorded until then is written."""
     run_distributed(trained, 1, [words(tmp_path, *PROFILE[:2], "training.profile_step_end=50")])

@@ -12,7 +12,7 @@ import torch
 
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.testing import run_distributed
-from megatron_hybrid.training.attempts import read_attempts
+from megatron_hybrid.training.attempts import ATTEMPTS_FILE, append, read_attempts
 from megatron_hybrid.training.findings import Finding, acquit, diagnose
 from tests.training.runs import (
     losses,
@@ -141,6 +141,15 @@ def test_a_passing_error(tmp_path: Path) -> None:
     assert event["message"].startswith(f"step {STEP}: finite this time")
     kinds = [event["event"] for event in read_attempts(tmp_path)]
     assert kinds.count("unsound") == 2
+
+
+def test_steps_that_are_passed_over(tmp_path: Path) -> None:
+    """A run that is told to skip such steps does so, also where one stopped it before."""
+    append(tmp_path / ATTEMPTS_FILE, {"event": "unsound", "iteration": STEP + 1, "found": []})
+    skipping = saving(tmp_path, "training.nonfinite_action=skip")
+    bad = Start("node1", "layer")
+    assert run_distributed(starts, 2, skipping, [bad], rank=1)[0] == ["finished"]
+    assert [step["skipped"] for step in records(tmp_path)] == [False, False, True, False]
 
 
 def test_stages_and_tensor_parallel_ranks(tmp_path: Path) -> None:
