@@ -32,10 +32,9 @@ from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.pattern import KINDS, parse_pattern
 from megatron_hybrid.config.sections import ParallelConfig, PrecisionConfig
 from megatron_hybrid.data.tokenizer import (
-    HuggingFaceTokenizer,
     NullTokenizer,
-    SentencePieceTokenizer,
     Tokenizer,
+    holds_tokenizer,
     load_tokenizer,
 )
 from megatron_hybrid.model.transformer_config import RECOMPUTE_FIELDS
@@ -57,6 +56,7 @@ def verify(
     prompts: Sequence[str] = (),
     *,
     model: str | None = None,
+    parse_special_tokens: bool = False,
     max_new_tokens: int = 32,
     tolerance: float = TOLERANCE,
 ) -> Report:
@@ -66,6 +66,7 @@ def verify(
         checkpoint: as `find_checkpoint` takes it.
         prompts: texts to continue; ids, where the run had no tokenizer. Built-in ones without.
         model: preset or YAML file that describes the model, where the checkpoint does not.
+        parse_special_tokens: let the text of a special token in a prompt become its id.
         tolerance: on differences relative to the standard deviation, for models of up to 8 layers;
             beyond, it grows with the root of the number of layers.
 
@@ -77,12 +78,12 @@ def verify(
     exported = exported_dtypes(export)
     with CheckpointReader(folder) as reader:
         config = _alone_in_fp32(source_config(reader, model))
-    tokenizer = _tokenizer(folder, config)
+    tokenizer = _tokenizer(folder, config, parse_special_tokens)
     hf_config = json.loads((export / "config.json").read_text(encoding="utf-8"))
     report = Report(str(folder), str(export), found)
     asked = _prompts(prompts, tokenizer, hf_config)
     if not isinstance(tokenizer, NullTokenizer):
-        report.problems += _tokenizer_problems(export, tokenizer, asked)
+        report.problems += _tokenizer_problems(export, tokenizer, asked, parse_special_tokens)
     ours = our_answers(folder, config, tokenizer, exported, asked, max_new_tokens)
     theirs = their_answers(export, asked, max_new_tokens, tokenizer.eod)
     pattern = parse_pattern(config.model.hybrid_layer_pattern).layers
@@ -110,11 +111,10 @@ def _alone_in_fp32(config: RunConfig) -> RunConfig:
     )
 
 
-def _tokenizer(folder: Path, config: RunConfig) -> Tokenizer:
+def _tokenizer(folder: Path, config: RunConfig, parse_special_tokens: bool) -> Tokenizer:
     """The run's; ids as text where the checkpoint has none, as Megatron-LM's own."""
-    kinds = (SentencePieceTokenizer, HuggingFaceTokenizer, NullTokenizer)
-    if any((folder / kind.file_name).is_file() for kind in kinds):
-        return load_tokenizer(folder)
+    if holds_tokenizer(folder):
+        return load_tokenizer(folder, parse_special_tokens=parse_special_tokens)
     assert config.model.vocab_size is not None
     return NullTokenizer(config.model.vocab_size)
 
@@ -136,7 +136,9 @@ def _prompts(texts: Sequence[str], tokenizer: Tokenizer, hf_config: dict[str, An
     return prompts
 
 
-def _tokenizer_problems(export: Path, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[str]:
+def _tokenizer_problems(
+    export: Path, tokenizer: Tokenizer, prompts: Sequence[Prompt], parse_special_tokens: bool
+) -> list[str]:
     """How the exported tokenizer differs from the run's on the prompts, and at a document's end."""
     from transformers import AutoTokenizer, GenerationConfig
 
@@ -147,7 +149,12 @@ def _tokenizer_problems(export: Path, tokenizer: Tokenizer, prompts: Sequence[Pr
     problems = []
     for prompt in prompts:
         if prompt.text is not None:
-            ids = theirs.encode(prompt.text, add_special_tokens=False)
+            # By itself it lets the text of a special token become its id.
+            ids = theirs.encode(
+                prompt.text,
+                add_special_tokens=False,
+                split_special_tokens=not parse_special_tokens,
+            )
             if tuple(ids) != prompt.tokens:
                 problems.append(
                     f"the exported tokenizer reads {prompt.name} as {ids}, the run's as "

@@ -17,6 +17,7 @@ from launchers.place import ATTEMPT, LOGS, Place, join, log_folder
 from megatron_hybrid import cli_text
 from megatron_hybrid.commands import convert as convert_commands
 from megatron_hybrid.commands import data as data_commands
+from megatron_hybrid.commands.options import ParseSpecialTokens
 from megatron_hybrid.commands.plan import plan
 from megatron_hybrid.commands.preflight import preflight
 from megatron_hybrid.commands.smoke_test import smoke_test
@@ -142,6 +143,7 @@ def generate(
     top_k: Annotated[int, typer.Option(help="only among the k likeliest; 0: all")] = 0,
     top_p: Annotated[float, typer.Option(help="only among the likeliest that sum to p")] = 1.0,
     seed: Annotated[int, typer.Option(help="of the draws")] = 1234,
+    parse_special_tokens: ParseSpecialTokens = False,
 ) -> None:
     """Continue a text with a trained model."""
     from megatron_hybrid.generation import Sampling, generate_text
@@ -149,7 +151,9 @@ def generate(
     inner = checkpoint / "checkpoints"
     folder = inner if (inner / TRACKER_FILE).is_file() else checkpoint
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    pieces = generate_text(folder, prompt, max_new_tokens, sampling)
+    pieces = generate_text(
+        folder, prompt, max_new_tokens, sampling, parse_special_tokens=parse_special_tokens
+    )
     # The prompt not before the model is loaded: an error would follow half a line.
     first = next(pieces, "")
     print(prompt + first, end="", flush=True)

@@ -170,11 +170,12 @@ def _positions(tokens: Tensor, offset: int) -> Tensor:
 
 
 @contextmanager
-def open_checkpoint(checkpoint: Path) -> Iterator[Generator]:
+def open_checkpoint(checkpoint: Path, *, parse_special_tokens: bool = False) -> Iterator[Generator]:
     """Load the newest checkpoint under a folder, saved by any layout, for the time of the block.
 
     Args:
         checkpoint: the folder with `latest_checkpointed_iteration.txt`, or one `iter_…` of it.
+        parse_special_tokens: the tokenizer lets the text of a special token become its id.
 
     Raises:
         UserError: there is no whole checkpoint, or it cannot be loaded.
@@ -186,7 +187,8 @@ def open_checkpoint(checkpoint: Path) -> Iterator[Generator]:
     if folder is None:
         raise UserError(f"{checkpoint} holds no checkpoint: it has no {TRACKER_FILE}")
     config = load_config([str(folder / CONFIG_FILE), *ONE_RANK], which=rules.NO_FILES)
-    with open_model(config, folder, load_tokenizer(folder)) as generator:
+    tokenizer = load_tokenizer(folder, parse_special_tokens=parse_special_tokens)
+    with open_model(config, folder, tokenizer) as generator:
         yield generator
 
 
@@ -218,14 +220,22 @@ def open_model(config: RunConfig, folder: Path, tokenizer: Tokenizer) -> Iterato
 
 
 def generate_text(
-    checkpoint: Path, prompt: str, max_new_tokens: int, sampling: Sampling
+    checkpoint: Path,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    parse_special_tokens: bool = False,
 ) -> Iterator[str]:
     """The continuation of a prompt, piece by piece as it is generated (the prompt not included).
+
+    Args:
+        parse_special_tokens: let the text of a special token in the prompt become its id.
 
     Raises:
         UserError: the checkpoint or the prompt cannot be used.
     """
-    with open_checkpoint(checkpoint) as generator:
+    with open_checkpoint(checkpoint, parse_special_tokens=parse_special_tokens) as generator:
         tokenizer = generator.tokenizer
         prompt_ids = tokenizer.encode(prompt)
         ids: list[int] = []

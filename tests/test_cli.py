@@ -4,10 +4,15 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import typer
 import yaml
+from typer.core import TyperGroup
 
+from megatron_hybrid import cli
 from megatron_hybrid.config import build_config, presets, rules
 from megatron_hybrid.config.flags import flags
 from megatron_hybrid.config.yaml_text import parse_yaml
@@ -167,3 +172,24 @@ def test_launcher_refuses_before_any_rank_starts() -> None:
     done = run("pretrain", *GOOD, "--expert-tensor-parallel-size", "2", "--nproc", "2")
     assert done.returncode == 1
     assert "parallel.expert_tensor_parallel_size=2 needs GPUs" in done.stderr
+
+
+def _commands(group: TyperGroup, path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, command in group.commands.items():
+        if isinstance(command, TyperGroup):
+            yield from _commands(command, f"{path}{name} ")
+        else:
+            yield f"{path}{name}", command
+
+
+def test_whatever_encodes_a_users_text_can_parse_special_tokens() -> None:
+    """Every command that takes a prompt, or text to tokenise, has --parse-special-tokens."""
+    root = typer.main.get_command(cli.app)
+    assert isinstance(root, TyperGroup)
+    encodes = {
+        name: {option.name for option in command.params}
+        for name, command in _commands(root)
+        if {"prompt", "inputs"} & {option.name for option in command.params}
+    }
+    assert {"generate", "convert verify", "data tokenize"} <= encodes.keys()
+    assert [name for name, has in encodes.items() if "parse_special_tokens" not in has] == []

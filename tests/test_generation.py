@@ -1,13 +1,20 @@
 """Generation: stepping with caches equals the full forward; sampling does what it says."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import tokenizers
 import torch
 
+from megatron_hybrid import generation
+from megatron_hybrid.config import load_config
 from megatron_hybrid.errors import UserError
-from megatron_hybrid.generation import Sampling, choose
+from megatron_hybrid.generation import Sampling, choose, generate_text
 from megatron_hybrid.testing import run_distributed
+from tests.config import GOOD
 from tests.distributed.layouts import LAYOUTS, MOE, built, layout_config, save_weights
 
 TWO_STAGES = next(layout for layout in LAYOUTS if layout.name == "TP2xPP2")
@@ -113,3 +120,31 @@ def test_missing_checkpoint_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="holds no checkpoint"), open_checkpoint(tmp_path):
         pass
+
+
+def test_a_special_token_in_a_prompt_is_characters_or_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Characters by default, its id on demand; a tokenizer that cannot find them says so."""
+    prompts: list[Sequence[int]] = []
+
+    @contextmanager
+    def open_model(config: object, folder: Path, tokenizer: object) -> Iterator[SimpleNamespace]:
+        def generate(prompt: Sequence[int], *_: object) -> Iterator[int]:
+            prompts.append(prompt)
+            yield from ()
+
+        yield SimpleNamespace(tokenizer=tokenizer, generate=generate)
+
+    monkeypatch.setattr(generation, "open_model", open_model)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"user": 0, "?": 1}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Split("<|im_start|>", "isolated")
+    words.add_special_tokens(["</s>", "<|im_start|>"])
+    words.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "run_config.yaml").write_text(load_config([*GOOD]).to_yaml())
+    for parse, expected in ((False, [1, 0]), (True, [3, 0])):
+        list(generate_text(tmp_path, "<|im_start|>user", 1, Sampling(), parse_special_tokens=parse))
+        assert prompts[-1] == expected
+    (tmp_path / "tokenizer.json").rename(tmp_path / "tokenizer.model")
+    with pytest.raises(UserError, match=r"--parse-special-tokens needs a tokenizer\.json"):
+        list(generate_text(tmp_path, "", 1, Sampling(), parse_special_tokens=True))

@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from megatron_hybrid.commands.options import ParseSpecialTokens
+
 
 def verify(
     checkpoint: Annotated[
@@ -26,6 +28,7 @@ def verify(
         str | None,
         typer.Option(help="preset or YAML file of the model, where the checkpoint names none"),
     ] = None,
+    parse_special_tokens: ParseSpecialTokens = False,
     json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
     """Compare layers, logits and greedy text with transformers', in fp32; 1 if they differ."""
@@ -40,6 +43,7 @@ def verify(
         out,
         prompt or (),
         model=model,
+        parse_special_tokens=parse_special_tokens,
         max_new_tokens=max_new_tokens,
         tolerance=TOLERANCE if tolerance is None else tolerance,
     )

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from megatron_hybrid.commands.options import ParseSpecialTokens
+
 
 def tokenize(
     inputs: Annotated[
@@ -24,12 +26,7 @@ def tokenize(
     more_inputs: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="FILES")] = None,
     vocab_size: Annotated[int | None, typer.Option(help="only for --tokenizer-type null")] = None,
     json_key: Annotated[str, typer.Option(help="key, or parquet column, of the text")] = "text",
-    parse_special_tokens: Annotated[
-        bool,
-        typer.Option(
-            "--parse-special-tokens", help="let the text of a special token, as </s>, become its id"
-        ),
-    ] = False,
+    parse_special_tokens: ParseSpecialTokens = False,
     encoder: Annotated[
         Literal["auto", "fastokens", "tokenizers"],
         typer.Option(help="library for huggingface; auto: the fastest that gives the same ids"),

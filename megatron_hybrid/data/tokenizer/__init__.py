@@ -78,17 +78,26 @@ def holds_tokenizer(folder: Path) -> bool:
     return any((folder / kind.file_name).is_file() for kind in kinds)
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
+def load_tokenizer(folder: Path, *, parse_special_tokens: bool = False) -> Tokenizer:
     """The tokenizer that `save_copy` wrote into `folder`.
 
+    Args:
+        parse_special_tokens: let the text of a special token become its id; huggingface only.
+
     Raises:
-        DataError: the folder holds none.
+        DataError: the folder holds none, or it cannot find special tokens in text.
     """
-    if (folder / SentencePieceTokenizer.file_name).is_file():
-        return SentencePieceTokenizer(folder / SentencePieceTokenizer.file_name)
-    if (folder / HuggingFaceTokenizer.file_name).is_file():
-        return HuggingFaceTokenizer(folder)
-    null_path = folder / NullTokenizer.file_name
-    if null_path.is_file():
-        return NullTokenizer(json.loads(null_path.read_bytes())["vocab_size"])
-    raise DataError(f"{folder} holds no tokenizer")
+    kinds = (SentencePieceTokenizer, HuggingFaceTokenizer, NullTokenizer)
+    kind = next((kind for kind in kinds if (folder / kind.file_name).is_file()), None)
+    if kind is None:
+        raise DataError(f"{folder} holds no tokenizer")
+    if kind is HuggingFaceTokenizer:
+        return HuggingFaceTokenizer(folder, parse_special_tokens)
+    if parse_special_tokens:
+        raise DataError(
+            f"--parse-special-tokens needs a {HuggingFaceTokenizer.file_name}; {folder} holds "
+            f"{kind.file_name}, which has no way to find special tokens in text"
+        )
+    if kind is SentencePieceTokenizer:
+        return SentencePieceTokenizer(folder / kind.file_name)
+    return NullTokenizer(json.loads((folder / kind.file_name).read_bytes())["vocab_size"])
