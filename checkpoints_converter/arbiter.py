@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
+from checkpoints_converter.loading_order import SINGLE_FILE, weight_map
+
 Weights = dict[str, Tensor]
 Layer = Callable[[Tensor], Tensor]  # the normed residual of one token [h] -> what is added [h]
 
@@ -58,8 +60,8 @@ class Arbiter:
         if config["model_type"] != "nemotron_h":
             raise ValueError(f"model_type={config['model_type']!r} must be 'nemotron_h'")
         weights: Weights = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            weights |= load_file(path)
+        for file in sorted(set((weight_map(folder) or {"": SINGLE_FILE}).values())):
+            weights |= load_file(folder / file)
         weights = {_plain_name(name): tensor.double() for name, tensor in weights.items()}
         biases = ("conv1d.bias", "dt_bias", "e_score_correction_bias")
         unknown = [name for name in weights if name.endswith("bias") and not name.endswith(biases)]

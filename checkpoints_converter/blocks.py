@@ -156,10 +156,8 @@ def common_table(
         second_norm: what the norm before a block's MLP is called, without the prefix.
     """
     h = model.hidden_size
-    # A file of tied embeddings may hold them twice.
-    tied = not model.untie_embeddings_and_output_weights and not theirs.has("lm_head.weight")
     mappings = layers.vocabulary(
-        model, "model.embed_tokens.weight", None if tied else "lm_head.weight"
+        model, "model.embed_tokens.weight", "lm_head.weight", theirs, held_once=True
     )
     mappings.append(renamed("decoder.final_norm.weight", final_norm, (h,)))
     for number, (mixer, second) in enumerate(blocks(model)):

@@ -11,14 +11,10 @@ import torch
 
 from checkpoints_converter.family import Family
 from checkpoints_converter.hugging_face_files import write_small_files
+from checkpoints_converter.loading_order import INDEX_FILE, SINGLE_FILE
 from checkpoints_converter.output_folder import output_folder
 from checkpoints_converter.registry import family_for
-from checkpoints_converter.safetensors_files import (
-    CHECKSUMS_FILE,
-    INDEX_FILE,
-    SINGLE_FILE,
-    SafetensorsWriter,
-)
+from checkpoints_converter.safetensors_files import CHECKSUMS_FILE, SafetensorsWriter
 from checkpoints_converter.streaming import (
     BLOCK_BYTES,
     DTYPES,

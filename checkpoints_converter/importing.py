@@ -12,6 +12,7 @@ import torch
 
 from checkpoints_converter.errors import ConversionError
 from checkpoints_converter.family import Family, Fields
+from checkpoints_converter.loading_order import elsewhere, passed_over
 from checkpoints_converter.registry import family
 from checkpoints_converter.safetensors_files import SafetensorsReader
 from checkpoints_converter.streaming import (
@@ -23,7 +24,15 @@ from checkpoints_converter.streaming import (
     stored_dtype,
     whole,
 )
-from checkpoints_converter.weights import Names, Recipe, recipes_of_ours, refuse_other_tensors
+from checkpoints_converter.weights import (
+    Mapping,
+    Names,
+    Recipe,
+    Run,
+    held_twice,
+    recipes_of_ours,
+    refuse_other_tensors,
+)
 from megatron_hybrid.checkpoint import files as checkpoint_files
 from megatron_hybrid.checkpoint.reader import as_matrix
 from megatron_hybrid.checkpoint.threads import default_threads, in_threads
@@ -102,6 +111,8 @@ def import_model(
     with file_errors(save), SafetensorsReader(source) as reader:
         dtypes = {name: entry.dtype for name, entry in reader.tensors.items()}
         _refuse_dtypes(source, dtypes)
+        if left := passed_over(source):
+            fields.notes.append(f"not read, as transformers would not: {', '.join(left)}")
         folder = checkpoint_files.iteration_folder(save, 0)
         tokenizer = _tokenizer(source)
         if tokenizer is None:
@@ -113,7 +124,18 @@ def import_model(
         )
         values["make_vocab_size_divisible_by"] = multiple
         config = _run_config(values, fields, folder, recipe, tokenizer)
-        recipes = _recipes(source, reader, chosen, config.model)
+        table = _table(source, reader, chosen, config.model)
+        unlike = next((pair for pair in held_twice(table) if not _alike(reader, *pair)), None)
+        if unlike is not None:
+            first, second = (run.theirs for run in unlike)
+            fields.notes.append(
+                f"config.json ties {first} to {second}, but their values differ: both are kept, as "
+                "transformers keeps them"
+            )
+            values["untie_embeddings_and_output_weights"] = True
+            config = _run_config(values, fields, folder, recipe, tokenizer)
+            table = _table(source, reader, chosen, config.model)
+        recipes = recipes_of_ours(table)
         asked = DTYPES[options.dtype] if options.dtype else None
         plan = [(recipe, stored_dtype(recipe, dtypes, asked)) for recipe in recipes]
         checkpoint_files.start_partial(save, 0)
@@ -148,6 +170,7 @@ def read_model(source: Path) -> tuple[Family, Fields, dict[str, Any]]:
         raise ConversionError(f"{path} is damaged: {error}") from error
     chosen = family(raw.get("model_type"))
     fields = Fields(raw)
+    fields.problems += elsewhere(source, raw)
     fields.must_be("quantization_config", None, why="quantized weights cannot be trained on")
     try:
         values = chosen.model(fields)
@@ -239,10 +262,10 @@ def _run_config(
     )
 
 
-def _recipes(
+def _table(
     source: Path, reader: SafetensorsReader, chosen: Family, model: ModelConfig
-) -> list[Recipe]:
-    """How to make our tensors.
+) -> list[Mapping]:
+    """Every tensor of the model, ours beside those of the folder.
 
     Raises:
         ConversionError: the folder's tensors are not those of its config.
@@ -253,7 +276,23 @@ def _recipes(
         (spec for mapping in table for spec in mapping.theirs),
         {name: entry.shape for name, entry in reader.tensors.items()},
     )
-    return recipes_of_ours(table)
+    return table
+
+
+def _alike(reader: SafetensorsReader, one: Run, other: Run) -> bool:
+    """Whether two tensors hold the same rows."""
+    width = as_matrix(reader.tensors[one.theirs].shape)[1]
+    step = max(1, BLOCK_BYTES // (4 * max(1, width)))
+    for start in range(0, one.count, step):
+        stop = min(start + step, one.count)
+        rows, again = (
+            reader.read_rows(run.theirs, run.their_row + start, run.their_row + stop)
+            for run in (one, other)
+        )
+        common = torch.promote_types(rows.dtype, again.dtype)
+        if not torch.equal(rows.to(common), again.to(common)):
+            return False
+    return True
 
 
 def _write(

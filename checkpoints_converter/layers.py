@@ -33,12 +33,14 @@ def norm(model: ModelConfig, kind: str, our: str, theirs: str, ours: Names) -> M
     return renamed(name, theirs, (model.hidden_size,))
 
 
-def vocabulary(model: ModelConfig, embedding: str, output: str | None) -> list[Mapping]:
+def vocabulary(
+    model: ModelConfig, embedding: str, output: str, theirs: Names, *, held_once: bool
+) -> list[Mapping]:
     """Embedding and output layer, [V, h] each; ours has V padded.
 
     Args:
-        output: None where theirs has no output layer of its own. Where ours has none and theirs
-            does, theirs are two alike.
+        held_once: how the family writes tied ones: as the embedding alone, else as two alike.
+            Files that are there may hold either, or both.
     """
     assert model.vocab_size is not None and model.padded_vocab_size is not None
     sizes = {
@@ -48,9 +50,9 @@ def vocabulary(model: ModelConfig, embedding: str, output: str | None) -> list[M
     }
     our = "embedding.word_embeddings.weight"
     if not model.untie_embeddings_and_output_weights:
-        names = (embedding,) if output is None else (embedding, output)
+        present = [name for name in (embedding, output) if theirs.has(name)]
+        names = present or ([embedding] if held_once else [embedding, output])
         return [padded_vocabulary(our, names, **sizes)]
-    assert output is not None
     return [
         padded_vocabulary(our, (embedding,), **sizes),
         padded_vocabulary("output_layer.weight", (output,), **sizes),

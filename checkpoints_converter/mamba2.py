@@ -60,10 +60,8 @@ def model(fields: Fields) -> dict[str, Any]:
 
 def table(model: ModelConfig, ours: Names, theirs: Names) -> list[Mapping]:
     """Every tensor of a model."""
-    # A file of tied embeddings may hold them twice.
-    tied = not model.untie_embeddings_and_output_weights and not theirs.has("lm_head.weight")
     mappings = layers.vocabulary(
-        model, "backbone.embeddings.weight", None if tied else "lm_head.weight"
+        model, "backbone.embeddings.weight", "lm_head.weight", theirs, held_once=True
     )
     norm = ("decoder.final_norm.weight", "backbone.norm_f.weight")
     mappings.append(renamed(*norm, (model.hidden_size,)))

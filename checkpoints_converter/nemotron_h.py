@@ -257,7 +257,7 @@ def table(model: ModelConfig, ours: Names, theirs: Names) -> list[Mapping]:
     final_norm = theirs.pick("backbone.norm_f.weight", "model.norm_f.weight")
     root = final_norm.partition(".")[0]
     embedding = theirs.pick(f"{root}.embeddings.weight", f"{root}.embedding.weight")
-    mappings = layers.vocabulary(model, embedding, "lm_head.weight")
+    mappings = layers.vocabulary(model, embedding, "lm_head.weight", theirs, held_once=False)
     mappings.append(renamed("decoder.final_norm.weight", final_norm, (model.hidden_size,)))
     for number, kind in enumerate(parse_pattern(model.hybrid_layer_pattern).layers):
         our, their = f"decoder.layers.{number}.", f"{root}.layers.{number}."

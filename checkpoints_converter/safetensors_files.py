@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from checkpoints_converter.errors import ConversionError
+from checkpoints_converter.loading_order import SINGLE_FILE, differences, weight_map
 from megatron_hybrid.checkpoint.checksum import whole_crc
 from megatron_hybrid.checkpoint.reader import as_matrix, tensor_bytes
 from megatron_hybrid.fileio import read_ahead, sync_folder
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 CHECKSUMS_FILE = "checksums.json"  # ours: CRC-32 of every tensor, for whoever imports the folder
 # In the order in which the library writes them: widest first.
 DTYPES = {
@@ -100,8 +99,8 @@ class SafetensorsReader:
         tensors: dict[str, Entry] = {}
         problems: list[str] = []
         self.fingerprints: dict[str, str] = {}
-        weight_map = _weight_map(folder)
-        for file in sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_FILE]:
+        places = weight_map(folder)
+        for file in sorted(set(places.values())) if places is not None else [SINGLE_FILE]:
             try:
                 entries, metadata = read_header(folder / file)
             except ConversionError as error:
@@ -110,8 +109,8 @@ class SafetensorsReader:
             if "fingerprint" in metadata:
                 self.fingerprints[file] = metadata["fingerprint"]
             tensors.update({entry.name: entry for entry in entries})
-            if weight_map is not None:
-                problems += _differences(file, weight_map, {entry.name for entry in entries})
+            if places is not None:
+                problems += differences(file, places, {entry.name for entry in entries})
         if len(set(self.fingerprints.values())) > 1:
             problems.append(f"its files belong to different models: {self.fingerprints}")
         if self.checksums and (odd := sorted(self.checksums.keys() ^ tensors.keys())):
@@ -201,46 +200,6 @@ def _read_checksums(folder: Path) -> dict[str, int]:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConversionError(f"{path} is damaged: {error!r}") from error
-
-
-def _weight_map(folder: Path) -> dict[str, str] | None:
-    """Name -> file of the index; None where there is one file without an index.
-
-    Raises:
-        ConversionError: there is neither, or the index is damaged.
-    """
-    path = folder / INDEX_FILE
-    if not path.is_file():
-        if (folder / SINGLE_FILE).is_file():
-            return None
-        pickles = sorted(file.name for file in folder.glob("*.bin"))
-        if pickles:
-            raise ConversionError(
-                f"{folder} holds {pickles[0]}, a pickle, which could run code and is not opened; "
-                "make safetensors of it where you trust it: AutoModelForCausalLM.from_pretrained("
-                "..., dtype='auto').save_pretrained(...)"
-            )
-        raise ConversionError(f"{folder} holds neither {INDEX_FILE} nor {SINGLE_FILE}")
-    try:
-        found = json.loads(path.read_bytes())["weight_map"]
-        weight_map = {str(name): str(file) for name, file in found.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConversionError(f"{path} is damaged: {error!r}") from error
-    for file in set(weight_map.values()):
-        if Path(file).name != file:
-            raise ConversionError(f"{path} names {file!r}, which is not in the folder")
-    return weight_map
-
-
-def _differences(file: str, weight_map: Mapping[str, str], names: set[str]) -> list[str]:
-    """Where a file holds other tensors than the index says."""
-    expected = {name for name, place in weight_map.items() if place == file}
-    problems = []
-    for text, odd in (("lacks", expected - names), ("also holds", names - expected)):
-        if odd:
-            first = ", ".join(sorted(odd)[:3]) + (f" and {len(odd) - 3} more" * (len(odd) > 3))
-            problems.append(f"{file} is not the file of {INDEX_FILE}: it {text} {first}")
-    return problems
 
 
 def read_header(path: Path) -> tuple[list[Entry], dict[str, str]]:

@@ -148,7 +148,8 @@ def padded_vocabulary(
     """Rows of the vocabulary: ours has more, which are cut off, and zeros in the other direction.
 
     Args:
-        theirs: one name, or two where our embedding is the output layer, too, and theirs is not.
+        theirs: one name, or two alike where our embedding is the output layer, too, and theirs is
+            not.
     """
     our = Spec(ours, (padded, hidden_size), zero_rows=padded - vocab_size)
     specs = tuple(Spec(name, (vocab_size, hidden_size)) for name in theirs)
@@ -190,13 +191,33 @@ def recipes_of_theirs(table: Iterable[Mapping]) -> list[Recipe]:
 
 
 def recipes_of_ours(table: Iterable[Mapping]) -> list[Recipe]:
-    """How to make every tensor of ours from theirs, in the order of the table."""
+    """How to make every tensor of ours from theirs, in the order of the table.
+
+    Rows that theirs hold several times are read where they are held first (`held_twice`).
+    """
     pieces: dict[str, list[Piece]] = {}
     table = list(table)
-    for run in (run for mapping in table for run in mapping.runs):
+    for run, _ in _runs_of_ours(table):
         piece = Piece(run.our_row, run.theirs, run.their_row, run.count)
         pieces.setdefault(run.ours, []).append(piece)
     return _recipes((spec for mapping in table for spec in mapping.ours), pieces)
+
+
+def held_twice(table: Iterable[Mapping]) -> list[tuple[Run, Run]]:
+    """Rows of ours that theirs hold more than once, and must hold alike: both places of each."""
+    return [(run, again) for run, others in _runs_of_ours(table) for again in others]
+
+
+def _runs_of_ours(table: Iterable[Mapping]) -> list[tuple[Run, list[Run]]]:
+    """The first run of every rows of ours, and those of the same rows."""
+    found: dict[tuple[str, int, int], tuple[Run, list[Run]]] = {}
+    for run in (run for mapping in table for run in mapping.runs):
+        rows = (run.ours, run.our_row, run.count)
+        if rows in found:
+            found[rows][1].append(run)
+        else:
+            found[rows] = (run, [])
+    return list(found.values())
 
 
 def _recipes(specs: Iterable[Spec], pieces: dict[str, list[Piece]]) -> list[Recipe]:
