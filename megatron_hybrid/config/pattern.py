@@ -65,6 +65,22 @@ class Pattern:
         """Layers of one kind."""
         return self.layers.count(symbol)
 
+    def chunks(self, stages: int) -> tuple[str, ...]:
+        """The layers of each pipeline chunk; chunk i is of stage `i % stages`.
+
+        Without `|` the pattern is cut evenly, as the engine does; a rest is left out, as rules
+        refuse it.
+        """
+        if len(self.segments) > 1 and stages > 1:
+            return self.segments
+        size = self.num_layers // stages
+        return tuple(self.layers[i * size : (i + 1) * size] for i in range(stages))
+
+    def most_layers(self, stages: int) -> int:
+        """Of any pipeline stage."""
+        chunks = self.chunks(stages)
+        return max(sum(map(len, chunks[stage::stages])) for stage in range(stages))
+
     def engine_text(self, pipeline_size: int) -> str:
         """The pattern as megatron-core must get it for `pipeline_size` stages.
 

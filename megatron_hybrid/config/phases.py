@@ -93,6 +93,17 @@ def sequence_lengths(config: RunConfig) -> tuple[int, ...]:
     return tuple(phase.seq_length or length for phase in config.data.phases) or (length,)
 
 
+def sequence_length_fields(config: RunConfig) -> dict[str, int]:
+    """The same by the fields that say so, each field once."""
+    found: dict[str, int] = {}
+    for number, phase in enumerate(config.data.phases):
+        if phase.seq_length is not None:
+            found[f"data.phases[{number}].seq_length"] = phase.seq_length
+    if len(found) < max(len(config.data.phases), 1):
+        found["data.seq_length"] = config.data.seq_length
+    return found
+
+
 def run_tokens(config: RunConfig) -> int:
     """The length of a valid config's run in tokens, as asked: steps may take it a little further.
 

@@ -3,6 +3,7 @@
 import math
 
 from megatron_hybrid.config import RunConfig
+from megatron_hybrid.config.ranks import data_parallel_size
 from megatron_hybrid.config.rules.common import divisors, listing
 from megatron_hybrid.data.batches import Steps
 from megatron_hybrid.errors import UserError
@@ -20,10 +21,9 @@ def check_batch_sizes(
     """
     parallel, micro_batch_size = config.parallel, config.training.micro_batch_size
     stages = parallel.pipeline_model_parallel_size
-    replica = parallel.tensor_model_parallel_size * stages * parallel.context_parallel_size
     factors = {
         "training.micro_batch_size": micro_batch_size,
-        "data-parallel size": world_size // replica,
+        "data-parallel size": data_parallel_size(config, world_size),
     }
     if parallel.virtual_pipeline_model_parallel_size is not None and stages > 1:
         factors["parallel.pipeline_model_parallel_size"] = stages  # interleaved stages take turns

@@ -1,6 +1,20 @@
 """Rules of the layout: what the ranks may divide, and how many there must be."""
 
+from math import prod
+
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, parse_pattern
+from megatron_hybrid.config.ranks import (
+    CP,
+    EP,
+    ETP,
+    PP,
+    TP,
+    data_parallel_size,
+    expert_ranks,
+    model_ranks,
+    sequence_ranks,
+    written,
+)
 from megatron_hybrid.config.rules.common import (
     Facts,
     Problems,
@@ -13,12 +27,7 @@ from megatron_hybrid.config.rules.common import (
 )
 from megatron_hybrid.config.run import RunConfig
 
-_TP = "parallel.tensor_model_parallel_size"
-_CP = "parallel.context_parallel_size"
-_PP = "parallel.pipeline_model_parallel_size"
 _VPP = "parallel.virtual_pipeline_model_parallel_size"
-_EP = "parallel.expert_model_parallel_size"
-_ETP = "parallel.expert_tensor_parallel_size"
 
 
 def tensor_parallel(c: RunConfig, _: Facts) -> Problems:
@@ -34,29 +43,29 @@ def tensor_parallel(c: RunConfig, _: Facts) -> Problems:
         for name in names if symbol in pattern else ():
             size = getattr(c.model, name)
             if size is not None:
-                yield from must_divide(_TP, tp, f"model.{name}", size)
+                yield from must_divide(TP, tp, f"model.{name}", size)
     # The padded vocabulary is a multiple of this, whatever the tokenizer brings.
     multiple = c.model.make_vocab_size_divisible_by
-    yield from must_divide(_TP, tp, "model.make_vocab_size_divisible_by", multiple)
+    yield from must_divide(TP, tp, "model.make_vocab_size_divisible_by", multiple)
 
 
 def sequence_parallel(c: RunConfig, _: Facts) -> Problems:
     """Sequence parallelism splits over TP ranks, so there must be some."""
     tp = c.parallel.tensor_model_parallel_size
     if c.parallel.sequence_parallel and tp == 1:
-        yield f"parallel.sequence_parallel=true needs {_TP} of at least 2; it is 1"
+        yield f"parallel.sequence_parallel=true needs {TP} of at least 2; it is 1"
 
 
 def sequence_length(c: RunConfig, _: Facts) -> Problems:
     """CP gives a rank two equal chunks (zigzag); sequence parallelism cuts its part again."""
-    tp, cp = c.parallel.tensor_model_parallel_size, c.parallel.context_parallel_size
-    split = c.parallel.sequence_parallel and tp > 1
+    cp, shared = c.parallel.context_parallel_size, sequence_ranks(c)
 
     def check(name: str, seq_length: int | None) -> Problems:
         if cp > 1 and seq_length is not None:
-            yield from must_be_multiple(name, seq_length, f"2 * {_CP}", 2 * cp)
-        if split and seq_length is not None:
-            yield from must_be_multiple(name, seq_length, f"{_TP} * {_CP}", tp * cp)
+            yield from must_be_multiple(name, seq_length, f"2 * {CP}", 2 * cp)
+        if shared.get(TP, 1) > 1 and seq_length is not None:
+            of = prod(shared.values())
+            yield from must_be_multiple(name, seq_length, f"{TP} * {CP}", of)
 
     yield from check("data.seq_length", c.data.seq_length)
     yield from each(
@@ -72,13 +81,13 @@ def mamba_context_parallel(c: RunConfig, _: Facts) -> Problems:
     heads, groups = c.model.mamba_num_heads, c.model.mamba_num_groups
     if cp == 1 or MAMBA not in c.model.hybrid_layer_pattern or heads is None:
         return
-    yield from must_be_multiple("model.mamba_num_heads", heads, f"{_TP} * {_CP}", tp * cp)
+    yield from must_be_multiple("model.mamba_num_heads", heads, f"{TP} * {CP}", tp * cp)
     if groups % tp == 0:
         per_rank = groups // tp
         if cp % per_rank and per_rank % cp:
             yield (
-                f"{_CP}={cp} must divide or be a multiple of "
-                f"model.mamba_num_groups={groups} / {_TP}={tp} = {per_rank}; "
+                f"{CP}={cp} must divide or be a multiple of "
+                f"model.mamba_num_groups={groups} / {TP}={tp} = {per_rank}; "
                 f"allowed: {listing(divisors(per_rank))}, {2 * per_rank}, {3 * per_rank}, ..."
             )
 
@@ -91,7 +100,7 @@ def pipeline_layers(c: RunConfig, _: Facts) -> Problems:
         name, count = "the segments of model.hybrid_layer_pattern", len(pattern.segments)
     else:
         name, count = "the layers of model.hybrid_layer_pattern", pattern.num_layers
-    yield from must_divide(_PP, pp, name, count)
+    yield from must_divide(PP, pp, name, count)
 
 
 def virtual_pipeline(c: RunConfig, _: Facts) -> Problems:
@@ -102,13 +111,13 @@ def virtual_pipeline(c: RunConfig, _: Facts) -> Problems:
         return
     segments = len(parse_pattern(c.model.hybrid_layer_pattern).segments)
     if pp == 1:
-        yield f"{_VPP}={vpp} needs {_PP} of at least 2, it is 1; allowed: null"
+        yield f"{_VPP}={vpp} needs {PP} of at least 2, it is 1; allowed: null"
     elif segments != vpp * pp:
         chunks = segments // pp
         allowed = f"null, {chunks}" if chunks > 1 and segments % pp == 0 else "null"
         yield (
             f"{_VPP}={vpp} must be the segments of model.hybrid_layer_pattern={segments} / "
-            f"{_PP}={pp}; allowed: {allowed}"
+            f"{PP}={pp}; allowed: {allowed}"
         )
 
 
@@ -117,22 +126,22 @@ def expert_parallel(c: RunConfig, _: Facts) -> Problems:
     experts, ep = c.model.num_moe_experts, c.parallel.expert_model_parallel_size
     etp, width = c.parallel.expert_tensor_parallel_size, c.model.moe_ffn_hidden_size
     if experts is None:
-        for name, size in ((_EP, ep), (_ETP, etp)):
+        for name, size in ((EP, ep), (ETP, etp)):
             if size not in (1, None):
                 yield f"{name}={size} needs model.num_moe_experts, which is null; allowed: 1"
         return
-    yield from must_divide(_EP, ep, "model.num_moe_experts", experts)
+    yield from must_divide(EP, ep, "model.num_moe_experts", experts)
     if width is not None and etp is not None:
-        yield from must_divide(_ETP, etp, "model.moe_ffn_hidden_size", width)
+        yield from must_divide(ETP, etp, "model.moe_ffn_hidden_size", width)
     if etp is not None and etp > 1 and c.model.add_bias_linear:
-        yield f"{_ETP}={etp} must be 1 with model.add_bias_linear=true"
+        yield f"{ETP}={etp} must be 1 with model.add_bias_linear=true"
 
 
 def expert_tensor_parallel_device(c: RunConfig, facts: Facts) -> Problems:
     """gloo's all_gather refuses the unequal shards that splitting experts makes."""
     etp = c.parallel.expert_tensor_parallel_size
     if facts.has_cuda is False and etp is not None and etp > 1:
-        yield f"{_ETP}={etp} needs GPUs: gloo cannot gather shards of unequal size; allowed: 1"
+        yield f"{ETP}={etp} needs GPUs: gloo cannot gather shards of unequal size; allowed: 1"
 
 
 def moe_tensor_parallel(c: RunConfig, _: Facts) -> Problems:
@@ -140,26 +149,24 @@ def moe_tensor_parallel(c: RunConfig, _: Facts) -> Problems:
     tp = c.parallel.tensor_model_parallel_size
     if MOE in c.model.hybrid_layer_pattern and tp > 1 and not c.parallel.sequence_parallel:
         yield (
-            f"parallel.sequence_parallel=false must be true with {_TP}={tp} and 'E' layers in "
+            f"parallel.sequence_parallel=false must be true with {TP}={tp} and 'E' layers in "
             "model.hybrid_layer_pattern"
         )
 
 
 def world_size(c: RunConfig, facts: Facts) -> Problems:
     """The ranks must fill whole copies of the model, dense and expert."""
-    p, world = c.parallel, facts.world_size
+    world = facts.world_size
     if world is None:
         return
-    tp, cp = p.tensor_model_parallel_size, p.context_parallel_size
-    pp = p.pipeline_model_parallel_size
-    layouts = [(f"{_TP}={tp} * {_PP}={pp} * {_CP}={cp}", tp * pp * cp)]
-    etp, ep = p.expert_tensor_parallel_size, p.expert_model_parallel_size
-    if c.model.num_moe_experts is not None and etp is not None:
-        layouts.append((f"{_ETP}={etp} * {_EP}={ep} * {_PP}={pp}", etp * ep * pp))
-    for layout, ranks in layouts:
+    layouts = [model_ranks(c)]
+    if c.model.num_moe_experts is not None:
+        layouts.append(expert_ranks(c))
+    for layout in layouts:
+        ranks = prod(layout.values())
         if world % ranks:
             yield (
-                f"the number of ranks, {world}, must be a multiple of {layout}; "
+                f"the number of ranks, {world}, must be a multiple of {written(layout)}; "
                 f"allowed: {ranks}, {2 * ranks}, {3 * ranks}, ..."
             )
             return
@@ -167,13 +174,9 @@ def world_size(c: RunConfig, facts: Facts) -> Problems:
 
 def batch_size(c: RunConfig, facts: Facts) -> Problems:
     """A data-parallel rank runs whole micro-batches; interleaved pipelines need enough of them."""
-    p = c.parallel
-    replica = (
-        p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size
-    )
-    if facts.world_size is not None and facts.world_size % replica:
+    dp = None if facts.world_size is None else data_parallel_size(c, facts.world_size)
+    if dp == 0:
         return
-    dp = None if facts.world_size is None else facts.world_size // replica
     yield from _batch_size(c, "training.global_batch_size", c.training.global_batch_size, dp)
     for number, (_, size) in enumerate(c.training.batch_size_schedule):
         yield from _batch_size(c, f"training.batch_size_schedule[{number}]: size", size, dp)
@@ -192,7 +195,7 @@ def _batch_size(c: RunConfig, name: str, batch: int, dp: int | None) -> Problems
         whole = micro * stages
         yield (
             f"{name}={batch} is {count} micro-batches a rank, but {_VPP}={vpp} needs a multiple of "
-            f"{_PP}={stages}; allowed: {whole}, {2 * whole}, {3 * whole}, ..."
+            f"{PP}={stages}; allowed: {whole}, {2 * whole}, {3 * whole}, ..."
         )
 
 

@@ -2,10 +2,15 @@
 
 from megatron_hybrid.config.linears import linears
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, parse_pattern
-from megatron_hybrid.config.phases import sequence_lengths
+from megatron_hybrid.config.phases import sequence_length_fields
 from megatron_hybrid.config.precision import FLOAT8_RECIPES, float8_layers
+from megatron_hybrid.config.ranks import rank_tokens, sequence_ranks, written
 from megatron_hybrid.config.rules.common import Facts, Problems, Rule
-from megatron_hybrid.config.rules.parallel import expert_parallel, tensor_parallel
+from megatron_hybrid.config.rules.parallel import (
+    expert_parallel,
+    sequence_length,
+    tensor_parallel,
+)
 from megatron_hybrid.config.run import RunConfig
 
 _START = "precision.num_layers_at_start_in_bf16"
@@ -130,18 +135,21 @@ def _near_heads(c: RunConfig, multiple: int) -> str:
     return ", ".join(str(n) for n in (below, above) if n) or "none"
 
 
-def float8_tokens(c: RunConfig, _: Facts) -> Problems:
-    """The tokens of a rank are a dimension of the gradient's products."""
+def float8_tokens(c: RunConfig, facts: Facts) -> Problems:
+    """The tokens that a rank quantises, its shard under sequence parallelism, come in whole blocks.
+
+    Where the ranks do not get equal parts, that is told first.
+    """
     recipe = FLOAT8_RECIPES.get(c.precision.recipe)
-    if recipe is None:
+    if recipe is None or [*sequence_length(c, facts)]:
         return
-    cp, micro = c.parallel.context_parallel_size, c.training.micro_batch_size
-    for length in sorted(sequence_lengths(c)):
-        tokens = length * micro // cp
+    for name, length in sequence_length_fields(c).items():
+        tokens = rank_tokens(c, length)
         if tokens % recipe.tokens_multiple:
             yield (
-                f"{_recipe(c)}: data.seq_length={length} * training.micro_batch_size={micro} / "
-                f"parallel.context_parallel_size={cp} = {tokens} tokens on a rank must be a "
+                f"{_recipe(c)}: {name}={length} * "
+                f"training.micro_batch_size={c.training.micro_batch_size} / "
+                f"({written(sequence_ranks(c))}) = {tokens} tokens on a rank must be a "
                 f"multiple of {recipe.tokens_multiple}"
             )
 

@@ -112,12 +112,12 @@ def recompute(c: RunConfig, _: Facts) -> Problems:
             granularity = t.recompute_granularity or "null"
             yield f"{name}={value} needs training.recompute_granularity=full; it is {granularity}"
     if t.recompute_granularity == "full" and t.recompute_num_layers is not None:
-        stages = c.parallel.pipeline_model_parallel_size
-        layers = parse_pattern(c.model.hybrid_layer_pattern).num_layers
-        if t.recompute_num_layers > -(-layers // stages):
+        pattern, stages = parse_pattern(c.model.hybrid_layer_pattern), c.parallel
+        most = pattern.most_layers(stages.pipeline_model_parallel_size)
+        if t.recompute_num_layers > most:
             yield (
                 f"training.recompute_num_layers={t.recompute_num_layers} must be at most the "
-                f"layers of a pipeline stage; allowed: 1 to {-(-layers // stages)}"
+                f"layers of a pipeline stage; allowed: 1 to {most}"
             )
 
 
