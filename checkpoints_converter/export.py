@@ -74,13 +74,14 @@ class Made:
 
 @dataclass(frozen=True)
 class Exported:
-    """What came of an export."""
+    """What came of an export; `notes` hold, but the user should know them."""
 
     folder: Path
     family: str
     tensors: int
     nbytes: int
     shards: int
+    notes: tuple[str, ...]
 
 
 def export(
@@ -122,9 +123,9 @@ def export(
         with output_folder(out, force=options.force, in_place=options.in_place) as folder:
             shards = _write_weights(folder, reader, made, options, advance)
             reader.verify()
-            _complete(folder, reader, config, family, made)
+            notes = _complete(folder, reader, config, family, made)
     total = sum(tensor.nbytes for tensor in made)
-    return Exported(out, family.model_type, len(made), total, shards)
+    return Exported(out, family.model_type, len(made), total, shards, tuple(notes))
 
 
 def plan_shards(made: Sequence[Made], max_bytes: int) -> list[list[Made]]:
@@ -249,14 +250,14 @@ def _complete(
     config: RunConfig,
     family: Family,
     made: Sequence[Made],
-) -> None:
+) -> list[str]:
     """The files beside the weights; config.json comes last, and makes the folder a model."""
     bytes_of: dict[torch.dtype, int] = {}
     for tensor in made:
         bytes_of[tensor.dtype] = bytes_of.get(tensor.dtype, 0) + tensor.nbytes
     commonest = max(bytes_of, key=lambda dtype: bytes_of[dtype])
     parameters = sum(tensor.nbytes // tensor.dtype.itemsize for tensor in made)
-    write_small_files(
+    return write_small_files(
         folder,
         reader.folder,
         config,

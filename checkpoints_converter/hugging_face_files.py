@@ -9,6 +9,7 @@ from checkpoints_converter.inspection import Contents, open_any
 from checkpoints_converter.tokenizer_files import write_tokenizer
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.pattern import KINDS, parse_pattern
+from megatron_hybrid.data.tokenizer import holds_tokenizer, load_tokenizer
 from megatron_hybrid.fileio import write_atomic
 
 
@@ -20,15 +21,23 @@ def write_small_files(
     *,
     dtype: str,
     parameters: int,
-) -> None:
+) -> list[str]:
     """Write all files of an exported folder but the weights; config.json last.
 
     Args:
         checkpoint: the distributed checkpoint, from which tokenizer and facts come.
         dtype: of most weights, as transformers names it.
         parameters: numbers in all tensors.
+
+    Returns:
+        What holds, but the user should know.
+
+    Raises:
+        DataError: the checkpoint's tokenizer is damaged.
     """
-    specials, tokenizer_note = write_tokenizer(checkpoint, folder)
+    tokenizer = load_tokenizer(checkpoint) if holds_tokenizer(checkpoint) else None
+    problem = tokenizer and config.vocabulary_problem(tokenizer.vocab_size)
+    specials, tokenizer_note = write_tokenizer(tokenizer, folder)
     contents = open_any(checkpoint).contents
     card = _card(checkpoint, contents, config, family, dtype, parameters, tokenizer_note)
     write_atomic(folder / "README.md", card)
@@ -46,6 +55,7 @@ def write_small_files(
         **family.config(config.model),
     }
     write_atomic(folder / "config.json", _json(fields))
+    return [f"it can be used with another tokenizer only: {problem}"] if problem else []
 
 
 def _json(values: dict[str, Any]) -> str:

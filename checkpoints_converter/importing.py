@@ -124,6 +124,8 @@ def import_model(
         )
         values["make_vocab_size_divisible_by"] = multiple
         config = _run_config(values, fields, folder, recipe, tokenizer)
+        if tokenizer is not None and (problem := config.vocabulary_problem(tokenizer.vocab_size)):
+            fields.notes.append(f"it can be used with another tokenizer only: {problem}")
         table = _table(source, reader, chosen, config.model)
         unlike = next((pair for pair in held_twice(table) if not _alike(reader, *pair)), None)
         if unlike is not None:

@@ -9,7 +9,7 @@ from checkpoints_converter.sentencepiece_model import first_difference, read_mod
 from megatron_hybrid.data.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
-    load_tokenizer,
+    Tokenizer,
 )
 from megatron_hybrid.fileio import write_atomic
 
@@ -25,16 +25,14 @@ class Specials:
     pad: int | None = None
 
 
-def write_tokenizer(checkpoint: Path, folder: Path) -> tuple[Specials, str]:
+def write_tokenizer(tokenizer: Tokenizer | None, folder: Path) -> tuple[Specials, str]:
     """Write a tokenizer's files; its special tokens, and a sentence for the model card.
 
-    Raises:
-        DataError: the checkpoint's tokenizer is damaged.
+    Args:
+        tokenizer: the checkpoint's; None where it has none.
     """
-    names = (SentencePieceTokenizer.file_name, HuggingFaceTokenizer.file_name)
-    if not any((checkpoint / name).is_file() for name in (*names, "null_tokenizer.json")):
+    if tokenizer is None:
         return Specials(), "none (the checkpoint has none)"
-    tokenizer = load_tokenizer(checkpoint)
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return _hugging_face(tokenizer, folder)
     if isinstance(tokenizer, SentencePieceTokenizer):

@@ -201,8 +201,9 @@ def open_model(config: RunConfig, folder: Path, tokenizer: Tokenizer) -> Iterato
         folder: the checkpoint itself, `.../iter_0000100`, saved by any layout.
 
     Raises:
-        UserError: it cannot be loaded, or is of another model.
+        UserError: it cannot be loaded, is of another model, or has fewer ids than the tokenizer.
     """
+    config = config.with_vocab_size(tokenizer.vocab_size)
     if config.precision.recipe in FLOAT8_RECIPES:
         # The weights are bf16, and a token alone has no shape that float8 could take.
         config = config.model_copy(update={"precision": PrecisionConfig(recipe="bf16")})

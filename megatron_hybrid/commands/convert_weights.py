@@ -61,6 +61,8 @@ def to_hf(
     print(
         f"{done.folder}: {done.family}, {done.tensors} tensors, {done.nbytes / 1e9:.2f} GB, {files}"
     )
+    for note in done.notes:
+        print(f"note: {note}")
 
 
 def from_hf(

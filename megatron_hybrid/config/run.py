@@ -46,21 +46,26 @@ class RunConfig(Section):
     upcycling: UpcyclingConfig = UpcyclingConfig()
     logging: LoggingConfig = LoggingConfig()
 
+    def vocabulary_problem(self, vocab_size: int) -> str | None:
+        """Why the model cannot embed every id of a tokenizer of `vocab_size`; None where it can."""
+        asked = self.model.vocab_size
+        if asked is None or asked >= vocab_size:
+            return None
+        return (
+            f"model.vocab_size={asked} must hold the tokenizer's {vocab_size} tokens; "
+            f"allowed: null, {vocab_size} and more"
+        )
+
     def with_vocab_size(self, vocab_size: int) -> "RunConfig":
-        """A copy that knows its tokenizer's vocabulary.
+        """A copy that knows its tokenizer's vocabulary: for whatever gives ids to the model.
 
         Raises:
             ConfigError: `model.vocab_size` is set, and smaller than the tokenizer's.
         """
-        asked = self.model.vocab_size
-        if asked is not None and asked < vocab_size:
-            raise ConfigError(
-                [
-                    f"model.vocab_size={asked} must hold the tokenizer's {vocab_size} tokens; "
-                    f"allowed: null, {vocab_size} and more"
-                ]
-            )
-        known = self.model.model_copy(update={"vocab_size": asked or vocab_size})
+        problem = self.vocabulary_problem(vocab_size)
+        if problem is not None:
+            raise ConfigError([problem])
+        known = self.model.model_copy(update={"vocab_size": self.model.vocab_size or vocab_size})
         return self.model_copy(update={"model": known})
 
     def to_yaml(self) -> str:

@@ -49,7 +49,9 @@ def check_files(
     checks += [found, *_data(config, tokenizer, hash_s)]
     if tokenizer is None:
         checks.append(
-            Check("plan and checkpoint", "not checked: there is no tokenizer", skipped=True)
+            Check(
+                "plan and checkpoint", "not checked: there is no tokenizer that fits", skipped=True
+            )
         )
     else:
         checks.append(_start(config, world_size or 1))
@@ -66,6 +68,9 @@ def _tokenizer(config: RunConfig) -> tuple[Tokenizer | None, Check]:
         )
     except UserError as error:
         return None, Check("tokenizer", "cannot be used", (str(error),))
+    problem = config.vocabulary_problem(tokenizer.vocab_size)
+    if problem is not None:
+        return None, Check("tokenizer", "does not fit the model", (problem,))
     return tokenizer, Check("tokenizer", f"{data.tokenizer_type}, {tokenizer.vocab_size:,} ids")
 
 

@@ -60,7 +60,7 @@ class Upcycling:
 
     Raises:
         UserError: one cannot be made of the other, the checkpoint does not hold what it says, or
-            has neither tokenizer nor counters where they are needed.
+            has neither a tokenizer that fits nor counters where they are needed.
     """
 
     def __init__(
@@ -74,8 +74,9 @@ class Upcycling:
         threads: int | None = None,
     ) -> None:
         self.scheme = scheme_between(dense.model, config.model, scale_weights=options.scale_weights)
-        self._source, self._config = source, config
         self._tokenizer = _tokenizer(source, config)
+        self._source = source
+        self._config = config = config.with_vocab_size(self._tokenizer.vocab_size)
         with CheckpointReader(source) as reader:
             self.progress = _progress(reader, config, restart_schedule)
             self._tensors = UpcycledTensors(
