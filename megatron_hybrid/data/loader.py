@@ -14,6 +14,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader, Sampler
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.batch import Batch
 from megatron_hybrid.data.batches import Steps
+from megatron_hybrid.data.checked_windows import CheckedWindows
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.packing import pack_documents
 from megatron_hybrid.data.permutation import derive, permute
@@ -59,18 +61,19 @@ def build_iterator(
         `batch / (micro_batch_size * replica.size)` micro-batches a global batch.
 
     Raises:
-        DataError: at an id outside the tokenizer's vocabulary.
+        DataError: a file cannot be read, or holds an id outside the tokenizer's vocabulary.
     """
     training = config.training
     micro_batches = _MicroBatches(
         steps, consumed_samples, training.micro_batch_size, replica, training.seed
     )
-    loader: DataLoader[Tensor] = DataLoader(
-        dataset,  # type: ignore[arg-type]  # torch asks for its base class, and uses none of it
+    loader: DataLoader[Tensor | DataError] = DataLoader(
+        # Torch asks for its base class, and uses none of it.
+        CheckedWindows(dataset),  # type: ignore[arg-type]
         batch_sampler=micro_batches,
         # One tensor a micro-batch: handing a tensor over between processes costs more than filling
         # it, so the rest of a batch is made where it is used.
-        collate_fn=torch.from_numpy,
+        collate_fn=_as_tensor,
         num_workers=config.data.num_workers,
         # A forked worker starts in milliseconds and shares the parent's maps of the data.
         multiprocessing_context="fork" if config.data.num_workers else None,
@@ -81,22 +84,24 @@ def build_iterator(
     return _batches(loader, dataset, config.data.packed_documents)
 
 
-def _batches(loader: DataLoader[Tensor], dataset: Windows, packed: bool) -> Iterator[Batch]:
+def _batches(
+    loader: DataLoader[Tensor | DataError], dataset: Windows, packed: bool
+) -> Iterator[Batch]:
     has_cuda = torch.cuda.is_available()
     at_exit = Finalize(None, _kill_workers, exitpriority=0)
     try:
         for rows in loader:
-            highest = int(rows.max())
-            if highest >= dataset.vocab_size:
-                raise DataError(
-                    f"the data hold the token id {highest}; the tokenizer has "
-                    f"{dataset.vocab_size} ids: the files were made with another tokenizer"
-                )
+            if isinstance(rows, DataError):
+                raise rows
             batch = _packed_batch(rows, dataset.eod) if packed else _plain_batch(rows)
             yield batch.pin_memory() if has_cuda else batch
     except GeneratorExit:  # nobody holds it; after any other error, a traceback does
         pass
     at_exit.cancel()
+
+
+def _as_tensor(rows: Any) -> Tensor | DataError:
+    return rows if isinstance(rows, DataError) else torch.from_numpy(rows)
 
 
 def _plain_batch(rows: Tensor) -> Batch:

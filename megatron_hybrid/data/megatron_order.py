@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from megatron_hybrid import platform
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.errors import DataError
+from megatron_hybrid.data.index import Index
 from megatron_hybrid.data.indexed import IndexedFile, open_indexed
 from megatron_hybrid.data.tokenizer import Tokenizer
 from megatron_hybrid.data.windows import Windows
@@ -257,6 +258,27 @@ class _EngineWindows:
     def __getitems__(self, indices: Sequence[int]) -> NDArray[np.int64]:
         return np.stack([self._window(index) for index in indices])
 
+    def describe(self, index: int, token: int) -> str:
+        """Where a window's token comes from: file, document, and byte."""
+        source, index = self._source(index)
+        _, documents, lengths = source._query_document_sample_shuffle_indices(index)
+        part = int(np.searchsorted(np.cumsum(lengths), token, side="right"))
+        place = token - sum(lengths[:part])
+        if part == 0:
+            place += int(source.sample_index[source.shuffle_index[index]][1])
+        shard = Index(Path(source.dataset.path_prefix))
+        begin = shard.place(int(documents[part]))[0] // shard.dtype.itemsize
+        return shard.describe(begin + place)
+
     def _window(self, index: int) -> NDArray[np.int64]:
-        sample = self._dataset[index]
-        return np.append(sample["tokens"].numpy(), sample["labels"][-1].item())
+        # Not `dataset[index]`, which makes every id of -1, its mark of padding, a 0.
+        source, index = self._source(index)
+        ids: NDArray[np.int64] = source._query_document_sample_shuffle_indices(index)[0]
+        return ids
+
+    def _source(self, index: int) -> tuple[Any, int]:
+        """The engine's dataset of the source that a window is of, and the window's number there."""
+        if not hasattr(self._dataset, "datasets"):  # no blend
+            return self._dataset, index
+        number = self._dataset.dataset_index[index]
+        return self._dataset.datasets[number], int(self._dataset.dataset_sample_index[index])

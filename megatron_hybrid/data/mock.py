@@ -30,6 +30,9 @@ class MockWindows:
     def __getitems__(self, indices: Sequence[int]) -> NDArray[np.int64]:
         return np.stack([self._window(index) for index in indices])
 
+    def describe(self, index: int, token: int) -> str:
+        return f"window {index} of made-up tokens, token {token}"
+
     def _window(self, index: int) -> NDArray[np.int64]:
         if not 0 <= index < self._size:
             raise IndexError(f"window {index} of {self._size}")

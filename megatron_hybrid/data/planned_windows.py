@@ -45,6 +45,11 @@ class PlannedWindows:
             self._sources[source].read(offset, window)
         return windows
 
+    def describe(self, index: int, token: int) -> str:
+        """Where a window's token comes from: source, file, document, and byte."""
+        source, offset, _ = self._place(index)
+        return self._sources[source].describe(offset + token)
+
     def _place(self, index: int) -> tuple[int, int, int]:
         """The source, the first token and the sequence length of a sample."""
         chunk, row = divmod(index, _CHUNK)

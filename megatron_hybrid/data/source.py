@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from megatron_hybrid.config.token_files import prefixes
 from megatron_hybrid.data.errors import DataError
+from megatron_hybrid.data.index import Index
 from megatron_hybrid.data.shard import Shard, open_shard
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,13 @@ class Source:
             count = min(len(out), end - offset)
             out[:count] = self._read_shard(shard, offset - (end - shard.tokens), count)
             out, offset, number = out[count:], offset + count, number + 1
+
+    def describe(self, token: int) -> str:
+        """Where a token is, for a message: source, file, document, and byte."""
+        number = bisect_right(self._ends, token)
+        shard = self.shards[number]
+        place = token - (self._ends[number] - shard.tokens)
+        return f"source {self.name}: {Index(shard.prefix).describe(place)}"
 
     def _read_shard(self, shard: Shard, first: int, count: int) -> NDArray[Any]:
         """Ids `[first, first + count)` of a shard."""

@@ -28,6 +28,11 @@ class Windows(Protocol):
         """The windows of a micro-batch, all of one sequence length.
 
         Returns:
-            `[len(indices), seq_length + 1]` ids: one more than a sample, for the last label.
+            `[len(indices), seq_length + 1]` ids: one more than a sample, for the last label. They
+            are what the files hold, which may be outside the vocabulary; `CheckedWindows` looks.
         """
+        ...
+
+    def describe(self, index: int, token: int) -> str:
+        """Where a window's token comes from, for a message: file, document, and byte."""
         ...

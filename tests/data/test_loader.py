@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from itertools import islice, pairwise
+from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import psutil
@@ -15,14 +17,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_hybrid.config.data import DataConfig
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.batch import Batch
 from megatron_hybrid.data.batches import Span, Steps
+from megatron_hybrid.data.datasets import open_windows, plan_data
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.loader import Replica, _MicroBatches, build_iterator
 from megatron_hybrid.data.mock import MockWindows
+from megatron_hybrid.data.tokenizer import NullTokenizer
 from megatron_hybrid.data.windows import Windows
-from tests.data.conftest import EOD, VOCAB_SIZE
+from tests.data.conftest import EOD, VOCAB_SIZE, write_corpus
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -94,6 +99,9 @@ class Numbers:
         lengths = {33 if index < 42 else 65 for index in indices}
         assert len(lengths) == 1, "a micro-batch has samples of one length"
         return np.repeat(np.array(indices)[:, None], lengths.pop(), axis=1)
+
+    def describe(self, index: int, token: int) -> str:
+        return f"window {index}, token {token}"
 
 
 # Batches of 8, from 640 tokens on of 4; the last one of the first span is short, as is the last.
@@ -222,15 +230,49 @@ def _hold_iterator(dataset: Windows, config: RunConfig, lost: bool) -> None:
         list(iterator)
 
 
-def test_ids_outside_the_vocabulary(dataset: MockWindows, make_config: MakeConfig) -> None:
-    """Files made with a larger tokenizer are found out before an embedding is indexed."""
-    dataset.vocab_size = 10
-    config = make_config()
-    iterator = build_iterator(
-        dataset, constant(config), config, consumed_samples=0, replica=Replica()
-    )
-    with pytest.raises(DataError, match="the tokenizer has 10 ids"):
-        next(iterator)
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("bad", [-1, VOCAB_SIZE])
+@pytest.mark.parametrize(
+    "kind", [*get_args(DataConfig.model_fields["sample_order"].annotation), "mock"]
+)
+def test_ids_outside_the_vocabulary(
+    tmp_path: Path, make_config: MakeConfig, kind: str, bad: int, workers: int
+) -> None:
+    """Below 0 or above the vocabulary, whoever reads them: the file and the place in it, in one
+    line, before an embedding is indexed."""
+    write_corpus(tmp_path / "good", [[1] * 300], 100_000)
+    documents = [[5] * 50 for _ in range(12)]
+    documents[7][20] = bad
+    write_corpus(tmp_path / "bad", documents, 100_000)
+    path = [[1, str(tmp_path / "good")], [3, str(tmp_path / "bad")]]
+    data = {"data_path": path, "split": "1,0,0", "sample_order": kind}
+    data = {"mock_data": True} if kind == "mock" else data
+    config = make_config(data | {"num_workers": workers})
+    tokenizer = NullTokenizer(VOCAB_SIZE)
+    plan = plan_data(config, tokenizer, None)
+    windows, _ = open_windows(config, tokenizer, plan)
+    place = rf"{tmp_path}/bad\.bin: document 7, token 20 \(byte {4 * 370}\)"
+    if kind == "mock":
+        windows, place = _Damaged(windows, bad), r"window \d+ of made-up tokens, token 3"
+    with pytest.raises(DataError, match=rf"{place}: id {bad} is outside .* \(0 … 999\): ") as error:
+        read(windows, config, plan.steps)
+    assert "\n" not in str(error.value)
+
+
+class _Damaged:
+    """Windows with a wrong id."""
+
+    def __init__(self, windows: Windows, bad: int) -> None:
+        self.vocab_size, self.eod, self.describe = VOCAB_SIZE, EOD, windows.describe
+        self._windows, self._bad = windows, bad
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitems__(self, indices: Sequence[int]) -> NDArray[np.int64]:
+        rows = self._windows.__getitems__(indices)
+        rows[-1, 3] = self._bad
+        return rows
 
 
 def test_mock_documents(dataset: MockWindows) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_hybrid.data.inspection.index import Index
+from megatron_hybrid.data.index import Index
 from megatron_hybrid.data.inspection.verdict import Verdict, Wrong
 
 

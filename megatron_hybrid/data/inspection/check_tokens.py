@@ -1,12 +1,11 @@
 """Whether the ids of a `.bin` lie in the vocabulary, and documents end where they should."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_hybrid.data.inspection.index import Index
+from megatron_hybrid.data.index import Index
 from megatron_hybrid.data.inspection.verdict import Verdict, Wrong
 
 
@@ -14,7 +13,6 @@ class TokenCheck:
     """Looks at the content of a `.bin` as it is read.
 
     Args:
-        path: of the `.bin`.
         index: of the pair, with sound lengths.
         vocab_size: ids must lie in `[0, vocab_size)`; None: at least 0.
         eod: id with which every document must end; None: any.
@@ -23,9 +21,8 @@ class TokenCheck:
         highest: the highest id seen; -1 before any.
     """
 
-    def __init__(self, path: Path, index: Index, vocab_size: int | None, eod: int | None) -> None:
+    def __init__(self, index: Index, vocab_size: int | None, eod: int | None) -> None:
         self.highest = -1
-        self._path = path
         self._index = index
         self._vocab_size = vocab_size
         self._eod = eod
@@ -60,7 +57,8 @@ class TokenCheck:
             return
         allowed = f"0 … {limit - 1}" if self._vocab_size is not None else "0 and above"
         self._out_of_range.text = (
-            f"{self._place(self._seen + i)}: id {ids[i]} is outside the vocabulary ({allowed})"
+            f"{self._index.describe(self._seen + i)}: id {ids[i]} is outside the vocabulary "
+            f"({allowed})"
         )
 
     def _check_ends(self, ids: NDArray, eod: int) -> None:
@@ -69,15 +67,9 @@ class TokenCheck:
         i = self._bad_ends.add(last != eod)
         if i is not None:
             self._bad_ends.text = (
-                f"{self._place(int(ends[i]) - 1)}: the document ends with id {last[i]}, not with "
-                f"the end token {eod}"
+                f"{self._index.describe(int(ends[i]) - 1)}: the document ends with id {last[i]}, "
+                f"not with the end token {eod}"
             )
-
-    def _place(self, token: int) -> str:
-        byte = token * self._index.dtype.itemsize
-        found = self._index.document_at(token)
-        where = f"document {found[0]}, token {found[1]}" if found else "behind the last document"
-        return f"{self._path}: {where} (byte {byte})"
 
 
 class _Ends:

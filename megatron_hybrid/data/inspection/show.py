@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.facts import Facts, read_facts
-from megatron_hybrid.data.inspection.index import Index
+from megatron_hybrid.data.index import Index
 from megatron_hybrid.data.shard import open_shard
 from megatron_hybrid.data.tokenizer import Tokenizer, build_tokenizer
 

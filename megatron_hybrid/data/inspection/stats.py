@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.table import Table
 
 from megatron_hybrid.data.errors import DataError
-from megatron_hybrid.data.inspection.index import Index
+from megatron_hybrid.data.index import Index
 from megatron_hybrid.data.inspection.lengths import Lengths
 from megatron_hybrid.data.shard import open_shard
 

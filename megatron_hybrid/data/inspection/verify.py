@@ -7,10 +7,10 @@ from pathlib import Path
 
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.facts import Facts, FileFacts, facts_path, read_facts
+from megatron_hybrid.data.index import Index
 from megatron_hybrid.data.indexed import indexed_paths
 from megatron_hybrid.data.inspection.check_index import IndexSums, check_index
 from megatron_hybrid.data.inspection.check_tokens import TokenCheck
-from megatron_hybrid.data.inspection.index import Index
 from megatron_hybrid.data.inspection.verdict import Verdict
 from megatron_hybrid.data.tokenizer import Tokenizer
 
@@ -90,7 +90,7 @@ def _read(
         if sums.shortest >= 0:
             vocab_size = _vocab_size(verdict, expected, facts)
             eod = facts.tokenizer.eod if facts is not None and facts.append_eod else None
-            tokens = TokenCheck(bin_path, index, vocab_size, eod)
+            tokens = TokenCheck(index, vocab_size, eod)
     idx = _hash(verdict, idx_path, on_bytes, lambda content: None)
     bin = _hash(verdict, bin_path, on_bytes, tokens.take if tokens else lambda content: None)
     if tokens is not None:

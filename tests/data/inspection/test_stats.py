@@ -43,7 +43,7 @@ def test_lengths(blocks: list[list[int]], fraction: float) -> None:
 
 def test_files_and_their_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each file has its figures, and all together theirs; the index may have many blocks."""
-    monkeypatch.setattr("megatron_hybrid.data.inspection.index._BLOCK", 3)
+    monkeypatch.setattr("megatron_hybrid.data.index._BLOCK", 3)
     counts = {"a": [5, 1, 3, 3, 8, 2, 2], "b": [40]}
     for name, lengths in counts.items():
         write_corpus(tmp_path / name, [[7] * length for length in lengths])

@@ -310,7 +310,7 @@ def test_no_document(tmp_path: Path) -> None:
 
 def test_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Places are right where the index and the ids are read in many blocks."""
-    monkeypatch.setattr("megatron_hybrid.data.inspection.index._BLOCK", 7)
+    monkeypatch.setattr("megatron_hybrid.data.index._BLOCK", 7)
     monkeypatch.setattr("megatron_hybrid.data.inspection.verify._CHUNK_BYTES", 10)
     lengths = np.random.default_rng(5).integers(1, 12, 100)
     texts = [" ".join(["3"] * int(length)) for length in lengths]

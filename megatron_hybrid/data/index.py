@@ -26,7 +26,7 @@ class Index:
     """
 
     def __init__(self, prefix: Path) -> None:
-        self.path = indexed_paths(prefix)[1]
+        self._bin_path, self.path = indexed_paths(prefix)
         try:
             with self.path.open("rb") as file:
                 self.dtype: np.dtype[Any]
@@ -78,6 +78,12 @@ class Index:
                 return first + inside, token - int(ends[inside] - lengths[inside])
             first, begin = first + len(lengths), int(ends[-1])
         return None
+
+    def describe(self, token: int) -> str:
+        """Where a token of the `.bin` is, for a message: file, document, and byte."""
+        found = self.document_at(token)
+        where = f"document {found[0]}, token {found[1]}" if found else "behind the last document"
+        return f"{self._bin_path}: {where} (byte {token * self.dtype.itemsize})"
 
     def _blocks(self, dtype: str, at: int, count: int) -> Iterator[NDArray[Any]]:
         itemsize = np.dtype(dtype).itemsize
