@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_hybrid.data.errors import DataError
+from megatron_hybrid.data.tokenizing import zstd_frames
 
 Format = Literal["jsonl", "gzip", "zstd", "parquet"]
 
 ALLOWED = "JSONL, JSONL in gzip or zstd, parquet"
 _MAGICS: dict[bytes, Format] = {
     b"\x1f\x8b": "gzip",
-    b"\x28\xb5\x2f\xfd": "zstd",
+    **dict.fromkeys((zstd_frames.MAGIC, *zstd_frames.SKIPPABLE_MAGICS), "zstd"),
     b"PAR1": "parquet",
 }
 _ENDINGS: dict[str, Format] = {".gz": "gzip", ".zst": "zstd", ".parquet": "parquet"}
@@ -134,6 +135,8 @@ def _examine(path: Path, keys: Sequence[str]) -> Input:
         with path.open("rb") as file:
             start = file.read(16)
     kind = _format(path, start)
+    if kind == "zstd":
+        _check_window(path)
     if kind == "parquet":
         _check_columns(path, keys)
     return Input(path, kind, status.st_size, _version(status))
@@ -152,6 +155,16 @@ def _format(path: Path, start: bytes) -> Format:
         found = "is empty" if not start else f"begins like {kind}"
         raise DataError(f"--input {path} {found}, but its name says {named}")
     return kind
+
+
+def _check_window(path: Path) -> None:
+    with reading(path), path.open("rb") as file:
+        window = zstd_frames.window_bytes(file)
+    if window > zstd_frames.MAX_WINDOW_BYTES:
+        raise DataError(
+            f"--input {path} has a zstd window of {window >> 20} MiB; allowed: up to "
+            f"{zstd_frames.MAX_WINDOW_BYTES >> 20}, as of `zstd -dc --long=31 {path.name} | zstd`"
+        )
 
 
 def _check_columns(path: Path, keys: Sequence[str]) -> None:

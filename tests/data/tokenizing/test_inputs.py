@@ -40,6 +40,18 @@ def write_zstd(path: Path, lines: Sequence[list[int]]) -> None:
     path.write_bytes(b"".join(codec.compress(frame, asbytes=True) for frame in frames))
 
 
+def skippable(length: int, low: int = 0) -> bytes:
+    """A frame that decoders pass over; there are sixteen kinds."""
+    return bytes([0x50 + low, 0x2A, 0x4D, 0x18]) + length.to_bytes(4, "little") + b"x" * length
+
+
+def write_skippable_zstd(path: Path, lines: Sequence[list[int]]) -> None:
+    """As parallel compressors do: skippable frames before the others, and one at the end."""
+    write_zstd(path, lines)
+    frames = skippable(4), skippable(70_000, 15), path.read_bytes(), skippable(70, 7)
+    path.write_bytes(b"".join(frames))
+
+
 def write_parquet(path: Path, lines: Sequence[list[int]]) -> None:
     texts = [" ".join(map(str, line)) for line in lines]
     table = pa.table({"id": range(len(texts)), "text": texts})
@@ -57,6 +69,7 @@ WRITERS: dict[str, Callable[[Path, Sequence[list[int]]], object]] = {
     "a": write_lines,
     "a.jsonl.gz": write_gzip,
     "a.jsonl.zst": write_zstd,
+    "b.jsonl.zst": write_skippable_zstd,
     "a.parquet": write_parquet,
     "b.parquet": write_dictionary_parquet,
 }
@@ -154,6 +167,7 @@ def flip(path: Path) -> None:
         ("a.jsonl.gz", cut, "is cut short: Compressed file ended before"),
         ("a.jsonl.gz", flip, "cannot be read: "),
         ("a.jsonl.zst", cut, "cannot be read: Truncated compressed stream"),
+        ("b.jsonl.zst", cut, "cannot be read: Truncated compressed stream"),
         ("a.parquet", cut, "is a damaged parquet file: "),
     ],
 )
@@ -197,6 +211,35 @@ def test_refused_files(tmp_path: Path, name: str, content: bytes | None, message
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=f"--input .*{name} {message}"):
         tokenize(settings_in(tmp_path, tmp_path / name))
+
+
+def raw_frame(head: bytes, content: bytes) -> bytes:
+    """A zstd frame with one block, of bytes as they are."""
+    block = (len(content) << 3 | 1).to_bytes(3, "little")
+    return b"\x28\xb5\x2f\xfd" + head + block + content
+
+
+@pytest.mark.parametrize(
+    ("head", "mib"),
+    [
+        (bytes([0x00, 17 << 3]), None),  # a window of 2**27 bytes
+        (bytes([0x00, 17 << 3 | 1]), 144),
+        (bytes([0x00, 21 << 3]), 2048),
+        (bytes([0x20, 14]), None),  # one segment of 14 bytes
+        (bytes([0xA0, 0, 0, 0, 9]), 144),
+        (bytes([0xE3, 1, 2, 3, 4, 0, 0, 0, 0, 1, 0, 0, 0]), 4096),  # and a dictionary
+    ],
+)
+def test_windows_of_zstd(tmp_path: Path, head: bytes, mib: int | None) -> None:
+    """A window larger than the decoder takes is refused before any work, and how to mend it."""
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(skippable(5) + raw_frame(head, b'{"text": "1"}\n'))
+    if mib is None:
+        tokenize(settings_in(tmp_path, path))
+        assert documents(tmp_path / "out") == [[1]]
+        return
+    with pytest.raises(DataError, match=rf"--input .* has a zstd window of {mib} MiB; allowed"):
+        tokenize(settings_in(tmp_path, path))
 
 
 def test_columns(tmp_path: Path) -> None:
