@@ -135,7 +135,7 @@ def fetch(folder: Path, length: int, samples: int, rounds: int) -> Result:
 
     def ours_packed(index: int) -> None:
         window = torch.from_numpy(windows.__getitems__([index]))
-        pack_documents(window[:, :-1], windows.eod)
+        pack_documents(window[:, :-1] == windows.eod)
 
     ways: dict[str, Fetch] = {
         "ours": lambda index: windows.__getitems__([index]),

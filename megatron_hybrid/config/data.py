@@ -162,7 +162,9 @@ class DataConfig(Section):
         default=None, description="the tokenizer's file (sentencepiece) or folder (huggingface)"
     )
     packed_documents: bool = Field(
-        default=False, description="attention, positions and SSM state start anew at each document"
+        default=False,
+        description="attention, positions and SSM state start anew at each document, which ends "
+        "with the end token or where the files' index says",
     )
     data_cache_path: FilePath | None = Field(
         default=None,

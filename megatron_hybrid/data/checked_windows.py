@@ -1,5 +1,8 @@
 """The windows of a micro-batch as the process that reads them hands them on: looked at, or refused.
 
+Documents end with the end token, and where the index of their file says so, as in files that were
+written without end tokens.
+
 An id outside the vocabulary would read, or on a GPU end the program, where no one can say which
 file it came from.
 """
@@ -18,10 +21,13 @@ class CheckedWindows:
 
     Args:
         windows: of a plan, of megatron-core's order, or made up.
+        mark_ends: give the last token of a document as its complement, `~id`, which is below 0: so
+            one tensor tells both.
     """
 
-    def __init__(self, windows: Windows) -> None:
+    def __init__(self, windows: Windows, *, mark_ends: bool) -> None:
         self._windows = windows
+        self._mark_ends = mark_ends
 
     def __len__(self) -> int:
         return len(self._windows)
@@ -35,6 +41,9 @@ class CheckedWindows:
         try:
             rows = self._windows.__getitems__(indices)
             self._check(rows, indices)
+            if self._mark_ends:
+                is_end = self._windows.document_ends(indices) | (rows == self._windows.eod)
+                rows = np.where(is_end, ~rows, rows)
         except DataError as error:
             return error
         return rows

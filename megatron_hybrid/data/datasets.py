@@ -69,6 +69,8 @@ def plan_data(config: RunConfig, tokenizer: Tokenizer, saved: SavedPlan | None) 
     """
     training, sizes = config.training, batch_sizes(config)
     if config.data.mock_data or config.data.sample_order == "megatron":
+        if config.data.data_path:  # its files are held against their facts, as those of a plan
+            open_run_sources(config, tokenizer.fingerprint, tokenizer.eod)
         seq_length = config.data.seq_length
         samples = whole_batches(sizes, 0, run_tokens(config), seq_length, reach=True)
         eval_samples = training.eval_iters * training.global_batch_size
@@ -76,7 +78,7 @@ def plan_data(config: RunConfig, tokenizer: Tokenizer, saved: SavedPlan | None) 
             Steps([Span(0, samples, seq_length)], sizes),
             _evaluations(config, (Span(0, eval_samples, seq_length),)),
         )
-    sources = open_run_sources(config, tokenizer.fingerprint)
+    sources = open_run_sources(config, tokenizer.fingerprint, tokenizer.eod)
     if saved is None:
         plan = training_plan(config, sources)
     else:

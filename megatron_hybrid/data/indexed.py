@@ -24,6 +24,7 @@ from megatron_hybrid.fileio import sync_folder
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
+HEADER_BYTES = _HEADER.size
 _DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 _INDEX_BLOCK = 1 << 20  # documents
 _DTYPE_CODES = {dtype: code for code, dtype in _DTYPES.items()}

@@ -69,7 +69,7 @@ def build_iterator(
     )
     loader: DataLoader[Tensor | DataError] = DataLoader(
         # Torch asks for its base class, and uses none of it.
-        CheckedWindows(dataset),  # type: ignore[arg-type]
+        CheckedWindows(dataset, mark_ends=config.data.packed_documents),  # type: ignore[arg-type]
         batch_sampler=micro_batches,
         # One tensor a micro-batch: handing a tensor over between processes costs more than filling
         # it, so the rest of a batch is made where it is used.
@@ -81,19 +81,17 @@ def build_iterator(
         # Torch draws a seed for its workers, by default from the model's own random numbers.
         generator=torch.Generator(),
     )
-    return _batches(loader, dataset, config.data.packed_documents)
+    return _batches(loader, config.data.packed_documents)
 
 
-def _batches(
-    loader: DataLoader[Tensor | DataError], dataset: Windows, packed: bool
-) -> Iterator[Batch]:
+def _batches(loader: DataLoader[Tensor | DataError], packed: bool) -> Iterator[Batch]:
     has_cuda = torch.cuda.is_available()
     at_exit = Finalize(None, _kill_workers, exitpriority=0)
     try:
         for rows in loader:
             if isinstance(rows, DataError):
                 raise rows
-            batch = _packed_batch(rows, dataset.eod) if packed else _plain_batch(rows)
+            batch = _packed_batch(rows) if packed else _plain_batch(rows)
             yield batch.pin_memory() if has_cuda else batch
     except GeneratorExit:  # nobody holds it; after any other error, a traceback does
         pass
@@ -115,10 +113,12 @@ def _plain_batch(rows: Tensor) -> Batch:
     )
 
 
-def _packed_batch(rows: Tensor, eod: int) -> Batch:
-    """From windows `[b, s + 1]`; one row of `b*s`."""
+def _packed_batch(marked: Tensor) -> Batch:
+    """From windows `[b, s + 1]` with marks at the ends of documents; one row of `b*s`."""
+    is_end = marked < 0
+    rows = torch.where(is_end, ~marked, marked)
     tokens = rows[:, :-1].contiguous()
-    packing = pack_documents(tokens, eod)
+    packing = pack_documents(is_end[:, :-1])
     return Batch(
         tokens=tokens.view(1, -1),
         labels=rows[:, 1:].reshape(1, -1),

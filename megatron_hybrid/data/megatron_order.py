@@ -258,6 +258,16 @@ class _EngineWindows:
     def __getitems__(self, indices: Sequence[int]) -> NDArray[np.int64]:
         return np.stack([self._window(index) for index in indices])
 
+    def document_ends(self, indices: Sequence[int]) -> NDArray[np.bool_]:
+        """By the engine, which puts documents together; see `Windows`."""
+        rows = []
+        for source, index in map(self._source, indices):
+            ids, _, lengths = source._query_document_sample_shuffle_indices(index)
+            rows.append(np.zeros(len(ids), dtype=np.bool_))
+            # What the last part belongs to may go on; its last token is a label only.
+            rows[-1][np.cumsum(lengths[:-1], dtype=np.int64) - 1] = True
+        return np.stack(rows)
+
     def describe(self, index: int, token: int) -> str:
         """Where a window's token comes from: file, document, and byte."""
         source, index = self._source(index)

@@ -30,6 +30,9 @@ class MockWindows:
     def __getitems__(self, indices: Sequence[int]) -> NDArray[np.int64]:
         return np.stack([self._window(index) for index in indices])
 
+    def document_ends(self, indices: Sequence[int]) -> NDArray[np.bool_]:
+        return np.zeros((len(indices), self._seq_length + 1), dtype=np.bool_)
+
     def describe(self, index: int, token: int) -> str:
         return f"window {index} of made-up tokens, token {token}"
 

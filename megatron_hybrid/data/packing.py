@@ -1,7 +1,8 @@
 """Where documents begin and end in a micro-batch, without any dense mask.
 
 A micro-batch of b samples of s tokens is flattened to one row of b*s. A document ends after its
-EOD token, and every sample starts a new one; n is the number of documents in the row.
+end token, or where the index of its file says so, and every sample starts a new one; n is the
+number of documents in the row.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ class Packing:
         max_seqlen: tokens of the longest document.
         position_ids: `[1, b*s]` int64, from 0 in each document.
         seq_idx: `[1, b*s]` int32, the document's number, from 0.
-        loss_mask: `[1, b*s]` float32, 0 at EOD tokens: what follows is another document's.
+        loss_mask: `[1, b*s]` float32, 0 at the last token of a document: what follows is
+            another document's.
     """
 
     cu_seqlens: Tensor
@@ -29,11 +31,14 @@ class Packing:
     loss_mask: Tensor
 
 
-def pack_documents(tokens: Tensor, eod: int) -> Packing:
-    """Find the documents of `tokens` `[b, s]` (any integer type), which `eod` ends."""
-    samples, seq_length = tokens.shape
+def pack_documents(is_end: Tensor) -> Packing:
+    """Lay out the documents of b samples.
+
+    Args:
+        is_end: `[b, s]` bool, whether a token is the last of its document.
+    """
+    samples, seq_length = is_end.shape
     total = samples * seq_length
-    is_end = tokens == eod
     ends_here = is_end.clone()
     ends_here[:, -1] = True
     ends = ends_here.view(-1).nonzero().view(-1) + 1

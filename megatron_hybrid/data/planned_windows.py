@@ -45,6 +45,18 @@ class PlannedWindows:
             self._sources[source].read(offset, window)
         return windows
 
+    def document_ends(self, indices: Sequence[int]) -> NDArray[np.bool_]:
+        """By the files' index; see `megatron_hybrid.data.windows.Windows`.
+
+        Raises:
+            DataError: as `__getitems__`.
+        """
+        places = [self._place(index) for index in indices]
+        ends = np.zeros((len(places), places[0][2] + 1), dtype=np.bool_)
+        for (source, offset, _), row in zip(places, ends, strict=True):
+            row[self._sources[source].document_ends(offset, len(row))] = True
+        return ends
+
     def describe(self, index: int, token: int) -> str:
         """Where a window's token comes from: source, file, document, and byte."""
         source, offset, _ = self._place(index)

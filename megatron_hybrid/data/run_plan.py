@@ -20,18 +20,21 @@ MANY_EPOCHS = 4  # more passes teach little; beyond this they are warned of
 _TRAIN, _VALID = 0, 1  # shares of a split
 
 
-def open_run_sources(config: RunConfig, fingerprint: str | None) -> dict[str, Source]:
+def open_run_sources(
+    config: RunConfig, fingerprint: str | None, eod: int | None = None
+) -> dict[str, Source]:
     """Open the sources of a run, all that its config names.
 
     Args:
         config: of the run.
         fingerprint: `Tokenizer.fingerprint`; None: any.
+        eod: `Tokenizer.eod`; None: any.
 
     Raises:
         DataError: with every file that cannot be used.
     """
     paths = {name: source.path for name, source in sources(config).items()}
-    return open_sources(paths, fingerprint)
+    return open_sources(paths, fingerprint, eod)
 
 
 def training_plan(

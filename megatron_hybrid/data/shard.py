@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.facts import Facts, facts_path, read_facts
-from megatron_hybrid.data.indexed import indexed_paths, read_header
+from megatron_hybrid.data.indexed import HEADER_BYTES, indexed_paths, read_header
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,32 @@ class Shard:
         digest: hex, of the count of tokens and the checksum that the facts give for the `.bin`;
             without facts, of the size and the first and last entries of the `.idx`. Paths have no
             part in it, so data may move.
-        fingerprint: of the tokenizer that made it; None: there are no facts.
+        facts: what is recorded beside it; None: nothing.
         file: device and inode of the `.bin`, the same for all its paths and links.
+        sequences: in the `.idx`.
+        documents: of one sequence or more each.
+        idx_bytes: size of the `.idx`.
     """
 
     prefix: Path
     dtype: np.dtype[Any]
     tokens: int
     digest: str
-    fingerprint: str | None
+    facts: Facts | None
     file: tuple[int, int]
+    sequences: int
+    documents: int
+    idx_bytes: int
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the tokenizer that made it; None: there are no facts."""
+        return None if self.facts is None else self.facts.tokenizer.fingerprint
+
+    @property
+    def has_end_tokens(self) -> bool:
+        """Whether every document is known to end with the tokenizer's end token."""
+        return self.facts is not None and self.facts.append_eod
 
     @property
     def bin_path(self) -> Path:
@@ -76,10 +92,13 @@ def open_shard(prefix: Path) -> Shard:
     if facts is None:
         content = header + ends + struct.pack("<q", idx_bytes)
         digest = hashlib.sha256(content).hexdigest()
-        return Shard(prefix, dtype, tokens, digest, None, real_file)
-    _compare(prefix, facts, bin=bin_bytes, idx=idx_bytes, dtype=dtype, documents=sequences)
-    digest = hashlib.sha256(f"{tokens} {facts.bin.sha256}".encode()).hexdigest()
-    return Shard(prefix, dtype, tokens, digest, facts.tokenizer.fingerprint, real_file)
+    else:
+        digest = hashlib.sha256(f"{tokens} {facts.bin.sha256}".encode()).hexdigest()
+        _compare(prefix, facts, bin=bin_bytes, idx=idx_bytes, dtype=dtype, documents=sequences)
+    marks = (idx_bytes - HEADER_BYTES - 12 * sequences) // 8
+    return Shard(
+        prefix, dtype, tokens, digest, facts, real_file, sequences, max(0, marks - 1), idx_bytes
+    )
 
 
 def _last_entries(descriptor: int, lengths_at: int, sequences: int) -> bytes:

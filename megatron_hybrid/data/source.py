@@ -1,7 +1,6 @@
 """A source of tokens: one or more shards, read as one long row of ids."""
 
 import logging
-import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,49 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_hybrid.config.token_files import prefixes
+from megatron_hybrid.data.document_starts import DocumentStarts
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.index import Index
+from megatron_hybrid.data.open_files import OpenFiles
 from megatron_hybrid.data.shard import Shard, open_shard
 
 logger = logging.getLogger(__name__)
-
-
-class OpenFiles:
-    """Descriptors of the files that were read last; the oldest is closed for another one.
-
-    Files are read, not mapped into memory: it is as fast, and a file that is cut short under a run
-    is an error with its name, where a mapping would end the process.
-    """
-
-    _MOST = 256
-
-    def __init__(self) -> None:
-        self._descriptors: dict[Path, int] = {}  # by prefix
-
-    def descriptor(self, shard: Shard) -> int:
-        """The open `.bin` of a shard.
-
-        Raises:
-            DataError: it cannot be opened, or has another size than when the shard was.
-        """
-        descriptor = self._descriptors.pop(shard.prefix, None)
-        if descriptor is None:
-            if len(self._descriptors) == self._MOST:
-                os.close(self._descriptors.pop(next(iter(self._descriptors))))
-            descriptor = os.open(shard.bin_path, os.O_RDONLY | os.O_CLOEXEC)
-            if os.fstat(descriptor).st_size != shard.tokens * shard.dtype.itemsize:
-                os.close(descriptor)
-                raise DataError(f"{shard.bin_path} has changed since the run opened it")
-        self._descriptors[shard.prefix] = descriptor  # as the last one
-        return descriptor
-
-    def __del__(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Descriptors mean nothing in another program."""
-        return OpenFiles, ()
 
 
 @dataclass(frozen=True)
@@ -96,6 +59,26 @@ class Source:
             out[:count] = self._read_shard(shard, offset - (end - shard.tokens), count)
             out, offset, number = out[count:], offset + count, number + 1
 
+    def document_ends(self, offset: int, count: int) -> list[int]:
+        """Which of `count` tokens from `offset` on are the last of a document, by the files' index.
+
+        Documents that end with an end token, as a shard's facts say, show it, and are left out.
+
+        Raises:
+            DataError: an index cannot be read, or has another size than when it was opened.
+        """
+        found: list[int] = []
+        number, done = bisect_right(self._ends, offset), 0
+        while done < count:
+            shard, end = self.shards[number], self._ends[number]
+            first = offset + done - (end - shard.tokens)
+            here = min(count - done, shard.tokens - first)
+            if not shard.has_end_tokens:
+                ends = DocumentStarts(shard, self.files).ends(first, here)
+                found += [done + token - first for token in ends]
+            number, done = number + 1, done + here
+        return found
+
     def describe(self, token: int) -> str:
         """Where a token is, for a message: source, file, document, and byte."""
         number = bisect_right(self._ends, token)
@@ -106,21 +89,14 @@ class Source:
     def _read_shard(self, shard: Shard, first: int, count: int) -> NDArray[Any]:
         """Ids `[first, first + count)` of a shard."""
         ids = np.empty(count, dtype=shard.dtype)
-        rest, at = memoryview(ids).cast("B"), first * shard.dtype.itemsize
-        try:
-            descriptor = self.files.descriptor(shard)
-            while rest:
-                got = os.preadv(descriptor, [rest], at)
-                if not got:
-                    raise DataError(f"{shard.bin_path} was cut short while the run read it")
-                rest, at = rest[got:], at + got
-        except OSError as error:
-            raise DataError(f"cannot read {shard.bin_path}: {error.strerror}") from error
+        itemsize = shard.dtype.itemsize
+        size, at = shard.tokens * itemsize, first * itemsize
+        self.files.read(shard.bin_path, size, at, memoryview(ids).cast("B"))
         return ids
 
 
 def open_sources(
-    paths: Mapping[str, Sequence[str]], fingerprint: str | None = None
+    paths: Mapping[str, Sequence[str]], fingerprint: str | None = None, eod: int | None = None
 ) -> dict[str, Source]:
     """Open sources and check that their files are whole, distinct and of one tokenizer.
 
@@ -128,6 +104,7 @@ def open_sources(
         paths: for each source by name, prefixes or globs of prefixes. The shards of a source are
             sorted by path.
         fingerprint: of the run's tokenizer; None: any.
+        eod: its end token; None: any.
 
     Raises:
         DataError: with every file that is missing, damaged, named twice or of another tokenizer.
@@ -153,6 +130,8 @@ def open_sources(
             shards.append(shard)
         if fingerprint is not None:
             problems += _foreign_shards(name, shards, fingerprint)
+        if eod is not None:
+            problems += _foreign_ends(name, shards, eod)
         sources[name] = Source(name, tuple(shards), files)
     if problems:
         raise DataError("\n".join(problems))
@@ -187,4 +166,25 @@ def _foreign_shards(name: str, shards: Sequence[Shard], fingerprint: str) -> lis
         f"{shard.fingerprint[:12]}) than data.tokenizer_model ({fingerprint[:12]})"
         for shard in shards
         if shard.fingerprint is not None and shard.fingerprint != fingerprint
+    ]
+
+
+def _foreign_ends(name: str, shards: Sequence[Shard], eod: int) -> list[str]:
+    """The problems of shards whose documents end with another id, and a warning for those without.
+
+    A tokenizer's fingerprint is of the file with its vocabulary, which need not name the end token.
+    """
+    facts = [(shard.prefix, shard.facts) for shard in shards if shard.facts is not None]
+    without = sum(not about.append_eod for _, about in facts)
+    if without:
+        logger.warning(
+            "source %s: %d of %d shards were written without end tokens (append_eod is false): "
+            "from them a model does not learn where a text ends",
+            *(name, without, len(shards)),
+        )
+    return [
+        f"source {name}: the documents of {prefix} end with id {about.tokenizer.eod}, which is not "
+        f"the end token of data.tokenizer_model, {eod}"
+        for prefix, about in facts
+        if about.append_eod and about.tokenizer.eod != eod
     ]

@@ -33,6 +33,14 @@ class Windows(Protocol):
         """
         ...
 
+    def document_ends(self, indices: Sequence[int]) -> NDArray[np.bool_]:
+        """Which tokens of windows are the last of a document, though they may be no end tokens.
+
+        Returns:
+            `[len(indices), seq_length + 1]`; where a document ends with `eod`, either value.
+        """
+        ...
+
     def describe(self, index: int, token: int) -> str:
         """Where a window's token comes from, for a message: file, document, and byte."""
         ...

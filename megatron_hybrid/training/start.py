@@ -186,7 +186,9 @@ def _resumed_plan(
         if not upcycle:
             refuse_other_model(folder, config.model, saved.model)
         refuse_other_data(folder, config, saved, has_plan=saved_plan is not None)
-        if load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
+        its = load_tokenizer(folder)
+        # A fingerprint is of the file with the vocabulary, which need not name the end token.
+        if (its.fingerprint, its.eod) != (tokenizer.fingerprint, tokenizer.eod):
             raise UserError(
                 f"data.tokenizer_model={config.data.tokenizer_model} is not the tokenizer of "
                 f"{folder}, which is there as a copy; checkpoint.finetune=true may change it"

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import struct
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,9 +26,12 @@ from megatron_hybrid.data.datasets import open_windows, plan_data
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.loader import Replica, _MicroBatches, build_iterator
 from megatron_hybrid.data.mock import MockWindows
+from megatron_hybrid.data.source import open_sources
 from megatron_hybrid.data.tokenizer import NullTokenizer
+from megatron_hybrid.data.tokenizing import tokenize
 from megatron_hybrid.data.windows import Windows
-from tests.data.conftest import EOD, VOCAB_SIZE, write_corpus
+from tests.data.conftest import EOD, VOCAB_SIZE, write_corpus, write_jsonl
+from tests.data.tokenizing.samples import settings_in
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -99,6 +103,9 @@ class Numbers:
         lengths = {33 if index < 42 else 65 for index in indices}
         assert len(lengths) == 1, "a micro-batch has samples of one length"
         return np.repeat(np.array(indices)[:, None], lengths.pop(), axis=1)
+
+    def document_ends(self, indices: Sequence[int]) -> NDArray[np.bool_]:
+        return np.zeros((len(indices), 33 if indices[0] < 42 else 65), dtype=np.bool_)
 
     def describe(self, index: int, token: int) -> str:
         return f"window {index}, token {token}"
@@ -263,7 +270,8 @@ class _Damaged:
     """Windows with a wrong id."""
 
     def __init__(self, windows: Windows, bad: int) -> None:
-        self.vocab_size, self.eod, self.describe = VOCAB_SIZE, EOD, windows.describe
+        self.vocab_size, self.eod = VOCAB_SIZE, EOD
+        self.describe, self.document_ends = windows.describe, windows.document_ends
         self._windows, self._bad = windows, bad
 
     def __len__(self) -> int:
@@ -273,6 +281,61 @@ class _Damaged:
         rows = self._windows.__getitems__(indices)
         rows[-1, 3] = self._bad
         return rows
+
+
+def documents_of(batch: Batch) -> list[list[int]]:
+    """The documents of a packed batch, by its boundaries."""
+    assert batch.cu_seqlens is not None
+    return [part.tolist() for part in batch.tokens[0].tensor_split(batch.cu_seqlens[1:-1].long())]
+
+
+@pytest.mark.parametrize("facts", [False, True])
+@pytest.mark.parametrize("order", get_args(DataConfig.model_fields["sample_order"].annotation))
+def test_documents_without_end_tokens(
+    tmp_path: Path, make_config: MakeConfig, order: str, facts: bool
+) -> None:
+    """They are packed by the index of their files: the batches of files with end tokens, but for
+    these. Every document is one run of one id; the mask is 0 where the next token is another's."""
+    lengths = np.random.default_rng(0).integers(1, 30, 300)
+    texts = [[number % 900] * int(length) for number, length in enumerate(lengths)]
+    data = {"packed_documents": True, "split": "1,0,0", "sample_order": order}
+    for shard in range(2):
+        prefix = tmp_path / f"web{shard}"
+        own = texts[shard::2]
+        if facts:
+            path = write_jsonl(tmp_path / "in.jsonl", [" ".join(map(str, text)) for text in own])
+            options = {"outputs": {"text": prefix}, "append_eod": False}
+            tokenize(settings_in(tmp_path, path, **options))
+        else:
+            write_corpus(prefix, own)
+    paths = [[1, str(tmp_path / f"web{shard}")] for shard in range(2)]
+    config = make_config(data | {"data_path": paths})
+    tokenizer = NullTokenizer(VOCAB_SIZE)
+    plan = plan_data(config, tokenizer, None)
+    batches = read(open_windows(config, tokenizer, plan)[0], config, plan.steps)
+    seen = 0
+    for batch in batches:
+        assert batch.tokens.min() >= 0 and batch.labels.min() >= 0
+        for document in documents_of(batch):
+            assert len(set(document)) == 1
+            seen += 1
+        # Documents that follow each other have other ids, but where Megatron's order meets itself.
+        assert torch.equal(batch.loss_mask == 1, batch.labels == batch.tokens)
+    assert seen > 2 * 80  # where nothing is packed, there are as many as samples
+
+
+def test_documents_of_several_sequences(tmp_path: Path) -> None:
+    """Where the index's marks put sequences together, as --split-sentences does, they are one."""
+    write_corpus(tmp_path / "web", [[n] * 5 for n in range(8)])
+    index = tmp_path / "web.idx"
+    content = index.read_bytes()
+    counts = struct.pack("<QQ", 8, 4)
+    marks = struct.pack("<4q", 0, 3, 4, 8)
+    index.write_bytes(content[:18] + counts + content[34 : 34 + 12 * 8] + marks)
+    source = open_sources({"web": [str(tmp_path / "web")]})["web"]
+    assert source.document_ends(0, 40) == [14, 19, 39]
+    assert source.document_ends(12, 8) == [2, 7]
+    assert source.document_ends(15, 4) == source.document_ends(20, 19) == []
 
 
 def test_mock_documents(dataset: MockWindows) -> None:

@@ -103,7 +103,7 @@ def test_half_built_indices_are_built_again(tmp_path: Path, make_config: MakeCon
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"data_path": "nowhere/a"}, "nowhere/a.idx is missing"),
+        ({"data_path": "nowhere/a"}, "cannot read nowhere/a.idx: No such file"),
         ({}, "data.data_path is empty"),
         ({"split": "9,x"}, "data.split=9,x must be up to three numbers"),
         ({"split": "0,1,1"}, "data.split=0,1,1 leaves nothing to train on"),

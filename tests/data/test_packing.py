@@ -39,7 +39,7 @@ CASES = {
 def test_equals_a_loop(name: str) -> None:
     """Every output, with its shape and dtype, for ends in every kind of place."""
     tokens = CASES[name].long()
-    packing = pack_documents(tokens, EOD)
+    packing = pack_documents(tokens == EOD)
     cu_seqlens, positions, numbers, mask = loop(tokens)
     assert packing.cu_seqlens.tolist() == cu_seqlens
     assert packing.position_ids.tolist() == [positions]

@@ -21,7 +21,8 @@ from megatron_hybrid.data.facts import (
     TokenizerFacts,
     facts_path,
 )
-from megatron_hybrid.data.source import OpenFiles, Source, open_sources
+from megatron_hybrid.data.open_files import OpenFiles
+from megatron_hybrid.data.source import Source, open_sources
 from tests.data.conftest import write_corpus
 
 FINGERPRINT = "ab" * 32
@@ -194,6 +195,28 @@ def test_facts_must_be_of_these_files_and_this_tokenizer(
         "source b: 1 of 1 shards have no facts (.meta.json), so that their tokenizer cannot be "
         "checked"
     ]
+
+
+def test_end_tokens_must_be_the_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The same vocabulary with another end token is refused; files without end tokens are told of,
+    and their documents are found in the index."""
+    for name in ("with", "without"):
+        _write(tmp_path / name, 70)
+    _add_facts(tmp_path / "with")
+    _add_facts(tmp_path / "without", append_eod=False)
+    paths = {name: [str(tmp_path / name)] for name in ("with", "without")}
+    with pytest.raises(DataError) as error:
+        open_sources(paths, FINGERPRINT, 5)
+    assert str(error.value) == (
+        f"source with: the documents of {tmp_path}/with end with id 999, which is not the end "
+        "token of data.tokenizer_model, 5"
+    )
+    caplog.clear()
+    sources = open_sources(paths, FINGERPRINT, 999)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("source without: 1 of 1 shards were written without end tokens")
+    assert sources["with"].document_ends(0, 30) == []
+    assert sources["without"].document_ends(3, 30) == [3, 10, 17, 24]
 
 
 def test_digests_follow_contents_and_not_paths(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def sample(index: int, packed: bool) -> Batch:
     if not packed:
         positions = torch.arange(SEQ_LENGTH)[None]
         return Batch(inputs, labels, torch.ones(1, SEQ_LENGTH), positions)
-    packing = pack_documents(inputs, EOD)
+    packing = pack_documents(inputs == EOD)
     return Batch(
         inputs, labels, packing.loss_mask, packing.position_ids,
         packing.cu_seqlens, packing.max_seqlen, packing.seq_idx,

@@ -177,6 +177,12 @@ def _check_facts(verdict: Verdict, facts: Facts, contents: _Contents) -> None:
         for name, (here, there) in counts.items()
         if here != there
     ]
+    read = facts.input
+    if read.lines != facts.documents + read.empty + read.rejected:
+        verdict.problems.append(
+            f"{about} says input.lines={read.lines}; it must be the sum of documents="
+            f"{facts.documents}, input.empty={read.empty} and input.rejected={read.rejected}"
+        )
 
 
 def _check_tokenizer(verdict: Verdict, tokenizer: Tokenizer, facts: Facts) -> None:
@@ -186,3 +192,14 @@ def _check_tokenizer(verdict: Verdict, tokenizer: Tokenizer, facts: Facts) -> No
             f"({facts.tokenizer.type}, fingerprint {facts.tokenizer.fingerprint[:12]}…) than the "
             f"one given ({tokenizer.fingerprint[:12]}…)"
         )
+        return
+    about = facts_path(verdict.prefix).name
+    # A fingerprint is of the file with the vocabulary, which need not name the end token.
+    verdict.problems += [
+        f"{about} says tokenizer.{name}={said}; the tokenizer given has {has}"
+        for name, has, said in (
+            ("eod", tokenizer.eod, facts.tokenizer.eod),
+            ("vocab_size", tokenizer.vocab_size, facts.tokenizer.vocab_size),
+        )
+        if has != said
+    ]

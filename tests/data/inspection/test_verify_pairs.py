@@ -1,9 +1,11 @@
 """`data verify` finds what is wrong with a pair, and names it with its file and place."""
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 from megatron_hybrid.cli import app
-from megatron_hybrid.data.facts import facts_path, read_facts
+from megatron_hybrid.data.facts import Facts, facts_path, read_facts
 from megatron_hybrid.data.indexed import indexed_paths
 from megatron_hybrid.data.inspection.verdict import Verdict
 from megatron_hybrid.data.inspection.verify import Expected, verify
@@ -25,7 +27,7 @@ TEXTS = ("1 2 3", "4", "5 6 7 8 9")  # 4, 2 and 6 tokens with their ends: 24 byt
 HEADER = 34  # bytes of the .idx before the lengths
 
 
-def write_pair(prefix: Path, texts: Sequence[str] = TEXTS) -> Path:
+def write_pair(prefix: Path, texts: Sequence[str] = TEXTS, *, append_eod: bool = True) -> Path:
     """Tokenise documents of ids, with facts; gives the prefix."""
     tokenize(
         TokenizeSettings(
@@ -35,6 +37,7 @@ def write_pair(prefix: Path, texts: Sequence[str] = TEXTS) -> Path:
             tokenizer_type="null",
             tokenizer_model=None,
             vocab_size=VOCAB_SIZE,
+            append_eod=append_eod,
         )
     )
     return prefix
@@ -94,7 +97,10 @@ def damage_facts(prefix: Path) -> None:
 def wrong_counts(prefix: Path) -> None:
     facts = read_facts(prefix)
     assert facts is not None
-    wrong = replace(facts, documents=4, tokens=13, longest_document_tokens=7, highest_token=98)
+    wrong = replace(
+        facts, documents=4, tokens=13, longest_document_tokens=7, highest_token=98,
+        input=replace(facts.input, lines=4),
+    )  # fmt: skip
     facts_path(prefix).write_text(wrong.to_json())
 
 
@@ -280,6 +286,48 @@ def test_wrong_tokenizer(pair: Path) -> None:
         f"{pair}.bin: document 0, token 3 (byte 6): id 99 is outside the vocabulary (0 … 7); and "
         "4 more like it"
     ]
+
+
+# Facts that tell where a pair comes from, and change nothing about what may be done with it.
+PROVENANCE = {
+    "tokenizer.type": "the fingerprint tells tokenizers apart",
+    "tokenizer.parse_special_tokens": "the ids are what they are",
+    "shuffle_seed": "a plan shuffles blocks whatever their order in the file",
+    "input.files": "may be gone or moved",
+}
+
+
+def facts_fields(cls: type, above: str = "") -> list[str]:
+    """The dotted names of all facts."""
+    names: list[str] = []
+    for field in fields(cls):
+        inner = get_type_hints(cls)[field.name]
+        name = f"{above}{field.name}"
+        names += facts_fields(inner, f"{name}.") if is_dataclass(inner) else [name]
+    return names
+
+
+@pytest.mark.parametrize("name", facts_fields(Facts))
+def test_every_fact_is_held_against_its_pair(tmp_path: Path, name: str) -> None:
+    """One that is wrong is found; a new one must be looked at, or be listed as provenance."""
+    prefix = write_pair(tmp_path / "web", append_eod=False)
+    path = facts_path(prefix)
+    content = json.loads(path.read_text())
+    *outer, last = name.split(".")
+    place = content
+    for part in outer:
+        place = place[part]
+    changed = {
+        bool: lambda value: not value,
+        int: lambda value: value + 1,
+        str: lambda value: {"uint16": "int32", "null": "huggingface"}.get(value, "0" * 64),
+        list: lambda value: [],
+        type(None): lambda value: 5,
+    }
+    place[last] = changed[type(place[last])](place[last])
+    path.write_text(json.dumps(content))
+    tokenizer = build_tokenizer("null", None, vocab_size=VOCAB_SIZE)
+    assert bool(check(prefix, Expected(tokenizer)).problems) == (name not in PROVENANCE)
 
 
 def test_without_facts(tmp_path: Path) -> None:
