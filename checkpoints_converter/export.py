@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
+from checkpoints_converter.carried_files import as_they_were
 from checkpoints_converter.family import Family
 from checkpoints_converter.hugging_face_files import write_small_files
 from checkpoints_converter.loading_order import INDEX_FILE, SINGLE_FILE
-from checkpoints_converter.output_folder import output_folder
+from checkpoints_converter.output_folder import CARRIED_NAMES, output_folder
 from checkpoints_converter.registry import family_for
 from checkpoints_converter.safetensors_files import CHECKSUMS_FILE, SafetensorsWriter
 from checkpoints_converter.streaming import (
@@ -25,6 +26,7 @@ from checkpoints_converter.streaming import (
     whole,
 )
 from checkpoints_converter.weights import Names, Recipe, recipes_of_theirs, refuse_other_tensors
+from megatron_hybrid.checkpoint.carried import read_carried
 from megatron_hybrid.checkpoint.reader import CheckpointReader, find_checkpoint, tensor_bytes
 from megatron_hybrid.checkpoint.source_model import source_config
 from megatron_hybrid.checkpoint.threads import default_threads, in_threads
@@ -178,7 +180,8 @@ def _write_weights(
     finally:
         open_shards.discard()
     checksums = {name: f"{crc:08x}" for name, crc in sorted(open_shards.checksums.items())}
-    write_atomic(folder / CHECKSUMS_FILE, json.dumps({"crc32": checksums}, indent=1) + "\n")
+    content = {"crc32": checksums, CARRIED_NAMES: sorted(as_they_were(read_carried(reader.folder)))}
+    write_atomic(folder / CHECKSUMS_FILE, json.dumps(content, indent=1) + "\n")
     if len(shards) > 1:
         weight_map = {
             tensor.recipe.spec.name: name

@@ -4,9 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+from checkpoints_converter.carried_files import (
+    CARD,
+    CONFIG,
+    GENERATION,
+    as_they_were,
+    generation_config,
+    source_config,
+    token_ids,
+)
 from checkpoints_converter.family import Family
 from checkpoints_converter.inspection import Contents, open_any
 from checkpoints_converter.tokenizer_files import write_tokenizer
+from megatron_hybrid.checkpoint.carried import read_carried, write_files
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.pattern import KINDS, parse_pattern
 from megatron_hybrid.data.tokenizer import holds_tokenizer, load_tokenizer
@@ -37,25 +47,34 @@ def write_small_files(
     """
     tokenizer = load_tokenizer(checkpoint) if holds_tokenizer(checkpoint) else None
     problem = tokenizer and config.vocabulary_problem(tokenizer.vocab_size)
-    specials, tokenizer_note = write_tokenizer(tokenizer, folder)
+    carried = read_carried(checkpoint)
+    specials, tokenizer_note = write_tokenizer(tokenizer, folder, carried)
+    write_files(folder, as_they_were(carried))
     contents = open_any(checkpoint).contents
     card = _card(checkpoint, contents, config, family, dtype, parameters, tokenizer_note)
-    write_atomic(folder / "README.md", card)
-    ids = {"bos_token_id": specials.bos, "eos_token_id": specials.eos, "pad_token_id": specials.pad}
-    write_atomic(folder / "generation_config.json", _json({"_from_model_config": True, **ids}))
+    write_atomic(folder / CARD, card)
+    own = {"bos_token_id": specials.bos, "eos_token_id": specials.eos, "pad_token_id": specials.pad}
+    ids = token_ids(carried, own)
+    write_atomic(folder / GENERATION, generation_config(carried, ids))
     fields: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         # Releases of transformers differ in the name.
         "dtype": dtype,
         "torch_dtype": dtype,
-        "max_position_embeddings": config.data.seq_length,
+        "max_position_embeddings": _positions(source_config(carried), config.data.seq_length),
         "use_cache": True,
         **ids,
         **family.config(config.model),
     }
-    write_atomic(folder / "config.json", _json(fields))
+    write_atomic(folder / CONFIG, _json(fields))
     return [f"it can be used with another tokenizer only: {problem}"] if problem else []
+
+
+def _positions(source: dict[str, Any], seq_length: int) -> int:
+    """How many positions the model is for: as many as it came with, where it was for more."""
+    said = source.get("max_position_embeddings")
+    return max(said, seq_length) if type(said) is int else seq_length
 
 
 def _json(values: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from checkpoints_converter.carried_files import carried_from
 from checkpoints_converter.errors import ConversionError
 from checkpoints_converter.family import Family, Fields
 from checkpoints_converter.loading_order import elsewhere, passed_over
@@ -34,6 +35,7 @@ from checkpoints_converter.weights import (
     refuse_other_tensors,
 )
 from megatron_hybrid.checkpoint import files as checkpoint_files
+from megatron_hybrid.checkpoint.carried import write_carried
 from megatron_hybrid.checkpoint.reader import as_matrix
 from megatron_hybrid.checkpoint.threads import default_threads, in_threads
 from megatron_hybrid.checkpoint.writer import CheckpointWriter
@@ -117,6 +119,9 @@ def import_model(
         tokenizer = _tokenizer(source)
         if tokenizer is None:
             fields.notes.append("it comes without a tokenizer; name one to train it")
+        carried, lost = carried_from(source, tokenizer.files if tokenizer is not None else ())
+        if lost:
+            fields.notes.append(f"not carried along: {', '.join(lost)}")
         half = sum(dtype != torch.float32 for dtype in dtypes.values()) * 2 > len(dtypes)
         recipe = "bf16" if (options.dtype or ("bf16" if half else "fp32")) != "fp32" else "fp32"
         multiple = options.vocabulary_multiple or math.gcd(
@@ -146,6 +151,7 @@ def import_model(
             total = _write(partial, reader, config.model, plan, options, advance)
             reader.verify()
             write_atomic(partial / CONFIG_FILE, config.to_yaml())
+            write_carried(partial, carried)
             if tokenizer is not None:
                 tokenizer.save_copy(partial)
             checkpoint_files.publish(partial, save, 0, keep_last=None)

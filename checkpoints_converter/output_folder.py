@@ -1,20 +1,23 @@
 """A model folder that appears whole: written beside its place, and renamed at the end."""
 
 import fnmatch
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from checkpoints_converter.errors import ConversionError
+from checkpoints_converter.safetensors_files import CHECKSUMS_FILE
 from megatron_hybrid.fileio import sync_folder
 
 # What a model folder is made of; --force removes nothing else.
 MODEL_FILES = (
     "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
-    "checksums.json", "tokenizer*", "null_tokenizer.json", "special_tokens_map.json", "README.md",
-    ".*.part",
+    "checksums.json", "tokenizer*", "null_tokenizer.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "README.md", ".*.part",
 )  # fmt: skip
+CARRIED_NAMES = "carried"  # in checksums.json: what else an export has written, by path
 
 
 @contextmanager
@@ -55,10 +58,17 @@ def _refuse_to_replace(path: Path, force: bool) -> None:
         raise ConversionError(f"{path} exists; give another place, or --force to replace it")
     if not path.is_dir():
         raise ConversionError(f"{path} is not a folder, and --force replaces only model folders")
+    written = _carried_names(path)
+    names = (
+        entry.relative_to(path).as_posix()
+        for entry in path.rglob("*")
+        if entry.is_symlink() or not entry.is_dir() or not any(entry.iterdir())
+    )
     foreign = sorted(
-        entry.name
-        for entry in path.iterdir()
-        if entry.is_dir() or not any(fnmatch.fnmatch(entry.name, p) for p in MODEL_FILES)
+        name
+        for name in names
+        if name not in written
+        and ("/" in name or not any(fnmatch.fnmatch(name, p) for p in MODEL_FILES))
     )
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
@@ -66,6 +76,14 @@ def _refuse_to_replace(path: Path, force: bool) -> None:
             f"{path} also holds {', '.join(foreign[:3])}{more}, which no conversion wrote; "
             "--force replaces only model folders"
         )
+
+
+def _carried_names(path: Path) -> set[str]:
+    """What an export says that it took over from the model's source; nothing if it is damaged."""
+    try:
+        return set(map(str, json.loads((path / CHECKSUMS_FILE).read_bytes())[CARRIED_NAMES]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def _publish(partial: Path, path: Path) -> None:

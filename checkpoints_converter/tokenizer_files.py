@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints_converter.sentencepiece_model import first_difference, read_model, tokenizer_json
+from megatron_hybrid.checkpoint.carried import Carried
 from megatron_hybrid.data.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
@@ -25,18 +26,21 @@ class Specials:
     pad: int | None = None
 
 
-def write_tokenizer(tokenizer: Tokenizer | None, folder: Path) -> tuple[Specials, str]:
+def write_tokenizer(
+    tokenizer: Tokenizer | None, folder: Path, carried: Carried
+) -> tuple[Specials, str]:
     """Write a tokenizer's files; its special tokens, and a sentence for the model card.
 
     Args:
         tokenizer: the checkpoint's; None where it has none.
+        carried: files that will be there, too: none of them is made up.
     """
     if tokenizer is None:
         return Specials(), "none (the checkpoint has none)"
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return _hugging_face(tokenizer, folder)
     if isinstance(tokenizer, SentencePieceTokenizer):
-        return _sentencepiece(tokenizer, folder)
+        return _sentencepiece(tokenizer, folder, carried)
     return Specials(eos=tokenizer.eod), "none (the run read token ids)"
 
 
@@ -46,15 +50,20 @@ def _hugging_face(tokenizer: HuggingFaceTokenizer, folder: Path) -> tuple[Specia
     config = folder / HuggingFaceTokenizer.config_name
     if not config.is_file():
         _write_config(folder, {"eos_token": tokenizer.decode([tokenizer.eod])})
-    return Specials(eos=tokenizer.eod), "the run's own tokenizer.json"
+    bos, pad = (tokenizer.special_id(name) for name in ("bos_token", "pad_token"))
+    return Specials(bos, tokenizer.eod, pad), "the run's own tokenizer.json"
 
 
-def _sentencepiece(tokenizer: SentencePieceTokenizer, folder: Path) -> tuple[Specials, str]:
+def _sentencepiece(
+    tokenizer: SentencePieceTokenizer, folder: Path, carried: Carried
+) -> tuple[Specials, str]:
     """tokenizer.model as it is, and a tokenizer.json where one gives the same ids."""
     tokenizer.save_copy(folder)
     content = (folder / SentencePieceTokenizer.file_name).read_bytes()
     model = read_model(content)
     specials = Specials(*(id if id >= 0 else None for id in (model.bos, model.eos, model.pad)))
+    if HuggingFaceTokenizer.config_name in carried:  # which says how transformers opens it
+        return specials, "sentencepiece's tokenizer.model, as it came"
     text = tokenizer_json(model)
     difference = "of a kind that tokenizers has not" if text is None else None
     if text is not None:

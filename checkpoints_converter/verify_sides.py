@@ -204,7 +204,11 @@ def their_answers(
     Raises:
         ConversionError: transformers cannot load it, or finds tensors missing or unknown.
     """
+    from transformers import GenerationConfig
+
     model = _load(folder)
+    # The folder's own may ask for penalties, beams and least lengths: that is not greedy text.
+    model.generation_config = GenerationConfig()
     # The default cache of transformers wants an attention layer.
     use_cache = "full_attention" in (getattr(model.config, "layer_types", None) or [])
     answers = []

@@ -4,6 +4,7 @@
     SAVE/iter_0000100/                          a torch_dist checkpoint of megatron-core
                      /run_config.yaml           the resolved config of the run
                      /tokenizer.model (.json)   the tokenizer's file
+                     /hugging_face/             of the folder that its model came from (carried.py)
                      /data_plan.json            the plan of its data, and how far it was read
                      /integrity.json            SHA-256 of every file (megatron-core's format)
 
@@ -92,7 +93,8 @@ def write_integrity(folder: Path, threads: int) -> None:
 
     megatron-core's own function takes the files one after the other.
     """
-    names = sorted(path.name for path in folder.iterdir() if path.name != INTEGRITY_FILE)
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    names = sorted({path.as_posix() for path in paths} - {INTEGRITY_FILE})
     digests: dict[str, str] = {}
 
     def digest(name: str, _: int) -> None:

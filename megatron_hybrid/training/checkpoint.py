@@ -27,6 +27,7 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_hybrid.checkpoint import files
+from megatron_hybrid.checkpoint.carried import Carried, write_carried
 from megatron_hybrid.checkpoint.progress import Progress, saved_progress
 from megatron_hybrid.checkpoint.saved_config import refuse_other_model, saved_config
 from megatron_hybrid.checkpoint.threads import default_threads
@@ -60,6 +61,7 @@ class Checkpointer:
         model: this rank's pipeline chunks under DDP.
         report: told one line about each checkpoint once it is whole.
         plan: of the data; None where they have none.
+        carried: of the Hugging Face folder that the model came from.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Checkpointer:
         tokenizer: Tokenizer,
         report: Callable[[int, str], None],
         plan: Plan | None = None,
+        carried: Carried | None = None,
     ) -> None:
         assert config.checkpoint.save is not None
         self.save_folder = config.checkpoint.save
@@ -78,6 +81,7 @@ class Checkpointer:
         self.optimizer = optimizer
         self.tokenizer = tokenizer
         self.plan = plan
+        self.carried = carried or {}
         self.report = report
         self._queue = AsyncCallsQueue()
         self._in_background = 0  # the iteration that is being written there
@@ -152,6 +156,7 @@ class Checkpointer:
             partial = files.partial_folder(self.save_folder, iteration)
             write_atomic(partial / CONFIG_FILE, self.config.to_yaml())
             self.tokenizer.save_copy(partial)
+            write_carried(partial, self.carried)
             if data_plan is not None:
                 write_atomic(partial / DATA_PLAN_FILE, data_plan)
             if options.verify_integrity:

@@ -4,11 +4,13 @@ No other rank is needed, and torch only to look into another run's checkpoint, s
 out what cannot run before it starts any rank, and every rank comes to the same answer by itself.
 """
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from megatron_hybrid.checkpoint import files as checkpoint_files
+from megatron_hybrid.checkpoint.carried import Carried, read_carried
 from megatron_hybrid.checkpoint.progress import Progress, saved_progress
 from megatron_hybrid.checkpoint.saved_config import (
     refuse_other_data,
@@ -20,10 +22,17 @@ from megatron_hybrid.config.rules.common import LENGTHS, values
 from megatron_hybrid.data.batches import Steps
 from megatron_hybrid.data.datasets import RunData, plan_data
 from megatron_hybrid.data.saved_plan import SavedPlan, read_saved_plan
-from megatron_hybrid.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
+from megatron_hybrid.data.tokenizer import (
+    Tokenizer,
+    build_tokenizer,
+    holds_tokenizer,
+    load_tokenizer,
+)
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.training.batch_sizes import check_batch_sizes
 from megatron_hybrid.upcycling.scheme import scheme_between
+
+logger = logging.getLogger(__name__)
 
 
 class Origin(NamedTuple):
@@ -49,11 +58,13 @@ class Start:
 
     Attributes:
         saved_plan: that travels in the checkpoint; None: it has none, or the data start anew.
+        carried: of the Hugging Face folder that the model came from, by path.
     """
 
     origin: Origin
     data: RunData
     saved_plan: SavedPlan | None = None
+    carried: Carried = field(default_factory=dict)
 
 
 def open_run(config: RunConfig, world_size: int) -> tuple[RunConfig, Tokenizer, Start]:
@@ -105,7 +116,21 @@ def find_start(config: RunConfig, tokenizer: Tokenizer, world_size: int) -> Star
         validate(config, schedule_start_tokens=data.steps.tokens_before(start))
     if consumed is not None:
         check_batch_sizes(config, data.steps, consumed, world_size)
-    return Start(origin, data, saved_plan)
+    return Start(origin, data, saved_plan, _carried(origin.folder, tokenizer))
+
+
+def _carried(folder: Path | None, tokenizer: Tokenizer) -> Carried:
+    """What the checkpoint carries; nothing where it is of another tokenizer, which it tells of."""
+    carried = read_carried(folder) if folder is not None else {}
+    if folder is None or not carried or not holds_tokenizer(folder):
+        return carried
+    if load_tokenizer(folder).fingerprint == tokenizer.fingerprint:
+        return carried
+    logger.warning(
+        "%s is of another tokenizer than the run's; its checkpoints do not carry on: %s",
+        folder, ", ".join(carried),
+    )  # fmt: skip
+    return {}
 
 
 def find_checkpoint(config: RunConfig) -> Origin:

@@ -75,7 +75,7 @@ class Trainer:
         self.attempt = AttemptLog(config.run_dir)
         if is_rank_zero():
             self.attempt.start(torch.distributed.get_world_size())
-        self.data = start.data
+        self.data, self.carried = start.data, start.carried
         self.steps = start.data.steps
         self._refuse_other_plans()
         engine_config = transformer_config(config, backend, platform.device)
@@ -172,7 +172,7 @@ class Trainer:
             checkpointer = Checkpointer(
                 self.config, self.model, self.optimizer, self.tokenizer,
                 lambda iteration, line: metrics.event(iteration, "checkpoint", line),
-                self.data.plan,
+                self.data.plan, self.carried,
             )  # fmt: skip
             saved_at = progress.iteration
             reason = "finished"

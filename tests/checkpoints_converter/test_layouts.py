@@ -2,6 +2,7 @@
 
 import argparse
 import enum
+import json
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A model of transformers, and our import of it with a padded vocabulary."""
     folder = tmp_path_factory.mktemp("layouts")
     saved(nemotron_h(PATTERN), folder / "hf")
+    (folder / "hf" / "LICENSE").write_text("free")
     imported = import_model(folder / "hf", folder / "ours", ImportOptions(vocabulary_multiple=64))
     assert imported.config.model.vocab_size == VOCAB_SIZE
     return folder / "hf", imported.folder
@@ -57,6 +59,7 @@ def _config(checkpoint: Path, pattern: str, sizes: dict[str, Any]) -> RunConfig:
 
 def load_and_save(checkpoint: Path, pattern: str, sizes: dict[str, Any], save: Path) -> None:
     """On a rank: load a checkpoint into a layout, and save it as the trainer does."""
+    from megatron_hybrid.checkpoint.carried import read_carried
     from megatron_hybrid.checkpoint.progress import Progress
     from megatron_hybrid.data.tokenizer import NullTokenizer
     from megatron_hybrid.training.checkpoint import Checkpointer, load_checkpoint
@@ -68,19 +71,27 @@ def load_and_save(checkpoint: Path, pattern: str, sizes: dict[str, Any], save: P
     with built(config) as (chunks, optimizer, _):
         load_checkpoint(config, checkpoint, chunks, optimizer, weights_only=True)
         tokenizer = NullTokenizer(VOCAB_SIZE)
-        checkpointer = Checkpointer(config, chunks, optimizer, tokenizer, lambda *_: None)
+        checkpointer = Checkpointer(
+            config, chunks, optimizer, tokenizer, lambda *_: None, carried=read_carried(checkpoint)
+        )
         checkpointer.save(Progress(), wait=True)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_same_bytes_from_every_layout(name: str, model: tuple[Path, Path], tmp_path: Path) -> None:
-    """Optimizer states and padding left out, every layout's checkpoint is transformers' file."""
+    """Optimizer states and padding left out, every layout's checkpoint is transformers' file.
+
+    What lay beside it goes from checkpoint to checkpoint, under their checksums.
+    """
     hugging_face, imported = model
     ranks, pattern, sizes = LAYOUTS[name]
     run_distributed(load_and_save, ranks, imported, pattern, sizes, tmp_path / "saved")
     export(tmp_path / "saved", tmp_path / "hf", ExportOptions())
     expected = (hugging_face / "model.safetensors").read_bytes()
     assert (tmp_path / "hf" / "model.safetensors").read_bytes() == expected
+    assert (tmp_path / "hf" / "LICENSE").read_text() == "free"
+    integrity = json.loads((tmp_path / "saved" / "iter_0000000" / "integrity.json").read_text())
+    assert "hugging_face/LICENSE" in integrity["files"]
 
 
 class Backend(enum.Enum):

@@ -34,6 +34,11 @@ class Tokenizer(ABC):
         self._files = files
         self.fingerprint = hashlib.sha256(files[self.file_name]).hexdigest()
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the files that `save_copy` writes."""
+        return tuple(self._files)
+
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without begin or end markers."""

@@ -16,6 +16,10 @@ from megatron_hybrid.data.tokenizer.hard_texts import hard_texts
 
 logger = logging.getLogger(__name__)
 
+# What belongs to a tokenizer.json for whoever chats with the model; nothing here reads it.
+_COMPANIONS = (
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 # Asked, in this order of families, when no tokenizer_config.json names the end token.
 _COMMON_END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
 
@@ -41,9 +45,9 @@ class HuggingFaceTokenizer(Tokenizer):
         path = path / self.file_name if path.is_dir() else path
         self._path = path
         files = {self.file_name: read_tokenizer_file(path)}
-        config_path = path.with_name(self.config_name)
-        if config_path.is_file():
-            files[self.config_name] = config_path.read_bytes()
+        for name in (self.config_name, *_COMPANIONS):
+            if (beside := path.with_name(name)).is_file():
+                files[name] = read_tokenizer_file(beside)
         super().__init__(files)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(files[self.file_name])
@@ -66,7 +70,7 @@ class HuggingFaceTokenizer(Tokenizer):
             for token_id, token in self._tokenizer.get_added_tokens_decoder().items()
             if token.special
         }
-        named = self._end_token_of_config(path)
+        named = self._token_of_config(path, "eos_token")
         if named is not None:
             if named not in special:
                 raise DataError(
@@ -83,11 +87,16 @@ class HuggingFaceTokenizer(Tokenizer):
             )
         return special[usual[0]]
 
-    def _end_token_of_config(self, path: Path) -> str | None:
+    def special_id(self, name: str) -> int | None:
+        """The id of a token that the tokenizer_config.json names, such as "pad_token"."""
+        token = self._token_of_config(self._path, name)
+        return None if token is None else self._tokenizer.token_to_id(token)
+
+    def _token_of_config(self, path: Path, name: str) -> str | None:
         if self.config_name not in self._files:
             return None
         try:
-            token = json.loads(self._files[self.config_name]).get("eos_token")
+            token = json.loads(self._files[self.config_name]).get(name)
         except (ValueError, AttributeError) as error:
             raise DataError(
                 f"{path.with_name(self.config_name)} is not a JSON object: {error}"

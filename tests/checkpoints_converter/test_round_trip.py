@@ -1,0 +1,194 @@
+"""What of a folder is neither weights nor config comes back, or is said by name to be lost."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+
+from checkpoints_converter.errors import ConversionError
+from checkpoints_converter.export import ExportOptions, export
+from checkpoints_converter.importing import Imported, ImportOptions, import_model
+from checkpoints_converter.loading_order import WEIGHT_FILES
+from megatron_hybrid.checkpoint.carried import FOLDER, read_carried
+from megatron_hybrid.config import RunConfig, UpcyclingConfig, load_config
+from megatron_hybrid.training.start import Start, open_run
+from megatron_hybrid.upcycling.request import Request, upcycled_config
+from megatron_hybrid.upcycling.write import Upcycling
+from tests.checkpoints_converter.peer_models import VOCAB_SIZE, nemotron_h, saved
+
+SPECIALS = {"eos_token": "<|im_end|>", "bos_token": "<s>", "pad_token": "<pad>"}
+GENERATION = {
+    "eos_token_id": [57, 58], "bos_token_id": 59, "do_sample": True, "temperature": 0.6,
+    "top_p": 0.95, "repetition_penalty": 1.5,
+}  # fmt: skip
+IDS = {"eos_token_id": [57, 58], "bos_token_id": 59, "pad_token_id": 60}
+# Files that a checkpoint can carry, of any name; beside a tokenizer's and a model's own.
+OTHERS = {
+    "chat_template.jinja": "{{ messages }}", "special_tokens_map.json": "{}", "vocab.txt": "a",
+    "additional_chat_templates/tools.jinja": "{{ tools }}", "LICENSE": "free", "README.md": "# it",
+    "images/plot.png": "png", ".gitattributes": "*.bin lfs", "a name of nobody's": "x",
+    "integrity.json": "{}",
+}  # fmt: skip
+LOST = (".cache/", "original/consolidated.pth", "pytorch_model.bin")
+
+
+def write_tokenizer(folder: Path) -> None:
+    ids = {f"w{number}": number for number in range(VOCAB_SIZE - 4)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="w0"))
+    words.add_special_tokens(["<|im_end|>", "</s>", "<s>", "<pad>"])
+    words.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(SPECIALS))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chat model with all that such a folder may hold."""
+    folder = saved(nemotron_h("M-*"), tmp_path_factory.mktemp("chat") / "hf")
+    write_tokenizer(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= IDS | {"max_position_embeddings": 131072}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps(GENERATION))
+    for name in (*OTHERS, ".cache/lock", *LOST[1:]):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(OTHERS.get(name, ""))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def imported(source: Path) -> Imported:
+    return import_model(source, source.parent / "imported", ImportOptions())
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_every_file_comes_back_or_is_named(
+    source: Path, imported: Imported, tmp_path: Path
+) -> None:
+    """All that lies in the folder, whatever it is called; twice round is as once."""
+    export(imported.folder, tmp_path / "out", ExportOptions())
+    before, after = files(source), files(tmp_path / "out")
+    notes = "\n".join(imported.notes)
+    for name, content in before.items():
+        if name == "config.json":
+            assert json.loads(after[name]).items() >= IDS.items()
+            assert json.loads(after[name])["max_position_embeddings"] == 131072
+        elif name == "README.md":
+            assert after["source_README.md"] == content
+        elif name.startswith(LOST):
+            assert next(lost for lost in LOST if name.startswith(lost)) in notes
+        else:
+            assert after[name] == content, name
+    import_model(tmp_path / "out", tmp_path / "again", ImportOptions())
+    export(tmp_path / "again", tmp_path / "out", ExportOptions(force=True))
+    again = files(tmp_path / "out")
+    assert again.keys() == after.keys()
+    assert [name for name in after if again[name] != after[name]] == []
+
+
+def test_force_removes_nothing_but_what_an_export_wrote(imported: Imported, tmp_path: Path) -> None:
+    """What it carried over is replaced; a file of the user's among it is not."""
+    export(imported.folder, tmp_path / "out", ExportOptions())
+    (tmp_path / "out" / "images" / "mine.png").write_text("mine")
+    with pytest.raises(ConversionError, match=r"also holds images/mine\.png"):
+        export(imported.folder, tmp_path / "out", ExportOptions(force=True))
+
+
+def test_weights_of_any_program_are_told_apart(source: Path, tmp_path: Path) -> None:
+    """Each pattern of files with weights: not taken for something to carry, but named."""
+    folder = shutil.copytree(source, tmp_path / "hf")
+    (folder / "deeper").mkdir()
+    names = [pattern.replace("*", "other") for pattern in WEIGHT_FILES]
+    for name in names:
+        (folder / name).write_text("")
+        (folder / "deeper" / name).write_text("")
+    done = import_model(folder, tmp_path / "out", ImportOptions())
+    carried, notes = read_carried(done.folder), "\n".join(done.notes)
+    assert [name for name in carried if name.endswith(tuple(names))] == []
+    assert [name for name in names if f" {name}" not in notes] == []
+    assert [name for name in names if f"deeper/{name}" not in notes] == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "ends"),
+    [
+        (None, [57, 58]),  # of config.json
+        ({"temperature": 0.5}, [57, 58]),
+        ({"eos_token_id": 58}, 58),
+    ],
+)
+def test_generation_config(
+    settings: dict[str, Any] | None, ends: Any, source: Path, tmp_path: Path
+) -> None:
+    """The source's own; where it does not say how a text ends, that is added."""
+    folder = shutil.copytree(source, tmp_path / "hf")
+    (folder / "generation_config.json").unlink()
+    if settings is not None:
+        (folder / "generation_config.json").write_text(json.dumps(settings))
+    done = import_model(folder, tmp_path / "ours", ImportOptions())
+    export(done.folder, tmp_path / "out", ExportOptions())
+    after = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert after["eos_token_id"] == ends
+    assert after.items() >= (settings or {}).items()
+
+
+def test_a_damaged_generation_config(source: Path, tmp_path: Path) -> None:
+    """Refused by name, before anything is written."""
+    folder = shutil.copytree(source, tmp_path / "hf")
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(ConversionError, match=r"generation_config\.json is damaged"):
+        import_model(folder, tmp_path / "out", ImportOptions())
+
+
+def test_a_tokenizers_own_special_tokens(tmp_path: Path) -> None:
+    """A model that was trained here, with a chat model's tokenizer: its template, bos and pad."""
+    folder = saved(nemotron_h("M-"), tmp_path / "hf")
+    done = import_model(folder, tmp_path / "ours", ImportOptions())
+    shutil.rmtree(done.folder / FOLDER)
+    write_tokenizer(done.folder)
+    (done.folder / "chat_template.jinja").write_text("{{ messages }}")
+    export(done.folder, tmp_path / "out", ExportOptions())
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
+    for name in ("config.json", "generation_config.json"):
+        found = json.loads((tmp_path / "out" / name).read_text())
+        assert found.items() >= (IDS | {"eos_token_id": 57}).items()
+
+
+def start_from(imported: Imported, run_dir: Path, *words: str) -> Start:
+    saved_words = [str(imported.folder / "run_config.yaml"), "data.mock_data=true"]
+    load = f"checkpoint.load={imported.folder.parent}"
+    config: RunConfig = load_config(
+        [*saved_words, load, "checkpoint.finetune=true", f"run_dir={run_dir}", *words]
+    )
+    return open_run(config, 1)[2]
+
+
+def test_a_run_carries_them_on(
+    imported: Imported, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From the checkpoint that it starts from, or upcycles; not for another tokenizer, which it
+    says."""
+    carried = read_carried(imported.folder)
+    assert start_from(imported, tmp_path / "run").carried == carried
+    config = upcycled_config(imported.config, Request(2, 4, 4), tmp_path / "moe", [])
+    moe = Upcycling(
+        imported.folder, imported.config, config, UpcyclingConfig(), restart_schedule=False
+    ).write(tmp_path / "moe")
+    assert read_carried(moe.folder) == carried
+    write_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(path.read_text().replace('"w1"', '"another"'))
+    with caplog.at_level(logging.WARNING):
+        start = start_from(imported, tmp_path / "other", f"data.tokenizer_model={path}")
+    assert start.carried == {}
+    assert "do not carry on: " in caplog.text and "generation_config.json" in caplog.text
