@@ -14,6 +14,7 @@ from checkpoints_converter.export import ExportOptions, export
 from checkpoints_converter.importing import Imported, ImportOptions, import_model
 from checkpoints_converter.loading_order import WEIGHT_FILES
 from megatron_hybrid.checkpoint.carried import FOLDER, read_carried
+from megatron_hybrid.checkpoint.files import write_integrity
 from megatron_hybrid.config import RunConfig, UpcyclingConfig, load_config
 from megatron_hybrid.training.start import Start, open_run
 from megatron_hybrid.upcycling.request import Request, upcycled_config
@@ -102,6 +103,15 @@ def test_force_removes_nothing_but_what_an_export_wrote(imported: Imported, tmp_
     (tmp_path / "out" / "images" / "mine.png").write_text("mine")
     with pytest.raises(ConversionError, match=r"also holds images/mine\.png"):
         export(imported.folder, tmp_path / "out", ExportOptions(force=True))
+
+
+def test_checksums_are_of_carried_files_too(imported: Imported, tmp_path: Path) -> None:
+    """Every file of a checkpoint, at any depth and of any name."""
+    folder = shutil.copytree(imported.folder, tmp_path / "iter_0000000")
+    write_integrity(folder, threads=1)
+    names = json.loads((folder / "integrity.json").read_text())["files"].keys()
+    assert names == files(folder).keys() - {"integrity.json"}
+    assert f"{FOLDER}/integrity.json" in names
 
 
 def test_weights_of_any_program_are_told_apart(source: Path, tmp_path: Path) -> None:
