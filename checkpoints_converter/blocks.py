@@ -6,13 +6,28 @@ Their MLPs have a gate (SwiGLU), and their attention may have rotary positions.
 from typing import Any
 
 from checkpoints_converter import layers
-from checkpoints_converter.family import Fields
-from checkpoints_converter.mamba_fields import MambaNames, cannot_hold_mamba
+from checkpoints_converter.common_fields import COMMON
+from checkpoints_converter.fields import (
+    MOST,
+    MOST_LAYERS,
+    Fields,
+    MustBe,
+    Number,
+    Parsed,
+    Rules,
+    Whole,
+)
+from checkpoints_converter.mamba_fields import MambaNames, cannot_hold_mamba, mamba_rules
 from checkpoints_converter.weights import Mapping, Names, renamed
 from megatron_hybrid.config import ModelConfig
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, parse_pattern
 
 DEFAULT_ROPE_THETA = 10000.0
+_ROTARY_PERCENT = Number(above=0, below=1 + 2**-52)  # up to all
+_ROPE_FIELDS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+# What transformers' releases have called the mixers.
+MIXERS = {"linear_attention": MAMBA, "mamba": MAMBA, "full_attention": ATTENTION,
+          "attention": ATTENTION}  # fmt: skip
 
 
 def mamba_names(rms_norm_eps: float) -> MambaNames:
@@ -85,31 +100,60 @@ def common_config(model: ModelConfig) -> dict[str, Any]:
     return fields
 
 
+def block_rules(names: MambaNames) -> Rules:
+    """Rules for the fields that these families have in common."""
+    return {
+        **COMMON,
+        **mamba_rules(names),
+        "hidden_size": Whole(default=4096),
+        "num_hidden_layers": Whole(default=32, most=MOST_LAYERS),
+        "hidden_act": MustBe(
+            default="silu", allowed=("silu", "swish"), why="the gated MLP has a silu"
+        ),
+        names.epsilon[0]: Number(default=names.epsilon[1], above=0),
+        "initializer_range": Number(default=0.02, above=0),
+        "attention_bias": MustBe(
+            default=False, allowed=(False,), layers=ATTENTION, why="no biases in attention alone"
+        ),
+        "num_attention_heads": Whole(default=32, layers=ATTENTION),
+        "num_key_value_heads": Whole(nullable=True, layers=ATTENTION),
+        "head_dim": Whole(nullable=True, layers=ATTENTION),
+        "attention_dropout": Number(default=0.0, least=0, below=1, layers=ATTENTION),
+        "sliding_window": MustBe(
+            default=None, allowed=(None,), layers=ATTENTION, why="its attention has no window"
+        ),
+        "rope_parameters": Parsed(
+            function=_rope_parameters, nullable=True, layers=ATTENTION, also=("rope_scaling",),
+            stand_in={},
+        ),
+        "rope_theta": Parsed(default=DEFAULT_ROPE_THETA, function=_rope_theta, layers=ATTENTION),
+    }  # fmt: skip
+
+
 def common_model(fields: Fields, pattern: str, names: MambaNames) -> dict[str, Any]:
     """Our fields of those of `common_config`, and of the norms' epsilon."""
-    hidden_size = fields.size("hidden_size", 4096)
-    fields.must_be("hidden_act", "silu", "swish", default="silu", why="the gated MLP has a silu")
+    hidden_size = fields["hidden_size"]
     values: dict[str, Any] = {
         "hybrid_layer_pattern": pattern,
         "hidden_size": hidden_size,
+        "vocab_size": fields["vocab_size"],
         "activation": "swiglu",
-        "layernorm_epsilon": fields.get(*names.epsilon),
-        "init_method_std": fields.get("initializer_range", 0.02),
-        "untie_embeddings_and_output_weights": not fields.get("tie_word_embeddings", False),
+        "layernorm_epsilon": fields[names.epsilon[0]],
+        "init_method_std": fields["initializer_range"],
+        "untie_embeddings_and_output_weights": not fields["tie_word_embeddings"],
     }
     if ATTENTION in pattern:
-        fields.must_be("attention_bias", False, default=False, why="no biases in attention alone")
-        heads = fields.size("num_attention_heads", 32)
-        if fields.get("head_dim") is None and hidden_size % heads:
+        heads = fields["num_attention_heads"]
+        if not fields.given("head_dim") and hidden_size % heads:
             fields.problems.append(
                 f"num_attention_heads={heads} must divide hidden_size={hidden_size}, "
                 "unless head_dim is given"
             )
         values |= {
             "num_attention_heads": heads,
-            "num_query_groups": fields.size("num_key_value_heads", heads),
-            "kv_channels": fields.size("head_dim", max(1, hidden_size // heads)),
-            "attention_dropout": fields.number("attention_dropout", 0.0),
+            "num_query_groups": fields["num_key_value_heads"] or heads,
+            "kv_channels": fields["head_dim"] or max(1, hidden_size // heads),
+            "attention_dropout": fields["attention_dropout"],
         }
     return values
 
@@ -123,26 +167,54 @@ def rope_config(model: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _rope_parameters(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError("must be an object with rope_type and rope_theta")
+    # Of another type, its other fields are its own.
+    if _rope_type(value) == "default" and (unknown := sorted(value.keys() - {*_ROPE_FIELDS})):
+        raise ValueError(f"has {', '.join(map(str, unknown))}; allowed: {', '.join(_ROPE_FIELDS)}")
+    return value
+
+
+def _rope_theta(value: Any) -> int:
+    if isinstance(value, int | float) and 1 <= value < MOST and value == int(value):
+        return int(value)
+    raise ValueError("must be a whole number of at least 1")
+
+
+def _rope_type(said: dict[str, Any]) -> Any:
+    return said.get("rope_type", said.get("type", "default"))
+
+
 def rope_model(fields: Fields, partial: float) -> dict[str, Any]:
     """Our fields of the rotary positions, which releases have written in several ways.
 
     Args:
         partial: the share of a head's channels that rotate, where the file does not say.
     """
-    said = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    kind = said.get("rope_type", said.get("type", "default"))
-    if kind != "default":
+    said = fields["rope_parameters"] or {}
+    if (kind := _rope_type(said)) != "default":
         fields.problems.append(
             f"rope_type={kind!r} must be 'default': rotary frequencies are not scaled here"
         )
-    theta = said.get("rope_theta", fields.get("rope_theta", DEFAULT_ROPE_THETA))
-    if theta != int(theta) or theta < 1:
-        fields.problems.append(f"rope_theta={theta!r} must be a whole number of at least 1")
-        theta = DEFAULT_ROPE_THETA
+        said = {}
+    if fields.given("rope_theta") and said.get("rope_theta") not in (None, fields["rope_theta"]):
+        fields.refuse("rope_theta", f"and rope_parameters' {said['rope_theta']!r} differ")
+    try:
+        theta = _rope_theta(said.get("rope_theta", fields["rope_theta"]))
+    except ValueError as error:
+        theta = int(DEFAULT_ROPE_THETA)
+        fields.problems.append(f"rope_parameters: rope_theta={said['rope_theta']!r} {error}")
+    try:
+        percent = _ROTARY_PERCENT.read(said.get("partial_rotary_factor", partial))
+    except ValueError as error:
+        percent = partial
+        value = said["partial_rotary_factor"]
+        fields.problems.append(f"rope_parameters: partial_rotary_factor={value!r} {error}")
     return {
         "position_embedding_type": "rope",
-        "rotary_base": int(theta),
-        "rotary_percent": float(said.get("partial_rotary_factor", partial)),
+        "rotary_base": theta,
+        "rotary_percent": percent,
     }
 
 
@@ -180,9 +252,20 @@ def prefixes(number: int) -> tuple[tuple[str, str], str]:
     return ours, f"model.layers.{number}."
 
 
-def block_pattern(fields: Fields, mixers: str, has_experts: bool) -> str:
+def read_mixers(value: Any) -> str:
+    """A symbol for each of a list of mixers.
+
+    Raises:
+        ValueError: it is no such list.
+    """
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"must be a list of {', '.join(MIXERS)}")
+    unknown = sorted({str(name) for name in value if str(name) not in MIXERS})
+    if unknown:
+        raise ValueError(f"has {', '.join(unknown)}; allowed: {', '.join(MIXERS)}")
+    return "".join(MIXERS[name] for name in value)
+
+
+def block_pattern(mixers: str, has_experts: bool) -> str:
     """Our pattern of their mixers, one symbol a block."""
-    blocks = fields.get("num_hidden_layers", len(mixers))
-    if blocks != len(mixers):
-        fields.problems.append(f"num_hidden_layers={blocks!r} must be {len(mixers)}, as the layers")
     return "".join(mixer + (MOE if has_experts else MLP) for mixer in mixers)

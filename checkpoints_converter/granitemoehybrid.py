@@ -7,6 +7,7 @@ from typing import Any
 
 from checkpoints_converter.blocks import (
     block_pattern,
+    block_rules,
     blocks,
     cannot_hold_blocks,
     common_config,
@@ -14,10 +15,12 @@ from checkpoints_converter.blocks import (
     common_table,
     mamba_names,
     prefixes,
+    read_mixers,
     rope_config,
     rope_model,
 )
-from checkpoints_converter.family import Family, Fields
+from checkpoints_converter.family import Family
+from checkpoints_converter.fields import Fields, MustBe, NoEffect, Number, Parsed, Rules, Whole
 from checkpoints_converter.mamba_fields import mamba_config, mamba_model
 from checkpoints_converter.weights import Mapping, Names, per_expert, renamed
 from megatron_hybrid.config import ModelConfig
@@ -25,8 +28,30 @@ from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE
 
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 NAMES = mamba_names(rms_norm_eps=1e-6)
-_MIXERS = {"linear_attention": MAMBA, "mamba": MAMBA, "full_attention": ATTENTION,
-           "attention": ATTENTION}  # fmt: skip
+FIELDS: Rules = {
+    **block_rules(NAMES),
+    "vocab_size": Whole(default=32000),
+    "max_position_embeddings": Whole(default=2048),
+    "layer_types": Parsed(function=read_mixers, nullable=True, also=("layers_block_type",)),
+    **dict.fromkeys(
+        MULTIPLIERS, MustBe(default=1.0, allowed=(1.0,), why="nothing is multiplied here")
+    ),
+    # Held against what we compute: the root of a head's channels.
+    "attention_multiplier": Number(default=1.0, layers=ATTENTION),
+    "position_embedding_type": MustBe(
+        default=None, allowed=(None, "nope", "rope"), layers=ATTENTION, why="no other"
+    ),
+    "partial_rotary_factor": NoEffect("all channels of a head rotate"),
+    "num_local_experts": Whole(default=8, least=0),
+    "num_experts_per_tok": Whole(default=2, layers=MOE),
+    "intermediate_size": Whole(default=11008, layers=MOE),
+    "shared_intermediate_size": Whole(default=1024),
+    "router_aux_loss_coef": Number(default=0.001, least=0, layers=MOE),
+    "normalization_function": MustBe(
+        default="rmsnorm", allowed=("rmsnorm",), why="norms are RMSNorm here"
+    ),
+    "init_method": NoEffect("how initial weights are drawn"),
+}
 
 
 def cannot_hold(model: ModelConfig) -> list[str]:
@@ -87,44 +112,36 @@ def config(model: ModelConfig) -> dict[str, Any]:
 
 
 def model(fields: Fields) -> dict[str, Any]:
-    """Our model section of a config.json; defaults are those of transformers' own config."""
-    types = fields.get("layer_types") or fields.get("layers_block_type")
-    types = types or ["linear_attention"] * fields.size("num_hidden_layers", 32)
-    unknown = sorted({str(name) for name in types} - _MIXERS.keys())
-    if unknown:
-        fields.problems.append(
-            f"layer_types has {', '.join(unknown)}; allowed: {', '.join(_MIXERS)}"
-        )
-    mixers = "".join(_MIXERS.get(name, MAMBA) for name in types)
-    experts = fields.get("num_local_experts", 8)
-    pattern = block_pattern(fields, mixers, has_experts=experts != 0)
-    values = common_model(fields, pattern, NAMES)
-    values["vocab_size"] = fields.size("vocab_size", 32000)
-    for name in MULTIPLIERS:
-        fields.must_be(name, 1.0, default=1.0, why="nothing is multiplied here")
+    """Our model section of a config.json."""
+    count = fields["num_hidden_layers"]
+    mixers = fields["layer_types"] or MAMBA * count
+    if fields.given("num_hidden_layers") and count != len(mixers):
+        fields.refuse("num_hidden_layers", f"must be {len(mixers)}, as the layers")
+    experts = fields["num_local_experts"]
+    values = common_model(fields, block_pattern(mixers, has_experts=experts != 0), NAMES)
     if ATTENTION in mixers:
         scale = values["kv_channels"] ** -0.5
-        fields.must_be(
-            "attention_multiplier", scale, default=1.0,
-            why="scores are divided by the root of a head's channels",
-        )  # fmt: skip
-        positions = fields.must_be("position_embedding_type", None, "nope", "rope", why="no other")
-        if positions == "rope":
+        if fields["attention_multiplier"] != scale:
+            fields.problems.append(
+                f"attention_multiplier={fields['attention_multiplier']!r} must be {scale!r}: "
+                "scores are divided by the root of a head's channels"
+            )
+        if fields["position_embedding_type"] == "rope":
             values |= rope_model(fields, partial=1.0)
-            if values["rotary_percent"] != 1.0:
-                values["rotary_percent"] = 1.0  # transformers does not read it either
+            values["rotary_percent"] = 1.0  # transformers does not read it either
     if MAMBA in mixers:
         values |= mamba_model(fields, NAMES, values["hidden_size"])
+    shared = fields["shared_intermediate_size"]
     if experts == 0:
-        return values | {"ffn_hidden_size": fields.size("shared_intermediate_size", 1024)}
+        return values | {"ffn_hidden_size": shared}
     return values | {
-        "num_moe_experts": fields.size("num_local_experts", 8),
-        "moe_ffn_hidden_size": fields.size("intermediate_size", 11008),
-        "moe_shared_expert_intermediate_size": fields.size("shared_intermediate_size", 1024),
-        "moe_router_topk": fields.size("num_experts_per_tok", 2),
+        "num_moe_experts": experts,
+        "moe_ffn_hidden_size": fields["intermediate_size"],
+        "moe_shared_expert_intermediate_size": shared,
+        "moe_router_topk": fields["num_experts_per_tok"],
         "moe_router_score_function": "softmax",
         "moe_router_pre_softmax": False,
-        "moe_aux_loss_coeff": fields.number("router_aux_loss_coef", 0.001),
+        "moe_aux_loss_coeff": fields["router_aux_loss_coef"],
     }
 
 
@@ -168,5 +185,5 @@ def _experts(our: str, their: str, model: ModelConfig, ours: Names) -> list[Mapp
 
 
 FAMILY = Family(
-    "granitemoehybrid", "GraniteMoeHybridForCausalLM", cannot_hold, config, model, table
+    "granitemoehybrid", "GraniteMoeHybridForCausalLM", cannot_hold, config, FIELDS, model, table
 )

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import torch
 
 from checkpoints_converter.carried_files import carried_from
 from checkpoints_converter.errors import ConversionError
-from checkpoints_converter.family import Family, Fields
+from checkpoints_converter.family import Family
+from checkpoints_converter.fields import Fields
 from checkpoints_converter.loading_order import elsewhere, passed_over
 from checkpoints_converter.registry import family
 from checkpoints_converter.safetensors_files import SafetensorsReader
@@ -72,12 +73,14 @@ class ImportOptions:
         vocabulary_multiple: the vocabulary is padded to a multiple of it; None for the largest
             power of two up to 128 that needs no padding.
         force: replace what an earlier import left.
+        ignored_fields: of config.json, not known here, which change nothing.
     """
 
     dtype: str | None = None
     vocabulary_multiple: int | None = None
     threads: int | None = None
     force: bool = False
+    ignored_fields: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def import_model(
         UserError: the model cannot be held exactly, or its files are damaged, incomplete, or not
             those of its config; nothing that loads is left at `save`.
     """
-    chosen, fields, values = read_model(source)
+    chosen, fields, values = read_model(source, options.ignored_fields)
     _refuse_to_replace(save, options.force)
     with file_errors(save), SafetensorsReader(source) as reader:
         dtypes = {name: entry.dtype for name, entry in reader.tensors.items()}
@@ -161,8 +164,13 @@ def import_model(
     return Imported(folder, config, len(plan), total, tuple(fields.notes))
 
 
-def read_model(source: Path) -> tuple[Family, Fields, dict[str, Any]]:
+def read_model(
+    source: Path, ignored: Collection[str] = ()
+) -> tuple[Family, Fields, dict[str, Any]]:
     """The family of a folder, its config.json, and the fields of our model section.
+
+    Args:
+        ignored: names of fields of config.json that the user says change nothing.
 
     Raises:
         ConversionError: there is no config.json, or every reason why we cannot hold the model.
@@ -177,14 +185,8 @@ def read_model(source: Path) -> tuple[Family, Fields, dict[str, Any]]:
     except ValueError as error:
         raise ConversionError(f"{path} is damaged: {error}") from error
     chosen = family(raw.get("model_type"))
-    fields = Fields(raw)
+    fields, values = chosen.read(raw, ignored)
     fields.problems += elsewhere(source, raw)
-    fields.must_be("quantization_config", None, why="quantized weights cannot be trained on")
-    try:
-        values = chosen.model(fields)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        # A field of a kind that nobody would write: which one, Python's text says best.
-        raise ConversionError(f"{path} has a field of the wrong kind: {error}") from error
     if fields.problems:
         lines = [f"  - {problem}" for problem in fields.problems]
         raise ConversionError("\n".join([f"{path} cannot be held exactly:", *lines]))
@@ -247,7 +249,7 @@ def _run_config(
         ConfigError: our config cannot hold the model.
     """
     data: dict[str, Any] = {
-        "seq_length": min(fields.size("max_position_embeddings", MAX_SEQ_LENGTH), MAX_SEQ_LENGTH),
+        "seq_length": min(fields["max_position_embeddings"] or MAX_SEQ_LENGTH, MAX_SEQ_LENGTH),
         "tokenizer_type": "null",
     }
     if tokenizer is not None:

@@ -3,12 +3,24 @@
 from typing import Any
 
 from checkpoints_converter import layers
-from checkpoints_converter.family import Family, Fields
+from checkpoints_converter.common_fields import COMMON
+from checkpoints_converter.family import Family
+from checkpoints_converter.fields import (
+    MOST_LAYERS,
+    Fields,
+    Flag,
+    MustBe,
+    NoEffect,
+    Number,
+    Rules,
+    Whole,
+)
 from checkpoints_converter.mamba_fields import (
     MambaNames,
     cannot_hold_mamba,
     mamba_config,
     mamba_model,
+    mamba_rules,
 )
 from checkpoints_converter.weights import Mapping, Names, renamed
 from megatron_hybrid.config import ModelConfig
@@ -20,6 +32,29 @@ NAMES = MambaNames(
     conv_kernel="conv_kernel", conv_bias="use_conv_bias", proj_bias="use_bias",
     chunk_size="chunk_size",
 )  # fmt: skip
+_DRAWN = NoEffect("how initial weights are drawn")
+FIELDS: Rules = {
+    **COMMON,
+    **mamba_rules(NAMES),
+    "vocab_size": Whole(default=32768),
+    "hidden_size": Whole(default=4096),
+    "num_hidden_layers": Whole(default=64, most=MOST_LAYERS),
+    "layer_norm_epsilon": Number(default=1e-5, above=0),
+    "hidden_act": MustBe(default="silu", allowed=("silu", "swish"), why="the gate is a silu"),
+    "initializer_range": Number(default=0.1, above=0),
+    "residual_in_fp32": Flag(default=True),
+    "intermediate_size": NoEffect("expand says it"),
+    "rms_norm": MustBe(default=True, allowed=(True,), why="norms are RMSNorm here"),
+    **dict.fromkeys(
+        ("rope_theta", "rope_scaling", "partial_rotary_factor"), NoEffect("there is no attention")
+    ),
+    # Whatever files say: mixers of transformers have always applied the gate first.
+    "norm_before_gate": NoEffect("the gate comes first"),
+    **dict.fromkeys(
+        ("time_step_min", "time_step_max", "time_step_floor", "time_step_rank",
+         "time_step_scale", "time_step_init_scheme", "rescale_prenorm_residual"), _DRAWN,
+    ),
+}  # fmt: skip
 
 
 def cannot_hold(model: ModelConfig) -> list[str]:
@@ -45,16 +80,20 @@ def config(model: ModelConfig) -> dict[str, Any]:
 
 
 def model(fields: Fields) -> dict[str, Any]:
-    """Our model section of a config.json; defaults are those of transformers' Mamba2Config."""
-    hidden_size = fields.size("hidden_size", 4096)
+    """Our model section of a config.json."""
+    if fields["residual_in_fp32"]:
+        fields.notes.append(
+            "residual_in_fp32=True: in half precision transformers keeps the residual stream in "
+            "fp32, here it has the precision of the run"
+        )
     return {
-        "hybrid_layer_pattern": MAMBA * fields.size("num_hidden_layers", 64),
-        "hidden_size": hidden_size,
-        "vocab_size": fields.size("vocab_size", 32768),
-        "layernorm_epsilon": fields.get("layer_norm_epsilon", 1e-5),
-        "init_method_std": fields.get("initializer_range", 0.1),
-        "untie_embeddings_and_output_weights": not fields.get("tie_word_embeddings", False),
-        **mamba_model(fields, NAMES, hidden_size),
+        "hybrid_layer_pattern": MAMBA * fields["num_hidden_layers"],
+        "hidden_size": fields["hidden_size"],
+        "vocab_size": fields["vocab_size"],
+        "layernorm_epsilon": fields["layer_norm_epsilon"],
+        "init_method_std": fields["initializer_range"],
+        "untie_embeddings_and_output_weights": not fields["tie_word_embeddings"],
+        **mamba_model(fields, NAMES, fields["hidden_size"]),
     }
 
 
@@ -72,4 +111,4 @@ def table(model: ModelConfig, ours: Names, theirs: Names) -> list[Mapping]:
     return mappings
 
 
-FAMILY = Family("mamba2", "Mamba2ForCausalLM", cannot_hold, config, model, table)
+FAMILY = Family("mamba2", "Mamba2ForCausalLM", cannot_hold, config, FIELDS, model, table)

@@ -4,7 +4,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from checkpoints_converter.family import Fields
+from checkpoints_converter.fields import (
+    Fields,
+    MustBe,
+    NoEffect,
+    Parsed,
+    Rules,
+    Whole,
+)
 from megatron_hybrid.config import ModelConfig
 from megatron_hybrid.config.pattern import MAMBA
 from megatron_hybrid.model.counts import CONV_KERNEL
@@ -76,26 +83,42 @@ def mamba_config(model: ModelConfig, names: MambaNames) -> dict[str, Any]:
     }
 
 
+def mamba_rules(names: MambaNames) -> Rules:
+    """The fields that say what a mixer computes. `names.activation` is a rule of the family's."""
+    head_dim, usual = names.head_dim
+    return {
+        names.conv_kernel: MustBe(
+            default=4, allowed=(CONV_KERNEL,), layers=MAMBA, why="the convolution's length is fixed"
+        ),
+        names.conv_bias: MustBe(
+            default=True, allowed=(True,), layers=MAMBA, why="the convolution always has a bias"
+        ),
+        names.proj_bias: MustBe(
+            default=False,
+            allowed=(False,),
+            layers=MAMBA,
+            why="Mamba projections have no biases here",
+        ),
+        names.heads[0]: Whole(default=names.heads[1], layers=MAMBA),
+        head_dim: Whole(default=usual, layers=MAMBA)
+        if usual is not None
+        else Parsed(default="auto", function=_head_dim, layers=MAMBA),
+        names.states[0]: Whole(default=names.states[1], layers=MAMBA),
+        names.groups[0]: Whole(default=names.groups[1], layers=MAMBA),
+        names.expand[0]: Whole(default=names.expand[1], layers=MAMBA),
+        names.chunk_size: NoEffect("how a sequence is cut for the scan", default=CHUNK_SIZE),
+        "time_step_limit": TIME_STEP_LIMIT,
+    }
+
+
 def mamba_model(fields: Fields, names: MambaNames, hidden_size: int) -> dict[str, Any]:
     """Our fields of a config.json; what a mixer of ours cannot compute goes to the problems."""
-    epsilon, default = names.epsilon
-    fields.must_be(
-        epsilon, GATED_NORM_EPSILON, default=default,
-        why="megatron-core's gated norm has no other epsilon",
-    )  # fmt: skip
-    fields.must_be(
-        names.conv_kernel, CONV_KERNEL, default=4, why="the convolution's length is fixed"
-    )
-    fields.must_be(names.conv_bias, True, default=True, why="the convolution always has a bias")
-    fields.must_be(
-        names.proj_bias, False, default=False, why="Mamba projections have no biases here"
-    )
-    fields.must_be(names.activation, "silu", "swish", default="silu", why="the gate is a silu")
-    refuse_time_step_limit(fields)
-    heads, inner = fields.size(*names.heads), fields.size(*names.expand) * hidden_size
-    name, usual = names.head_dim
-    auto = fields.get(name, "auto" if usual is None else usual) == "auto"
-    head_dim = inner // heads if auto else fields.size(name, usual)
+    epsilon = names.epsilon[0]
+    refuse_other_epsilon(fields, epsilon)
+    name = names.head_dim[0]
+    heads, inner = fields[names.heads[0]], fields[names.expand[0]] * hidden_size
+    auto = fields[name] == "auto"
+    head_dim = max(1, inner // heads) if auto else fields[name]
     if heads * head_dim != inner:
         fields.problems.append(
             f"{names.heads[0]}={heads} of {name}={head_dim} must make {names.expand[0]} * "
@@ -104,25 +127,43 @@ def mamba_model(fields: Fields, names: MambaNames, hidden_size: int) -> dict[str
     return {
         "mamba_num_heads": heads,
         "mamba_head_dim": head_dim,
-        "mamba_state_dim": fields.size(*names.states),
-        "mamba_num_groups": fields.size(*names.groups),
+        "mamba_state_dim": fields[names.states[0]],
+        "mamba_num_groups": fields[names.groups[0]],
     }
 
 
-def refuse_time_step_limit(fields: Fields) -> None:
-    """Step sizes are clamped nowhere here: another `time_step_limit` than [0, inf] is a problem."""
-    value = fields.get("time_step_limit", (0.0, math.inf))
-    try:
-        low, high = (_number(part) for part in value)
-    except (TypeError, ValueError, KeyError, AttributeError):
-        fields.problems.append(f"time_step_limit={value!r} must be two numbers, [0, inf]")
-        return
-    if low > 0 or high < math.inf:
+def refuse_other_epsilon(fields: Fields, name: str) -> None:
+    """A model with Mamba-2 layers has one epsilon only."""
+    if fields[name] != GATED_NORM_EPSILON:
         fields.problems.append(
-            f"time_step_limit=[{low}, {high}] must be [0, inf]: step sizes are not clamped here"
+            f"{name}={fields[name]!r} must be {GATED_NORM_EPSILON}: megatron-core's gated norm has "
+            "no other epsilon"
         )
 
 
+def _head_dim(value: Any) -> Any:
+    if value == "auto":
+        return value
+    return Whole().read(value)
+
+
+def _time_step_limit(value: Any) -> tuple[float, float]:
+    """Two numbers; transformers writes infinity as `{"__float__": "Infinity"}`."""
+    try:
+        low, high = (_number(part) for part in value)
+    except (TypeError, ValueError, KeyError, AttributeError):
+        raise ValueError("must be two numbers, [0, inf]") from None
+    if not (low <= 0 and high == math.inf):
+        raise ValueError("must be [0, inf]: step sizes are not clamped here")
+    return low, high
+
+
 def _number(value: Any) -> float:
-    """A number; transformers writes infinity as `{"__float__": "Infinity"}`."""
-    return float(value["__float__"] if isinstance(value, dict) else value)
+    if isinstance(value, dict):
+        value = {"Infinity": math.inf, "-Infinity": -math.inf}[value["__float__"]]
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(value)
+    return float(value)
+
+
+TIME_STEP_LIMIT = Parsed(default=(0.0, math.inf), function=_time_step_limit, layers=MAMBA)

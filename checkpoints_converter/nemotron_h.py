@@ -3,23 +3,21 @@
 Its config.json beside our model section, and its table of tensors.
 """
 
-import math
 from typing import Any
 
 from checkpoints_converter import layers
-from checkpoints_converter.family import Family, Fields
+from checkpoints_converter.family import Family
+from checkpoints_converter.fields import Fields
+from checkpoints_converter.mamba_fields import GATED_NORM_EPSILON, refuse_other_epsilon
+from checkpoints_converter.nemotron_h_fields import ACTIVATIONS, FIELDS
 from checkpoints_converter.weights import Mapping, Names, always_zero, renamed
 from megatron_hybrid.config import ModelConfig
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, parse_pattern
 from megatron_hybrid.model.counts import CONV_KERNEL
 
-GATED_NORM_EPSILON = 1e-5  # fixed in megatron-core's mixer and in ours
 # transformers clamps the step size from below, and fails at 0; here nothing is clamped.
 NO_TIME_STEP_MIN = 1e-30
-_LAYER_TYPES = {"linear_attention": MAMBA, "mamba": MAMBA, "full_attention": ATTENTION,
-                "attention": ATTENTION, "mlp": MLP, "moe": MOE}  # fmt: skip
 _TYPE_OF = {MAMBA: "linear_attention", ATTENTION: "full_attention", MLP: "mlp", MOE: "moe"}
-_ACTIVATIONS = {"relu2": "squared_relu", "gelu": "gelu"}
 
 
 def cannot_hold(model: ModelConfig) -> list[str]:
@@ -40,8 +38,8 @@ def cannot_hold(model: ModelConfig) -> list[str]:
         for name, (value, why) in allowed.items()
         if getattr(model, name) != value
     ]
-    if (kinds.has(MLP) or kinds.has(MOE)) and model.activation not in _ACTIVATIONS.values():
-        choices = " or ".join(_ACTIVATIONS.values())
+    if (kinds.has(MLP) or kinds.has(MOE)) and model.activation not in ACTIVATIONS.values():
+        choices = " or ".join(ACTIVATIONS.values())
         problems.append(
             f"model.activation={model.activation} must be {choices}: its MLPs have no gate"
         )
@@ -56,7 +54,7 @@ def cannot_hold(model: ModelConfig) -> list[str]:
 def config(model: ModelConfig) -> dict[str, Any]:
     """The fields of config.json that say what a model computes."""
     pattern = parse_pattern(model.hybrid_layer_pattern)
-    names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
+    names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     fields: dict[str, Any] = {
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
@@ -72,7 +70,8 @@ def config(model: ModelConfig) -> dict[str, Any]:
         "hidden_dropout": model.hidden_dropout,
         "residual_in_fp32": False,
         "rescale_prenorm_residual": True,
-        "tie_word_embeddings": False,
+        # transformers ties nothing, so that the file holds two alike; that they are one is said.
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "use_bias": False,
     }
     if pattern.has(ATTENTION):
@@ -119,34 +118,32 @@ def config(model: ModelConfig) -> dict[str, Any]:
 
 
 def model(fields: Fields) -> dict[str, Any]:
-    """Our model section of a config.json; defaults are those of transformers' NemotronHConfig."""
-    pattern = _pattern(fields)
-    activation = fields.must_be(
-        "mlp_hidden_act", *_ACTIVATIONS, default="relu2", why="there is no such MLP here"
-    )
-    fields.must_be("mlp_bias", False, default=False, why="biases of MLP layers alone")
-    fields.must_be("use_bias", False, default=False, why="Mamba projections have no biases here")
-    fields.must_be("num_nextn_predict_layers", 0, default=0, why="no multi-token prediction here")
+    """Our model section of a config.json."""
+    pattern = fields["layers_block_type"]
+    if fields["num_hidden_layers"] not in (None, len(pattern)):
+        fields.refuse("num_hidden_layers", f"must be {len(pattern)}, as the layers")
     values: dict[str, Any] = {
         "hybrid_layer_pattern": pattern,
-        "hidden_size": fields.size("hidden_size", 4096),
-        "ffn_hidden_size": fields.size("intermediate_size", 21504),
-        "vocab_size": fields.size("vocab_size", 131072),
-        "activation": _ACTIVATIONS.get(str(activation), "squared_relu"),
-        "layernorm_epsilon": fields.get("layer_norm_epsilon", 1e-5),
-        "init_method_std": fields.get("initializer_range", 0.02),
-        "untie_embeddings_and_output_weights": True,
+        "hidden_size": fields["hidden_size"],
+        "vocab_size": fields["vocab_size"],
+        "layernorm_epsilon": fields["layer_norm_epsilon"],
+        "init_method_std": fields["initializer_range"],
+        "hidden_dropout": fields["hidden_dropout"],
+        "untie_embeddings_and_output_weights": not fields["tie_word_embeddings"],
         "position_embedding_type": "none",
     }
     if ATTENTION in pattern:
-        heads = fields.size("num_attention_heads", 32)
-        groups = heads if fields.values.get("num_key_value_heads", 8) is None else None
+        heads = fields["num_attention_heads"]
         values |= {
             "num_attention_heads": heads,
-            "num_query_groups": groups or fields.size("num_key_value_heads", 8),
-            "kv_channels": fields.size("head_dim", 128),
-            "attention_dropout": fields.number("attention_dropout", 0.0),
+            "num_query_groups": fields["num_key_value_heads"] or heads,
+            "kv_channels": fields["head_dim"],
+            "attention_dropout": fields["attention_dropout"],
         }
+    if MLP in pattern:
+        values["ffn_hidden_size"] = fields["intermediate_size"]
+    if MLP in pattern or MOE in pattern:
+        values["activation"] = fields["mlp_hidden_act"]
     if MAMBA in pattern:
         values |= _mamba_model(fields)
     if MOE in pattern:
@@ -154,92 +151,38 @@ def model(fields: Fields) -> dict[str, Any]:
     return values
 
 
-def _pattern(fields: Fields) -> str:
-    """The layer pattern, said in one of two ways, or in both alike."""
-    text, types = fields.get("hybrid_override_pattern"), fields.get("layers_block_type")
-    types = types if types is not None else fields.get("layer_types")
-    if types is not None and not isinstance(types, list):
-        fields.problems.append(f"layers_block_type={types!r} must be a list of kinds of layers")
-        return MAMBA
-    if types is not None:
-        unknown = sorted({str(name) for name in types} - _LAYER_TYPES.keys())
-        if unknown:
-            fields.problems.append(
-                f"layers_block_type has {', '.join(unknown)}; allowed: {', '.join(_LAYER_TYPES)}"
-            )
-            return MAMBA
-        listed = "".join(_LAYER_TYPES[name] for name in types)
-        if text is not None and text != listed:
-            fields.problems.append(
-                f"hybrid_override_pattern={text!r} and layers_block_type ({listed!r}) differ"
-            )
-        text = listed
-    if not isinstance(text, str):
-        fields.problems.append("neither hybrid_override_pattern nor layers_block_type is given")
-        return MAMBA
-    layers = fields.get("num_hidden_layers", len(text))
-    if layers != len(text):
-        fields.problems.append(f"num_hidden_layers={layers!r} must be {len(text)}, as the layers")
-    return text
-
-
 def _mamba_model(fields: Fields) -> dict[str, Any]:
-    fields.must_be(
-        "layer_norm_epsilon", GATED_NORM_EPSILON, default=1e-5,
-        why="megatron-core's gated norm has no other epsilon",
-    )  # fmt: skip
-    fields.must_be("conv_kernel", CONV_KERNEL, default=4, why="the convolution's length is fixed")
-    fields.must_be("use_conv_bias", True, default=True, why="the convolution always has a bias")
-    fields.must_be("mamba_hidden_act", "silu", "swish", default="silu", why="the gate is a silu")
-    limit = fields.get("time_step_limit", [0.0, math.inf])
-    try:
-        low, high = _time_step_limit(limit)
-    except (TypeError, ValueError, KeyError, AttributeError):
-        low, high = math.nan, math.nan
-    if not (low <= 0 and high == math.inf):
-        fields.problems.append(
-            f"time_step_limit={limit!r} must be [0, inf]: step sizes are not clamped here"
-        )
-    shortest = fields.number("time_step_min", 0.001)
+    refuse_other_epsilon(fields, "layer_norm_epsilon")
+    shortest = fields["time_step_min"]
     if shortest > NO_TIME_STEP_MIN:
         fields.notes.append(
             f"time_step_min={shortest:g} only draws initial weights here; transformers from 5.15.1 "
             "also raises shorter steps to it, except while decoding"
         )
     return {
-        "mamba_num_heads": fields.size("mamba_num_heads", 128),
-        "mamba_head_dim": fields.size("mamba_head_dim", 64),
-        "mamba_state_dim": fields.size("ssm_state_size", 128),
-        "mamba_num_groups": fields.size("n_groups", 8),
+        "mamba_num_heads": fields["mamba_num_heads"],
+        "mamba_head_dim": fields["mamba_head_dim"],
+        "mamba_state_dim": fields["ssm_state_size"],
+        "mamba_num_groups": fields["n_groups"],
     }
 
 
-def _time_step_limit(value: Any) -> tuple[float, float]:
-    """Two numbers; transformers writes infinity as `{"__float__": "Infinity"}`."""
-    low, high = (
-        float(part["__float__"].replace("Infinity", "inf")) if isinstance(part, dict) else part
-        for part in value
-    )
-    return float(low), float(high)
-
-
 def _moe_model(fields: Fields) -> dict[str, Any]:
-    topk = fields.size("num_experts_per_tok", 2)
-    fields.must_be(
-        "norm_topk_prob", topk > 1, default=True,
-        why=f"with num_experts_per_tok={topk}, megatron-core "
-        + ("divides the scores by their sum" if topk > 1 else "leaves the only score as it is"),
-    )  # fmt: skip
-    groups = fields.size("n_group", 1)
-    fields.must_be("topk_group", groups, default=1, why=f"all n_group={groups} groups are open")
-    fields.must_be("moe_latent_size", None, why="there are no latent experts here")
-    factor = fields.number("routed_scaling_factor", 1.0)
+    topk, normed = fields["num_experts_per_tok"], fields["norm_topk_prob"]
+    if normed != (topk > 1):
+        fields.refuse(
+            "norm_topk_prob",
+            f"must be {topk > 1}: with num_experts_per_tok={topk}, megatron-core "
+            + ("divides the scores by their sum" if topk > 1 else "leaves the only score as it is"),
+        )
+    groups = fields["n_group"]
+    if fields["topk_group"] != groups:
+        fields.refuse("topk_group", f"must be {groups}: all n_group={groups} groups are open")
+    factor = fields["routed_scaling_factor"]
     return {
-        "num_moe_experts": fields.size("n_routed_experts", 8),
-        "moe_ffn_hidden_size": fields.size("moe_intermediate_size", 7688),
-        "moe_shared_expert_intermediate_size": fields.size(
-            "moe_shared_expert_intermediate_size", 7688
-        ),
+        "num_moe_experts": fields["n_routed_experts"],
+        "moe_ffn_hidden_size": fields["moe_intermediate_size"],
+        "moe_shared_expert_intermediate_size": fields["moe_shared_expert_intermediate_size"],
         "moe_router_topk": topk,
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
@@ -294,4 +237,4 @@ def _moe(model: ModelConfig, our: str, their: str, ours: Names, theirs: Names) -
     ]
 
 
-FAMILY = Family("nemotron_h", "NemotronHForCausalLM", cannot_hold, config, model, table)
+FAMILY = Family("nemotron_h", "NemotronHForCausalLM", cannot_hold, config, FIELDS, model, table)

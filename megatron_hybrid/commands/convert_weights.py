@@ -75,13 +75,19 @@ def from_hf(
         int | None,
         typer.Option(min=1, help="pad the vocabulary with zeros; by default it is not padded"),
     ] = None,
+    ignore_field: Annotated[
+        list[str] | None,
+        typer.Option(help="of config.json, not known here, that changes nothing; may be repeated"),
+    ] = None,
     force: Annotated[bool, typer.Option(help="replace an earlier import")] = False,
     threads: ThreadsOption = None,
 ) -> None:
     """Write a model of transformers as a checkpoint that `pretrain --load` goes on from."""
     from checkpoints_converter.importing import ImportOptions, import_model
 
-    options = ImportOptions(dtype, make_vocab_size_divisible_by, threads, force)
+    options = ImportOptions(
+        dtype, make_vocab_size_divisible_by, threads, force, tuple(ignore_field or ())
+    )
     with byte_progress("from-hf") as advance:
         done = import_model(source, checkpoints, options, advance)
     print(f"{done.folder}: {done.tensors} tensors, {done.nbytes / 1e9:.2f} GB")
