@@ -14,6 +14,11 @@ from checkpoints_converter.carried_files import carried_from
 from checkpoints_converter.errors import ConversionError
 from checkpoints_converter.family import Family
 from checkpoints_converter.fields import Fields
+from checkpoints_converter.import_precision import (
+    note_rounded,
+    precision_recipe,
+    refuse_dtypes,
+)
 from checkpoints_converter.loading_order import elsewhere, passed_over
 from checkpoints_converter.registry import family
 from checkpoints_converter.safetensors_files import SafetensorsReader
@@ -115,7 +120,7 @@ def import_model(
     _refuse_to_replace(save, options.force)
     with file_errors(save), SafetensorsReader(source) as reader:
         dtypes = {name: entry.dtype for name, entry in reader.tensors.items()}
-        _refuse_dtypes(source, dtypes)
+        refuse_dtypes(source, dtypes)
         if left := passed_over(source):
             fields.notes.append(f"not read, as transformers would not: {', '.join(left)}")
         folder = checkpoint_files.iteration_folder(save, 0)
@@ -125,8 +130,7 @@ def import_model(
         carried, lost = carried_from(source, tokenizer.files if tokenizer is not None else ())
         if lost:
             fields.notes.append(f"not carried along: {', '.join(lost)}")
-        half = sum(dtype != torch.float32 for dtype in dtypes.values()) * 2 > len(dtypes)
-        recipe = "bf16" if (options.dtype or ("bf16" if half else "fp32")) != "fp32" else "fp32"
+        recipe = precision_recipe(reader, options.dtype, fields)
         multiple = options.vocabulary_multiple or math.gcd(
             _VOCABULARY_MULTIPLE, values["vocab_size"]
         )
@@ -148,6 +152,7 @@ def import_model(
         recipes = recipes_of_ours(table)
         asked = DTYPES[options.dtype] if options.dtype else None
         plan = [(recipe, stored_dtype(recipe, dtypes, asked)) for recipe in recipes]
+        note_rounded(plan, config.precision.recipe, fields)
         checkpoint_files.start_partial(save, 0)
         partial = checkpoint_files.partial_folder(save, 0)
         try:
@@ -214,13 +219,6 @@ def _refuse_to_replace(save: Path, force: bool) -> None:
         raise ConversionError(
             f"{save} also holds {', '.join(foreign[:3])}; give a place of its own"
         )
-
-
-def _refuse_dtypes(source: Path, dtypes: dict[str, torch.dtype]) -> None:
-    odd = [f"{name} is {dtype}" for name, dtype in dtypes.items() if dtype not in DTYPES.values()]
-    if odd:
-        allowed = ", ".join(map(str, DTYPES.values()))
-        raise ConversionError(f"{source}: {'; '.join(odd[:3])}; allowed: {allowed}")
 
 
 def _tokenizer(source: Path) -> Tokenizer | None:

@@ -12,6 +12,7 @@ from checkpoints_converter.fields import (
     MustBe,
     NoEffect,
     Number,
+    Parsed,
     Rules,
     Whole,
 )
@@ -21,6 +22,7 @@ from checkpoints_converter.mamba_fields import (
     mamba_config,
     mamba_model,
     mamba_rules,
+    note_residual,
 )
 from checkpoints_converter.weights import Mapping, Names, renamed
 from megatron_hybrid.config import ModelConfig
@@ -33,6 +35,14 @@ NAMES = MambaNames(
     chunk_size="chunk_size",
 )  # fmt: skip
 _DRAWN = NoEffect("how initial weights are drawn")
+
+
+def _all_mamba(value: Any) -> list[str]:
+    if isinstance(value, list) and set(map(str, value)) <= {"linear_attention", "mamba"}:
+        return value
+    raise ValueError("must be a list of linear_attention only")
+
+
 FIELDS: Rules = {
     **COMMON,
     **mamba_rules(NAMES),
@@ -42,6 +52,7 @@ FIELDS: Rules = {
     "layer_norm_epsilon": Number(default=1e-5, above=0),
     "hidden_act": MustBe(default="silu", allowed=("silu", "swish"), why="the gate is a silu"),
     "initializer_range": Number(default=0.1, above=0),
+    "layer_types": Parsed(function=_all_mamba, nullable=True),
     "residual_in_fp32": Flag(default=True),
     "intermediate_size": NoEffect("expand says it"),
     "rms_norm": MustBe(default=True, allowed=(True,), why="norms are RMSNorm here"),
@@ -81,11 +92,7 @@ def config(model: ModelConfig) -> dict[str, Any]:
 
 def model(fields: Fields) -> dict[str, Any]:
     """Our model section of a config.json."""
-    if fields["residual_in_fp32"]:
-        fields.notes.append(
-            "residual_in_fp32=True: in half precision transformers keeps the residual stream in "
-            "fp32, here it has the precision of the run"
-        )
+    note_residual(fields)
     return {
         "hybrid_layer_pattern": MAMBA * fields["num_hidden_layers"],
         "hidden_size": fields["hidden_size"],

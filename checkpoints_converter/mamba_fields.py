@@ -141,6 +141,15 @@ def refuse_other_epsilon(fields: Fields, name: str) -> None:
         )
 
 
+def note_residual(fields: Fields) -> None:
+    """Say that here the residual stream is not kept in fp32."""
+    if fields["residual_in_fp32"]:
+        fields.notes.append(
+            "residual_in_fp32=True: in half precision its residual stream is in fp32, here it has "
+            "the precision of the run"
+        )
+
+
 def _head_dim(value: Any) -> Any:
     if value == "auto":
         return value

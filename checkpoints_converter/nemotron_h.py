@@ -8,7 +8,11 @@ from typing import Any
 from checkpoints_converter import layers
 from checkpoints_converter.family import Family
 from checkpoints_converter.fields import Fields
-from checkpoints_converter.mamba_fields import GATED_NORM_EPSILON, refuse_other_epsilon
+from checkpoints_converter.mamba_fields import (
+    GATED_NORM_EPSILON,
+    note_residual,
+    refuse_other_epsilon,
+)
 from checkpoints_converter.nemotron_h_fields import ACTIVATIONS, FIELDS
 from checkpoints_converter.weights import Mapping, Names, always_zero, renamed
 from megatron_hybrid.config import ModelConfig
@@ -122,6 +126,7 @@ def model(fields: Fields) -> dict[str, Any]:
     pattern = fields["layers_block_type"]
     if fields["num_hidden_layers"] not in (None, len(pattern)):
         fields.refuse("num_hidden_layers", f"must be {len(pattern)}, as the layers")
+    note_residual(fields)
     values: dict[str, Any] = {
         "hybrid_layer_pattern": pattern,
         "hidden_size": fields["hidden_size"],

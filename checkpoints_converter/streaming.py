@@ -6,13 +6,14 @@ what they are made of, and write them.
 
 import functools
 from collections.abc import Iterator, Mapping
+from math import inf, isnan
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from checkpoints_converter.errors import ConversionError
-from checkpoints_converter.weights import Recipe
+from checkpoints_converter.weights import Recipe, Spec
 from megatron_hybrid.checkpoint.reader import as_matrix
 
 # Small enough to be read, summed and written within a processor's cache.
@@ -59,7 +60,8 @@ def make_rows(block: Block, dtype: torch.dtype, source: RowSource) -> Tensor:
     """The rows of a block: `[stop - start, width]` of `dtype`; where no piece lies, zeros.
 
     Raises:
-        ConversionError: a finite value is beyond the range of `dtype`.
+        ConversionError: a value is no number, is infinite where no model can use it, or is beyond
+            the range of `dtype`.
     """
     recipe, start, stop = block
     parts = []
@@ -69,11 +71,24 @@ def make_rows(block: Block, dtype: torch.dtype, source: RowSource) -> Tensor:
         if low < high:
             first = piece.source_row + low - piece.row
             rows = source.read_rows(piece.source, first, first + high - low)
+            _refuse_no_numbers(rows, recipe.spec, piece.source)
             parts.append(_cast(rows, dtype, recipe.spec.name))
             done = high
     if done < stop:
         parts.append(torch.zeros(stop - done, as_matrix(recipe.spec.shape)[1], dtype=dtype))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _refuse_no_numbers(rows: Tensor, spec: Spec, source: str) -> None:
+    """NaN and infinity are no weights; but a decay or a bias of -inf stands for never."""
+    if not rows.numel():
+        return
+    low, high = (bound.item() for bound in torch.aminmax(rows))  # both are NaN where one is
+    if isnan(low) or high == inf or (low == -inf and not spec.fp32):
+        raise ConversionError(
+            f"{source} holds {high if high == inf else low}: of such a model nothing can be "
+            "computed, and it is not converted"
+        )
 
 
 def _cast(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -239,7 +239,7 @@ def test_fields_that_are_read_are_used(model_type: str) -> None:
 
 
 USED: dict[str, Any] = {
-    "layers_block_type": ["moe"], "layer_types": ["mamba"], "attn_layer_indices": [0],
+    "layers_block_type": ["moe"], "layer_types": ["mlp"], "attn_layer_indices": [0],
     "mlp_hidden_act": "gelu", "mamba_hidden_act": "gelu", "hidden_act": "gelu", "head_dim": 14,
     "intermediate_size": 99, "position_embedding_type": "nope", "mamba_d_head": 3,
     "normalization_function": "layernorm", "time_step_limit": [0.0, 1.0],
