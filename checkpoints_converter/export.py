@@ -27,7 +27,9 @@ from checkpoints_converter.streaming import (
 )
 from checkpoints_converter.weights import Names, Recipe, recipes_of_theirs, refuse_other_tensors
 from megatron_hybrid.checkpoint.carried import read_carried
+from megatron_hybrid.checkpoint.integrity import verify_integrity
 from megatron_hybrid.checkpoint.reader import CheckpointReader, find_checkpoint, tensor_bytes
+from megatron_hybrid.checkpoint.saved_config import saved_config
 from megatron_hybrid.checkpoint.source_model import source_config
 from megatron_hybrid.checkpoint.threads import default_threads, in_threads
 from megatron_hybrid.config import RunConfig
@@ -50,6 +52,7 @@ class ExportOptions:
         max_shard_bytes: of one file.
         force: replace a model folder that is there.
         in_place: write the folder under its own name, shard after shard, config.json last.
+        verify_integrity: compare the checkpoint's files with its manifest first.
     """
 
     family: str | None = None
@@ -59,6 +62,7 @@ class ExportOptions:
     threads: int | None = None
     force: bool = False
     in_place: bool = False
+    verify_integrity: bool = True
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,9 @@ def export(
             held exactly by the family; nothing is left at `out`.
     """
     with file_errors(out), CheckpointReader(find_checkpoint(checkpoint)) as reader:
+        if options.verify_integrity:
+            threads = options.threads or default_threads()
+            verify_integrity(reader.folder, saved_config(reader.folder), threads)
         config = source_config(reader, options.model)
         family = family_for(config.model, options.family)
         weights = {

@@ -4,7 +4,6 @@ Read from indices, headers and configs; tensors only where their values are comp
 blocks of rows. No model, no process group, and nothing of what is read is run.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from megatron_hybrid.checkpoint.reader import CheckpointReader, as_matrix, find_
 from megatron_hybrid.config.pattern import ATTENTION, KINDS, MAMBA, MLP, MOE
 from megatron_hybrid.config.yaml_text import parse_yaml
 from megatron_hybrid.data.saved_plan import SavedPlan, read_saved_plan
+from megatron_hybrid.small_files import naming, read_json
 
 DISTRIBUTED, HUGGING_FACE = "distributed checkpoint", "Hugging Face folder"
 OPTIMIZER = "optimizer."
@@ -172,11 +172,7 @@ def open_any(path: Path) -> Opened:
 def _open_hugging_face(folder: Path) -> Opened:
     reader = SafetensorsReader(folder)
     tensors = {name: Stored(info.shape, info.dtype) for name, info in reader.tensors.items()}
-    text = (folder / "config.json").read_text(encoding="utf-8", errors="replace")
-    try:
-        config = dict(json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise ConversionError(f"{folder / 'config.json'} is damaged: {error}") from error
+    config = read_json(folder / "config.json", ConversionError)
     return Opened(Contents(HUGGING_FACE, folder, tensors, {}, config), reader.read_rows)
 
 
@@ -189,10 +185,8 @@ def _open_distributed(folder: Path) -> Opened:
     config: dict[str, Any] = {}
     sizes: Mapping[str, Any] | None = None
     if reader.config_file is not None:
-        try:
+        with naming(reader.config_file, ConversionError):
             config = dict(parse_yaml(reader.config_file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise ConversionError(f"{reader.config_file} is damaged: {error}") from error
         sizes = config.get("parallel", {})
     elif isinstance(arguments := common.get("args"), Opaque):
         config = {name: value for name, value in vars(arguments).items() if _is_plain(value)}

@@ -5,12 +5,12 @@ then the files of model.safetensors.index.json, then pickles, which are not open
 (`model.fp16.safetensors`) are for who names them.
 """
 
-import json
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
 from checkpoints_converter.errors import ConversionError
+from megatron_hybrid.small_files import naming, read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -42,11 +42,9 @@ def weight_map(folder: Path) -> dict[str, str] | None:
                 "..., dtype='auto').save_pretrained(...)"
             )
         raise ConversionError(f"{folder} holds neither {INDEX_FILE} nor {SINGLE_FILE}")
-    try:
-        found = json.loads(path.read_bytes())["weight_map"]
+    with naming(path, ConversionError):
+        found = read_json(path, ConversionError)["weight_map"]
         places = {str(name): str(file) for name, file in found.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConversionError(f"{path} is damaged: {error!r}") from error
     for file in set(places.values()):
         if Path(file).name != file:
             raise ConversionError(f"{path} names {file!r}, which is not in the folder")

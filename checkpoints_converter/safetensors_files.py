@@ -24,6 +24,7 @@ from checkpoints_converter.loading_order import SINGLE_FILE, differences, weight
 from megatron_hybrid.checkpoint.checksum import whole_crc
 from megatron_hybrid.checkpoint.reader import as_matrix, tensor_bytes
 from megatron_hybrid.fileio import read_ahead, sync_folder
+from megatron_hybrid.small_files import naming, read_json
 
 CHECKSUMS_FILE = "checksums.json"  # ours: CRC-32 of every tensor, for whoever imports the folder
 # In the order in which the library writes them: widest first.
@@ -193,13 +194,11 @@ def _read_checksums(folder: Path) -> dict[str, int]:
         ConversionError: the file of them is damaged.
     """
     path = folder / CHECKSUMS_FILE
-    try:
-        found = json.loads(path.read_bytes())["crc32"]
-        return {str(name): int(value, 16) for name, value in found.items()}
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConversionError(f"{path} is damaged: {error!r}") from error
+    with naming(path, ConversionError):
+        found = read_json(path, ConversionError)["crc32"]
+        return {str(name): int(value, 16) for name, value in found.items()}
 
 
 def read_header(path: Path) -> tuple[list[Entry], dict[str, str]]:

@@ -6,7 +6,6 @@ fp32 (the arbiter's is float64), also for a bf16 export: its numbers are exact i
 same narrow tolerance holds, and bf16's own rounding cannot hide a mistake.
 """
 
-import json
 from collections.abc import Sequence
 from math import isnan
 from pathlib import Path
@@ -38,6 +37,7 @@ from megatron_hybrid.data.tokenizer import (
     load_tokenizer,
 )
 from megatron_hybrid.model.transformer_config import RECOMPUTE_FIELDS
+from megatron_hybrid.small_files import read_json
 
 BUILT_IN_PROMPTS = ("The capital of France is", "def fibonacci(n):\n    ")
 # fp32 rounding: between transformers' own cached and uncached logits it is up to 4e-6 in models of
@@ -79,7 +79,7 @@ def verify(
     with CheckpointReader(folder) as reader:
         config = _alone_in_fp32(source_config(reader, model))
     tokenizer = _tokenizer(folder, config, parse_special_tokens)
-    hf_config = json.loads((export / "config.json").read_text(encoding="utf-8"))
+    hf_config = read_json(export / "config.json", ConversionError)
     report = Report(str(folder), str(export), found)
     asked = _prompts(prompts, tokenizer, hf_config)
     if not isinstance(tokenizer, NullTokenizer):

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from megatron_hybrid.checkpoint import files as checkpoint_files
-from megatron_hybrid.config import RunConfig, load_config, rules
+from megatron_hybrid.checkpoint.reader import INDEX_FILE
+from megatron_hybrid.checkpoint.saved_config import read_config
+from megatron_hybrid.config import RunConfig, rules
 from megatron_hybrid.config.precision import FLOAT8_RECIPES
 from megatron_hybrid.config.sections import PrecisionConfig
-from megatron_hybrid.config.tracker import CONFIG_FILE, TRACKER_FILE
+from megatron_hybrid.config.tracker import TRACKER_FILE
 from megatron_hybrid.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.platform import initialize
@@ -182,11 +184,11 @@ def open_checkpoint(checkpoint: Path, *, parse_special_tokens: bool = False) -> 
     """
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint} does not exist: give the folder of a run's checkpoints")
-    is_one = (checkpoint / CONFIG_FILE).exists()
+    is_one = (checkpoint / INDEX_FILE).exists()
     folder = checkpoint if is_one else checkpoint_files.latest_checkpoint(checkpoint)
     if folder is None:
         raise UserError(f"{checkpoint} holds no checkpoint: it has no {TRACKER_FILE}")
-    config = load_config([str(folder / CONFIG_FILE), *ONE_RANK], which=rules.NO_FILES)
+    config = read_config(folder, *ONE_RANK, which=rules.NO_FILES)
     tokenizer = load_tokenizer(folder, parse_special_tokens=parse_special_tokens)
     with open_model(config, folder, tokenizer) as generator:
         yield generator

@@ -12,8 +12,6 @@ A checkpoint is written to `.iter_0000100.part` and renamed when it is whole; on
 text file name it.
 """
 
-import hashlib
-import json
 import os
 import pickle
 import re
@@ -25,12 +23,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_hybrid.checkpoint.threads import in_threads
 from megatron_hybrid.config.tracker import TRACKER_FILE, latest_folder
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import sync_folder, write_atomic
 
-INTEGRITY_FILE = "integrity.json"
 _FOLDER = re.compile(r"iter_(\d{7,})")
 # All that the pickled index of a torch_dist checkpoint is made of: the records (dataclasses and
 # enums) of these modules, torch's dtypes, and a few names.
@@ -86,24 +82,6 @@ def start_partial(save: Path, iteration: int) -> None:
     for stale in save.glob(".iter_*.part"):
         shutil.rmtree(stale)
     partial_folder(save, iteration).mkdir(parents=True)
-
-
-def write_integrity(folder: Path, threads: int) -> None:
-    """Write the SHA-256 of every file of a checkpoint: megatron-core's manifest, in its format.
-
-    megatron-core's own function takes the files one after the other.
-    """
-    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    names = sorted({path.as_posix() for path in paths} - {INTEGRITY_FILE})
-    digests: dict[str, str] = {}
-
-    def digest(name: str, _: int) -> None:
-        with (folder / name).open("rb") as file:
-            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
-
-    in_threads(names, digest, threads)
-    manifest = {"algorithm": "sha256", "files": {name: digests[name] for name in names}}
-    write_atomic(folder / INTEGRITY_FILE, json.dumps(manifest, indent=2))
 
 
 def publish(partial: Path, save: Path, iteration: int, keep_last: int | None) -> None:

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from megatron_hybrid.checkpoint.errors import CheckpointError
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.phases import sequence_lengths
 
@@ -25,18 +27,30 @@ class Progress:
     schedule_start_samples: int = 0
 
 
-def saved_progress(common: Mapping[str, Any], config: RunConfig) -> Progress | None:
+UPCYCLING = "upcycling"  # what a checkpoint says of its origin; it has no optimizer's state
+
+
+def is_ours(common: Mapping[str, Any]) -> bool:
+    """Whether the part of a checkpoint that belongs to no rank says that this program wrote it."""
+    return "progress" in common or UPCYCLING in common
+
+
+def saved_progress(folder: Path, common: Mapping[str, Any], config: RunConfig) -> Progress | None:
     """The counters in the part of a checkpoint that belongs to no rank.
 
     Args:
+        folder: of the checkpoint, for the error.
         config: of the run that goes on. Megatron-LM's own checkpoint counts samples in its
             arguments; where it does not, steps of one size tell them.
 
     Returns:
         None where neither does.
+
+    Raises:
+        CheckpointError: the counters are damaged, or of another version of this program.
     """
     if "progress" in common:
-        return Progress(**common["progress"])
+        return _progress(folder, common["progress"])
     iteration = int(common.get("iteration", 0))
     consumed = getattr(common.get("args"), "consumed_train_samples", None)
     if consumed is None:
@@ -45,3 +59,16 @@ def saved_progress(common: Mapping[str, Any], config: RunConfig) -> Progress | N
             return None
         consumed = iteration * training.global_batch_size
     return Progress(iteration, int(consumed))
+
+
+def _progress(folder: Path, recorded: Any) -> Progress:
+    try:
+        progress = Progress(**recorded)
+        counts = (progress.iteration, progress.consumed_samples, progress.schedule_start_samples)
+        if any(type(count) is not int or count < 0 for count in counts):
+            raise ValueError(f"{recorded} must be whole numbers from 0")
+        if not isinstance(progress.loss_average, float | int | None):
+            raise ValueError(f"loss_average={progress.loss_average!r} must be a number or null")
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: the progress in its common state: {error}") from error
+    return progress

@@ -31,7 +31,7 @@ from megatron_hybrid.checkpoint.stored_tensor import FilePart, StoredTensor
 from megatron_hybrid.config.tracker import CONFIG_FILE, TRACKER_FILE
 
 INDEX_FILE = ".metadata"
-_COMMON_FILE = "common.pt"
+COMMON_FILE = "common.pt"
 _COMMON_OBJECT = "common_state/shard_0_1"
 
 
@@ -242,7 +242,7 @@ class CheckpointReader:
         Raises:
             CheckpointError: it is damaged.
         """
-        path = self.folder / _COMMON_FILE
+        path = self.folder / COMMON_FILE
         place = self._object_places.get(_COMMON_OBJECT)
         try:
             if path.is_file():
@@ -253,7 +253,8 @@ class CheckpointReader:
                 descriptor = self._descriptor(place.relative_path)
             return dict(_saved_object(FilePart(descriptor, place.offset, place.length))[0])
         except Exception as error:  # damaged bytes make zip and pickle stumble in any way
-            raise CheckpointError(f"{self.folder}: its common state is damaged: {error}") from error
+            file = path if place is None or path.is_file() else self.folder / place.relative_path
+            raise CheckpointError(f"{file}: the common state is damaged: {error}") from error
 
     @property
     def config_file(self) -> Path | None:

@@ -8,8 +8,10 @@ from typing import Any
 
 from megatron_hybrid.config import ModelConfig, RunConfig, load_config
 from megatron_hybrid.config.phases import sequence_lengths
+from megatron_hybrid.config.rules import Rule
 from megatron_hybrid.config.tracker import CONFIG_FILE
 from megatron_hybrid.errors import UserError
+from megatron_hybrid.small_files import naming
 
 # What decides which tensors a model has, and of which shapes. Vocabularies padded to the same rows
 # are alike here; which words they hold is for the tokenizers to say.
@@ -25,8 +27,24 @@ SHAPE_FIELDS = (
 
 def saved_config(folder: Path) -> RunConfig | None:
     """The config of the run that saved a checkpoint; None for one of Megatron-LM's own."""
+    return read_config(folder) if (folder / CONFIG_FILE).exists() else None
+
+
+def read_config(folder: Path, *words: str, which: tuple[Rule, ...] = ()) -> RunConfig:
+    """The config of the run that saved a checkpoint.
+
+    Args:
+        words: changes on top of it, as on a command line.
+        which: rules to apply.
+
+    Raises:
+        UserError: naming the file, which is missing, damaged or of another version.
+    """
     path = folder / CONFIG_FILE
-    return load_config([str(path)], which=()) if path.exists() else None
+    if not path.is_file():
+        raise UserError(f"{path} is missing: nothing else says which model {folder} holds")
+    with naming(path):
+        return load_config([str(path), *words], which=which)
 
 
 def refuse_other_model(folder: Path, model: ModelConfig, saved: ModelConfig) -> None:

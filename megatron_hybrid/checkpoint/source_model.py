@@ -4,6 +4,7 @@ from megatron_hybrid.checkpoint.errors import CheckpointError
 from megatron_hybrid.checkpoint.inert_pickle import Opaque
 from megatron_hybrid.checkpoint.megatron_arguments import run_values
 from megatron_hybrid.checkpoint.reader import CheckpointReader
+from megatron_hybrid.checkpoint.saved_config import read_config
 from megatron_hybrid.config import RunConfig, build_config, load_config
 
 
@@ -21,7 +22,7 @@ def source_config(reader: CheckpointReader, source: str | None) -> RunConfig:
     if source is not None:
         return load_config([source], which=())
     if reader.config_file is not None:
-        return load_config([str(reader.config_file)], which=())
+        return read_config(reader.folder)
     arguments = reader.common.get("args")
     if isinstance(arguments, Opaque):
         return build_config(run_values(vars(arguments)), which=())

@@ -49,12 +49,17 @@ def to_hf(
         ),
     ] = False,
     force: Annotated[bool, typer.Option(help="replace a model folder at OUT")] = False,
+    verify_integrity: Annotated[
+        bool, typer.Option(help="compare the checkpoint's files with its integrity.json first")
+    ] = True,
     threads: ThreadsOption = None,
 ) -> None:
     """Write a training checkpoint of any layout as a folder that transformers loads."""
     from checkpoints_converter.export import ExportOptions, export
 
-    options = ExportOptions(family, model, dtype, max_shard_size, threads, force, in_place)
+    options = ExportOptions(
+        family, model, dtype, max_shard_size, threads, force, in_place, verify_integrity
+    )
     with byte_progress("to-hf") as advance:
         done = export(checkpoint, out, options, advance)
     files = "1 file" if done.shards == 1 else f"{done.shards} files"

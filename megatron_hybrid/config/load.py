@@ -140,6 +140,12 @@ def _from_checkpoint(load: str, typed: Values, layers: _Layers) -> None:
         return
     stored = latest_folder(Path(load)) / CONFIG_FILE
     if stored.is_file():
+        try:
+            load_config([str(stored)], which=())
+        except ConfigError as error:
+            for problem in error.problems:
+                layers.fail(problem if str(stored) in problem else f"{stored}: {problem}")
+            return
         layers.values = _read_yaml(stored, layers)
         _find_tokenizer(layers.values, stored.parent)
         for path in _BEGINNINGS:

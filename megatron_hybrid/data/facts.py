@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from megatron_hybrid.data.errors import DataError
+from megatron_hybrid.small_files import read_json
 
 _FORMAT = "megatron-hybrid tokens"
 _VERSION = 1
@@ -103,15 +104,10 @@ def read_facts(prefix: Path | str) -> Facts | None:
         DataError: the file cannot be read, is damaged, or is of another version.
     """
     path = facts_path(prefix)
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"{path} is damaged: not JSON ({error})") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+    content = read_json(path, DataError)
+    if content.get("format") != _FORMAT:
         raise DataError(f"{path} is not the facts of an indexed file (format must be {_FORMAT!r})")
     if content.get("version") != _VERSION:
         raise DataError(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.plan import Plan
+from megatron_hybrid.small_files import naming, read_json
 
 DATA_PLAN_FILE = "data_plan.json"
 
@@ -32,18 +33,12 @@ def read_saved_plan(checkpoint: Path) -> SavedPlan | None:
         DataError: the file is damaged, or of another version.
     """
     path = checkpoint / DATA_PLAN_FILE
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    try:
-        content = json.loads(text)
+    content = read_json(path, DataError, fields=("consumed_samples", "plan"))
+    with naming(path, DataError):
         plan = Plan.from_json(json.dumps(content["plan"]))
         consumed_samples = content["consumed_samples"]
         if type(consumed_samples) is not int or not 0 <= consumed_samples <= plan.samples:
             raise ValueError(f"consumed_samples={consumed_samples!r} of {plan.samples}")
-    except (ValueError, TypeError, KeyError, DataError) as error:
-        raise DataError(f"{path} is damaged: {error}") from error
-    return SavedPlan(plan, consumed_samples)
+        return SavedPlan(plan, consumed_samples)

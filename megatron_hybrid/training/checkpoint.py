@@ -20,7 +20,6 @@ from megatron.core.dist_checkpointing.serialization import (
     load_sharded_metadata,
 )
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
@@ -28,7 +27,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_hybrid.checkpoint import files
 from megatron_hybrid.checkpoint.carried import Carried, write_carried
-from megatron_hybrid.checkpoint.progress import Progress, saved_progress
+from megatron_hybrid.checkpoint.integrity import (
+    refuse_other_format,
+    verify_integrity,
+    write_integrity,
+)
+from megatron_hybrid.checkpoint.progress import UPCYCLING, Progress, is_ours, saved_progress
+from megatron_hybrid.checkpoint.reader import COMMON_FILE
 from megatron_hybrid.checkpoint.saved_config import refuse_other_model, saved_config
 from megatron_hybrid.checkpoint.threads import default_threads
 from megatron_hybrid.config import RunConfig
@@ -49,7 +54,6 @@ from megatron_hybrid.training.checkpoint_state import (
 from megatron_hybrid.training.distributed import on_rank_zero
 from megatron_hybrid.training.optimizer import load_optimizer_state
 from megatron_hybrid.training.upcycle import load_upcycled
-from megatron_hybrid.upcycling.write import UPCYCLING
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +164,7 @@ class Checkpointer:
             if data_plan is not None:
                 write_atomic(partial / DATA_PLAN_FILE, data_plan)
             if options.verify_integrity:
-                files.write_integrity(partial, default_threads())
+                write_integrity(partial, default_threads())
             files.publish(partial, self.save_folder, iteration, options.keep_last)
 
         on_rank_zero(complete)
@@ -222,10 +226,13 @@ def load_checkpoint(
     keeps_optimizer = options.load_optim and not (weights_only or upcycle or restart)
     loads_optimizer = optimizer if keeps_optimizer else None
     try:
-        if options.verify_integrity and saved is not None and saved.checkpoint.verify_integrity:
-            _verify(folder)
-        with files.no_code_from_pickles():
-            common = load_common_state_dict(folder)
+        on_rank_zero(lambda: _check_files(folder, saved, verify=options.verify_integrity))
+        common = _common_state(folder)
+        if saved is None and is_ours(common):
+            raise UserError(
+                f"{CONFIG_FILE} is missing, which the run wrote: nothing says which model, data "
+                "and tokenizer these weights are of"
+            )
         metadata = tensor_layout() | (load_content_metadata(preloaded_state_dict=common) or {})
         present = load_sharded_metadata(str(folder))
         has_optimizer = any("optimizer." in key for key in present)
@@ -280,7 +287,7 @@ def load_checkpoint(
 
 def _progress(config: RunConfig, folder: Path, loaded: dict[str, Any]) -> Progress:
     """Where the run that saved a checkpoint stood."""
-    progress = saved_progress(loaded, config)
+    progress = saved_progress(folder, loaded, config)
     if progress is None:
         raise UserError(
             f"{folder} is Megatron-LM's own and does not say how many samples were read: that is "
@@ -290,13 +297,23 @@ def _progress(config: RunConfig, folder: Path, loaded: dict[str, Any]) -> Progre
     return progress
 
 
-def _verify(folder: Path) -> None:
-    if not (folder / files.INTEGRITY_FILE).exists():
-        raise UserError(
-            f"{files.INTEGRITY_FILE} is missing, which the run wrote; "
-            "checkpoint.verify_integrity=false loads the checkpoint unchecked"
-        )
-    verify_integrity_manifest(str(folder))
+def _check_files(folder: Path, saved: RunConfig | None, *, verify: bool) -> None:
+    """What is wrong with the files of a checkpoint, named, before the engine stumbles over it."""
+    if verify:
+        verify_integrity(folder, saved, default_threads())
+    refuse_other_format(folder)
+
+
+def _common_state(folder: Path) -> dict[str, Any]:
+    """What belongs to no rank, by megatron-core's reader."""
+    path = folder / COMMON_FILE
+    try:
+        with files.no_code_from_pickles():
+            return dict(load_common_state_dict(folder))
+    except (Exception, CheckpointException) as error:
+        if not path.is_file():
+            raise
+        raise UserError(f"{path} is damaged: {_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:

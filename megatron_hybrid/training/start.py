@@ -187,7 +187,7 @@ def _look_into(config: RunConfig, origin: Origin) -> Progress | None:
         if origin.upcycle:
             dense, scale = source_config(reader, None).model, config.upcycling.scale_weights
             scheme_between(dense, config.model, scale_weights=scale)
-        return saved_progress(reader.common, config)
+        return saved_progress(origin.folder, reader.common, config)
 
 
 def _refuse_nothing_left(config: RunConfig, origin: Origin, steps: Steps, consumed: int) -> None:

@@ -16,8 +16,10 @@ from torch import Tensor
 from megatron_hybrid.checkpoint import files
 from megatron_hybrid.checkpoint.carried import read_carried, write_carried
 from megatron_hybrid.checkpoint.errors import CheckpointError
-from megatron_hybrid.checkpoint.progress import Progress, saved_progress
+from megatron_hybrid.checkpoint.integrity import verify_integrity, write_integrity
+from megatron_hybrid.checkpoint.progress import UPCYCLING, Progress, saved_progress
 from megatron_hybrid.checkpoint.reader import CheckpointReader
+from megatron_hybrid.checkpoint.saved_config import saved_config
 from megatron_hybrid.checkpoint.threads import default_threads, in_threads
 from megatron_hybrid.checkpoint.writer import CheckpointWriter
 from megatron_hybrid.config import CONFIG_FILE, RunConfig, UpcyclingConfig
@@ -35,7 +37,6 @@ from megatron_hybrid.upcycling.tensors import BLOCK_BYTES, Made, UpcycledTensors
 
 # Of a copied tensor in one piece of a file, as a rank reads whole pieces to take its share of them.
 PART_BYTES = 64 << 20
-UPCYCLING = "upcycling"  # what the checkpoint says of its origin; it has no optimizer's state
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ class Upcycling:
     ) -> None:
         self.scheme = scheme_between(dense.model, config.model, scale_weights=options.scale_weights)
         self._tokenizer = _tokenizer(source, config)
+        if config.checkpoint.verify_integrity:
+            verify_integrity(source, saved_config(source), threads or default_threads())
         self._source = source
         self._config = config = config.with_vocab_size(self._tokenizer.vocab_size)
         with CheckpointReader(source) as reader:
@@ -153,7 +156,7 @@ def _progress(
     Raises:
         CheckpointError: the schedule is to start anew, and nothing says after how many samples.
     """
-    progress = saved_progress(reader.common, config)
+    progress = saved_progress(reader.folder, reader.common, config)
     if progress is not None:
         progress.loss_average = None  # of another model
         if restart_schedule:
@@ -287,4 +290,4 @@ def _complete(
     if (source / DATA_PLAN_FILE).is_file():
         shutil.copyfile(source / DATA_PLAN_FILE, partial / DATA_PLAN_FILE)
     if config.checkpoint.verify_integrity:
-        files.write_integrity(partial, threads)
+        write_integrity(partial, threads)

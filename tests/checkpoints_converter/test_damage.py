@@ -11,6 +11,7 @@ import torch
 
 from checkpoints_converter.export import ExportOptions, export
 from checkpoints_converter.importing import ImportOptions, import_model
+from megatron_hybrid.checkpoint.integrity import write_integrity
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.errors import UserError
 from tests.checkpoints_converter.peer_models import nemotron_h, saved
@@ -140,6 +141,24 @@ def test_damaged_checkpoints(where: str, pair: tuple[Path, Path], tmp_path: Path
     with pytest.raises(UserError, match="distcp"):
         export(checkpoint, tmp_path / "out", ExportOptions())
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["iter_0000000"]
+
+
+def test_weights_of_another_model(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Whole files of another model pass every checksum of their own; the manifest knows better."""
+    model = nemotron_h("M-M*-")
+    for parameter in model.parameters():
+        parameter.data.mul_(0.5)
+    other = saved(model, tmp_path / "source")
+    other_files = import_model(other, tmp_path / "other", ImportOptions(threads=1)).folder
+    checkpoint = import_model(pair[0], tmp_path / "one", ImportOptions(threads=1)).folder
+    write_integrity(checkpoint, 1)
+    export(checkpoint, tmp_path / "right", ExportOptions())
+    for path in other_files.glob("*.distcp"):
+        shutil.copy(path, checkpoint / path.name)
+    with pytest.raises(UserError, match=r"distcp: hash mismatch"):
+        export(checkpoint, tmp_path / "out", ExportOptions())
+    assert not (tmp_path / "out").exists()
+    export(checkpoint, tmp_path / "out", ExportOptions(verify_integrity=False))
 
 
 @pytest.mark.parametrize("in_place", [False, True])

@@ -52,7 +52,7 @@ def without(key: str) -> dict[str, Any]:
     [
         (FACTS.to_json()[:100], "is damaged: not JSON"),
         (b"\xff\xfe\0", "is damaged: not JSON"),
-        ("[]", "is not the facts of an indexed file"),
+        ("[]", "is damaged: it must hold a JSON object"),
         ({"format": "safetensors"}, "format must be 'megatron-hybrid tokens'"),
         ({"version": 2}, "has version 2; this program reads 1"),
         (without("tokens"), "is damaged: tokens: Field required"),

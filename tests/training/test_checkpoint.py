@@ -1,6 +1,7 @@
 """Checkpoints that are damaged, hostile, foreign or cannot be written; ways to start from one."""
 
 import contextlib
+import json
 import os
 import pickle
 import re
@@ -59,6 +60,23 @@ def truncate(folder: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
+def without_config(folder: Path) -> None:
+    """Damaged, and nothing says any more who wrote it: what is left of its guarantees counts."""
+    flip_a_bit(folder)
+    (folder / "run_config.yaml").unlink()
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def add_a_field(path: Path) -> None:
+    if path.suffix == ".json":
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"from_the_future": 1}))
+    else:
+        path.write_text(path.read_text() + "from_the_future: 1\n")
+
+
 UNVERIFIED = "checkpoint.verify_integrity=false"
 # name: (what is done to SAVE/iter_0000004, further words, the error)
 DAMAGE: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
@@ -80,10 +98,22 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
         "integrity.json is missing, .*checkpoint.verify_integrity=false",
     ),
     "garbled sums": (
-        lambda folder: (folder / "integrity.json").write_text("{"), [], "cannot be loaded: ",
+        lambda folder: (folder / "integrity.json").write_text("{"), [],
+        "cannot be loaded: .*integrity.json is damaged",
+    ),
+    "sums of nothing": (
+        lambda folder: (folder / "integrity.json").write_text('{"files": {}}'), [],
+        r"cannot be loaded: .*distcp: not in integrity.json",
     ),
     "no format": (
-        lambda folder: (folder / "metadata.json").unlink(), [UNVERIFIED], "cannot be loaded: ",
+        lambda folder: (folder / "metadata.json").unlink(), [UNVERIFIED],
+        "cannot be loaded: .*metadata.json is missing",
+    ),
+    "flipped bit, no config": (
+        without_config, [], "cannot be loaded: .*run_config.yaml: missing.*distcp: hash mismatch",
+    ),
+    "no config, unverified": (
+        without_config, [UNVERIFIED], "cannot be loaded: run_config.yaml is missing, which the run",
     ),
     "garbled config": (
         lambda folder: (folder / "run_config.yaml").write_text("model: ["), [], "run_config.yaml",
@@ -116,6 +146,32 @@ def test_damage_is_refused(name: str, refusals: dict[str, str]) -> None:
     assert re.search(pattern, found, re.DOTALL), found
     assert "Traceback" not in found
     assert len(found) < 700
+
+
+def small_files(folder: Path) -> list[Path]:
+    """All files of a checkpoint but the tensors'."""
+    found = sorted(path for path in folder.iterdir() if path.suffix != ".distcp")
+    assert {"run_config.yaml", "integrity.json", "metadata.json"} <= {path.name for path in found}
+    return found
+
+
+def test_small_files_are_named(saved: Path, tmp_path: Path) -> None:
+    """Of every file of a checkpoint: half of it, or a field that nobody knows, is said by name."""
+    lines, names = [], []
+    for number, path in enumerate(small_files(saved / "iter_0000004")):
+        for damage in (halve, add_a_field):
+            if damage is add_a_field and path.suffix not in (".json", ".yaml"):
+                continue
+            run_dir = tmp_path / f"{number}-{damage.__name__}"
+            shutil.copytree(saved, run_dir / "checkpoints")
+            damaged = run_dir / "checkpoints" / "iter_0000004" / path.name
+            damage(damaged)
+            lines.append(words(run_dir, *([] if path.stem == "integrity" else [UNVERIFIED])))
+            names.append(str(damaged))
+    for name, found in zip(names, run_distributed(outcomes, 1, lines)[0], strict=True):
+        assert re.match(r"\w+Error: ", found), found
+        assert name in found, found
+        assert "Traceback" not in found
 
 
 def hostile(run_dir: Path, place: str, mark: Path) -> tuple[str, bool, bool]:

@@ -300,6 +300,10 @@ def test_a_damaged_source_is_refused(dense: Path, tmp_path: Path, command: Comma
     data = bytearray(path.read_bytes())
     data[chunk.start + chunk.length // 2] ^= 1
     path.write_bytes(data)
-    assert command(copy, tmp_path / "moe", "--experts 2 --granularity 4 --topk 4") == 1
+    typed = "--experts 2 --granularity 4 --topk 4"
+    assert command(copy, tmp_path / "moe", typed) == 1
+    assert "hash mismatch" in command.errors
+    assert not (tmp_path / "moe").exists()
+    assert command(copy, tmp_path / "moe", f"{typed} checkpoint.verify_integrity=false") == 1
     assert "checksum" in command.errors
     assert list((tmp_path / "moe").iterdir()) == []

@@ -7,7 +7,6 @@ text (USER_DEFINED pieces, added tokens that are not special) stay single tokens
 meant.
 """
 
-import json
 from pathlib import Path
 
 from megatron_hybrid.data.errors import DataError
@@ -15,6 +14,7 @@ from megatron_hybrid.data.tokenizer.base import ENCODERS, Tokenizer
 from megatron_hybrid.data.tokenizer.hugging_face import HuggingFaceTokenizer
 from megatron_hybrid.data.tokenizer.null import NullTokenizer
 from megatron_hybrid.data.tokenizer.sentence_piece import SentencePieceTokenizer
+from megatron_hybrid.small_files import read_json
 
 __all__ = [
     "ENCODERS",
@@ -91,6 +91,7 @@ def load_tokenizer(folder: Path, *, parse_special_tokens: bool = False) -> Token
     kind = next((kind for kind in kinds if (folder / kind.file_name).is_file()), None)
     if kind is None:
         raise DataError(f"{folder} holds no tokenizer")
+    path = folder / kind.file_name
     if kind is HuggingFaceTokenizer:
         return HuggingFaceTokenizer(folder, parse_special_tokens)
     if parse_special_tokens:
@@ -99,5 +100,8 @@ def load_tokenizer(folder: Path, *, parse_special_tokens: bool = False) -> Token
             f"{kind.file_name}, which has no way to find special tokens in text"
         )
     if kind is SentencePieceTokenizer:
-        return SentencePieceTokenizer(folder / kind.file_name)
-    return NullTokenizer(json.loads((folder / kind.file_name).read_bytes())["vocab_size"])
+        return SentencePieceTokenizer(path)
+    vocab_size = read_json(path, DataError, fields=("vocab_size",)).get("vocab_size")
+    if type(vocab_size) is not int or vocab_size < 2:
+        raise DataError(f"{path} is damaged: vocab_size={vocab_size!r}")
+    return NullTokenizer(vocab_size)

@@ -1,0 +1,64 @@
+"""Small files, read by one mechanism: whatever is wrong with one is said with its name.
+
+Half a file, another type, an unknown field: the reader of its content may stumble as it likes.
+"""
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_hybrid.errors import UserError
+
+_STUMBLES = (
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, UserError,
+)  # fmt: skip
+
+
+@contextmanager
+def naming(path: Path, error: type[UserError] = UserError) -> Iterator[None]:
+    """What goes wrong while a file is read, or made sense of, is said with its name.
+
+    Raises:
+        UserError: or another class, `error`.
+    """
+    try:
+        yield
+    except OSError as cause:
+        raise error(f"{path} cannot be read: {cause.strerror or cause}") from cause
+    except _STUMBLES as cause:
+        text = str(cause)
+        if isinstance(cause, error) and text.startswith(str(path)):
+            raise
+        if not isinstance(cause, UserError | ValueError):  # a KeyError's text is but the key
+            text = f"{type(cause).__name__}: {text}"
+        raise error(f"{path} is damaged: {text}") from cause
+
+
+def read_json(
+    path: Path, error: type[UserError] = UserError, fields: Collection[str] | None = None
+) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        error: class of the errors.
+        fields: all that it may have; None: any.
+
+    Raises:
+        UserError: naming the file: it cannot be read, is no JSON object, or has other fields.
+    """
+    with naming(path, error):
+        data = path.read_bytes()
+        try:
+            content = json.loads(data)
+        except ValueError as cause:
+            raise ValueError(f"not JSON ({cause})") from cause
+        if not isinstance(content, Mapping):
+            raise ValueError(f"it must hold a JSON object, and holds {content!s:.40}")
+        unknown = sorted(set(content) - set(fields)) if fields is not None else []
+        if unknown:
+            raise ValueError(
+                f"unknown field {', '.join(unknown)}; allowed: {', '.join(sorted(fields or ()))}"
+            )
+        return dict(content)
