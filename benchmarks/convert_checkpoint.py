@@ -52,6 +52,7 @@ def make_checkpoint(save: Path, config: RunConfig) -> Path:
     from megatron.core.utils import unwrap_model
 
     from megatron_hybrid.checkpoint import files
+    from megatron_hybrid.checkpoint.integrity import write_integrity
     from megatron_hybrid.checkpoint.threads import default_threads
     from megatron_hybrid.config.tracker import CONFIG_FILE
     from megatron_hybrid.data.tokenizer import NullTokenizer
@@ -72,8 +73,8 @@ def make_checkpoint(save: Path, config: RunConfig) -> Path:
     write_atomic(partial / CONFIG_FILE, config.to_yaml())
     assert config.model.vocab_size is not None
     NullTokenizer(config.model.vocab_size).save_copy(partial)
-    files.write_integrity(partial, default_threads())
-    files.publish(partial, save, iteration, keep_last=None)
+    write_integrity(partial, default_threads())
+    files.put_in_place(save, iteration)
     return files.iteration_folder(save, iteration)
 
 

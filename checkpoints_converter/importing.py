@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +44,7 @@ from megatron_hybrid.checkpoint.carried import write_carried
 from megatron_hybrid.checkpoint.reader import as_matrix
 from megatron_hybrid.checkpoint.threads import default_threads, in_threads
 from megatron_hybrid.checkpoint.writer import CheckpointWriter
+from megatron_hybrid.claim import CLAIM_FILE, claim_file, claimed
 from megatron_hybrid.config import (
     CONFIG_FILE,
     TRACKER_FILE,
@@ -118,7 +118,12 @@ def import_model(
     """
     chosen, fields, values = read_model(source, options.ignored_fields)
     _refuse_to_replace(save, options.force)
-    with file_errors(save), SafetensorsReader(source) as reader:
+    with (
+        file_errors(save),
+        claimed([claim_file(save)], "from-hf"),
+        SafetensorsReader(source) as reader,
+    ):
+        _refuse_to_replace(save, options.force)  # what another one has written meanwhile
         dtypes = {name: entry.dtype for name, entry in reader.tensors.items()}
         refuse_dtypes(source, dtypes)
         if left := passed_over(source):
@@ -162,9 +167,9 @@ def import_model(
             write_carried(partial, carried)
             if tokenizer is not None:
                 tokenizer.save_copy(partial)
-            checkpoint_files.publish(partial, save, 0, keep_last=None)
+            checkpoint_files.put_in_place(save, 0)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            checkpoint_files.discard_partial(save, 0)
             raise
     return Imported(folder, config, len(plan), total, tuple(fields.notes))
 
@@ -213,7 +218,7 @@ def _refuse_to_replace(save: Path, force: bool) -> None:
     foreign = sorted(
         path.name
         for path in save.iterdir()
-        if path.name not in (*there, TRACKER_FILE) and not path.name.endswith(".part")
+        if path.name not in (*there, TRACKER_FILE, CLAIM_FILE) and not path.name.endswith(".part")
     )
     if foreign:
         raise ConversionError(

@@ -1,4 +1,4 @@
-"""A model folder that appears whole: written beside its place, and renamed at the end."""
+"""A model folder that appears whole: written beside its place, and exchanged at the end."""
 
 import fnmatch
 import json
@@ -9,7 +9,8 @@ from pathlib import Path
 
 from checkpoints_converter.errors import ConversionError
 from checkpoints_converter.safetensors_files import CHECKSUMS_FILE
-from megatron_hybrid.fileio import sync_folder
+from megatron_hybrid.claim import CLAIM_FILE, claimed
+from megatron_hybrid.fileio import replace_folder, restore_folder
 
 # What a model folder is made of; --force removes nothing else.
 MODEL_FILES = (
@@ -25,7 +26,8 @@ def output_folder(path: Path, *, force: bool, in_place: bool) -> Iterator[Path]:
     """The folder to write into; at the end of the block it is at `path`, whole.
 
     An error or Ctrl-C in the block removes what was written. Killed, it leaves `.NAME.part`, which
-    the next conversion to the same place removes.
+    the next conversion to the same place removes. One rename puts it in the place of an older one
+    (see `fileio.replace_folder`). Another process that writes there is refused meanwhile.
 
     Args:
         force: replace a model folder that is there.
@@ -38,22 +40,26 @@ def output_folder(path: Path, *, force: bool, in_place: bool) -> Iterator[Path]:
     path = path.absolute()  # `.` has no name
     if path.is_symlink():
         raise ConversionError(f"{path} is a symbolic link; give the folder that it should lead to")
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        _refuse_to_replace(path, force)
-    partial = path if in_place else path.with_name(f".{path.name}.part")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if not in_place:
-            _publish(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    _refuse_to_replace(path, force)
+    with claimed([path.with_name(f".{path.name}{CLAIM_FILE}")], "to-hf"):
+        restore_folder(path)
+        _refuse_to_replace(path, force)  # what another one has written meanwhile
+        partial = path if in_place else path.with_name(f".{path.name}.part")
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            if not in_place:
+                replace_folder(partial, path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def _refuse_to_replace(path: Path, force: bool) -> None:
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
     if not force:
         raise ConversionError(f"{path} exists; give another place, or --force to replace it")
     if not path.is_dir():
@@ -84,14 +90,3 @@ def _carried_names(path: Path) -> set[str]:
         return set(map(str, json.loads((path / CHECKSUMS_FILE).read_bytes())[CARRIED_NAMES]))
     except (OSError, ValueError, KeyError, TypeError):
         return set()
-
-
-def _publish(partial: Path, path: Path) -> None:
-    """Give a whole folder its name; what had it is removed after the new one is there."""
-    old = path.with_name(f".{path.name}.old.part")
-    shutil.rmtree(old, ignore_errors=True)  # a killed conversion may have left it
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
-    sync_folder(path.parent)
-    shutil.rmtree(old, ignore_errors=True)

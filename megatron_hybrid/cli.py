@@ -107,8 +107,10 @@ def _check_device(config: RunConfig, world_size: int) -> None:
 
 def _check_files(config: RunConfig, world_size: int) -> None:
     """Refuse before any rank starts what cannot be read, or gone on with; takes no torch."""
-    from megatron_hybrid.training.start import open_run
+    from megatron_hybrid.claim import refuse_if_alive
+    from megatron_hybrid.training.start import claims, open_run
 
+    refuse_if_alive(claims(config))
     logging.getLogger("megatron_hybrid").setLevel(logging.ERROR)  # rank 0 says the rest
     open_run(config, world_size)
 

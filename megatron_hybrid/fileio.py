@@ -1,12 +1,16 @@
 """Files that appear whole or not at all."""
 
+import ctypes
+import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_hybrid.errors import UserError
 
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 # What is asked for ahead of a reader of large files.
 _AHEAD_BYTES = 16 << 20
 
@@ -63,3 +67,58 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         partial.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Put a whole folder in the place of another, if there is one, which is removed.
+
+    One rename decides: killed at any moment, `folder` is the old one or the new one. Where the file
+    system cannot exchange two names (NFS, Lustre), there are two renames, and killed between them
+    the old one is beside it, until `restore_folder` puts it back.
+
+    Raises:
+        OSError: `folder` is as it was.
+    """
+    if not folder.exists():
+        new.rename(folder)
+    elif _exchange(new, folder):
+        sync_folder(folder.parent)
+        shutil.rmtree(new)
+    else:
+        old = _old(folder)
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        new.rename(folder)
+        sync_folder(folder.parent)
+        shutil.rmtree(old)
+    sync_folder(folder.parent)
+
+
+def restore_folder(folder: Path) -> None:
+    """Put a folder back that a kill in `replace_folder` has left beside its place, if it did."""
+    old = _old(folder)
+    if old.is_dir():
+        if folder.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(folder)
+            sync_folder(folder.parent)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old.part")
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; False where the system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    names = [os.fsencode(one), os.fsencode(other)]
+    if rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))

@@ -7,9 +7,11 @@
                      /hugging_face/             of the folder that its model came from (carried.py)
                      /data_plan.json            the plan of its data, and how far it was read
                      /integrity.json            SHA-256 of every file (megatron-core's format)
+                     /stamp                     a number of its own
+    SAVE/checkpoints.json                       those that the run of this folder saved, by stamp
 
 A checkpoint is written to `.iter_0000100.part` and renamed when it is whole; only then does the
-text file name it.
+text file name it. What the run did not save itself is never removed or replaced.
 """
 
 import os
@@ -23,9 +25,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatron_hybrid.checkpoint.saved_here import move_aside, remember, remove, saved_here, stamp
+from megatron_hybrid.claim import claim_file, refuse_if_lost
 from megatron_hybrid.config.tracker import TRACKER_FILE, latest_folder
 from megatron_hybrid.errors import UserError
-from megatron_hybrid.fileio import sync_folder, write_atomic
+from megatron_hybrid.fileio import replace_folder, restore_folder, sync_folder, write_atomic
 
 _FOLDER = re.compile(r"iter_(\d{7,})")
 # All that the pickled index of a torch_dist checkpoint is made of: the records (dataclasses and
@@ -54,13 +58,17 @@ def iteration_folder(save: Path, iteration: int) -> Path:
 def latest_checkpoint(save: Path) -> Path | None:
     """The folder of the newest whole checkpoint under `save`, None where there is none.
 
+    Without the file that names it, as after a kill, it is the newest one that is there, if all
+    were saved by the run of this folder.
+
     Raises:
-        UserError: the file that names it holds something else, or the checkpoint is missing.
+        UserError: the file that names it holds something else, or the checkpoint is missing; or
+            there are checkpoints of which nothing says what they are.
     """
     try:
         folder = latest_folder(save)
     except FileNotFoundError:
-        return None
+        return _newest(save)
     except (OSError, ValueError) as error:
         raise UserError(f"{save / TRACKER_FILE} cannot be used: {error}") from error
     if not folder.is_dir():
@@ -77,37 +85,94 @@ def partial_folder(save: Path, iteration: int) -> Path:
     return save / f".{iteration_folder(save, iteration).name}.part"
 
 
+def checkpoints_in(save: Path) -> dict[int, Path]:
+    """All folders that are named as checkpoints, by iteration, the oldest first."""
+    if not save.is_dir():
+        return {}
+    matches = [(_FOLDER.fullmatch(path.name), path) for path in save.iterdir()]
+    return dict(sorted((int(match.group(1)), path) for match, path in matches if match))
+
+
+def _newest(save: Path) -> Path | None:
+    present = checkpoints_in(save)
+    if not present:
+        return None
+    ours = saved_here(save)
+    others = [path.name for path in present.values() if path.name not in ours]
+    if others:
+        raise UserError(
+            f"{save} holds {', '.join(others[:3])}, and no {TRACKER_FILE} that says which is the "
+            "latest: write its number there to go on from it, or give the run another run_dir"
+        )
+    return present[max(present)]
+
+
 def start_partial(save: Path, iteration: int) -> None:
-    """Make an empty `partial_folder`; what killed runs left of theirs is removed."""
+    """Make an empty `partial_folder`; what killed runs left of theirs is removed.
+
+    Raises:
+        UserError: another start has taken this folder over (see `megatron_hybrid.claim`).
+    """
+    refuse_if_lost(claim_file(save))
+    for old in save.glob(".iter_*.old.part"):
+        restore_folder(save / old.name.removeprefix(".").removesuffix(".old.part"))
     for stale in save.glob(".iter_*.part"):
         shutil.rmtree(stale)
     partial_folder(save, iteration).mkdir(parents=True)
 
 
-def publish(partial: Path, save: Path, iteration: int, keep_last: int | None) -> None:
-    """Give a whole checkpoint its name, point the tracker at it, remove the oldest beyond the last.
+def discard_partial(save: Path, iteration: int) -> None:
+    """Remove what was written of a checkpoint that cannot be whole."""
+    try:
+        refuse_if_lost(claim_file(save))
+    except UserError:
+        return  # it is another start's
+    shutil.rmtree(partial_folder(save, iteration), ignore_errors=True)
+
+
+def publish(save: Path, iteration: int, *, keep_last: int | None = None) -> list[str]:
+    """Give a run's whole `partial_folder` its name, point the tracker at it, remove the oldest.
+
+    Of checkpoints that the run of this folder saved itself, that of the same iteration (the run
+    was rewound) is replaced, and those beyond the last are removed. Another of the same name is
+    moved aside.
 
     Args:
-        keep_last: how many checkpoints stay; None for all.
+        keep_last: how many of its own checkpoints stay; None for all.
+
+    Returns:
+        What the user should know.
+
+    Raises:
+        UserError: another start has taken this folder over.
     """
-    for path in partial.iterdir():
+    refuse_if_lost(claim_file(save))
+    partial, folder, notes = partial_folder(save, iteration), iteration_folder(save, iteration), []
+    if folder.exists() and folder.name not in saved_here(save):
+        notes.append(f"{folder} was not saved by this run: it is {move_aside(folder)} now")
+    remember(save, folder.name, stamp(partial))
+    put_in_place(save, iteration)
+    if keep_last is not None:
+        ours = saved_here(save)
+        before = [path for number, path in checkpoints_in(save).items() if number <= iteration]
+        for old in [path for path in before if path.name in ours][:-keep_last]:
+            remove(old)
+    return notes
+
+
+def put_in_place(save: Path, iteration: int) -> None:
+    """Give a whole `partial_folder` its name, in place of whatever has it, and name it the latest.
+
+    One rename decides (see `replace_folder`).
+    """
+    partial = partial_folder(save, iteration)
+    for path in partial.rglob("*"):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
     sync_folder(partial)
-    folder = iteration_folder(save, iteration)
-    if folder.exists():
-        # The same iteration of an earlier run that was rewound; the new one takes its place.
-        shutil.rmtree(folder)
-    partial.rename(folder)
-    sync_folder(save)
+    replace_folder(partial, iteration_folder(save, iteration))
     write_atomic(save / TRACKER_FILE, f"{iteration}\n")
-    if keep_last is None:
-        return
-    names = [match.group(1) for path in save.iterdir() if (match := _FOLDER.fullmatch(path.name))]
-    iterations = sorted(map(int, names))
-    for old in [i for i in iterations if i <= iteration][:-keep_last]:
-        shutil.rmtree(iteration_folder(save, old))
 
 
 def refuse_unsafe_index(folder: Path) -> None:

@@ -29,6 +29,12 @@ def load_problems(checkpoints: Path, field: str = "checkpoint.load") -> list[str
     if not (checkpoints / TRACKER_FILE).is_file():
         inner = checkpoints / "checkpoints"
         hint = f"; did you mean {inner}?" if (inner / TRACKER_FILE).is_file() else ""
+        found = sorted(path.name for path in checkpoints.glob("iter_*") if path.is_dir())
+        if found:
+            return [
+                f"{name} holds {', '.join(found[-3:])}, and no {TRACKER_FILE} that says which is "
+                "the latest: write its number there"
+            ]
         return [f"{name} holds no {TRACKER_FILE}: it is no folder of checkpoints{hint}"]
     try:
         folder = latest_folder(checkpoints)

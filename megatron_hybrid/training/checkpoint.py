@@ -155,6 +155,7 @@ class Checkpointer:
     def _publish(self, iteration: int, data_plan: str | None) -> None:
         """Every rank's part is written: complete the folder and give it its name."""
         options = self.config.checkpoint
+        notes: list[str] = []  # of rank 0, which reports
 
         def complete() -> None:
             partial = files.partial_folder(self.save_folder, iteration)
@@ -165,9 +166,11 @@ class Checkpointer:
                 write_atomic(partial / DATA_PLAN_FILE, data_plan)
             if options.verify_integrity:
                 write_integrity(partial, default_threads())
-            files.publish(partial, self.save_folder, iteration, options.keep_last)
+            notes.extend(files.publish(self.save_folder, iteration, keep_last=options.keep_last))
 
         on_rank_zero(complete)
+        for note in notes:
+            self.report(iteration, note)
         self.report(iteration, f"saved {files.iteration_folder(self.save_folder, iteration)}")
 
     @contextmanager
@@ -185,9 +188,8 @@ class Checkpointer:
                 reasons = [f"{reason} ({free_gib:.1f} GiB are free there)"]
                 dist.broadcast_object_list(reasons, src=0)
                 reason = reasons[0]
-            partial = files.partial_folder(self.save_folder, iteration)
             if dist.get_rank() == 0:
-                shutil.rmtree(partial, ignore_errors=True)
+                files.discard_partial(self.save_folder, iteration)
             raise UserError(
                 f"checkpoint.save={self.save_folder}: step {iteration} could not be saved: "
                 f"{reason}; earlier checkpoints there are as they were"

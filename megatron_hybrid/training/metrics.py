@@ -17,7 +17,7 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from megatron_hybrid.training.expert_load import ExpertLoad
 
 METRICS_FILE = "metrics.jsonl"
+REWOUND_FILE = "metrics_rewound.jsonl"  # steps that were done again, as they were before
 TENSORBOARD_FOLDER = "tensorboard"
 
 _TENSORBOARD_TAGS = {
@@ -54,8 +55,9 @@ class MetricsWriter:
     """Writes a run's metrics; on all ranks but the one that reports, every call does nothing.
 
     A run that was killed has steps in its files which are newer than its last checkpoint, and
-    possibly half a line. Opening the writer removes them, so that after the resumed run the file
-    holds what an uninterrupted run would have written (`TIMING_FIELDS` and events apart).
+    possibly half a line. Opening the writer moves them to REWOUND_FILE, so that after the resumed
+    run the file holds what an uninterrupted run would have written (`TIMING_FIELDS` and events
+    apart).
 
     Args:
         run_dir: the run's folder; created if missing.
@@ -253,17 +255,29 @@ def _parse(path: Path, lines: list[bytes]) -> Iterator[dict[str, Any]]:
 
 
 def truncate_after(path: Path, iteration: int) -> None:
-    """Remove from a metrics file what is newer than `iteration`; the file is replaced as a whole.
+    """Move what is newer than `iteration` from a metrics file to the end of REWOUND_FILE.
+
+    The file is replaced as a whole. What an earlier start has reported is never lost: it may have
+    been another run's, whose checkpoints are gone.
 
     Raises:
         UserError: a line before the last is not a metrics record.
     """
     if not path.exists():
         return
-    kept = [record for record in read_records(path) if record["iteration"] <= iteration]
-    data = b"".join(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE) for record in kept)
-    if data != path.read_bytes():
-        write_atomic(path, data)
+    records = read_records(path)
+    data = _lines(record for record in records if record["iteration"] <= iteration)
+    if data == path.read_bytes():
+        return
+    rewound = _lines(record for record in records if record["iteration"] > iteration)
+    with path.with_name(REWOUND_FILE).open("ab", buffering=0) as file:
+        file.write(rewound)
+        os.fsync(file.fileno())
+    write_atomic(path, data)
+
+
+def _lines(records: Iterable[dict[str, Any]]) -> bytes:
+    return b"".join(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE) for record in records)
 
 
 def rewound_steps(run_dir: Path, iteration: int) -> tuple[int, float, float | None]:

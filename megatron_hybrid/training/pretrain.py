@@ -2,7 +2,9 @@
 
 import logging
 import time
+from contextlib import nullcontext
 
+from megatron_hybrid.claim import claimed
 from megatron_hybrid.config import RunConfig, validate
 from megatron_hybrid.platform import initialize
 from megatron_hybrid.platform.backend import resolve_backend
@@ -12,7 +14,7 @@ from megatron_hybrid.training.distributed import (
     process_groups,
     select_device,
 )
-from megatron_hybrid.training.start import Start, open_run
+from megatron_hybrid.training.start import Start, claims, open_run
 
 logger = logging.getLogger(__name__)
 
@@ -29,22 +31,25 @@ def pretrain(config: RunConfig) -> str:
         Why the run ended: "finished", or what ended it early.
 
     Raises:
-        UserError: the config does not fit these ranks, a file is missing or damaged, or the data
-            cannot be planned.
+        UserError: the config does not fit these ranks, a file is missing or damaged, the data
+            cannot be planned, or another process writes into the run's folders.
     """
     started = time.monotonic()
     select_device()
     platform = initialize()
     backend = resolve_backend(config.backend)
     validate(config, world_size=launched_world_size(), has_cuda=platform.has_cuda)
-    config, tokenizer, start = open_run(config, launched_world_size())
-    if is_rank_zero():
-        print(f"{launched_world_size()} ranks on {platform.device}, backend {backend}", flush=True)
-        _draw_plan(config, start)
-    with process_groups(config, platform):
-        from megatron_hybrid.training.trainer import Trainer
+    # Before anything of the folders is read: what is read then is what will be gone on from.
+    with claimed(claims(config), "pretrain") if is_rank_zero() else nullcontext():
+        config, tokenizer, start = open_run(config, launched_world_size())
+        if is_rank_zero():
+            ranks = f"{launched_world_size()} ranks on {platform.device}, backend {backend}"
+            print(ranks, flush=True)
+            _draw_plan(config, start)
+        with process_groups(config, platform):
+            from megatron_hybrid.training.trainer import Trainer
 
-        return Trainer(config, platform, backend, tokenizer, start, started).run()
+            return Trainer(config, platform, backend, tokenizer, start, started).run()
 
 
 def _draw_plan(config: RunConfig, start: Start) -> None:

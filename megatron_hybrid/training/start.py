@@ -17,6 +17,7 @@ from megatron_hybrid.checkpoint.saved_config import (
     refuse_other_model,
     saved_config,
 )
+from megatron_hybrid.claim import claim_file
 from megatron_hybrid.config import RunConfig, validate
 from megatron_hybrid.config.rules.common import LENGTHS, values
 from megatron_hybrid.data.batches import Steps
@@ -65,6 +66,12 @@ class Start:
     data: RunData
     saved_plan: SavedPlan | None = None
     carried: Carried = field(default_factory=dict)
+
+
+def claims(config: RunConfig) -> list[Path]:
+    """What a run claims: its folder, and that of its checkpoints, which may be elsewhere."""
+    assert config.checkpoint.save is not None
+    return [claim_file(config.run_dir), claim_file(config.checkpoint.save)]
 
 
 def open_run(config: RunConfig, world_size: int) -> tuple[RunConfig, Tokenizer, Start]:

@@ -22,6 +22,7 @@ from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.saved_config import saved_config
 from megatron_hybrid.checkpoint.threads import default_threads, in_threads
 from megatron_hybrid.checkpoint.writer import CheckpointWriter
+from megatron_hybrid.claim import CLAIM_FILE, claim_file, claimed
 from megatron_hybrid.config import CONFIG_FILE, RunConfig, UpcyclingConfig
 from megatron_hybrid.data.saved_plan import DATA_PLAN_FILE
 from megatron_hybrid.data.tokenizer import (
@@ -104,16 +105,20 @@ class Upcycling:
         refuse_to_replace(save)
         tensors, config = self._tensors, self._config
         iteration = self._iteration
-        with file_errors(save), tensors.reader as reader, _one_thread_an_operation():
+        with (
+            file_errors(save), claimed([claim_file(save)], "upcycle"), tensors.reader as reader,
+            _one_thread_an_operation(),
+        ):  # fmt: skip
+            refuse_to_replace(save)  # what another one has written meanwhile
             files.start_partial(save, iteration)
             partial = files.partial_folder(save, iteration)
             try:
                 total = _write_tensors(partial, tensors, config, self._common(), advance)
                 reader.verify()
                 _complete(self._source, partial, config, self._tokenizer, tensors.threads)
-                files.publish(partial, save, iteration, keep_last=None)
+                files.put_in_place(save, iteration)
             except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
+                files.discard_partial(save, iteration)
                 raise
         return Written(files.iteration_folder(save, iteration), len(tensors.made), total)
 
@@ -141,7 +146,11 @@ def refuse_to_replace(save: Path) -> None:
         return
     if not save.is_dir():
         raise CheckpointError(f"--save {save} is not a folder")
-    there = sorted(path.name for path in save.iterdir() if not path.name.endswith(".part"))
+    there = sorted(
+        path.name
+        for path in save.iterdir()
+        if not path.name.endswith(".part") and path.name != CLAIM_FILE
+    )
     if there:
         raise CheckpointError(
             f"--save {save} holds {', '.join(there[:3])}; give a folder that is empty or not there"

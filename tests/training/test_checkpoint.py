@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_hybrid.config import load_config
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.testing import run_distributed
+from megatron_hybrid.training.metrics import read_records
 from tests.training.runs import (
     losses,
     outcomes,
@@ -308,8 +309,65 @@ def test_keep_last(tmp_path: Path) -> None:
     (save / ".iter_0000099.part").mkdir()
     line = words(tmp_path, "checkpoint.save_interval=1", "checkpoint.keep_last=2")
     assert run_distributed(outcomes, 1, [line]) == [["finished"]]
-    expected = ["iter_0000001.bak", "iter_0000003", "iter_0000004", TRACKER]
+    expected = [
+        "checkpoints.json", "iter_0000001.bak", "iter_0000003", "iter_0000004", TRACKER,
+    ]  # fmt: skip
     assert sorted(path.name for path in save.iterdir()) == expected
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder, by its path there."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def tracker_lost(run_dir: Path) -> list[tuple[str, dict[str, bytes]]]:
+    """On a rank: starts that find checkpoints without a tracker, or no checkpoints any more.
+
+    Returns:
+        How each ended, and what was in the run's folder then.
+    """
+    save = run_dir / "checkpoints"
+    keep_one = words(run_dir, "checkpoint.save_interval=2", "checkpoint.keep_last=1")
+
+    def start(*more: str) -> tuple[str, dict[str, bytes]]:
+        return outcomes([[*keep_one, *more]])[0], content(run_dir)
+
+    found = [start()]
+    (save / TRACKER).unlink()
+    found.append(start("training.train_iters=5"))
+    (save / TRACKER).unlink()
+    shutil.copytree(save / "iter_0000005", save / "iter_0000002")
+    found.append(start("training.train_iters=6"))
+    save.rename(run_dir / "moved")
+    found.append(start("training.seed=7"))
+    return found
+
+
+def test_tracker_lost(tmp_path: Path) -> None:
+    """The run's own checkpoints are found; others stop it; nothing that was there is lost."""
+    run_dir = tmp_path / "run"
+    found = run_distributed(tracker_lost, 1, run_dir)[0]
+    ends, trees = zip(*found, strict=True)
+    assert ends[:2] == ("finished", "finished")
+    assert re.match(rf"UserError: {run_dir}/checkpoints holds iter_0000002, and no {TRACKER}",
+                    ends[2])  # fmt: skip
+    assert ends[3] == "finished"
+    checkpoints = [{name.split("/")[1] for name in tree if name.startswith("ch")} for tree in trees]
+    assert {"iter_0000004"} == checkpoints[0] - {"checkpoints.json", TRACKER}
+    assert {"iter_0000005"} == checkpoints[1] - {"checkpoints.json", TRACKER}
+    # The whole run: what one start has written, the next ones keep, wherever it is.
+    assert steps_of(run_dir) == [1, 2, 3, 4]
+    again = read_records(run_dir / "metrics_rewound.jsonl")
+    assert [r["iteration"] for r in again if r["kind"] == "train"] == [1, 2, 3, 4, 5]
+    before = trees[2]["metrics.jsonl"].splitlines()
+    after = b"".join(trees[3][name] for name in ("metrics_rewound.jsonl", "metrics.jsonl"))
+    assert set(before) <= set(after.splitlines())
+    for name, data in trees[2].items():
+        name = re.sub("^checkpoints/", "moved/", name)
+        if name != "metrics.jsonl":
+            grown = name == "attempts.jsonl"
+            assert trees[3][name].startswith(data) if grown else trees[3][name] == data, name
 
 
 def saved_at_once(line: list[str]) -> tuple[bool, bool]:
