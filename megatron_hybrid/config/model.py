@@ -91,7 +91,8 @@ class ModelConfig(Section):
         default=None, ge=0, description="weight of the router's z-loss; null: none"
     )
     moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "none"] = Field(
-        default="aux_loss", description="load-balancing loss over the batch, each sequence, or none"
+        default="aux_loss",
+        description="load-balancing loss over the micro batch, each sample, or none",
     )
     moe_router_score_function: Literal["softmax", "sigmoid"] = Field(
         default="softmax", description="how router logits become scores"

@@ -1,12 +1,16 @@
 """megatron-core's router with ties that go to the lower expert, and a count of where tokens went.
 
-Legend: t tokens of this rank and micro batch, E experts, k experts a token goes to.
+Legend: t tokens of this rank and micro batch, E experts, k experts a token goes to, b samples of
+the micro batch.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+from megatron.core.transformer.moe.moe_utils import switch_load_balancing_loss_func
 from megatron.core.transformer.moe.router import TopKRouter as EngineTopKRouter
 from torch import Tensor
 
@@ -57,7 +61,11 @@ class TopKRouter(EngineTopKRouter):
         load: `[E + 1]` int64, counts since `take_load`, in training only: tokens that each expert
             got, and in the last place the pairs of a token and an expert that were asked for,
             dropped ones included.
+        samples_in_row: b, where documents are packed and a micro batch is one row of b samples;
+            else 1. The engine would take the row for one sequence.
     """
+
+    samples_in_row = 1
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -87,11 +95,53 @@ class TopKRouter(EngineTopKRouter):
     def _apply_seq_aux_loss(
         self, probs: Tensor, scores: Tensor, routing_map: Tensor, *others: Any, **named: Any
     ) -> Tensor:
-        """As `_apply_aux_loss`, for each sequence."""
-        if self.get_aux_loss_coeff("seq_aux_loss"):
-            routing_map = _map_of_topk(scores, self.topk)
-        result: Tensor = super()._apply_seq_aux_loss(probs, scores, routing_map, *others, **named)
-        return result
+        """As `_apply_aux_loss`, for each sample: the mean over the samples, packed or not."""
+        coefficient = self.get_aux_loss_coeff("seq_aux_loss")
+        if not coefficient:
+            return probs
+        routing_map = _map_of_topk(scores, self.topk)
+        if self.samples_in_row == 1:
+            result: Tensor = super()._apply_seq_aux_loss(
+                probs, scores, routing_map, *others, **named
+            )
+            return result
+        local, samples = len(scores), self.samples_in_row
+        number = self._sample_numbers(local)
+
+        def by_sample(values: Tensor) -> Tensor:
+            """`[t, E]` -> sums over the tokens of each sample, `[b * E]`."""
+            sums = scores.new_zeros(samples, values.shape[1])
+            return sums.index_add(0, number, values.to(scores.dtype)).flatten()
+
+        counts = reduce_from_tensor_model_parallel_region(by_sample(routing_map), self.tp_cp_group)
+        loss = switch_load_balancing_loss_func(
+            probs=by_sample(scores)[None],
+            tokens_per_expert=counts,
+            total_num_tokens=local * self.tp_cp_group.size() // samples,
+            topk=self.topk,
+            num_experts=scores.shape[1],
+            moe_aux_loss_coeff=coefficient,
+        )
+        attached: Tensor = self.attach_and_log_load_balancing_loss(
+            probs, coefficient, loss / samples, "seq_load_balancing_loss", self.tp_cp_group,
+            valid_token_count=local,
+        )  # fmt: skip
+        return attached
+
+    def _sample_numbers(self, local: int) -> Tensor:
+        """The sample that each of this rank's `local` tokens of a row is of: `[t]` int64.
+
+        Context parallel ranks hold two of 2 * CP chunks of the row each, the r-th and the r-th from
+        its end; with sequence parallelism, tensor parallel ranks cut those up in their order.
+        """
+        context = parallel_state.get_context_parallel_world_size()
+        tensor = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        row = torch.arange(local * tensor * context, device=self.weight.device)
+        row = row // (len(row) // self.samples_in_row)
+        if context > 1:
+            rank = parallel_state.get_context_parallel_rank()
+            row = row.view(2 * context, -1)[[rank, 2 * context - 1 - rank]].flatten()
+        return row.view(tensor, -1)[parallel_state.get_tensor_model_parallel_rank() % tensor]
 
     def take_load(self) -> Tensor | None:
         """`load`, which begins anew; None where nothing was routed."""

@@ -9,6 +9,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.pattern import parse_pattern
 from megatron_hybrid.config.phases import sequence_lengths
+from megatron_hybrid.layers.router import TopKRouter
 from megatron_hybrid.model.float8 import emulate_float8
 from megatron_hybrid.model.specs import hybrid_stack_spec, layer_classes
 
@@ -59,5 +60,9 @@ def build_model_chunks(
     for vp_stage in range(virtual_stages) if virtual_stages else [None]:
         chunk = build_model(config, engine_config, backend, vp_stage)
         emulate_float8(config, chunk, next(chunk.parameters()).device)
+        if config.data.packed_documents:
+            for module in chunk.modules():
+                if isinstance(module, TopKRouter):
+                    module.samples_in_row = config.training.micro_batch_size
         chunks.append(Float16Module(engine_config, chunk) if engine_config.bf16 else chunk)
     return chunks

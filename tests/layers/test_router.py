@@ -12,10 +12,13 @@ from tests.distributed.layouts import (
     LAYOUTS,
     ONE_RANK,
     SEQ_LENGTH,
+    VOCAB_SIZE,
     Layout,
     batches_of_this_rank,
     built,
+    gradient_parts,
     layout_config,
+    merge_gradients,
     save_weights,
 )
 
@@ -121,3 +124,47 @@ def test_what_full_experts_drop_is_counted(weights: Path) -> None:
     assert load.tokens.max() <= PAIRS / 4 * 0.5
     assert (load.dropped >= 0.5).all()
     assert load.asked.tolist() == [PAIRS] * 2
+
+
+def balance(layout: Layout, weights: Path, micro_batches: list[int]) -> list[Any]:
+    """On a rank, for each size of the micro batch: the auxiliary losses of a step, and this rank's
+    parts of the gradients, of the same four samples in packed rows."""
+    from megatron_hybrid.data.loader import _packed_batch
+    from megatron_hybrid.training.checkpoint import load_checkpoint
+    from megatron_hybrid.training.step import BatchShape
+
+    draws = torch.Generator().manual_seed(3)
+    rows = torch.randint(1, VOCAB_SIZE, (GLOBAL_BATCH_SIZE, SEQ_LENGTH + 1), generator=draws)
+    rows[:, 20] = ~rows[:, 20]  # a document ends there
+    results = []
+    for size in micro_batches:
+        config = layout_config(layout, PATTERN, packed=True, recompute=False)
+        types = {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 5.0}
+        sections = {
+            "model": config.model.model_copy(update=types),
+            "training": config.training.model_copy(update={"micro_batch_size": size}),
+        }
+        with built(config.model_copy(update=sections)) as (chunks, optimizer, stepper):
+            load_checkpoint(config, weights, chunks, optimizer, weights_only=True)
+            data = iter([_packed_batch(part) for part in rows.split(size)])
+            shape = BatchShape(GLOBAL_BATCH_SIZE, SEQ_LENGTH)
+            step = stepper.train(data, shape, float("inf"), [])
+            results.append((step.moe_losses, gradient_parts(chunks)))
+    return results
+
+
+def test_the_balance_loss_of_a_sample_knows_no_packing(weights: Path) -> None:
+    """One row of four samples has the auxiliary losses and gradients of four rows of one, on one
+    rank and where the row is cut over tensor and context parallel ranks."""
+    sizes = [1, 2, 4]
+    (whole,) = run_distributed(balance, 1, ONE_RANK, weights, sizes)
+    losses, parts = whole[0]
+    expected = merge_gradients([parts])
+    assert losses["seq_load_balancing_loss"] > 1
+    layout = LAYOUT["TP2xCP2"]
+    cut = run_distributed(balance, layout.ranks, layout, weights, sizes)
+    for ranks in (*([found] for found in whole), *zip(*cut, strict=True)):
+        assert ranks[0][0] == pytest.approx(losses, rel=1e-5)
+        gradients = merge_gradients([parts for _, parts in ranks])
+        for key, reference in expected.items():
+            assert (gradients[key] - reference).norm() <= 1e-5 * reference.norm(), key
