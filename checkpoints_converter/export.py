@@ -33,6 +33,7 @@ from megatron_hybrid.checkpoint.saved_config import saved_config
 from megatron_hybrid.checkpoint.source_model import source_config
 from megatron_hybrid.checkpoint.threads import default_threads, in_threads
 from megatron_hybrid.config import RunConfig
+from megatron_hybrid.config.effects import differences
 from megatron_hybrid.fileio import file_errors, write_atomic
 
 # The engine keeps states of layers (none of ours has any) and of the optimizer beside the weights.
@@ -134,6 +135,7 @@ def export(
             reader.verify()
             notes = _complete(folder, reader, config, family, made)
     total = sum(tensor.nbytes for tensor in made)
+    notes += differences(config)
     return Exported(out, family.model_type, len(made), total, shards, tuple(notes))
 
 

@@ -26,6 +26,7 @@ from megatron_hybrid.commands.submit import submit
 from megatron_hybrid.commands.upcycle import upcycle
 from megatron_hybrid.commands.verdict import verdict
 from megatron_hybrid.config import TRACKER_FILE, RunConfig, load_config, rules, validate
+from megatron_hybrid.config.effects import differences
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import file_errors
 from megatron_hybrid.platform.threads import spin_before_sleeping
@@ -66,6 +67,8 @@ def pretrain(
     if dry_run:
         config = load_config(context.args, which=rules.DRY_RUN, world_size=world_size)
         print(config.to_yaml(), end="")
+        for difference in differences(config):
+            logging.getLogger(__name__).warning("note: %s", difference)
         return
     if nproc and launched:
         raise typer.BadParameter(

@@ -70,3 +70,5 @@ def _report(checks: "Sequence[Check]") -> None:
     console.print(table)
     for problem in (problem for check in checks for problem in check.problems):
         print(f"  - {problem}")
+    for note in (note for check in checks for note in check.notes):
+        print(f"note: {note}")

@@ -113,7 +113,7 @@ class ModelConfig(Section):
         default=None,
         gt=0,
         description="tokens that an expert takes, of an even share; of more, the least "
-        "probable are dropped; null: all",
+        "probable are dropped, in training only; null: all",
     )
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = Field(
         default="alltoall", description="how tokens travel to their experts"

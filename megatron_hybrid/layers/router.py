@@ -4,6 +4,7 @@ Legend: t tokens of this rank and micro batch, E experts, k experts a token goes
 the micro batch.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.moe.moe_utils import switch_load_balancing_loss_func
 from megatron.core.transformer.moe.router import TopKRouter as EngineTopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
@@ -65,15 +67,23 @@ class TopKRouter(EngineTopKRouter):
             else 1. The engine would take the row for one sequence.
     """
 
+    config: TransformerConfig
     samples_in_row = 1
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.router_replay = _StableTopk()
         self.load: Tensor | None = None
+        self._dropping = self.config
+        self._dropless = copy.copy(self.config)
+        self._dropless.moe_expert_capacity_factor = None
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The engine's, `[s, b, E]` -> probabilities and bool map `[t, E]`; counted on the way."""
+        """The engine's, `[s, b, E]` -> probabilities and bool map `[t, E]`; counted on the way.
+
+        Full experts drop tokens in training only: an answer must not depend on what else is asked.
+        """
+        self.config = self._dropping if self.training else self._dropless
         probs, routing_map = super().routing(logits, padding_mask)
         # Recomputation runs a layer first without gradients; only the second time counts.
         if self.training and torch.is_grad_enabled():

@@ -11,6 +11,7 @@ class Check:
         name: of it, such as "disk space".
         found: what was seen, in short.
         problems: full sentences; none: all is well.
+        notes: full sentences, of what holds but should be known.
         skipped: it was not looked at, and `found` says why.
     """
 
@@ -18,3 +19,4 @@ class Check:
     found: str
     problems: tuple[str, ...] = ()
     skipped: bool = False
+    notes: tuple[str, ...] = ()

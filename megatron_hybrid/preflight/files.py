@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_hybrid.config import RunConfig, load_config
+from megatron_hybrid.config.effects import differences
 from megatron_hybrid.config.phases import sources
 from megatron_hybrid.config.token_files import prefixes
 from megatron_hybrid.data.facts import facts_path
@@ -44,9 +45,10 @@ def check_files(
         skipped = [Check(name, "not checked: the config is wrong", skipped=True) for name in rest]
         return None, [Check("config", "wrong", tuple(error.problems)), *skipped]
     ranks = "an unknown number of" if world_size is None else str(world_size)
-    checks = [Check("config", f"every rule holds, for {ranks} ranks")]
-    tokenizer, found = _tokenizer(config)
-    checks += [found, *_data(config, tokenizer, hash_s)]
+    found = f"every rule holds, for {ranks} ranks"
+    checks = [Check("config", found, notes=tuple(differences(config)))]
+    tokenizer, named = _tokenizer(config)
+    checks += [named, *_data(config, tokenizer, hash_s)]
     if tokenizer is None:
         checks.append(
             Check(

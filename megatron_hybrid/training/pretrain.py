@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 from megatron_hybrid.claim import claimed
 from megatron_hybrid.config import RunConfig, validate
+from megatron_hybrid.config.effects import differences
 from megatron_hybrid.platform import initialize
 from megatron_hybrid.platform.backend import resolve_backend
 from megatron_hybrid.training.distributed import (
@@ -45,6 +46,8 @@ def pretrain(config: RunConfig) -> str:
         if is_rank_zero():
             ranks = f"{launched_world_size()} ranks on {platform.device}, backend {backend}"
             print(ranks, flush=True)
+            for difference in differences(config):
+                print(f"note: {difference}", flush=True)
             _draw_plan(config, start)
         with process_groups(config, platform):
             from megatron_hybrid.training.trainer import Trainer

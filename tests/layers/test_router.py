@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_hybrid.config.effects import EFFECTS
+from megatron_hybrid.data.loader import _packed_batch, _plain_batch
 from megatron_hybrid.testing import run_distributed
 from tests.distributed.layouts import (
     GLOBAL_BATCH_SIZE,
@@ -126,10 +128,55 @@ def test_what_full_experts_drop_is_counted(weights: Path) -> None:
     assert load.asked.tolist() == [PAIRS] * 2
 
 
+# For each field that is of training alone, a value under which training is another function.
+TRAINING_ONLY: dict[str, Any] = {
+    "model.hidden_dropout": 0.5,
+    "model.attention_dropout": 0.5,
+    "model.moe_expert_capacity_factor": 0.5,
+    "model.moe_aux_loss_coeff": 5.0,
+    "model.moe_z_loss_coeff": 5.0,
+    "model.moe_router_load_balancing_type": "seq_aux_loss",
+}
+
+
+def evaluations(layout: Layout, weights: Path) -> dict[str, list[float]]:
+    """On a rank: the loss of an evaluation, as the config is ("") and with each of these values,
+    in micro batches of 1 and 2."""
+    from megatron_hybrid.training.checkpoint import load_checkpoint
+    from megatron_hybrid.training.step import BatchShape
+
+    losses: dict[str, list[float]] = {}
+    for name, value in ({"": None} | TRAINING_ONLY).items():
+        config = layout_config(layout, PATTERN, packed=False, recompute=False)
+        changes = {name.removeprefix("model."): value} if name else {}
+        model = config.model.model_copy(update=changes)
+        for size in (1, 2):
+            training = config.training.model_copy(update={"micro_batch_size": size})
+            update = {"model": model, "training": training}
+            with built(config.model_copy(update=update)) as (chunks, _, stepper):
+                load_checkpoint(config, weights, chunks, None, weights_only=True)
+                rows = torch.arange(GLOBAL_BATCH_SIZE * (SEQ_LENGTH + 1)) * 7 % VOCAB_SIZE
+                parts = rows.view(GLOBAL_BATCH_SIZE, -1).split(size)
+                shape = BatchShape(GLOBAL_BATCH_SIZE, SEQ_LENGTH)
+                loss = stepper.evaluate(iter([_plain_batch(part) for part in parts]), [shape])
+                losses.setdefault(name, []).append(loss)
+    return losses
+
+
+@pytest.mark.parametrize("name", ["one rank", "TP2xCP2"])
+def test_what_is_of_training_alone_is_off_in_evaluations(name: str, weights: Path) -> None:
+    """Dropout, dropped tokens and auxiliary losses change no evaluation, in any layout or micro
+    batch; generation and exports compute the same function."""
+    effects = {field for field, effect in EFFECTS.items() if effect == "training"}
+    assert TRAINING_ONLY.keys() == effects
+    for losses in run_distributed(evaluations, LAYOUT[name].ranks, LAYOUT[name], weights):
+        for field, values in losses.items():
+            assert values == pytest.approx([losses[""][0]] * 2, rel=1e-6), field
+
+
 def balance(layout: Layout, weights: Path, micro_batches: list[int]) -> list[Any]:
     """On a rank, for each size of the micro batch: the auxiliary losses of a step, and this rank's
     parts of the gradients, of the same four samples in packed rows."""
-    from megatron_hybrid.data.loader import _packed_batch
     from megatron_hybrid.training.checkpoint import load_checkpoint
     from megatron_hybrid.training.step import BatchShape
 
