@@ -238,9 +238,10 @@ class _Gradients:
             [sizes.channels, sizes.all_channels, sizes.heads], -1
         )
         self.of_steps = StepGrads(core.scan.steps, sizes.groups)
-        self.of_conv_bias = torch.zeros_like(core.conv_bias)
-        self.of_weight_of_lag = [torch.zeros_like(core.conv_bias) for _ in range(taps)]
-        self.of_norm_weight = core.conv_bias.new_zeros(sizes.channels)
+        # float64: the sums over the blocks of a long sequence.
+        self.of_conv_bias = torch.zeros_like(core.conv_bias, dtype=torch.float64)
+        self.of_weight_of_lag = [torch.zeros_like(self.of_conv_bias) for _ in range(taps)]
+        self.of_norm_weight = self.of_conv_bias.new_zeros(sizes.channels)
         self.of_carry = core.conv_bias.new_empty(core.scan.states_shape[2:])
         # Of the convolution's first k - 1 outputs in the block after this one.
         self.of_later_conv = core.conv_bias.new_empty(taps - 1, sizes.all_channels)
@@ -271,13 +272,12 @@ class _Gradients:
         assert weight is not None
         inverse = self.core.inverse_rms(gated)
         grouped = (len(gated), -1, norm.group_size)
-        product = torch.mul(at.grad_y, gated, out=at.product).view(grouped)
-        # Sums over tokens of [T, 1] times [T, d], group by group.
-        over_tokens = torch.bmm(inverse.permute(1, 2, 0), product.transpose(0, 1))
-        self.of_norm_weight += over_tokens.view(-1)
+        product = torch.mul(at.grad_y, gated, out=at.product).view(grouped).mul_(inverse)
+        # Not by a GEMM of one row, which adds up its tokens one after the other.
+        self.of_norm_weight += product.sum(0).view(-1)
         at.grad_y.mul_(weight)
         product = product.mul_(weight.view(-1, norm.group_size))
-        mean = product.sum(-1, keepdim=True).mul_(inverse.pow(3)).div_(-norm.group_size)
+        mean = product.sum(-1, keepdim=True).mul_(inverse.square()).div_(-norm.group_size)
         at.grad_y.view(grouped).mul_(inverse).addcmul_(gated.view(grouped), mean)
 
     def _through_convolution(self, block: Block) -> None:

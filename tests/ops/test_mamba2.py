@@ -118,16 +118,18 @@ CASES = pytest.mark.parametrize(
 
 @CASES
 def test_fused_equals_composition(length: int, groups: int, packed: bool, norm: bool) -> None:
-    """Output and all gradients: float64 to rounding, float32 to 2e-5 (dA, ddt_bias 1e-4)."""
+    """Output and all gradients: float64 to rounding, float32 to 2e-5, or to three times what the
+    composition's own float32 makes of them, where a norm of few channels amplifies it.
+    """
     case = make_case(length, groups)
     seq_idx = documents(length) if packed else None
     want = run(case, groups, "reference", seq_idx, norm)
     for name, error in errors(run(case, groups, "torch", seq_idx, norm), want).items():
         assert error < 1e-12, f"float64 {name}: {error:.1e}"
-    got = run(cast(case, torch.float32), groups, "torch", seq_idx, norm)
-    for name, error in errors(got, want).items():
-        limit = 1e-4 if name in ("dA", "ddt_bias") else 2e-5
-        assert error < limit, f"float32 {name}: {error:.1e}"
+    case = cast(case, torch.float32)
+    composed = errors(run(case, groups, "reference", seq_idx, norm), want)
+    for name, error in errors(run(case, groups, "torch", seq_idx, norm), want).items():
+        assert error < max(2e-5, 3 * composed[name]), f"float32 {name}: {error:.1e}"
 
 
 @CASES

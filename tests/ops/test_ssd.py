@@ -108,13 +108,12 @@ def test_chunks_equal_recurrence(length: int, groups: int) -> None:
     """Outputs, final states and all seven gradients, in float64 and in float32."""
     case = make_case(length, groups)
     want = run(case, "reference")
-    assert_close(run(case, "torch"), want, default=1e-12, dA=1e-11)
-    # dt spans five decades here: dA sums the effects of tiny steps between those of huge ones.
-    assert_close(run(case, "torch", torch.float32), want, default=1e-6, dA=1e-4)
+    assert_close(run(case, "torch"), want, default=1e-12)
+    assert_close(run(case, "torch", torch.float32), want, default=1e-6)
 
 
 def test_float32_is_accurate_at_trained_step_sizes() -> None:
-    """With steps as in trained models float32 keeps all but the last bits, dA included."""
+    """With steps as in trained models, over which states carry far."""
     case = make_case(2048, 2, dt_range=(1e-3, 0.1))
     assert_close(run(case, "torch", torch.float32), run(case, "reference"), default=1e-6)
 
@@ -157,9 +156,8 @@ def test_documents_equal_recurrence(lengths: tuple[int, ...], dtype: torch.dtype
     seq_idx = labels(*lengths)
     case = make_case(seq_idx.shape[1], 2)
     want = run(case, "reference", seq_idx=seq_idx)
-    exact = dtype == torch.float64
     got = run(case, "torch", dtype, seq_idx)
-    assert_close(got, want, default=1e-12 if exact else 1e-6, dA=1e-11 if exact else 2e-4)
+    assert_close(got, want, default=1e-12 if dtype == torch.float64 else 1e-6)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -198,7 +196,7 @@ def test_any_packing_equals_recurrence(lengths: list[int], groups: int, seed: in
     seq_idx = labels(*lengths)
     case = make_case(seq_idx.shape[1], groups, seed)
     want = run(case, "reference", seq_idx=seq_idx)
-    assert_close(run(case, "torch", seq_idx=seq_idx), want, default=1e-12, dA=1e-10)
+    assert_close(run(case, "torch", seq_idx=seq_idx), want, default=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -218,7 +216,7 @@ def test_mixed_steps_in_poisoned_memory_equal_recurrence(poisoned_memory: None) 
     """Nothing uninitialised is ever read: NaN in fresh memory changes no result."""
     case, seq_idx = make_case(333, 2), labels(100, 33, 200)
     want = run(case, "reference", seq_idx=seq_idx)
-    assert_close(run(case, "torch", seq_idx=seq_idx), want, default=1e-12, dA=1e-11)
+    assert_close(run(case, "torch", seq_idx=seq_idx), want, default=1e-12)
 
 
 def test_workspaces_carry_nothing_over(bf16_products: str) -> None:

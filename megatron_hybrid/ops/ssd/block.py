@@ -177,7 +177,7 @@ class BlockScan:
         at.own.view(own.shape).copy_(own)
         # The mask is on the scores, once a group, never on the exponent: exp2 is slow on -inf.
         copy_if_other(at.scores_c, at.scores).mul_(block.mask)
-        at.decay.copy_(torch.sub(log2[..., None], log2[..., None, :], out=at.log2))
+        at.decay.copy_(torch.sub(log2[..., None], log2[..., None, :], out=at.wide))
         at.decay.clamp_(LOWEST_LOG2, 0.0).exp2_()
         multiply_into(at.mixing, at.scores_c[:, :, None], at.decay_g, at.mixing_c)
 
@@ -251,6 +251,7 @@ class BlockScan:
         torch.sum(at.decay_g, 2, out=at.grad_scores)
         at.grad_scores.mul_(block.mask)
         pairs = at.decay_g.mul_(at.scores_c[:, :, None]).view(at.decay.shape)
+        pairs = at.wide.copy_(pairs)
         torch.sub(pairs.sum(-1), pairs.sum(-2), out=grads.pairs)
         own = torch.mul(block.steps.dt, grads.grad_y_x).view(at.own_term.shape).sum(-1)
         diagonal = at.grad_scores.diagonal(dim1=-2, dim2=-1)

@@ -128,7 +128,7 @@ class Buffers:
         self.grad_scores = self.compute("grad_scores", K, g, Q, Q)
 
         # Head by head: decays, and what y takes from the tokens of its own chunk.
-        self.log2 = self._get("log2", torch.float64, K, h, Q, Q)
+        self.wide = self._get("wide", torch.float64, K, h, Q, Q)  # for one operation at a time
         self.decay = self.compute("decay", K, h, Q, Q)
         self.decay_g = self.decay.view(K, g, r, Q, Q)
         self.mixing = self.operand("mixing", K, g, r, Q, Q)

@@ -129,8 +129,8 @@ class StepGrads:
         x_grad_inner: x * (gradient of dt * x from later tokens of the chunk).
         x_grad_outer: x * (gradient of dt * x from the state after the chunk, not yet decayed).
         own: [b, N*Q, g]: C * B of one token, summed over n.
-        pairs: [b, N, h, Q]: what y and its gradient make of the pairs of two tokens of a chunk,
-            summed over the pairs that end with a token, less those that begin with it.
+        pairs: [b, N, h, Q] float64: what y and its gradient make of the pairs of two tokens of a
+            chunk, summed over the pairs that end with a token, less those that begin with it.
         state: [b, N, h]: (state before the chunk) * (its gradient from the state after it).
     """
 
@@ -140,7 +140,7 @@ class StepGrads:
             torch.zeros_like(steps.dt) for _ in range(4)
         )
         self.own = steps.dt.new_zeros(*steps.dt.shape[:2], groups)
-        self.pairs = torch.zeros_like(steps.dt_by_head)
+        self.pairs = torch.zeros_like(steps.dt_by_head, dtype=torch.float64)
         self.state = torch.zeros_like(steps.through)
 
     def of_blocks(self, row: int, shapes: Sequence[BlockShape]) -> list[BlockGrads]:
@@ -157,14 +157,16 @@ class StepGrads:
         """Gradients of dt [b, l, h] in its dtype, and of A [h] and D [h] in float64.
 
         The gradient of a token's log decay sums over pairs of a token before it and one not before
-        it. A token's product with itself is in no such pair; left in, it would cancel between two
-        large sums, so it is kept apart from the start.
+        it. Adding up `pairs` from a token to the end of its chunk leaves these: the others are in
+        it twice, with both signs, and are most of it. Hence float64, in which they cancel; float32
+        sums would leave their rounding, ten times that of what is left. A token's product with
+        itself is in no such pair and is kept apart from the start.
         """
         steps = self.steps
         x_grad_outer = self.x_grad_outer.mul_(steps.to_end)
         grad_y_outer = self.grad_y_outer.mul_(steps.from_start)
         dt = steps.dt_by_head.double()
-        later = self.pairs + steps.by_head(grad_y_outer).double()
+        later = self.pairs.add_(steps.by_head(grad_y_outer))
         earlier = dt * steps.by_head(x_grad_outer)
         grad_log = later.flip(-1).cumsum(-1).flip(-1)
         grad_log += earlier.cumsum(-1) - earlier
