@@ -50,8 +50,9 @@ def tokenize(
     """Tokenise JSONL (plain, gzip or zstd) and parquet into an indexed file.
 
     A document a line. The result depends neither on --workers nor on --shuffle-memory-gib. It
-    appears whole or not at all; an older one of the same name stays until then. Lines that cannot
-    be taken are listed, with reasons, in PREFIX_rejected.jsonl.
+    appears whole or not at all; an older one of the same name stays until then (killed in that
+    moment, it is put back by whatever reads it next). Files of other programs are not replaced.
+    Lines that cannot be taken are listed, with reasons, in PREFIX_rejected.jsonl.
 
     Disk: the output, beside the one it replaces; once more while documents are shuffled, if their
     tokens (2 bytes each below 65,500 ids, else 4) are more than --shuffle-memory-gib.

@@ -10,6 +10,7 @@ import hashlib
 import os
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -17,6 +18,7 @@ from typing import IO, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_hybrid.config.token_files import put_back, restore, set_aside
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.facts import Facts, FileFacts, facts_path
 from megatron_hybrid.data.part_file import PartFile, writing
@@ -57,6 +59,7 @@ def open_indexed(prefix: Path) -> IndexedFile:
         DataError: a file is missing, cut short, of another format, or the sizes disagree.
     """
     bin_path, idx_path = indexed_paths(prefix)
+    restore(str(prefix))
     for path in (idx_path, bin_path):
         if not path.is_file():
             raise DataError(f"data.data_path: {path} is missing")
@@ -137,6 +140,7 @@ class IndexedFileWriter:
             # The lock is on the file that is moved last, so it covers the whole of publish().
             self._idx = PartFile(paths[1], locked=True)
             try:
+                put_back(str(prefix))  # of a kill while it was replaced
                 self._bin = PartFile(paths[0])
             except OSError:
                 self._idx.discard()
@@ -194,45 +198,50 @@ class IndexedFileWriter:
         publish_all([self])
 
     def discard(self) -> None:
-        """Leave no trace; what was published before stays."""
+        """Leave no trace; what was published before stays, or is put back."""
+        if self._idx.is_open:
+            with suppress(OSError):
+                put_back(str(self.prefix))
         # The index last: it holds the lock.
         for part in (self._facts, self._bin, self._idx):
             if part is not None:
                 part.discard()
 
     def _retract(self) -> None:
-        self._idx.path.unlink(missing_ok=True)
+        set_aside(str(self.prefix))
 
     def _move_tokens(self) -> None:
         self._bin.publish()
         if self._facts is not None:
             self._facts.publish()
-        else:  # those of the pair before
-            facts_path(self.prefix).unlink(missing_ok=True)
 
     def _move_index(self) -> None:
         self._idx.publish()
+
+    def _drop_old(self) -> None:
+        put_back(str(self.prefix))
 
 
 def publish_all(writers: Sequence[IndexedFileWriter]) -> None:
     """Put finished pairs that belong together in place of whatever was there.
 
-    Every old `.idx` goes first and every new one comes last: without an `.idx` nothing loads, so a
-    kill at any moment leaves the old pair, no pair or the new pair of a prefix, never a mixture,
-    and never an old pair beside a new one.
+    Every old `.idx` goes aside first and every new one comes last: without an `.idx` nothing loads,
+    so there is never a mixture. Killed at any moment, a prefix has its old pair, which whoever
+    looks for it puts back (`config.token_files.restore`), until its new `.idx` has its name.
 
     Raises:
-        DataError: a file cannot be moved; what is left does not load.
+        DataError: a file cannot be moved; the old pair is put back by whoever looks for it.
     """
     folders = {writer.prefix.parent for writer in writers}
     moves = (
         IndexedFileWriter._retract,
         IndexedFileWriter._move_tokens,
         IndexedFileWriter._move_index,
+        IndexedFileWriter._drop_old,
     )
     for move in moves:
         for writer in writers:
-            with writing(writer.prefix, "what is there does not load; run it again"):
+            with writing(writer.prefix, "run it again"):
                 move(writer)
         for folder in folders:
             sync_folder(folder)

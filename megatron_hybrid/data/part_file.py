@@ -44,6 +44,11 @@ class PartFile:
         # Unbuffered: nothing is left to be written when it is closed after an error.
         self._file = _open_locked(self._part) if locked else self._part.open("wb", buffering=0)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it is neither published nor discarded."""
+        return not self._file.closed
+
     def write(self, data: bytes | memoryview) -> None:
         """Append `data`."""
         self._hash.update(data)

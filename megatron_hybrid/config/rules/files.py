@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_hybrid.config.data import SourceConfig
 from megatron_hybrid.config.rules.common import Facts, Problems, Rule, each
 from megatron_hybrid.config.run import RunConfig
-from megatron_hybrid.config.token_files import prefixes
+from megatron_hybrid.config.token_files import prefixes, restore
 from megatron_hybrid.config.tracker import load_problems
 
 
@@ -57,6 +57,7 @@ def data_files(c: RunConfig, _: Facts) -> Problems:
 
 
 def _incomplete(name: str, prefix: str) -> Problems:
+    restore(prefix)
     missing = [file for file in (f"{prefix}.bin", f"{prefix}.idx") if not Path(file).is_file()]
     if missing:
         yield f"{name}: {prefix!r} is incomplete; no file {' and '.join(missing)}"

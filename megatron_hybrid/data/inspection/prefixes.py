@@ -4,6 +4,7 @@ import glob
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_hybrid.config.token_files import OLD, restore
 from megatron_hybrid.data.errors import DataError
 
 _SUFFIXES = (".bin", ".idx", ".meta.json")
@@ -45,6 +46,8 @@ def _prefixes(name: str) -> list[Path]:
 
 
 def _with_files(pattern: str) -> list[Path]:
+    for path in glob.glob(f"{pattern}.idx{OLD}"):  # noqa: PTH207
+        restore(path.removesuffix(f".idx{OLD}"))
     return sorted(
         {
             Path(path.removesuffix(suffix))

@@ -155,6 +155,11 @@ def _output_problems(settings: TokenizeSettings, inputs: list[Input]) -> list[st
             problems.append(f"--output {prefix} is a folder; name its files' beginning too")
         elif reason := _why_not_writable(prefix.parent):
             problems.append(f"--output {prefix}: {reason}")
+        elif indexed_paths(prefix)[1].exists() and not facts_path(prefix).exists():
+            problems.append(
+                f"--output {prefix}: the files there have no {facts_path(prefix).name}: another "
+                "program wrote them; give another prefix, or move them away"
+            )
     return problems + [
         f"--input {path} would be overwritten"
         for path in sorted({item.path.resolve() for item in inputs})

@@ -1,4 +1,4 @@
-"""Killed, stopped, or out of disk at any moment: the old pair, nothing, or the whole new pair."""
+"""Killed, stopped, or out of disk at any moment: the old pair, or the whole new pair."""
 
 import multiprocessing
 import os
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +18,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_hybrid.config import RunConfig, load_config
+from megatron_hybrid.config.rules.common import Facts
+from megatron_hybrid.config.rules.files import data_files
+from megatron_hybrid.config.token_files import prefixes, set_aside
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.indexed import IndexedFileWriter, open_indexed
+from megatron_hybrid.data.inspection.prefixes import find_prefixes
 from megatron_hybrid.data.tokenizing import TokenizeSettings, tokenize
 from tests.data.tokenizing import kill_target
 from tests.data.tokenizing.samples import (
@@ -29,6 +34,7 @@ from tests.data.tokenizing.samples import (
     settings_in,
     write_lines,
 )
+from tests.training.runs import words
 
 OLD = [[1, 2, 3], [4, 5]]
 CHUNK_BYTES = 4 << 10
@@ -47,12 +53,8 @@ def old_pair(tmp_path: Path) -> TokenizeSettings:
 
 
 def state(prefix: Path, old: tuple[bytes, ...], new: tuple[bytes, ...]) -> str:
-    """What loads: the old pair, the new one, or nothing. Anything else fails the test."""
-    try:
-        open_indexed(prefix)
-    except DataError as error:
-        assert "is missing" in str(error)
-        return "nothing"
+    """What loads: the old pair, or the new one. Anything else fails the test."""
+    open_indexed(prefix)
     found = contents(prefix)
     assert found in (old, new)
     return "old" if found == old else "new"
@@ -92,13 +94,67 @@ def test_kills_at_random_moments(tmp_path: Path, old_pair: TokenizeSettings) -> 
             tokenize(replace(old_pair, workers=1))
             assert contents(prefix) == new
             assert leftovers(tmp_path) == []
-    assert outcomes["old"] + outcomes["nothing"] + outcomes["new"] == KILLS
+    assert outcomes["old"] + outcomes["new"] == KILLS
     assert outcomes["left in the middle"] >= KILLS // 10, outcomes
 
 
-@pytest.mark.parametrize("step", [0, 1, 2])
+# Who may be the first to look for a pair after a kill.
+LOOKS = (
+    open_indexed,
+    lambda prefix: prefixes(f"{prefix.parent}/ou*"),
+    lambda prefix: list(data_files(data_config(prefix), Facts())),
+    lambda prefix: find_prefixes([str(prefix)]),
+)
+
+
+def data_config(prefix: Path) -> RunConfig:
+    line = [*words(prefix.parent / "run"), "data.mock_data=false", f"data.data_path={prefix}"]
+    return load_config(line, which=())
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_whoever_looks_puts_it_back(
+    look: Callable[[Path], object], tmp_path: Path, old_pair: TokenizeSettings
+) -> None:
+    """Killed at each step of setting the old pair aside, and of moving the new one in."""
+    prefix, old = tmp_path / "out", contents(tmp_path / "out")
+    ends = (".idx", ".meta.json", ".bin")
+    for step in range(len(ends) + 3):
+        for end in ends[: step if step < 3 else 3]:
+            Path(f"{prefix}{end}").rename(f"{prefix}{end}.old.part")
+        for end in (".bin", ".meta.json")[: max(0, step - 3)]:
+            Path(f"{prefix}{end}").write_bytes(b"new")
+        look(prefix)
+        assert contents(prefix) == old
+        open_indexed(prefix)
+        assert not list(tmp_path.glob("*.old.part"))
+
+
+def test_not_while_the_writer_lives(tmp_path: Path, old_pair: TokenizeSettings) -> None:
+    """The old pair is put back for want of a writer only; a writer that fails does it itself."""
+    prefix, old = tmp_path / "out", contents(tmp_path / "out")
+    writer = IndexedFileWriter(prefix, 1000)
+    set_aside(str(prefix))
+    with pytest.raises(DataError, match="is missing"):
+        open_indexed(prefix)
+    writer.discard()
+    assert contents(prefix) == old
+    assert leftovers(tmp_path) == []
+
+
+def test_files_of_other_programs(tmp_path: Path, old_pair: TokenizeSettings) -> None:
+    """A pair without our facts is another program's, and stays."""
+    facts = tmp_path / "out.meta.json"
+    facts.rename(tmp_path / "kept")
+    before = (tmp_path / "out.bin").read_bytes()
+    with pytest.raises(DataError, match=r"--output .*/out: the files there have no out.meta.json"):
+        tokenize(old_pair)
+    assert (tmp_path / "out.bin").read_bytes() == before
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 3])
 def test_killed_while_publishing(tmp_path: Path, step: int) -> None:
-    """A kill between any two moves leaves nothing that loads, or the whole new pair."""
+    """A kill between any two moves leaves the old pair, whoever looks for it, or the new one."""
     prefix = tmp_path / "out"
     write_lines(tmp_path / "in.jsonl", [[1] * 5, [2] * 5])
     tokenize(settings_in(tmp_path))
@@ -121,11 +177,9 @@ tokenize({new_settings!r})
 """
     result = subprocess.run([sys.executable, "-c", script])
     assert result.returncode == -signal.SIGKILL
-    if step < 2:
-        with pytest.raises(DataError, match="is missing"):
-            open_indexed(prefix)
-    else:
-        assert documents(prefix) == [[3] * 4, [3] * 6]
+    (look := LOOKS[step])(prefix)
+    assert documents(prefix) == ([[1] * 5, [2] * 5] if step < 2 else [[3] * 4, [3] * 6]), look
+    assert (contents(prefix) == old) == (step < 2)
     tokenize(new_settings)
     assert documents(prefix) == [[3] * 4, [3] * 6]
     assert contents(prefix) != old
