@@ -7,11 +7,15 @@ of a window are found by halving, in some thirty small reads.
 import struct
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import overload
+from typing import cast, overload
+
+import numpy as np
 
 from megatron_hybrid.data.indexed import HEADER_BYTES, indexed_paths
 from megatron_hybrid.data.open_files import OpenFiles
 from megatron_hybrid.data.shard import Shard
+
+_BLOCK = 128  # documents whose starts are read at once
 
 
 class DocumentStarts(Sequence[int]):
@@ -47,14 +51,26 @@ class DocumentStarts(Sequence[int]):
     def ends(self, first: int, count: int) -> list[int]:
         """Which of the tokens `[first, first + count)` are the last of a document."""
         number, end = bisect_right(self, first), first + count
-        found = []
-        while number < len(self) and (start := self[number]) <= end:
-            if start > first:
-                found.append(start - 1)
-            number += 1
+        found: list[int] = []
+        while number < len(self):
+            starts = self._block(number)
+            found += [start - 1 for start in starts if first < start <= end]
+            number += len(starts)
+            if starts[-1] > end:
+                break
         if self._shard.tokens <= end:
             found.append(self._shard.tokens - 1)
         return found
+
+    def _block(self, number: int) -> list[int]:
+        """The starts of some documents from `number` on, at least one."""
+        if not self._one_sequence_each:
+            return [self[number]]
+        content = bytearray(8 * min(_BLOCK, len(self) - number))
+        at = self._offsets_at + 8 * number
+        self._files.read(self._path, self._shard.idx_bytes, at, memoryview(content))
+        offsets = np.frombuffer(content, dtype="<i8") // self._shard.dtype.itemsize
+        return cast(list[int], offsets.tolist())
 
     def _read(self, at: int) -> int:
         content = bytearray(8)

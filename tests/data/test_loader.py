@@ -324,6 +324,15 @@ def test_documents_without_end_tokens(
     assert seen > 2 * 80  # where nothing is packed, there are as many as samples
 
 
+def test_many_short_documents(tmp_path: Path) -> None:
+    """More than are read at once; each is found, and nothing twice."""
+    write_corpus(tmp_path / "web", [[1]] * 1000)
+    source = open_sources({"web": [str(tmp_path / "web")]})["web"]
+    assert source.document_ends(0, 1000) == list(range(1000))
+    assert source.document_ends(300, 128) == list(range(128))
+    assert source.document_ends(999, 1) == [0]
+
+
 def test_documents_of_several_sequences(tmp_path: Path) -> None:
     """Where the index's marks put sequences together, as --split-sentences does, they are one."""
     write_corpus(tmp_path / "web", [[n] * 5 for n in range(8)])
