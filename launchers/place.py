@@ -7,6 +7,7 @@ in its environment, and nobody asks again who set them.
 
 import os
 import socket
+import sys
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,10 @@ class Place:
     own_console: bool = False
 
     def export(self, environment: MutableMapping[str, str]) -> None:
-        """Set what torch.distributed and torch's kernels read; threads unless they are set."""
+        """Set what torch.distributed and torch's kernels read; threads unless they are set.
+
+        There are no more threads than CPUs that this process may use, whatever Slurm says.
+        """
         environment.update(
             RANK=str(self.rank),
             WORLD_SIZE=str(self.world_size),
@@ -52,8 +56,16 @@ class Place:
             MASTER_PORT=str(self.master_port),
         )
         environment[ATTEMPT] = self.attempt
-        cores = int(environment.get("SLURM_CPUS_PER_TASK", "0"))
-        cores = cores or len(os.sched_getaffinity(0)) // self.local_world_size
+        usable = len(os.sched_getaffinity(0))
+        told = environment.get("SLURM_CPUS_PER_TASK")
+        cores = usable // self.local_world_size if told is None else min(int(told), usable)
+        if told is not None and int(told) > usable and self.rank == 0:
+            # Since 22.05 srun does not take it from the job, whose variable is there all the same.
+            print(
+                f"warning: SLURM_CPUS_PER_TASK={told}, and rank 0 may use {usable} CPUs: "
+                f"start the ranks with srun --cpus-per-task={told}",
+                file=sys.stderr,
+            )
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
 
 

@@ -50,12 +50,29 @@ def find_place(environment: Mapping[str, str]) -> Place:
     return place
 
 
+def job_name(environment: Mapping[str, str]) -> str | None:
+    """This job as Slurm's commands must be told of it, `17` or of an array `17_2`; None: no job.
+
+    The last task of an array has the array's own id for its SLURM_JOB_ID: to name that is to name
+    every task. `slurm/job.sh` takes away the variables that a job inherits from another's task.
+    """
+    if task := environment.get("SLURM_ARRAY_TASK_ID"):
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{task}"
+    return environment.get("SLURM_JOB_ID")
+
+
+def start_name(environment: Mapping[str, str]) -> str | None:
+    """This start of a job, `JOB.RESTARTS`; None: no job."""
+    job = job_name(environment)
+    return None if job is None else f"{job}.{environment.get('SLURM_RESTART_COUNT', '0')}"
+
+
 def attempt(environment: Mapping[str, str]) -> str:
-    """The name of this start of a job, `JOB.RESTARTS.STEP`; empty outside of a step."""
-    if "SLURM_JOB_ID" not in environment or "SLURM_STEP_ID" not in environment:
+    """The name of this start of a job's step, `JOB.RESTARTS.STEP`; empty outside of a step."""
+    start = start_name(environment)
+    if start is None or "SLURM_STEP_ID" not in environment:
         return ""
-    restarts = environment.get("SLURM_RESTART_COUNT", "0")
-    return f"{environment['SLURM_JOB_ID']}.{restarts}.{environment['SLURM_STEP_ID']}"
+    return f"{start}.{environment['SLURM_STEP_ID']}"
 
 
 def default_port(job: int, step: int) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from launchers import slurm
 from launchers.place import ATTEMPT, Place
 from megatron_hybrid.errors import UserError
 
@@ -53,5 +54,5 @@ def find_place(environment: Mapping[str, str]) -> Place:
 def _attempt(environment: Mapping[str, str]) -> str:
     run = environment.get("TORCHELASTIC_RUN_ID", "none")
     restart = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
-    job = environment.get("SLURM_JOB_ID", environment["MASTER_PORT"])
+    job = slurm.job_name(environment) or environment["MASTER_PORT"]
     return f"torchrun-{job if run == 'none' else run}.{restart}"

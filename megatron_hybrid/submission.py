@@ -67,10 +67,11 @@ class Prepared:
             write_atomic(self.script, script)
 
     def note(self, identity: str) -> None:
-        """Remember a job that was queued, for `status`."""
-        record = {"job": identity, "time": time.time(), "folder": str(self.folder)}
-        for config, _ in self.configs:
-            append(config.run_dir / JOBS_FILE, record)
+        """Remember a job that was queued, for `status`; of an array, each run its own task."""
+        record = {"time": time.time(), "folder": str(self.folder)}
+        for number, (config, _) in enumerate(self.configs):
+            job = identity if self.job.array_size is None else f"{identity}_{number}"
+            append(config.run_dir / JOBS_FILE, {"job": job} | record)
 
     def output(self, identity: str) -> Path:
         """Where the job's output will be."""

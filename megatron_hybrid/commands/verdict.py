@@ -21,6 +21,7 @@ def verdict(
     """
     from launchers.errors import first_error
     from launchers.place import LOGS
+    from launchers.slurm import start_name
     from megatron_hybrid.config import load_config
     from megatron_hybrid.fileio import file_errors
     from megatron_hybrid.training.attempts import ATTEMPTS_FILE, append, read_attempts
@@ -28,10 +29,9 @@ def verdict(
 
     # Checked as by the ranks: what they refused before they had a folder is refused here.
     config = load_config(context.args, world_size=world_size)
-    job = os.environ.get("SLURM_JOB_ID")
-    restart = os.environ.get("SLURM_RESTART_COUNT", "0")
+    start = start_name(os.environ)
     folders = sorted(
-        (config.run_dir / LOGS).glob(f"{job}.{restart}.*" if job else "*"),
+        (config.run_dir / LOGS).glob(f"{start}.*" if start else "*"),
         key=lambda folder: folder.stat().st_mtime,
     )
     error = first_error(folders[-1]) if folders else None

@@ -27,6 +27,7 @@ from typing import Any
 
 import psutil
 
+from launchers import slurm
 from launchers.place import ATTEMPT
 from megatron_hybrid.training.findings import Finding
 
@@ -48,7 +49,7 @@ class AttemptLog:
         """The ranks have met; this process began some time ago."""
         self.write(
             "start", world_size=world_size, host=socket.gethostname(),
-            job=os.environ.get("SLURM_JOB_ID"), launched=psutil.Process().create_time(),
+            job=slurm.job_name(os.environ), launched=psutil.Process().create_time(),
         )  # fmt: skip
 
     def training(

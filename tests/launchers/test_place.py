@@ -35,8 +35,13 @@ def test_tasks_per_node() -> None:
         slurm.tasks_per_node("2(x)")
 
 
-def test_a_task_of_a_step_is_a_rank() -> None:
+def may_use(monkeypatch: pytest.MonkeyPatch, cpus: int) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cpus)))
+
+
+def test_a_task_of_a_step_is_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """Static places: nothing is agreed on over the network; threads as Slurm gives them."""
+    may_use(monkeypatch, 24)
     environment = dict(STEP)
     place = join(environment)
     assert place is not None and not place.own_console
@@ -51,6 +56,33 @@ def test_a_task_of_a_step_is_a_rank() -> None:
     join(given)
     assert (given["MASTER_ADDR"], given["MASTER_PORT"]) == ("ib-gpu08", "29400")
     assert given["OMP_NUM_THREADS"] == "1"
+
+
+def test_no_more_threads_than_cpus(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An srun that was not told --cpus-per-task gives a task one CPU, though the environment has
+    the job's number; rank 0 says so.
+    """
+    may_use(monkeypatch, 1)
+    for rank in ("0", "5"):
+        environment = STEP | {"SLURM_PROCID": rank}
+        join(environment)
+        assert environment["OMP_NUM_THREADS"] == "1"
+    assert capsys.readouterr().err == (
+        "warning: SLURM_CPUS_PER_TASK=12, and rank 0 may use 1 CPUs: start the ranks with "
+        "srun --cpus-per-task=12\n"
+    )
+
+
+def test_a_task_of_an_array_names_itself() -> None:
+    """The last one's SLURM_JOB_ID is the array's: two tasks never have one name."""
+    last = STEP | {"SLURM_ARRAY_JOB_ID": "4711", "SLURM_ARRAY_TASK_ID": "2"}
+    other = last | {"SLURM_JOB_ID": "4713", "SLURM_ARRAY_TASK_ID": "1"}
+    assert [slurm.job_name(each) for each in (STEP, last, other)] == ["4711", "4711_2", "4711_1"]
+    assert slurm.attempt(last) == "4711_2.1.3"
+    assert slurm.start_name(last) == "4711_2.1"
+    assert slurm.job_name({}) is None and slurm.start_name({}) is None
 
 
 def test_one_task_is_alone() -> None:

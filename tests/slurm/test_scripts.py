@@ -11,6 +11,7 @@ from sentencepiece import SentencePieceTrainer
 
 from launchers.slurm import hostnames
 from megatron_hybrid.training.attempts import read_attempts
+from megatron_hybrid.training.run_time import read_jobs
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import ROOT, command, scenario
 from tests.training.runs import words
@@ -27,11 +28,16 @@ def submit(cluster: Cluster, node: str, *more: str) -> list[str]:
     return [text.split()[1] for text in printed.splitlines() if text.startswith("job ")]
 
 
+SWEEP = (2, 240, 160)  # steps of each task
+
+
 @scenario
 def sweep_data_and_conversion(cluster: Cluster, nodes: str, folder: Path) -> Path:
     node = hostnames(nodes)[0]
-    line = words(folder / "sweep", "backend=torch", "training.train_iters=2")
-    (sweep,) = submit(cluster, node, *line, "--array", "optimizer.lr=1e-3,2e-3")
+    line = words(folder / "sweep", "backend=torch", "training.log_interval=1")
+    lengths = ",".join(map(str, SWEEP))
+    array = ("--array", f"training.train_iters={lengths}", "--option=--exclusive=user")
+    (sweep,) = submit(cluster, node, *line, *array)
     with (folder / "in.jsonl").open("w") as file:
         file.writelines(json.dumps({"text": f"page {n} of a book"}) + "\n" for n in range(100))
     SentencePieceTrainer.train(
@@ -39,6 +45,12 @@ def sweep_data_and_conversion(cluster: Cluster, nodes: str, folder: Path) -> Pat
         model_prefix=str(folder / "tokenizer"), vocab_size=40, hard_vocab_limit=False,
         minloglevel=2,
     )  # fmt: skip
+    cluster.wait(lambda: cluster.job_state(f"{sweep}_0") == "COMPLETED", 400, "the first task")
+    for steps in SWEEP[1:]:
+        metrics = folder / "sweep" / f"train_iters={steps}" / "metrics.jsonl"
+        cluster.wait(lambda metrics=metrics: metrics.exists(), 400, "steps of the other tasks")
+    cluster.run("scancel", "--signal=USR1", "--batch", f"{sweep}_2")
+    cluster.wait(lambda: cluster.restarts(f"{sweep}_2"), 100, "the last task's requeue")
     cluster.wait(lambda: set(cluster.job_state(sweep).split()) == {"COMPLETED"}, 400, "sweep")
     scripts = {
         "data": {
@@ -46,7 +58,7 @@ def sweep_data_and_conversion(cluster: Cluster, nodes: str, folder: Path) -> Pat
             "TOKENIZER_MODEL": str(folder / "tokenizer.model"),
         },
         "convert": {
-            "CHECKPOINT": str(folder / "sweep" / "lr=2e-3"), "OUT": str(folder / "hf"),
+            "CHECKPOINT": str(folder / "sweep" / "train_iters=2"), "OUT": str(folder / "hf"),
             "VERIFY": "no",
         },
     }  # fmt: skip
@@ -63,12 +75,44 @@ def sweep_data_and_conversion(cluster: Cluster, nodes: str, folder: Path) -> Pat
     return folder
 
 
-def test_sweep_data_and_conversion(outcome: Path) -> None:
-    """`--array` trains a run for each value; data.sbatch and convert.sbatch do what they say."""
-    for rate in ("1e-3", "2e-3"):
-        assert read_attempts(outcome / "sweep" / f"lr={rate}")[-1]["reason"] == "finished"
+def test_sweep_data_and_conversion(outcome: Path, cluster: Cluster) -> None:
+    """`--array` trains a run for each value, of which the last one's task alone is told to save,
+    and starts again; data.sbatch and convert.sbatch do what they say.
+    """
+    for number, (steps, ends) in enumerate(
+        zip(SWEEP, (["finished"], ["finished"], ["SIGUSR1", "finished"]), strict=True)
+    ):
+        run_dir = outcome / "sweep" / f"train_iters={steps}"
+        events = read_attempts(run_dir)
+        assert [event["reason"] for event in events if event["event"] == "end"] == ends
+        assert events[-1]["iteration"] == steps
+        (noted,) = read_jobs(run_dir)
+        assert noted["job"].endswith(f"_{number}")
+        assert {event["job"] for event in events if event["event"] == "start"} == {noted["job"]}
+        assert cluster.restarts(noted["job"]) == len(ends) - 1
     assert "good, 100 documents" in (outcome / "data.out").read_text()
     assert (outcome / "hf" / "config.json").is_file()
+
+
+def test_a_job_names_itself(cluster: Cluster, tmp_path: Path) -> None:
+    """By the task it is of an array, the last one too; a job that a task has submitted by itself,
+    though it finds that task's variables.
+    """
+    for name, more in (("inner", ""), ("outer", f"sbatch --parsable {tmp_path}/inner.sh")):
+        (tmp_path / f"{name}.sh").write_text(
+            f"#!/bin/bash\n#SBATCH --output={tmp_path}/{name}_%j.out\n#SBATCH --cpus-per-task=2\n"
+            f"source {ROOT}/slurm/job.sh\n"
+            f"echo $JOB ${{SLURM_ARRAY_JOB_ID:-none}} $SRUN_CPUS_PER_TASK; {more}\n"
+        )
+    array = cluster.run("sbatch", "--parsable", "--array=0-1", str(tmp_path / "outer.sh"))
+    cluster.wait(lambda: len(list(tmp_path.glob("inner_*"))) == 2, 60, "the inner jobs")
+    states = {path.stem.partition("_")[2] for path in tmp_path.glob("*_*.out")}
+    for job in states:
+        cluster.wait(lambda job=job: cluster.job_state(job).split()[0] == "COMPLETED", 60, "a job")
+    said = [path.read_text().split("\n")[0] for path in sorted(tmp_path.glob("outer_*"))]
+    assert sorted(said) == [f"{array}_{number} {array} 2" for number in (0, 1)]
+    for path in tmp_path.glob("inner_*"):
+        assert path.read_text() == f"{path.stem.removeprefix('inner_')} none 2\n"
 
 
 @scenario

@@ -1,0 +1,20 @@
+# shellcheck shell=bash disable=SC2034  # the scripts that source this use its variables
+# What is the same on every cluster, and not what one would guess. Sourced by the sbatch scripts
+# beside it.
+
+# JOB: this job, as Slurm's commands must be told of it. The last task of an array has the array's
+# own id for its SLURM_JOB_ID, so whoever signals or requeues that means every task; and a job that
+# a task of an array has submitted inherits that task's variables. Slurm itself knows.
+JOB=$SLURM_JOB_ID
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+    task=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    JOB=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format='%A %i' |
+        awk -v id="$SLURM_JOB_ID" '$1 == id {print $2}') || JOB=
+    JOB=${JOB:-$task}
+    [ "$JOB" = "$task" ] || unset "${!SLURM_ARRAY_@}"
+fi
+export JOB
+
+# Since Slurm 22.05 srun does not take --cpus-per-task from the job: a rank would get one CPU, and
+# threads for as many as the job has asked for.
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
