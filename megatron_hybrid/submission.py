@@ -1,14 +1,17 @@
 """What a submitted run leaves in its folder: `jobs/DATE/` with config, code and script."""
 
+import contextlib
 import itertools
+import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import megatron_hybrid
-from launchers.sbatch import Job
+from launchers.sbatch import Job, NoAnswerError, render, submit_job, time_problems
+from launchers.slurm_text import module_path
 from megatron_hybrid.config import RunConfig, load_config
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import file_errors, write_atomic
@@ -17,6 +20,7 @@ from megatron_hybrid.training.attempts import append
 from megatron_hybrid.training.run_time import JOBS_FILE
 
 JOBS = "jobs"
+CONFIG_FILE = "config.yaml"  # of an array's task N: config.yaml.N
 CHECKSUM_S = 20.0  # for the checksums of the data
 CODE = ("megatron_hybrid", "launchers", "checkpoints_converter", "slurm", "tools", "setup.py")
 
@@ -27,36 +31,59 @@ class Prepared:
 
     Attributes:
         folder: `RUN/jobs/DATE`.
-        script: to be, in it.
-        variables: of the script.
-        configs: one a task of an array, else one; each with its words.
+        text: of the script to be, in it.
+        configs: one a task of an array, else one.
     """
 
     job: Job
     folder: Path
-    variables: dict[str, str]
-    configs: tuple[tuple[RunConfig, list[str]], ...]
+    text: str
+    configs: tuple[RunConfig, ...]
 
     @property
     def script(self) -> Path:
         """The filled-in script."""
         return self.folder / "pretrain.sbatch"
 
-    def keep(self, script: str) -> None:
-        """Write config, code and script.
+    def queue(self) -> Iterator[str]:
+        """Keep config, code and script, and queue the job, or the jobs of a chain; their ids.
+
+        Where none is queued, nothing of it is left behind.
 
         Raises:
-            UserError: the folder cannot be written.
+            UserError: the folder cannot be written, or Slurm refuses the job.
         """
+        with file_errors(self.folder):
+            made = [each for each in self.folder.parents if not each.exists()]
+            self.folder.mkdir(parents=True)
+        queued: list[str] = []
+        try:
+            self._keep()
+            for _ in range(self.job.chain):
+                identity = submit_job(self.script, after=queued[-1] if queued else None)
+                queued.append(identity)
+                self._note(identity)
+                yield identity
+        except NoAnswerError:
+            raise
+        except UserError as error:
+            if queued:
+                raise UserError(f"{error}\n{', '.join(queued)} is queued, and stays so") from error
+            self._discard(made)
+            raise
+        except BaseException:
+            if not queued:
+                self._discard(made)
+            raise
+
+    def _keep(self) -> None:
+        """Write config, code and script."""
         tree = source_tree()
         ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
         with file_errors(self.folder):
-            self.folder.mkdir(parents=True)
-            write_atomic(self.folder / "config.yaml", self.configs[0][0].to_yaml())
-            for number, (_, words) in enumerate(self.configs):
-                if self.job.array_size is not None:
-                    text = "".join(f"{word}\n" for word in words)
-                    write_atomic(self.folder / f"words_{number}.txt", text)
+            for number, config in enumerate(self.configs):
+                task = "" if self.job.array_size is None else f".{number}"
+                write_atomic(self.folder / f"{CONFIG_FILE}{task}", config.to_yaml())
             for name in CODE:
                 source, target = tree / name, self.folder / "code" / name
                 if source.is_dir():
@@ -64,14 +91,22 @@ class Prepared:
                 else:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copy2(source, target)
-            write_atomic(self.script, script)
+            write_atomic(self.script, self.text)
 
-    def note(self, identity: str) -> None:
+    def _discard(self, made: Sequence[Path]) -> None:
+        """Remove the folder, and those above it that were made for it and have nothing else."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for each in made:
+                each.rmdir()
+
+    def _note(self, identity: str) -> None:
         """Remember a job that was queued, for `status`; of an array, each run its own task."""
         record = {"time": time.time(), "folder": str(self.folder)}
-        for number, (config, _) in enumerate(self.configs):
+        for number, config in enumerate(self.configs):
             job = identity if self.job.array_size is None else f"{identity}_{number}"
-            append(config.run_dir / JOBS_FILE, {"job": job} | record)
+            with file_errors(config.run_dir):
+                append(config.run_dir / JOBS_FILE, {"job": job} | record)
 
     def output(self, identity: str) -> Path:
         """Where the job's output will be."""
@@ -98,41 +133,47 @@ def prepare(args: Sequence[str], job: Job, array: Sequence[str], script: Path) -
     """Check a run as far as files tell, and fill in what the job leaves open.
 
     Raises:
-        UserError: the config, its data or its checkpoint cannot be used; for an array, of the first
-            run of which that is so.
+        UserError: the config, its data or its checkpoint cannot be used, for an array of the first
+            run of which that is so; or the job asks Slurm for what excludes itself, or cannot be
+            said to it.
     """
     if not script.is_file():
         raise UserError(f"--template {script} does not exist")
     world_size = job.nodes * job.ranks_per_node
-    sweep = _combinations(array)
-    configs: list[tuple[RunConfig, list[str]]] = []
-    for words in sweep:
-        config = load_config([*args, *words], world_size=world_size)
+    configs: list[RunConfig] = []
+    for words in combinations(array):
+        words = [*args, *words]
         if array:
-            own = [*words, f"run_dir={config.run_dir.resolve() / _name(words)}"]
-            words = own
+            run_dir = load_config(words, world_size=world_size).run_dir.resolve()
+            words.append(f"run_dir={run_dir / _name(words[len(args) :])}")
         # The runs of an array read the same data.
-        config = _checked([*args, *words], world_size, 0 if configs else CHECKSUM_S)
-        configs.append((config, words))
-    base = configs[0][0].run_dir.resolve()
+        configs.append(_checked(words, world_size, 0 if configs else CHECKSUM_S))
+    base = configs[0].run_dir.resolve()
     base = base.parent if array else base
     folder = base / JOBS / time.strftime("%Y%m%d-%H%M%S")
     gpus = job.gpus_per_node
     if gpus is None:
-        gpus = 0 if configs[0][0].backend == "torch" else job.ranks_per_node
+        gpus = 0 if configs[0].backend == "torch" else job.ranks_per_node
     job = replace(
         job, gpus_per_node=gpus, name=job.name or base.name,
         array_size=len(configs) if array else None,
-        output=str(folder / ("%A_%a.out" if array else "%j.out")),
+        folder=folder, output="%A_%a.out" if array else "%j.out",
     )  # fmt: skip
     variables = {
-        "CONFIG": str(folder / "config.yaml"),
-        "RUN_DIR": "" if array else str(base),
-        "WORDS_FILE": str(folder / "words_%a.txt") if array else "",
-        "CODE": str(folder / "code"),
-        "REQUEUE": "no" if job.chain > 1 else "yes",
+        "CONFIG": str(folder / CONFIG_FILE),
+        "RUN_DIR": str(base),
+        "CODE": module_path(str(folder / "code")),
+        "REQUEUE": "yes" if job.comes_back else "no",
     }
-    return Prepared(job, folder, variables, tuple(configs))
+    text = render(script.read_text(encoding="utf-8"), job, variables)
+    problems = [
+        problem
+        for config in configs
+        for problem in time_problems(text, config.training.exit_duration_in_mins)
+    ]
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    return Prepared(job, folder, text, tuple(configs))
 
 
 def _checked(words: Sequence[str], world_size: int, checksum_s: float) -> RunConfig:
@@ -148,15 +189,53 @@ def _checked(words: Sequence[str], world_size: int, checksum_s: float) -> RunCon
     return config
 
 
-def _combinations(array: Sequence[str]) -> list[list[str]]:
-    """`["a.b=1,2", "c.d=x"]` -> [["a.b=1", "c.d=x"], ["a.b=2", "c.d=x"]]."""
+def combinations(array: Sequence[str]) -> list[list[str]]:
+    """`["a.b=1,2", "c.d=x"]` -> [["a.b=1", "c.d=x"], ["a.b=2", "c.d=x"]].
+
+    Commas in brackets or quotes part no values, and quotes around a whole value are no part of it.
+
+    Raises:
+        UserError: a text is not like that, or two runs would be the same, or in one folder.
+    """
     axes = []
     for text in array:
-        field, sign, values = text.partition("=")
-        if not sign or not values:
-            raise UserError(f"--array {text!r} must be like optimizer.lr=1e-3,2e-3")
-        axes.append([f"{field}={value}" for value in values.split(",")])
-    return [list(words) for words in itertools.product(*axes)]
+        field, _, values = text.partition("=")
+        found = _values(values)
+        if not field or not found or "" in found:
+            raise UserError(
+                f"--array {text!r} must be like optimizer.lr=1e-3,2e-3; values with commas are "
+                '[0,1],[2] or "1,2","3"'
+            )
+        if field == "run_dir":
+            raise UserError(f"--array {text!r}: the runs of an array are folders of one run_dir")
+        axes.append([f"{field}={value}" for value in found])
+    runs = [list(words) for words in itertools.product(*axes)]
+    names = [_name(words) for words in runs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"--array {' '.join(array)}: two runs would be in the folder {twice[0]!r}")
+    return runs
+
+
+_VALUE = re.compile(r"""(?:[^,\[\](){}"']|"[^"]*"|'[^']*')+""")
+
+
+def _values(text: str) -> list[str]:
+    """Values between commas; none where a bracket or a quote is not closed."""
+    found, depth, at = [""], 0, 0
+    while at < len(text):
+        match = _VALUE.match(text, at)
+        part = text[at] if match is None else match[0]
+        at += len(part)
+        depth += (part in "([{") - (part in ")]}")
+        if part in "\"'" or depth < 0:
+            return []
+        if part == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += part
+    if depth:
+        return []
+    return [value[1:-1] if re.fullmatch(r'"[^"]*"|\'[^\']*\'', value) else value for value in found]
 
 
 def _name(words: Sequence[str]) -> str:

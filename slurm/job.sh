@@ -18,3 +18,19 @@ export JOB
 # Since Slurm 22.05 srun does not take --cpus-per-task from the job: a rank would get one CPU, and
 # threads for as many as the job has asked for.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+
+# Ends a job whose time limit is no longer than the notice before it: it would be told to end at
+# every start, and come back for ever. The notice is that of the script's own line.
+require_time_before_notice() {
+    local notice end left
+    notice=$(sed -n 's/^#SBATCH --signal=.*@\([0-9]*\)$/\1/p' "$1" | tail -n 1)
+    end=$(SLURM_TIME_FORMAT=standard squeue --noheader --jobs="$JOB" --format=%e) || return 0
+    end=$(date -d "$end" +%s 2>/dev/null) || return 0  # no limit
+    left=$((end - $(date +%s)))
+    if [ -n "$notice" ] && [ "$left" -le $((notice + 60)) ]; then
+        echo "error: the time limit leaves $left s, and --signal tells the job to end $notice s" \
+            "before it, or up to 60 s earlier; allowed: more than $((notice + 60)) s, or a shorter" \
+            "notice in the script's line" >&2
+        exit 1
+    fi
+}

@@ -1,5 +1,6 @@
 """`megatron-hybrid submit`: a checked run on a cluster, with its code and config kept beside it."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +29,8 @@ def submit(
     array: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="FIELD=V1,V2,...", help="a run for each value; several: for each combination"
+            metavar="FIELD=V1,V2,...",
+            help="a run for each value (with commas: in quotes); several: for each combination",
         ),
     ] = None,
     option: Annotated[
@@ -44,7 +46,7 @@ def submit(
     Config, data and checkpoint are checked first, as far as that takes no ranks. The resolved
     config, the code and the script are kept in the run's folder, in jobs/.
     """
-    from launchers.sbatch import Job, render, submit_job
+    from launchers.sbatch import Job, hang_note
     from megatron_hybrid.submission import prepare, source_tree
 
     script = template or source_tree() / "slurm" / "pretrain.sbatch"
@@ -54,14 +56,12 @@ def submit(
         chain=chain, options=tuple(option or ()),
     )  # fmt: skip
     prepared = prepare(context.args, job, array or [], script)
-    text = render(script.read_text(encoding="utf-8"), prepared.job, prepared.variables)
+    if note := hang_note(prepared.text, prepared.configs[0].training.hang_timeout_s):
+        print(f"note: {note}", file=sys.stderr)
     if dry_run:
-        print(text, end="")
+        print(prepared.text, end="")
         return
-    prepared.keep(text)
-    for number in range(chain):
-        identity = submit_job(prepared.script)
-        prepared.note(identity)
+    for number, identity in enumerate(prepared.queue()):
         print(f"job {identity}" + (f" ({number + 1} of {chain})" if chain > 1 else ""))
     print(f"kept in {prepared.folder}: config, code and script")
     print(f"next: squeue -j {identity};  tail -F {prepared.output(identity)}")

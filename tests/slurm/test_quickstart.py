@@ -50,12 +50,17 @@ def losses(run_dir: Path) -> list[float]:
     return found
 
 
+# What means something to sbatch, to its patterns of file names, or to a shell.
+AWKWARD = '100%a of #1, $HOME\'s "~*[0]" & ü'
+
+
 @scenario
 def submitted_and_by_hand(cluster: Cluster, nodes: str, folder: Path) -> tuple[Path, Path]:
     data = make_corpus(folder.parent / "corpus")  # pytest's folder of this session
     printed = command(
-        "submit", *line(data, folder / "submitted"), "--nodes", "2", "--ranks-per-node", "2",
-        f"--option=--nodelist={nodes}", environment=cluster.environment,
+        "submit", *line(data, folder / AWKWARD), "--nodes", "2", "--ranks-per-node", "2",
+        f"--option=--nodelist={nodes}", f"--option=--comment={AWKWARD}",
+        environment=cluster.environment,
     )  # fmt: skip
     config = folder / "run.yaml"
     config.write_text(command("pretrain", *line(data, folder / "by hand"), "--dry-run"))
@@ -65,9 +70,13 @@ def submitted_and_by_hand(cluster: Cluster, nodes: str, folder: Path) -> tuple[P
         str(ROOT / "slurm" / "pretrain.sbatch"),
         environment={"CONFIG": str(config), "CODE": str(ROOT)},
     )  # fmt: skip
-    for job in (printed.split()[1], by_hand):
+    submitted = printed.split()[1]
+    shown = cluster.run("squeue", "-h", "-t", "all", "-j", submitted, "--format=%k\n%j")
+    assert shown.split("\n") == [AWKWARD, AWKWARD]
+    for job in (submitted, by_hand):
         cluster.wait(lambda job=job: cluster.job_state(job) == "COMPLETED", 500, f"job {job}")
-    return folder / "submitted", folder / "by hand"
+    assert len(list((folder / AWKWARD / "jobs").glob(f"*/{submitted}.out"))) == 1
+    return folder / AWKWARD, folder / "by hand"
 
 
 @pytest.fixture(scope="session")

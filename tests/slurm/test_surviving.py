@@ -209,7 +209,7 @@ def test_hang(outcome: tuple[Run, str], alone: dict[str, torch.Tensor]) -> None:
 
 
 @scenario
-def one_rank_that_cannot_be_helped(cluster: Cluster, nodes: str, folder: Path) -> str:
+def one_rank_that_cannot_be_helped(cluster: Cluster, nodes: str, folder: Path) -> tuple[str, str]:
     config = folder / "run.yaml"
     config.write_text(command("pretrain", *line(folder / "run"), "--dry-run"))
     job = cluster.run(
@@ -218,16 +218,28 @@ def one_rank_that_cannot_be_helped(cluster: Cluster, nodes: str, folder: Path) -
         str(ROOT / "slurm" / "pretrain.sbatch"),
         environment={"CONFIG": str(config), "CODE": str(ROOT), "RUN_DIR": "/proc/run"},
     )  # fmt: skip
-    cluster.wait(lambda: cluster.job_state(job) == "FAILED", 400, "the job's end")
-    assert cluster.restarts(job) == 0
-    return (folder / "out").read_text()
+    short = cluster.run(
+        "sbatch", "--parsable", f"--chdir={ROOT}", "--nodes=1", "--ntasks-per-node=1",
+        "--gpus-per-node=0", f"--nodelist={hostnames(nodes)[1]}", f"--output={folder}/short",
+        "--time=00:03:00", str(ROOT / "slurm" / "pretrain.sbatch"),
+        environment={"CONFIG": str(config), "CODE": str(ROOT)},
+    )  # fmt: skip
+    for each in (job, short):
+        cluster.wait(lambda each=each: cluster.job_state(each) == "FAILED", 400, "the job's end")
+        assert cluster.restarts(each) == 0
+    return (folder / "out").read_text(), (folder / "short").read_text()
 
 
-def test_one_rank_that_cannot_be_helped(outcome: str) -> None:
-    """What the user has to mend (here a folder that cannot be written) is not tried again."""
-    assert "error: " in outcome and "/proc/run" in outcome
-    assert "Traceback" not in outcome
-    assert "again" not in outcome
+def test_one_rank_that_cannot_be_helped(outcome: tuple[str, str]) -> None:
+    """What the user has to mend is not tried again: here a folder that cannot be written, and a
+    time limit that is shorter than the script's notice before it.
+    """
+    unwritable, short = outcome
+    assert "error: " in unwritable and "/proc/run" in unwritable
+    assert "error: the time limit leaves 1" in short and "to end 300 s before it" in short
+    for output in outcome:
+        assert "Traceback" not in output
+        assert "again" not in output
 
 
 @scenario
