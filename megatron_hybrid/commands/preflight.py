@@ -35,6 +35,12 @@ def preflight(
     from megatron_hybrid.preflight.files import check_files
 
     launched = os.environ.get("RANK") is not None
+    if world_size is not None and (nproc or launched):
+        there = f"--nproc {nproc}" if nproc else f"WORLD_SIZE={os.environ['WORLD_SIZE']}"
+        raise typer.BadParameter(
+            f"is for where no ranks are started; {there} says how many there are",
+            param_hint="--world-size",
+        )
     if nproc and not launched:
         words = ["--checksum-s", str(checksum_s), "--timeout-s", str(timeout_s), *context.args]
         raise typer.Exit(launch(["-m", "megatron_hybrid.cli", "preflight", *words], nproc))

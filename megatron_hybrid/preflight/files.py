@@ -17,11 +17,10 @@ from megatron_hybrid.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_hybrid.errors import ConfigError, UserError
 from megatron_hybrid.model.counts import count_parameters
 from megatron_hybrid.preflight.checks import Check
-from megatron_hybrid.training.start import open_run
+from megatron_hybrid.training.start import Start, open_run
 
 # Of a checkpoint: weights, and the optimizer's fp32 weight and two moments, bytes a parameter.
 CHECKPOINT_BYTES = {"bf16": 2 + 12, "fp32": 4 + 12}
-DEFAULT_KEPT = 2
 _GIB = 2**30
 
 
@@ -44,8 +43,9 @@ def check_files(
         rest = ("tokenizer", "data files", "plan and checkpoint", "disk space", "run folder")
         skipped = [Check(name, "not checked: the config is wrong", skipped=True) for name in rest]
         return None, [Check("config", "wrong", tuple(error.problems)), *skipped]
-    ranks = "an unknown number of" if world_size is None else str(world_size)
-    found = f"every rule holds, for {ranks} ranks"
+    unknown = "every rule holds but those about the number of ranks: --world-size tells it"
+    known = f"every rule holds, for {world_size} ranks"
+    found = unknown if world_size is None else known
     checks = [Check("config", found, notes=tuple(differences(config)))]
     tokenizer, named = _tokenizer(config)
     checks += [named, *_data(config, tokenizer, hash_s)]
@@ -55,10 +55,12 @@ def check_files(
                 "plan and checkpoint", "not checked: there is no tokenizer that fits", skipped=True
             )
         )
+        checks.append(Check("disk space", "not checked: the model's size is open", skipped=True))
     else:
-        checks.append(_start(config, world_size or 1))
+        start, named = _start(config, world_size)
         config = config.with_vocab_size(tokenizer.vocab_size)
-    checks += [_disk(config), _folder(config.run_dir)]
+        checks += [named, _disk(config, start)]
+    checks.append(_folder(config.run_dir))
     return config, checks
 
 
@@ -131,30 +133,46 @@ def _checksums(
     return Check("data checksums", found, tuple(problems))
 
 
-def _start(config: RunConfig, world_size: int) -> Check:
+def _start(config: RunConfig, world_size: int | None) -> tuple[Start | None, Check]:
     try:
         _, _, start = open_run(config, world_size)
     except UserError as error:
-        return Check("plan and checkpoint", "cannot be used", (str(error),))
+        return None, Check("plan and checkpoint", "cannot be used", (str(error),))
     folder = start.origin.folder
     begins = "starts from nothing" if folder is None else f"goes on from {folder}"
-    return Check("plan and checkpoint", f"{begins}; {start.data.steps.samples:,} samples in all")
+    found = f"{begins}; {start.data.steps.samples:,} samples in all"
+    return start, Check("plan and checkpoint", found)
 
 
-def _disk(config: RunConfig) -> Check:
-    """Room for the checkpoints that are kept and the one that is being written."""
+def _most_checkpoints(config: RunConfig, start: Start | None) -> tuple[int, str]:
+    """How many checkpoints there must be room for at once, and why; at least one is written."""
+    keep_last, interval = config.checkpoint.keep_last, config.checkpoint.save_interval
+    if keep_last is not None:
+        return keep_last + 1, f"checkpoint.keep_last={keep_last} and the one that is written"
+    why = f"checkpoint.keep_last=null keeps all, checkpoint.save_interval={interval or 'null'}"
+    if interval is None or start is None or start.consumed_samples is None:
+        return 1, why
+    steps = start.data.steps.steps_from(start.consumed_samples)
+    return max(1, -(-steps // interval)), why
+
+
+def _disk(config: RunConfig, start: Start | None) -> Check:
+    """Room for the checkpoints that are kept and the one that is being written.
+
+    Args:
+        start: None: it could not be found.
+    """
     save = config.checkpoint.save
     assert save is not None
     one = count_parameters(config.model).total * CHECKPOINT_BYTES[config.precision.weights]
-    kept = (config.checkpoint.keep_last or DEFAULT_KEPT) + 1
+    kept, why = _most_checkpoints(config, start)
     free = shutil.disk_usage(_existing(save)).free
     found = f"{free / _GIB:.1f} GiB free, a checkpoint has {one / _GIB:.2f} GiB"
     if kept * one <= free:
         return Check("disk space", found)
     problem = (
-        f"checkpoint.save={save} has {free / _GIB:.1f} GiB free, and {kept} checkpoints "
-        f"(checkpoint.keep_last={config.checkpoint.keep_last} and the one that is written) need "
-        f"{kept * one / _GIB:.1f} GiB; allowed: another folder, or fewer checkpoints"
+        f"checkpoint.save={save} has {free / _GIB:.1f} GiB free, and {kept} checkpoints ({why}) "
+        f"need {kept * one / _GIB:.1f} GiB; allowed: another folder, or fewer checkpoints"
     )
     return Check("disk space", found, (problem,))
 

@@ -10,6 +10,7 @@ import platform as python_platform
 import socket
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -158,11 +159,13 @@ def compare(facts: Sequence[NodeFacts], run_dir: Path, *, needs_gpus: bool) -> l
         if fact.versions.get(name) != version
     ]
     needs_gpus = needs_gpus or any(fact.gpus for fact in facts)
+    # Not every launcher tells how many ranks a node has; then those that are there are counted.
+    seen = Counter(fact.host for fact in facts)
+    ranks_on = {host: max(fact.local_world_size, seen[host]) for host, fact in nodes.items()}
     too_few = [
-        f"{host} shows {fact.gpus} GPUs to {fact.local_world_size} ranks; allowed: at most one "
-        "rank a GPU"
+        f"{host} shows {fact.gpus} GPUs to {ranks_on[host]} ranks; allowed: at most one rank a GPU"
         for host, fact in nodes.items()
-        if needs_gpus and fact.gpus < fact.local_world_size
+        if needs_gpus and fact.gpus < ranks_on[host]
     ]
     skewed = {f.host: f.skew_s for f in facts if f.skew_s and abs(f.skew_s) > MOST_SKEW_S}
     skews = [

@@ -60,12 +60,14 @@ class Start:
     Attributes:
         saved_plan: that travels in the checkpoint; None: it has none, or the data start anew.
         carried: of the Hugging Face folder that the model came from, by path.
+        consumed_samples: at which it goes on; None: the state in the checkpoint alone tells.
     """
 
     origin: Origin
     data: RunData
     saved_plan: SavedPlan | None = None
     carried: Carried = field(default_factory=dict)
+    consumed_samples: int | None = None
 
 
 def claims(config: RunConfig) -> list[Path]:
@@ -74,12 +76,12 @@ def claims(config: RunConfig) -> list[Path]:
     return [claim_file(config.run_dir), claim_file(config.checkpoint.save)]
 
 
-def open_run(config: RunConfig, world_size: int) -> tuple[RunConfig, Tokenizer, Start]:
+def open_run(config: RunConfig, world_size: int | None) -> tuple[RunConfig, Tokenizer, Start]:
     """Open what a run needs of files.
 
     Args:
         config: valid.
-        world_size: ranks of the run.
+        world_size: ranks of the run; None: not known.
 
     Returns:
         The config with the size of the vocabulary, the tokenizer, and where the run starts.
@@ -96,7 +98,7 @@ def open_run(config: RunConfig, world_size: int) -> tuple[RunConfig, Tokenizer, 
     return config, tokenizer, find_start(config, tokenizer, world_size)
 
 
-def find_start(config: RunConfig, tokenizer: Tokenizer, world_size: int) -> Start:
+def find_start(config: RunConfig, tokenizer: Tokenizer, world_size: int | None) -> Start:
     """Find the checkpoint to start from and plan the data.
 
     The run goes on with its own checkpoint, else starts from `checkpoint.load` or `upcycling.from`,
@@ -123,7 +125,7 @@ def find_start(config: RunConfig, tokenizer: Tokenizer, world_size: int) -> Star
         validate(config, schedule_start_tokens=data.steps.tokens_before(start))
     if consumed is not None:
         check_batch_sizes(config, data.steps, consumed, world_size)
-    return Start(origin, data, saved_plan, _carried(origin.folder, tokenizer))
+    return Start(origin, data, saved_plan, _carried(origin.folder, tokenizer), consumed)
 
 
 def _carried(folder: Path | None, tokenizer: Tokenizer) -> Carried:

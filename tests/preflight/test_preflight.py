@@ -1,20 +1,23 @@
 """Planted faults, each of which a preflight names; and a run that has none."""
 
+import ast
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 from sentencepiece import SentencePieceTrainer
 
+from megatron_hybrid.config.rules import Facts
 from megatron_hybrid.preflight.checks import Check
 from megatron_hybrid.preflight.files import check_files
 from megatron_hybrid.preflight.nodes import compare, own_facts
+from megatron_hybrid.smoke.layouts import LAYOUTS, Layout, pretrain_words
 from tests.training.runs import words
 
 ROOT = Path(__file__).parents[2]
@@ -108,10 +111,58 @@ def test_layout_that_does_not_divide(data: Path, tmp_path: Path) -> None:
     assert all(check.skipped for check in checks if check.name != "config")
 
 
-def test_full_disk(data: Path, tmp_path: Path) -> None:
-    """A model whose checkpoints do not fit on the real disk."""
-    found = look(data, tmp_path, "model.hidden_size=65536", "model.ffn_hidden_size=4194304")
-    assert "GiB free, and 3 checkpoints" in found["disk space"]
+@pytest.mark.parametrize(
+    ("more", "count"),
+    [
+        (["checkpoint.keep_last=2"], "3 checkpoints (checkpoint.keep_last=2 and the one"),
+        (["checkpoint.save_interval=1"], "4 checkpoints (checkpoint.keep_last=null keeps all"),
+        (["checkpoint.save_interval=3"], "2 checkpoints (checkpoint.keep_last=null keeps all"),
+        ([], "1 checkpoints (checkpoint.keep_last=null keeps all"),
+    ],
+)
+def test_full_disk(more: list[str], count: str, data: Path, tmp_path: Path) -> None:
+    """A model whose checkpoints do not fit on the real disk: as many as the run will keep."""
+    sizes = ["model.hidden_size=65536", "model.ffn_hidden_size=4194304"]
+    assert f"GiB free, and {count}" in look(data, tmp_path, *sizes, *more)["disk space"]
+
+
+def test_damaged_tokenizer(data: Path, tmp_path: Path) -> None:
+    """It leaves the model's size open, and hides nothing else."""
+    (data / "tokenizer.model").write_bytes(b"no tokenizer")
+    _, checks = check_files(line(data, tmp_path / "run"), 2, 20)
+    assert problems(checks).keys() == {"tokenizer"}
+    assert {c.name for c in checks if c.skipped} == {"plan and checkpoint", "disk space"}
+    assert checks[-1].found.endswith("can be written")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_an_unknown_number_of_ranks(layout: Layout, tmp_path: Path) -> None:
+    """Every layout, without and with the number: the same, but for the rules about it."""
+    words = pretrain_words(tmp_path / "run", layout, layout.ranks, has_gpu=False)
+    (_, unknown), (_, known) = (check_files(words, ranks, 0) for ranks in (None, layout.ranks))
+    assert not problems(unknown) and not problems(known)
+    assert unknown[0].found.endswith("but those about the number of ranks: --world-size tells it")
+    assert [check.found for check in unknown[1:]] == [check.found for check in known[1:]]
+
+
+def test_nothing_unknown_becomes_a_number() -> None:
+    """What may be not known (the facts of the rules, and fields that say "all" or "the tokenizer's"
+    by null) is nowhere replaced by a number, but where a run is started alone.
+    """
+    unknown = {field.name for field in fields(Facts)} | {
+        "vocab_size", "padded_vocab_size", "keep_last", "save_interval",
+    }  # fmt: skip
+    found = []
+    for path in sorted([*ROOT.glob("megatron_hybrid/**/*.py"), *ROOT.glob("launchers/*.py")]):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.BoolOp) and isinstance(node.op, ast.Or)):
+                continue
+            first, last = node.values[0], node.values[-1]
+            name = first.attr if isinstance(first, ast.Attribute) else getattr(first, "id", None)
+            number = isinstance(last, ast.Constant) and isinstance(last.value, int | float)
+            if name in unknown and (number or (isinstance(last, ast.Name) and last.id.isupper())):
+                found.append((path.name, ast.unparse(node)))
+    assert found == [("cli.py", "world_size or 1")]
 
 
 def test_missing_tokenizer(data: Path, tmp_path: Path) -> None:
@@ -144,6 +195,9 @@ def test_nodes_that_differ(tmp_path: Path) -> None:
     assert found["clocks"] == "the clock of node2 is -61.0 s off that of node1; allowed: 2 s"
     assert found["GPUs"] == "node2 shows 7 GPUs to 8 ranks; allowed: at most one rank a GPU"
     assert "is not what node2 sees there" in found["shared folder"]
+    untold = [replace(first, rank=n, gpus=1, local_world_size=1) for n in (0, 1)]
+    found = problems(compare(untold, tmp_path, needs_gpus=True))
+    assert found["GPUs"] == "node1 shows 1 GPUs to 2 ranks; allowed: at most one rank a GPU"
 
 
 def test_blocked_port(tmp_path: Path) -> None:

@@ -158,12 +158,13 @@ def profiled_steps(c: RunConfig, facts: Facts) -> Problems:
             f"training.profile_step_end={end} must be more than "
             f"training.profile_step_start={start}; allowed: {start + 1}, {start + 2}, ..."
         )
-    world_size = facts.world_size or float("inf")
-    beyond = [rank for rank in training.profile_ranks if rank >= world_size]
+    if facts.world_size is None:
+        return
+    beyond = [rank for rank in training.profile_ranks if rank >= facts.world_size]
     if training.profile and beyond:
         yield (
             f"training.profile_ranks names {beyond[0]}, but there are {facts.world_size} ranks; "
-            f"allowed: 0 to {(facts.world_size or 1) - 1}"
+            f"allowed: 0 to {facts.world_size - 1}"
         )
 
 
