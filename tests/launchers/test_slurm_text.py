@@ -234,6 +234,7 @@ def test_scripts_of_ours(script: Path) -> None:
     text = script.read_text()
     assert not time_problems(text, None)
     assert "SLURM_JOB_ID" not in text and "SLURM_JOBID" not in text
+    assert "--export" not in text  # which has no quotes: the variables go by the environment
     assert text.index('source "$CODE/slurm/job.sh"') < text.index("\nsrun ")
 
 
