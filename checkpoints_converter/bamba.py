@@ -18,7 +18,7 @@ from checkpoints_converter.blocks import (
 )
 from checkpoints_converter.family import Family
 from checkpoints_converter.fields import Fields, MustBe, NoEffect, Number, Parsed, Rules, Whole
-from checkpoints_converter.mamba_fields import mamba_config, mamba_model
+from checkpoints_converter.mamba_fields import GROUPED_NORM_SINCE, mamba_config, mamba_model
 from checkpoints_converter.weights import Mapping, Names, renamed, split
 from megatron_hybrid.config import ModelConfig
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP
@@ -123,4 +123,6 @@ def table(model: ModelConfig, ours: Names, theirs: Names) -> list[Mapping]:
     return mappings
 
 
-FAMILY = Family("bamba", "BambaForCausalLM", cannot_hold, config, FIELDS, model, table)
+FAMILY = Family(
+    "bamba", "BambaForCausalLM", cannot_hold, config, FIELDS, model, table, GROUPED_NORM_SINCE
+)

@@ -22,6 +22,8 @@ class Family:
         model: the fields of our `model` section of a config.json; what stands against it goes to
             `Fields.problems`.
         table: every tensor of a model, on both sides.
+        grouped_norm_since: the release of transformers from which on the family's gated norm is
+            applied to each group, as it is here; None if it always was.
     """
 
     model_type: str
@@ -31,6 +33,7 @@ class Family:
     fields: Rules
     model: Callable[[Fields], dict[str, Any]]
     table: Callable[[ModelConfig, Names, Names], list[WeightMapping]]
+    grouped_norm_since: str | None = None
 
     def read(
         self, values: Mapping[str, Any], ignored: Collection[str] = ()

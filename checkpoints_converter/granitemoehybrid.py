@@ -21,7 +21,7 @@ from checkpoints_converter.blocks import (
 )
 from checkpoints_converter.family import Family
 from checkpoints_converter.fields import Fields, MustBe, NoEffect, Number, Parsed, Rules, Whole
-from checkpoints_converter.mamba_fields import mamba_config, mamba_model
+from checkpoints_converter.mamba_fields import GROUPED_NORM_SINCE, mamba_config, mamba_model
 from checkpoints_converter.weights import Mapping, Names, per_expert, renamed
 from megatron_hybrid.config import ModelConfig
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE
@@ -185,5 +185,12 @@ def _experts(our: str, their: str, model: ModelConfig, ours: Names) -> list[Mapp
 
 
 FAMILY = Family(
-    "granitemoehybrid", "GraniteMoeHybridForCausalLM", cannot_hold, config, FIELDS, model, table
+    "granitemoehybrid",
+    "GraniteMoeHybridForCausalLM",
+    cannot_hold,
+    config,
+    FIELDS,
+    model,
+    table,
+    GROUPED_NORM_SINCE,
 )

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from checkpoints_converter import releases
 from checkpoints_converter.carried_files import (
     CARD,
     CONFIG,
@@ -68,7 +69,9 @@ def write_small_files(
         **family.config(config.model),
     }
     write_atomic(folder / CONFIG, _json(fields))
-    return [f"it can be used with another tokenizer only: {problem}"] if problem else []
+    notes = [f"it can be used with another tokenizer only: {problem}"] if problem else []
+    release = releases.problem_here(family, config.model)
+    return [*notes, release] if release else notes
 
 
 def _positions(source: dict[str, Any], seq_length: int) -> int:
@@ -96,6 +99,7 @@ def _card(
     layers = ", ".join(
         f"{pattern.count(symbol)} {kind}" for symbol, kind in KINDS.items() if pattern.has(symbol)
     )
+    oldest, why = releases.floor(family, model)
     facts: dict[str, Any] = {
         "Architecture": f"`{family.architecture}` (`{family.model_type}`)",
         "Layers": f"{pattern.num_layers}: {layers}",
@@ -110,6 +114,7 @@ def _card(
         "Sequence length in training": config.data.seq_length,
         "Trained on ranks of": _layout(contents),
         "Tokenizer": tokenizer_note,
+        "transformers": f"{oldest} or later: {why}",
         "Converted from": f"`{checkpoint.name}`",
     }
     rows = [f"| {name} | {value} |" for name, value in facts.items() if value is not None]

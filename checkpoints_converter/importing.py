@@ -20,6 +20,7 @@ from checkpoints_converter.import_precision import (
 )
 from checkpoints_converter.loading_order import elsewhere, passed_over
 from checkpoints_converter.registry import family
+from checkpoints_converter.releases import note_writer
 from checkpoints_converter.safetensors_files import SafetensorsReader
 from checkpoints_converter.streaming import (
     BLOCK_BYTES,
@@ -117,6 +118,7 @@ def import_model(
             those of its config; nothing that loads is left at `save`.
     """
     chosen, fields, values = read_model(source, options.ignored_fields)
+    note_writer(chosen, fields, values.get("mamba_num_groups", 1))
     _refuse_to_replace(save, options.force)
     with (
         file_errors(save),

@@ -17,6 +17,7 @@ from checkpoints_converter.fields import (
     Whole,
 )
 from checkpoints_converter.mamba_fields import (
+    GROUPED_NORM_SINCE,
     MambaNames,
     cannot_hold_mamba,
     mamba_config,
@@ -118,4 +119,6 @@ def table(model: ModelConfig, ours: Names, theirs: Names) -> list[Mapping]:
     return mappings
 
 
-FAMILY = Family("mamba2", "Mamba2ForCausalLM", cannot_hold, config, FIELDS, model, table)
+FAMILY = Family(
+    "mamba2", "Mamba2ForCausalLM", cannot_hold, config, FIELDS, model, table, GROUPED_NORM_SINCE
+)

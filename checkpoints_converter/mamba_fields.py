@@ -17,6 +17,8 @@ from megatron_hybrid.config.pattern import MAMBA
 from megatron_hybrid.model.counts import CONV_KERNEL
 
 GATED_NORM_EPSILON = 1e-5  # fixed in megatron-core's mixer and in ours
+# Of the families other than nemotron_h, in transformers.
+GROUPED_NORM_SINCE = "5.23.0"
 CHUNK_SIZE = 256  # of transformers' scan; any gives the same result
 
 

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoints_converter import releases
 from checkpoints_converter.arbiter import Arbiter
 from checkpoints_converter.errors import ConversionError
+from checkpoints_converter.registry import family
 from checkpoints_converter.verify_report import Report, Row, Text
 from checkpoints_converter.verify_sides import (
     Answer,
@@ -80,6 +82,8 @@ def verify(
         config = _alone_in_fp32(source_config(reader, model))
     tokenizer = _tokenizer(folder, config, parse_special_tokens)
     hf_config = read_json(export / "config.json", ConversionError)
+    if problem := releases.problem(found, family(hf_config.get("model_type")), config.model):
+        raise ConversionError(problem)
     report = Report(str(folder), str(export), found)
     asked = _prompts(prompts, tokenizer, hf_config)
     if not isinstance(tokenizer, NullTokenizer):

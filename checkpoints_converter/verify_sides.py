@@ -21,13 +21,11 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from checkpoints_converter.errors import ConversionError
+from checkpoints_converter.releases import OLDEST_TRANSFORMERS
 from checkpoints_converter.safetensors_files import SafetensorsReader
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.data.tokenizer import Tokenizer
 
-# 5.8.0 to 5.14.1 compute Mamba-2 wrongly beyond one chunk (transformers' issue 47246); before them
-# there was no nemotron_h.
-OLDEST_TRANSFORMERS = Version("5.15.1")
 # Of the last part of a parameter's name: ours -> theirs, where they differ.
 THEIR_LEAVES = {"expert_bias": "e_score_correction_bias"}
 
