@@ -9,7 +9,6 @@ states, K taps of the convolution; attention: q query heads on k key/value heads
 experts. A matrix is [out, in], so that `matrix @ vector` applies it.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
+from checkpoints_converter.errors import ConversionError
 from checkpoints_converter.loading_order import SINGLE_FILE, weight_map
+from megatron_hybrid.small_files import read_json
 
 Weights = dict[str, Tensor]
 Layer = Callable[[Tensor], Tensor]  # the normed residual of one token [h] -> what is added [h]
@@ -56,7 +57,7 @@ class Arbiter:
     """
 
     def __init__(self, folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json", ConversionError)
         if config["model_type"] != "nemotron_h":
             raise ValueError(f"model_type={config['model_type']!r} must be 'nemotron_h'")
         weights: Weights = {}

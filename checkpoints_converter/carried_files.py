@@ -9,6 +9,7 @@ from checkpoints_converter.errors import ConversionError
 from checkpoints_converter.loading_order import is_weights
 from checkpoints_converter.safetensors_files import CHECKSUMS_FILE
 from megatron_hybrid.checkpoint.carried import Carried
+from megatron_hybrid.json_text import parse_json
 
 CONFIG, GENERATION, CARD = "config.json", "generation_config.json", "README.md"
 # An export has a card of its own; that of the model it was made from lies beside it.
@@ -95,7 +96,7 @@ def as_they_were(carried: Carried) -> dict[str, bytes]:
 def _object(content: bytes) -> dict[str, Any]:
     """A JSON object; {} of anything else: a file of the source that nothing depends on."""
     try:
-        found = json.loads(content)
+        found = parse_json(content)
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

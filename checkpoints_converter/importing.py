@@ -1,6 +1,5 @@
 """From a Hugging Face folder to a distributed checkpoint that training goes on from."""
 
-import json
 import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -62,6 +61,7 @@ from megatron_hybrid.data.tokenizer import (
 )
 from megatron_hybrid.fileio import file_errors, write_atomic
 from megatron_hybrid.model.tensor_names import extra_states
+from megatron_hybrid.small_files import read_json
 
 # A rank reads whole parts of a tensor to take its share of them: not too large; but each one costs
 # an entry in the index.
@@ -188,14 +188,7 @@ def read_model(
         ConversionError: there is no config.json, or every reason why we cannot hold the model.
     """
     path = source / "config.json"
-    try:
-        raw = json.loads(path.read_bytes())
-        if not isinstance(raw, dict):
-            raise ValueError("it must be a JSON object")
-    except OSError as error:
-        raise ConversionError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ConversionError(f"{path} is damaged: {error}") from error
+    raw = read_json(path, ConversionError)
     chosen = family(raw.get("model_type"))
     fields, values = chosen.read(raw, ignored)
     fields.problems += elsewhere(source, raw)

@@ -1,7 +1,6 @@
 """A model folder that appears whole: written beside its place, and exchanged at the end."""
 
 import fnmatch
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from checkpoints_converter.errors import ConversionError
 from checkpoints_converter.safetensors_files import CHECKSUMS_FILE
 from megatron_hybrid.claim import CLAIM_FILE, claimed
 from megatron_hybrid.fileio import replace_folder, restore_folder
+from megatron_hybrid.json_text import parse_json
 
 # What a model folder is made of; --force removes nothing else.
 MODEL_FILES = (
@@ -87,6 +87,6 @@ def _refuse_to_replace(path: Path, force: bool) -> None:
 def _carried_names(path: Path) -> set[str]:
     """What an export says that it took over from the model's source; nothing if it is damaged."""
     try:
-        return set(map(str, json.loads((path / CHECKSUMS_FILE).read_bytes())[CARRIED_NAMES]))
+        return set(map(str, parse_json((path / CHECKSUMS_FILE).read_bytes())[CARRIED_NAMES]))
     except (OSError, ValueError, KeyError, TypeError):
         return set()

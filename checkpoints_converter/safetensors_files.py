@@ -24,6 +24,7 @@ from checkpoints_converter.loading_order import SINGLE_FILE, differences, weight
 from megatron_hybrid.checkpoint.checksum import whole_crc
 from megatron_hybrid.checkpoint.reader import as_matrix, tensor_bytes
 from megatron_hybrid.fileio import read_ahead, sync_folder
+from megatron_hybrid.json_text import parse_json
 from megatron_hybrid.small_files import naming, read_json
 
 CHECKSUMS_FILE = "checksums.json"  # ours: CRC-32 of every tensor, for whoever imports the folder
@@ -213,7 +214,7 @@ def read_header(path: Path) -> tuple[list[Entry], dict[str, str]]:
             length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
             if not 2 <= length <= min(_MAX_HEADER_BYTES, size - _LENGTH_BYTES):
                 raise ValueError(f"its header would be {length} bytes long, of {size}")
-            header = json.loads(file.read(length).decode())
+            header = parse_json(file.read(length).decode())
         metadata = header.pop(_METADATA, {})
         entries, end = _entries(path, header, _LENGTH_BYTES + length)
     except FileNotFoundError:

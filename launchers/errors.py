@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_hybrid.fileio import write_atomic
+from megatron_hybrid.json_text import parse_json
 
 ERROR_FILE = "MEGATRON_HYBRID_ERROR_FILE"
 
@@ -114,6 +115,6 @@ def first_error(folder: Path) -> RankError | None:
 def read_error(path: Path) -> RankError | None:
     """An error; None where there is none, or its file is damaged."""
     try:
-        return RankError(**json.loads(path.read_text(encoding="utf-8")))
+        return RankError(**parse_json(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None

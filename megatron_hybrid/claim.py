@@ -28,6 +28,7 @@ from pathlib import Path
 
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import file_errors
+from megatron_hybrid.json_text import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -267,7 +268,7 @@ def _read(path: Path) -> Claim | None:
 
 def _decode(data: bytes) -> Claim | None:
     try:
-        values = json.loads(data)
+        values = parse_json(data)
         return Claim(**values | {"beats": int(values["beats"])})
     except (ValueError, TypeError, KeyError, RecursionError):
         return None

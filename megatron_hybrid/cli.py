@@ -5,7 +5,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -15,8 +15,10 @@ from launchers.errors import record_error, redirect_output
 from launchers.local import launch
 from launchers.place import ATTEMPT, LOGS, Place, join, log_folder
 from megatron_hybrid import cli_text
+from megatron_hybrid.bounds import MOST_NEW_TOKENS, MOST_PROCESSES
 from megatron_hybrid.commands import convert as convert_commands
 from megatron_hybrid.commands import data as data_commands
+from megatron_hybrid.commands.app import App
 from megatron_hybrid.commands.options import ParseSpecialTokens
 from megatron_hybrid.commands.plan import plan
 from megatron_hybrid.commands.preflight import preflight
@@ -31,7 +33,7 @@ from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import file_errors
 from megatron_hybrid.platform.threads import spin_before_sleeping
 
-app = typer.Typer(
+app = App(
     help="Train hybrid Mamba-Transformer language models on megatron-core.",
     no_args_is_help=True,
     add_completion=False,
@@ -54,7 +56,8 @@ def _show_pretrain_help(asked: bool) -> None:
 def pretrain(
     context: typer.Context,
     nproc: Annotated[
-        int | None, typer.Option(min=1, help="start this many ranks on this machine")
+        int | None,
+        typer.Option(min=1, max=MOST_PROCESSES, help="start this many ranks on this machine"),
     ] = None,
     dry_run: Annotated[bool, typer.Option(help="print the resolved config and exit")] = False,
     show_help: Annotated[
@@ -143,7 +146,9 @@ app.command("smoke-test")(smoke_test)
 def generate(
     checkpoint: Annotated[Path, typer.Argument(help="folder of a run or of its checkpoints")],
     prompt: Annotated[str, typer.Option(help="text to continue")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to add at most")] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, max=MOST_NEW_TOKENS, help="tokens to add at most")
+    ] = 64,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.0,
     top_k: Annotated[int, typer.Option(help="only among the k likeliest; 0: all")] = 0,
     top_p: Annotated[float, typer.Option(help="only among the likeliest that sum to p")] = 1.0,
@@ -191,14 +196,20 @@ def main() -> None:
         _show_log()
         app(prog_name="megatron-hybrid")
     except UserError as error:
-        text = f"{error.label}: {error}"
-        if not record_error(text):
-            print(text, file=sys.stderr)
-        sys.exit(1)
+        _end_with(f"{error.label}: {error}")
+    except MemoryError as error:  # numpy's and Python's own
+        _end_with(f"error: not enough memory: {error or 'Python asked for more'}")
     except Exception:
         if not record_error(traceback.format_exc()):
             raise
         sys.exit(1)
+
+
+def _end_with(text: str) -> NoReturn:
+    """Say what went wrong, here or where the launcher finds it, and exit."""
+    if not record_error(text):
+        print(text, file=sys.stderr)
+    sys.exit(1)
 
 
 def _show_log() -> None:

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,25 @@ def file_errors(target: Path) -> Iterator[None]:
         where = f"{error.filename}: " if error.filename else ""
         reason = error.strerror or str(error)
         raise UserError(f"{target} could not be written: {where}{reason}") from error
+
+
+def why_not_writable(folder: Path) -> str | None:
+    """Why a folder cannot be made, or files in it: its nearest existing parent decides."""
+    there = folder.absolute()
+    try:
+        while not there.exists() and there != there.parent:
+            there = there.parent
+        if not there.is_dir():
+            return f"{there} is not a folder"
+        if not os.access(there, os.W_OK | os.X_OK):
+            return f"{there} is not writable"
+        if os.statvfs(there).f_blocks == 0:
+            # Not on a disk (/proc, /sys): permissions say nothing there, only a trial does.
+            with tempfile.TemporaryDirectory(dir=there):
+                pass
+    except OSError as error:
+        return f"nothing can be made in {there}: {error.strerror}"
+    return None
 
 
 def sync_folder(folder: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_hybrid.bounds import LEAST_REAL, MOST_REAL, real_problem
 from megatron_hybrid.checkpoint import files as checkpoint_files
 from megatron_hybrid.checkpoint.reader import INDEX_FILE
 from megatron_hybrid.checkpoint.saved_config import read_config
@@ -57,8 +58,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.temperature < 0:
-            problems.append(f"temperature={self.temperature} must be at least 0 (0: greedy)")
+        if real_problem(self.temperature, positive=True) or self.temperature < 0:
+            problems.append(
+                f"temperature={self.temperature} must be at least 0 (0: greedy), or from "
+                f"{LEAST_REAL:g} to {MOST_REAL:g}"
+            )
         if self.top_k < 0:
             problems.append(f"top_k={self.top_k} must be at least 0 (0: all tokens)")
         if not 0 < self.top_p <= 1:
@@ -155,7 +159,8 @@ def choose(logits: Tensor, sampling: Sampling, draws: torch.Generator) -> int:
     """The next token from logits `[V]`."""
     if sampling.temperature == 0:
         return int(logits.argmax())
-    logits = logits / sampling.temperature
+    # The largest as 0, which no temperature makes infinite.
+    logits = (logits - logits.max()) / sampling.temperature
     if sampling.top_k:
         lowest = torch.topk(logits, min(sampling.top_k, logits.numel())).values[-1]
         logits = logits.masked_fill(logits < lowest, -torch.inf)

@@ -3,13 +3,13 @@
 Half a file, another type, an unknown field: the reader of its content may stumble as it likes.
 """
 
-import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megatron_hybrid.errors import UserError
+from megatron_hybrid.json_text import parse_json
 
 _STUMBLES = (
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, UserError,
@@ -51,7 +51,7 @@ def read_json(
     with naming(path, error):
         data = path.read_bytes()
         try:
-            content = json.loads(data)
+            content = parse_json(data)
         except ValueError as cause:
             raise ValueError(f"not JSON ({cause})") from cause
         if not isinstance(content, Mapping):

@@ -28,6 +28,7 @@ from checkpoints_converter.inspection import (
 )
 from megatron_hybrid.config.pattern import KINDS
 from megatron_hybrid.errors import UserError
+from megatron_hybrid.json_text import parse_json
 
 FILE_WIDTH = 160  # of tables that go to a file or a pipe
 
@@ -47,7 +48,7 @@ def as_json(contents: Contents) -> dict[str, Any]:
         "parts": {name: asdict(part) for name, part in contents.parts.items()},
         "layout": contents.layout,
         "progress": contents.progress,
-        "plan": plan and json.loads(plan.to_json()),
+        "plan": plan and parse_json(plan.to_json()),
         "config": contents.config,
         "tensors": {
             name: {"shape": list(stored.shape), "dtype": dtype_name(stored)}

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from megatron_hybrid.bounds import MOST_NEW_TOKENS
 from megatron_hybrid.commands.options import ParseSpecialTokens
 
 
@@ -19,7 +20,9 @@ def verify(
         list[str] | None,
         typer.Option(help="text to continue; may be repeated; by default built-in ones"),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to add to each prompt")] = 32,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, max=MOST_NEW_TOKENS, help="tokens to add to each prompt")
+    ] = 32,
     tolerance: Annotated[
         float | None,
         typer.Option(min=0, help="largest difference, in standard deviations; default 1e-5"),

@@ -6,23 +6,25 @@ from typing import Annotated, Literal
 
 import typer
 
+from megatron_hybrid.bounds import MOST_BYTES, MOST_COUNT, MOST_PROCESSES
 from megatron_hybrid.commands.progress import byte_progress
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 Dtype = Literal["bf16", "fp32", "fp16"]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="of the weights; by default as stored")]
 ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, help="that read and write; by default up to 8")
+    int | None,
+    typer.Option(min=1, max=MOST_PROCESSES, help="that read and write; by default up to 8"),
 ]
 
 
 def _bytes(text: str) -> int:
     """`5GB` -> 5000000000."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", text.strip().upper())
-    size = int(float(match.group(1)) * _UNITS[match.group(2) or ""]) if match else 0
-    if size < 1:
+    size = float(match.group(1)) * _UNITS[match.group(2) or ""] if match else 0.0
+    if not 1 <= size <= MOST_BYTES:
         raise typer.BadParameter(f"{text!r} is not a size such as 5GB, 500MB or 2GiB")
-    return size
+    return int(size)
 
 
 def to_hf(
@@ -78,7 +80,9 @@ def from_hf(
     dtype: DtypeOption = None,
     make_vocab_size_divisible_by: Annotated[
         int | None,
-        typer.Option(min=1, help="pad the vocabulary with zeros; by default it is not padded"),
+        typer.Option(
+            min=1, max=MOST_COUNT, help="pad the vocabulary with zeros; by default it is not padded"
+        ),
     ] = None,
     ignore_field: Annotated[
         list[str] | None,

@@ -1,12 +1,11 @@
 """`megatron-hybrid data ...`: text to tokens, a look at them, and the plan of a run."""
 
-import typer
-
+from megatron_hybrid.commands.app import App
 from megatron_hybrid.commands.data_inspect import show, stats, verify
 from megatron_hybrid.commands.data_plan import CONFIG_WORDS, plan
 from megatron_hybrid.commands.data_tokenize import tokenize
 
-app = typer.Typer(help="Make, check and plan the data of a run.", no_args_is_help=True)
+app = App(help="Make, check and plan the data of a run.", no_args_is_help=True)
 app.command("tokenize")(tokenize)
 app.command(
     "plan",

@@ -1,12 +1,12 @@
 """`megatron-hybrid data tokenize`: text files to an indexed file of tokens."""
 
-import math
 import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from megatron_hybrid.bounds import MOST_PROCESSES
 from megatron_hybrid.commands.options import ParseSpecialTokens
 
 
@@ -35,13 +35,16 @@ def tokenize(
         bool, typer.Option(help="end each document with the tokenizer's end token")
     ] = True,
     shuffle: Annotated[bool, typer.Option(help="put the documents in a random order")] = True,
-    shuffle_seed: Annotated[int, typer.Option(help="of that order")] = 1234,
+    shuffle_seed: Annotated[int, typer.Option(min=0, help="of that order")] = 1234,
     shuffle_memory_gib: Annotated[
         float, typer.Option(help="tokens held in memory while shuffling; what is more goes to disk")
     ] = 2.0,
     workers: Annotated[
         int | None,
-        typer.Option(help="processes that encode; by default one for each available CPU core"),
+        typer.Option(
+            max=MOST_PROCESSES,
+            help="processes that encode; by default one for each available CPU core",
+        ),
     ] = None,
     max_rejected_fraction: Annotated[
         float, typer.Option(help="rejected lines per line above which nothing is written")
@@ -60,8 +63,6 @@ def tokenize(
     from megatron_hybrid.data.tokenizing.console import tokenize_on_console
     from megatron_hybrid.data.tokenizing.settings import TokenizeSettings
 
-    if not math.isfinite(shuffle_memory_gib):
-        raise typer.BadParameter("not a finite number", param_hint="--shuffle-memory-gib")
     tokenize_on_console(
         TokenizeSettings(
             inputs=(*inputs, *(more_inputs or ())),

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megatron_hybrid.bounds import MOST_GPUS
+
 if TYPE_CHECKING:
     from megatron_hybrid.config import RunConfig
     from megatron_hybrid.planner.balance import Split
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 def plan(
     context: typer.Context,
-    gpus: Annotated[int, typer.Option(min=1, help="how many GPUs")],
+    gpus: Annotated[int, typer.Option(min=1, max=MOST_GPUS, help="how many GPUs")],
     gpu: Annotated[str, typer.Option(help="their kind: h100, h200, b200, a100, a10g")] = "h100",
     search: Annotated[
         bool, typer.Option("--search", help="the fastest layouts that fit, with reasons")
@@ -29,7 +31,7 @@ def plan(
     measure: Annotated[
         bool, typer.Option("--measure", help="with --balance: time the layers on this machine")
     ] = False,
-    top: Annotated[int, typer.Option(min=1, help="with --search: how many layouts")] = 10,
+    top: Annotated[int, typer.Option(min=1, max=1000, help="with --search: how many layouts")] = 10,
     context_tokens: Annotated[
         int | None, typer.Option(min=1, help="also the memory to generate at this length")
     ] = None,

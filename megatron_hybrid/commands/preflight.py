@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megatron_hybrid.bounds import MOST_PROCESSES, MOST_SECONDS
+
 if TYPE_CHECKING:
     from megatron_hybrid.preflight.checks import Check
 
@@ -15,15 +17,23 @@ if TYPE_CHECKING:
 def preflight(
     context: typer.Context,
     nproc: Annotated[
-        int | None, typer.Option(min=1, help="start this many ranks here, and look at them too")
+        int | None,
+        typer.Option(
+            min=1, max=MOST_PROCESSES, help="start this many ranks here, and look at them too"
+        ),
     ] = None,
     world_size: Annotated[
         int | None, typer.Option(min=1, help="ranks of the run to be, where none are started")
     ] = None,
     checksum_s: Annotated[
-        float, typer.Option(min=0, help="seconds for the checksums of the data; 0: none")
+        float,
+        typer.Option(
+            min=0, max=MOST_SECONDS, help="seconds for the checksums of the data; 0: none"
+        ),
     ] = 20.0,
-    timeout_s: Annotated[float, typer.Option(min=1, help="seconds to wait for a rank")] = 20.0,
+    timeout_s: Annotated[
+        float, typer.Option(min=1, max=MOST_SECONDS, help="seconds to wait for a rank")
+    ] = 20.0,
 ) -> None:
     """Check a run: `preflight PRESET|FILE.yaml [section.field=value | --flag value]...`.
 

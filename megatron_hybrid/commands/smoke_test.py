@@ -8,11 +8,15 @@ from typing import Annotated
 
 import typer
 
+from megatron_hybrid.bounds import MOST_PROCESSES
+
 
 def smoke_test(
     nproc: Annotated[
         int | None,
-        typer.Option(min=1, help="ranks; by default one a GPU, or 2 on the CPU"),
+        typer.Option(
+            min=1, max=MOST_PROCESSES, help="ranks; by default one a GPU, or 2 on the CPU"
+        ),
     ] = None,
     layouts: Annotated[
         str | None,

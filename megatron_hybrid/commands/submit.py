@@ -6,14 +6,22 @@ from typing import Annotated
 
 import typer
 
+from megatron_hybrid.bounds import MOST_NODES, MOST_PROCESSES
+
 
 def submit(
     context: typer.Context,
-    nodes: Annotated[int, typer.Option(min=1, help="nodes of the job")],
-    ranks_per_node: Annotated[int, typer.Option(min=1, help="ranks on each node")] = 8,
+    nodes: Annotated[int, typer.Option(min=1, max=MOST_NODES, help="nodes of the job")],
+    ranks_per_node: Annotated[
+        int, typer.Option(min=1, max=MOST_PROCESSES, help="ranks on each node")
+    ] = 8,
     gpus_per_node: Annotated[
         int | None,
-        typer.Option(min=0, help="GPUs asked for; default: one a rank, none with backend=torch"),
+        typer.Option(
+            min=0,
+            max=MOST_PROCESSES,
+            help="GPUs asked for; default: one a rank, none with backend=torch",
+        ),
     ] = None,
     time_limit: Annotated[
         str, typer.Option("--time", metavar="[DAYS-]HH:MM:SS", help="Slurm's time limit")
@@ -24,7 +32,10 @@ def submit(
     partition: Annotated[str | None, typer.Option(help="Slurm's partition")] = None,
     account: Annotated[str | None, typer.Option(help="Slurm's account")] = None,
     chain: Annotated[
-        int, typer.Option(min=1, help="jobs, one after the other, each going on where one ended")
+        int,
+        typer.Option(
+            min=1, max=1000, help="jobs, one after the other, each going on where one ended"
+        ),
     ] = 1,
     array: Annotated[
         list[str] | None,

@@ -1,12 +1,12 @@
 """`megatron-hybrid upcycle`: a dense checkpoint becomes a fine-grained mixture of experts."""
 
-import math
 import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from megatron_hybrid.bounds import MOST_EXPERTS, MOST_PROCESSES
 from megatron_hybrid.commands.progress import byte_progress
 
 MOST_LAYERS = 100_000  # so that a slip of the finger does not fill the memory
@@ -33,12 +33,18 @@ def upcycle(
     ],
     save: Annotated[Path, typer.Option(help="folder of checkpoints to make: what --load takes")],
     experts: Annotated[
-        int, typer.Option(min=1, help="E: copies of each MLP; there are E * G experts")
+        int,
+        typer.Option(
+            min=1, max=MOST_EXPERTS, help="E: copies of each MLP; there are E * G experts"
+        ),
     ],
     granularity: Annotated[
-        int, typer.Option(min=1, help="G: experts that each copy of an MLP is cut into")
+        int,
+        typer.Option(
+            min=1, max=MOST_EXPERTS, help="G: experts that each copy of an MLP is cut into"
+        ),
     ],
-    topk: Annotated[int, typer.Option(min=1, help="T: experts a token goes to")],
+    topk: Annotated[int, typer.Option(min=1, max=MOST_EXPERTS, help="T: experts a token goes to")],
     layers: Annotated[
         str | None,
         typer.Option(
@@ -47,7 +53,11 @@ def upcycle(
     ] = None,
     shared_experts: Annotated[
         int,
-        typer.Option(min=0, help="of the G cuts, those in an expert that every token goes to"),
+        typer.Option(
+            min=0,
+            max=MOST_EXPERTS,
+            help="of the G cuts, those in an expert that every token goes to",
+        ),
     ] = 0,
     router_order: Annotated[
         Literal["softmax-topk", "topk-softmax"],
@@ -74,7 +84,7 @@ def upcycle(
         typer.Option(help="preset or YAML file of the model, where the checkpoint names none"),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="that write; by default up to 8")
+        int | None, typer.Option(min=1, max=MOST_PROCESSES, help="that write; by default up to 8")
     ] = None,
     dry_run: Annotated[bool, typer.Option(help="print what would be done, and exit")] = False,
 ) -> None:
@@ -92,9 +102,6 @@ def upcycle(
     from megatron_hybrid.upcycling.request import Request, refuse_unsaid, upcycled_config
     from megatron_hybrid.upcycling.write import Upcycling, refuse_to_replace
 
-    for flag, value in (("--router-std", router_std), ("--router-noise", router_noise)):
-        if value is not None and not math.isfinite(value):
-            raise typer.BadParameter(f"{value} is not a finite number", param_hint=flag)
     chosen = None if layers is None else _layers(layers)
     request = Request(
         experts, granularity, topk, chosen, shared_experts, router_order == "softmax-topk"

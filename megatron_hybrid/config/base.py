@@ -1,10 +1,15 @@
 """What every section of the config stands on: strict fields, and the few types they share."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Never
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, Strict
+from pydantic_core import CoreSchema, core_schema
+
+from megatron_hybrid import bounds
 
 
 class Section(BaseModel):
@@ -18,6 +23,29 @@ class Words:
     """Metadata of a type that its Python type does not tell: the end of "X must be ..."."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class Far:
+    """A bound that nobody comes near but by mistake: told of only where a value is beyond it.
+
+    Attributes:
+        problem: of a value of the right type, the end of "X must be ..."; None: it is within.
+    """
+
+    problem: Callable[[Any], str | None]
+
+    def __get_pydantic_core_schema__(self, kind: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(kind))
+
+    def _check(self, value: Any) -> Any:
+        if problem := self.problem(value):
+            raise ValueError(problem)
+        return value
+
+
+def _at_most(most: float, value: float) -> str | None:
+    return f"of at most {int(most)}" if abs(value) > most else None
 
 
 class FrozenDict[K, V](dict[K, V]):
@@ -43,8 +71,24 @@ def _whole(value: Any) -> Any:
     return value
 
 
-FilePath = Annotated[Path, Strict(False)]
-# One or more of something: layers, ranks, samples.
-Positive = Annotated[int, Field(ge=1)]
+FilePath = Annotated[Path, Strict(False), Far(bounds.path_problem)]
+# A path, or a glob, as text.
+PathText = Annotated[str, Field(min_length=1), Far(bounds.path_problem)]
+Text = Annotated[str, Far(bounds.text_problem)]
+_COUNTED = Far(partial(_at_most, bounds.MOST_COUNT))
+Whole = Annotated[int, _COUNTED]
+# None or more of something, one or more: layers, ranks, samples.
+Count = Annotated[int, Field(ge=0), _COUNTED]
+Positive = Annotated[int, Field(ge=1), _COUNTED]
 # A number of tokens or samples, where people write 15e12.
-Amount = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
+Amount = Annotated[
+    int, BeforeValidator(_whole), Field(ge=1), Far(partial(_at_most, bounds.MOST_TOKENS))
+]
+# What is calculated with in float32; one above 0 must not become 0 there.
+Finite = Annotated[float, Far(bounds.real_problem)]
+Real = Annotated[Finite, Field(ge=0)]
+PositiveReal = Annotated[float, Field(gt=0), Far(partial(bounds.real_problem, positive=True))]
+# Processes of one rank.
+Workers = Annotated[int, Field(ge=0), Far(partial(_at_most, bounds.MOST_PROCESSES))]
+# Seconds or minutes.
+Duration = Annotated[float, Field(gt=0), Far(partial(_at_most, bounds.MOST_SECONDS))]

@@ -101,7 +101,7 @@ def _field_problem(place: Place, value: Any) -> str:
     path = write_place(place)
     if value is _MISSING:
         return f"{path} is not set; it must be {allowed(info)}: {info.description}"
-    return f"{path}={shown(value)} must be {allowed(info)}"
+    return f"{path}={shown(value)} must be {allowed(info, value)}"
 
 
 def check_types(values: Values) -> tuple[RunConfig, set[str], list[str]]:
@@ -129,7 +129,7 @@ def check_types(values: Values) -> tuple[RunConfig, set[str], list[str]]:
     pattern = "model.hybrid_layer_pattern"
     if pattern not in broken and (found := pattern_problems(config.model.hybrid_layer_pattern)):
         text = config.model.hybrid_layer_pattern
-        problems += [f"{pattern}={text!r}: {problem}" for problem in found]
+        problems += [f"{pattern}={shown(text)}: {problem}" for problem in found]
         broken.add(pattern)
     return config, broken, list(dict.fromkeys(problems))
 

@@ -5,7 +5,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, Strict
 
-from megatron_hybrid.config.base import Amount, FilePath, FrozenDict, Positive, Section, Words
+from megatron_hybrid.config.base import (
+    Amount,
+    FilePath,
+    FrozenDict,
+    PathText,
+    Positive,
+    PositiveReal,
+    Section,
+    Text,
+    Words,
+    Workers,
+)
 
 
 def _blend(value: Any) -> Any:
@@ -44,17 +55,17 @@ def _one_is_several(value: Any) -> Any:
 
 
 Blend = Annotated[
-    tuple[tuple[Annotated[float, Field(gt=0)], str], ...],
+    tuple[tuple[Annotated[float, Field(gt=0)], PathText], ...],
     Strict(False),
     BeforeValidator(_blend),
     Words("one prefix, or weights above 0 and prefixes such as [[0.3, a], [0.7, b]]"),
 ]
 # Names stand in dotted overrides, so they hold no dot, bracket, `=` or blank.
 Name = Annotated[
-    str, Field(pattern=r"^[\w+-]+$"), Words("a name of letters, digits, '_', '-' or '+'")
+    Text, Field(pattern=r"^[\w+-]+$"), Words("a name of letters, digits, '_', '-' or '+'")
 ]
 Paths = Annotated[
-    tuple[Annotated[str, Field(min_length=1)], ...],
+    tuple[PathText, ...],
     Strict(False),
     Field(min_length=1),
     BeforeValidator(_one_is_several),
@@ -74,15 +85,14 @@ class SourceConfig(Section):
     path: Paths = Field(
         description="prefixes of its token files (prefix.bin, prefix.idx), or globs of prefixes"
     )
-    max_epochs: float | None = Field(
+    max_epochs: PositiveReal | None = Field(
         default=None,
-        gt=0,
         description="most passes over it in the whole run; null: data.max_epochs",
     )
     fraction: float = Field(
         default=1.0, gt=0, le=1, description="share of its training tokens that is used"
     )
-    split: str | None = Field(
+    split: Text | None = Field(
         default=None, description="its own train,validate,test shares; null: data.split"
     )
 
@@ -136,8 +146,8 @@ class DataConfig(Section):
     phases: Phases = Field(
         default=(), description="blends of the sources, one after the other over the run's tokens"
     )
-    max_epochs: float | None = Field(
-        default=None, gt=0, description="most passes over any source; null: no cap"
+    max_epochs: PositiveReal | None = Field(
+        default=None, description="most passes over any source; null: no cap"
     )
     sample_order: Literal["plan", "megatron"] = Field(
         default="plan",
@@ -149,7 +159,7 @@ class DataConfig(Section):
         description="tokens in a block, the unit in which a source is shuffled; null: by the "
         "sequence lengths",
     )
-    split: str = Field(
+    split: Text = Field(
         default="969,30,1",
         description="shares of each source's tokens (with sample_order=megatron: documents) to "
         "train, validate and test on",
@@ -171,4 +181,4 @@ class DataConfig(Section):
         description="folder of the indices of sample_order=megatron; null: run_dir/data_cache",
     )
     mock_data: bool = Field(default=False, description="train on made-up tokens")
-    num_workers: int = Field(default=2, ge=0, description="processes that read data, on each rank")
+    num_workers: Workers = Field(default=2, description="processes that read data, on each rank")

@@ -1,6 +1,8 @@
 """What a field is, in words: its dotted name, what it may hold, and the nearest known name."""
 
 import difflib
+import math
+import reprlib
 import types
 from collections.abc import Iterable
 from functools import cache
@@ -11,7 +13,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from megatron_hybrid.config.base import Section, Words
+from megatron_hybrid.config.base import Far, Section, Words
 from megatron_hybrid.config.places import Place, write_place
 from megatron_hybrid.config.run import RunConfig
 
@@ -77,8 +79,15 @@ _BOUNDS = (
 )
 
 
-def allowed(field: FieldInfo) -> str:
-    """What a field may hold, as the end of "X must be ...": "a whole number of at least 1"."""
+_NOTHING = object()
+
+
+def allowed(field: FieldInfo, value: object = _NOTHING) -> str:
+    """What a field may hold, as the end of "X must be ...": "a whole number of at least 1".
+
+    Args:
+        value: one that it may not; bounds that are far off are told of where it is beyond them.
+    """
     kind, metadata, optional = _unwrap(field)
     limits = [
         f"{words} {getattr(item, name)}"
@@ -86,6 +95,7 @@ def allowed(field: FieldInfo) -> str:
         for item in metadata
         if isinstance(item, marker)
     ]
+    limits += [text for item in metadata if (text := _beyond(item, kind, value))]
     words = [item.text for item in metadata if isinstance(item, Words)]
     if words:
         text = words[-1]
@@ -97,6 +107,17 @@ def allowed(field: FieldInfo) -> str:
         names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
         text = (names | {Path: "a path"})[kind]
     return " ".join([text, " and ".join(limits)]).strip() + (", or null" if optional else "")
+
+
+def _beyond(bound: object, kind: Any, value: object) -> str | None:
+    """What a far bound has against a value of the field's type."""
+    if not isinstance(bound, Far) or value is _NOTHING or isinstance(value, bool):
+        return None
+    number, path = (int, float), (str, Path)
+    types_of: dict[type, Any] = {int: number, float: number, str: str, Path: path}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # its type has that against it
+    return bound.problem(value) if isinstance(value, types_of[kind]) else None
 
 
 def items_of(field: FieldInfo) -> FieldInfo | None:
@@ -182,8 +203,13 @@ def _unknown_inside(place: Place) -> str:
     return f"{path} is not a field; {outer} must be {allowed(info)}"
 
 
+_SHORT = reprlib.Repr(
+    maxlevel=6, maxtuple=50, maxlist=50, maxdict=50, maxstring=200, maxlong=200, maxother=200
+)
+
+
 def shown(value: object) -> str:
-    """A value as it is written in YAML or typed."""
+    """A value as it is written in YAML or typed; a very long one cut in its middle."""
     if isinstance(value, bool):
         return str(value).lower()
-    return "null" if value is None else repr(value)
+    return "null" if value is None else _SHORT.repr(value)

@@ -104,7 +104,7 @@ def read_value(path: str, text: str) -> Any:
         return _MEGATRON_VALUES.get(path, {}).get(text, text)
     if get_origin(kind) is tuple and _holds_text(kind) and not text.startswith("["):
         return text
-    if get_origin(kind) is tuple and get_args(kind) == (int, int):
+    if get_origin(kind) is tuple and Ellipsis not in get_args(kind):
         text = f"[{text.strip('()[]')}]"
     try:
         return parse_yaml(text)

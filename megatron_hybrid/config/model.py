@@ -1,18 +1,30 @@
 """The `model` section: what the network is, whatever it runs on."""
 
+from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
-from megatron_hybrid.config.base import Positive, Section, Words
+from megatron_hybrid.bounds import text_problem
+from megatron_hybrid.config.base import (
+    Far,
+    Positive,
+    PositiveReal,
+    Real,
+    Section,
+    Whole,
+    Words,
+)
 
-Window = Annotated[tuple[int, int], Strict(False), Words("two whole numbers such as [128, 0]")]
+# Room for ten times the layers of any model.
+LayerPattern = Annotated[str, Far(partial(text_problem, most=10_000))]
+Window = Annotated[tuple[Whole, Whole], Strict(False), Words("two whole numbers such as [128, 0]")]
 
 
 class ModelConfig(Section):
     """Sizes and layer kinds; null sizes are derived where they apply (see derive.py)."""
 
-    hybrid_layer_pattern: str = Field(
+    hybrid_layer_pattern: LayerPattern = Field(
         description="one symbol a layer: M Mamba-2, * attention, - MLP, E MoE; "
         "'|' ends a pipeline segment"
     )
@@ -52,11 +64,11 @@ class ModelConfig(Section):
     normalization: Literal["RMSNorm"] = Field(
         default="RMSNorm", description="normalization of a layer"
     )
-    layernorm_epsilon: float = Field(
-        default=1e-5, gt=0, description="added to the mean square in RMSNorm"
+    layernorm_epsilon: PositiveReal = Field(
+        default=1e-5, description="added to the mean square in RMSNorm"
     )
-    init_method_std: float = Field(
-        default=0.02, gt=0, description="standard deviation of the initial weights"
+    init_method_std: PositiveReal = Field(
+        default=0.02, description="standard deviation of the initial weights"
     )
     vocab_size: Positive | None = Field(
         default=None, description="tokens in the vocabulary before padding; null: the tokenizer's"
@@ -84,11 +96,9 @@ class ModelConfig(Section):
     moe_shared_expert_intermediate_size: Positive | None = Field(
         default=None, description="inner width of the expert that every token goes to; null: none"
     )
-    moe_aux_loss_coeff: float = Field(
-        default=0.0, ge=0, description="weight of the load-balancing loss"
-    )
-    moe_z_loss_coeff: float | None = Field(
-        default=None, ge=0, description="weight of the router's z-loss; null: none"
+    moe_aux_loss_coeff: Real = Field(default=0.0, description="weight of the load-balancing loss")
+    moe_z_loss_coeff: Real | None = Field(
+        default=None, description="weight of the router's z-loss; null: none"
     )
     moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "none"] = Field(
         default="aux_loss",
@@ -100,18 +110,17 @@ class ModelConfig(Section):
     moe_router_pre_softmax: bool = Field(
         default=False, description="softmax before the top-k instead of after it"
     )
-    moe_router_topk_scaling_factor: float | None = Field(
-        default=None, gt=0, description="factor on the top-k scores; null: none"
+    moe_router_topk_scaling_factor: PositiveReal | None = Field(
+        default=None, description="factor on the top-k scores; null: none"
     )
     moe_router_enable_expert_bias: bool = Field(
         default=False, description="balance the load by a bias on the scores; needs sigmoid"
     )
-    moe_router_bias_update_rate: float = Field(
-        default=1e-3, gt=0, description="step of the expert bias at each iteration"
+    moe_router_bias_update_rate: PositiveReal = Field(
+        default=1e-3, description="step of the expert bias at each iteration"
     )
-    moe_expert_capacity_factor: float | None = Field(
+    moe_expert_capacity_factor: PositiveReal | None = Field(
         default=None,
-        gt=0,
         description="tokens that an expert takes, of an even share; of more, the least "
         "probable are dropped, in training only; null: all",
     )

@@ -9,6 +9,7 @@ from types import MappingProxyType
 MAMBA, ATTENTION, MLP, MOE, SEPARATOR = "M", "*", "-", "E", "|"
 KINDS = MappingProxyType({MAMBA: "Mamba-2", ATTENTION: "attention", MLP: "MLP", MOE: "MoE"})
 _ALLOWED = ", ".join(f"{symbol!r} ({kind})" for symbol, kind in KINDS.items())
+_MOST_PROBLEMS = 10  # that are told of one by one
 # Symbols of megatron-core's patterns that have no layer here.
 _ENGINE_ONLY = MappingProxyType(
     {
@@ -29,6 +30,8 @@ def pattern_problems(text: str) -> list[str]:
         meaning = f" ({_ENGINE_ONLY[symbol]})" if symbol in _ENGINE_ONLY else ""
         verb = "is not supported" if symbol in _ENGINE_ONLY else "is not a layer"
         problems.append(f"symbol {position}, {symbol!r}{meaning}, {verb}; allowed: {_ALLOWED}, '|'")
+    if len(problems) > _MOST_PROBLEMS:
+        problems[_MOST_PROBLEMS:] = [f"{len(problems) - _MOST_PROBLEMS} more symbols are wrong"]
     if not text.replace(SEPARATOR, ""):
         return [*problems, f"it has no layer; allowed: one or more of {_ALLOWED}, and '|'"]
     for index, segment in enumerate(text.split(SEPARATOR), start=1):
@@ -78,6 +81,7 @@ class Pattern:
 
     def most_layers(self, stages: int) -> int:
         """Of any pipeline stage."""
+        stages = min(stages, self.num_layers)
         chunks = self.chunks(stages)
         return max(sum(map(len, chunks[stage::stages])) for stage in range(stages))
 

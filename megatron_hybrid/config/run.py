@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_hybrid.config.base import FilePath, Section
+from megatron_hybrid.config.base import FilePath, Section, Text
 from megatron_hybrid.config.data import DataConfig
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.sections import (
@@ -32,7 +32,7 @@ class RunConfig(Section):
         default="auto",
         description="kernels; auto: transformer_engine where it is installed with a GPU",
     )
-    preset: str | None = Field(
+    preset: Text | None = Field(
         default=None, description="the named config that this one started from"
     )
     model: ModelConfig

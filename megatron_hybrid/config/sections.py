@@ -5,7 +5,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, Field, Strict, create_model
 
-from megatron_hybrid.config.base import Amount, FilePath, Positive, Section, Words
+from megatron_hybrid.config.base import (
+    Amount,
+    Count,
+    Duration,
+    FilePath,
+    Finite,
+    Positive,
+    PositiveReal,
+    Real,
+    Section,
+    Words,
+)
 
 
 class ParallelConfig(Section):
@@ -100,7 +111,7 @@ class GpuConfig(Section):
     cuda_graph_modules: GraphModules = Field(
         default=(), description="parts of layers that CUDA graphs hold; []: whole layers"
     )
-    cuda_graph_warmup_steps: Annotated[int, Field(ge=0)] = Field(
+    cuda_graph_warmup_steps: Count = Field(
         default=3, description="steps before CUDA graphs are made"
     )
 
@@ -115,10 +126,10 @@ class PrecisionConfig(Section):
             "float8 are the products of linears; their weights are kept in bf16",
         )
     )
-    num_layers_at_start_in_bf16: Annotated[int, Field(ge=0)] | None = Field(
+    num_layers_at_start_in_bf16: Count | None = Field(
         default=None, description="float8: first layers that stay in bf16; null: the recipe's own"
     )
-    num_layers_at_end_in_bf16: Annotated[int, Field(ge=0)] | None = Field(
+    num_layers_at_end_in_bf16: Count | None = Field(
         default=None, description="float8: last layers that stay in bf16; null: the recipe's own"
     )
     fp8_param_gather: bool = Field(
@@ -143,9 +154,7 @@ BatchSizes = Annotated[
 ]
 
 
-Ranks = Annotated[
-    tuple[Annotated[int, Field(ge=0)], ...], Strict(False), Words("ranks such as [0, 8]")
-]
+Ranks = Annotated[tuple[Count, ...], Strict(False), Words("ranks such as [0, 8]")]
 
 
 class TrainingConfig(Section):
@@ -176,12 +185,11 @@ class TrainingConfig(Section):
     exit_interval: Positive | None = Field(
         default=None, description="save and exit when the iteration divides by this; null: never"
     )
-    exit_duration_in_mins: float | None = Field(
-        default=None, gt=0, description="save and exit after this many minutes; null: never"
+    exit_duration_in_mins: Duration | None = Field(
+        default=None, description="save and exit after this many minutes; null: never"
     )
-    hang_timeout_s: float | None = Field(
+    hang_timeout_s: Duration | None = Field(
         default=1200,
-        gt=0,
         description="seconds without a step, evaluation or checkpoint after which every rank says "
         "where it is and the run ends; null: never",
     )
@@ -201,7 +209,7 @@ class TrainingConfig(Section):
         description="record some steps: a trace and a table of time by layer kind in "
         "run_dir/profile",
     )
-    profile_step_start: Annotated[int, Field(ge=0)] = Field(
+    profile_step_start: Count = Field(
         default=10, description="steps that are done when recording begins"
     )
     profile_step_end: Positive = Field(default=12, description="steps that are done when it ends")
@@ -209,7 +217,7 @@ class TrainingConfig(Section):
     nonfinite_action: Literal["stop", "skip"] = Field(
         default="stop", description="what to do at a NaN or Inf in the loss or the gradients"
     )
-    loss_spike_factor: float | None = Field(
+    loss_spike_factor: Finite | None = Field(
         default=None,
         gt=1,
         description="a loss this many times the recent mean is a spike; null: unwatched",
@@ -222,8 +230,8 @@ class TrainingConfig(Section):
 class OptimizerConfig(Section):
     """AdamW and the learning rate over time."""
 
-    lr: float = Field(gt=0, description="peak learning rate")
-    min_lr: float = Field(default=0.0, ge=0, description="learning rate at the end of the decay")
+    lr: PositiveReal = Field(description="peak learning rate")
+    min_lr: Real = Field(default=0.0, description="learning rate at the end of the decay")
     lr_decay_style: Literal["cosine", "WSD", "constant", "linear"] = Field(
         default="cosine", description="shape of the schedule after the warm-up"
     )
@@ -256,13 +264,13 @@ class OptimizerConfig(Section):
         description="where checkpoint.load or upcycling.from is taken up, the schedule begins anew "
         "and the optimizer is fresh; data and counters go on",
     )
-    weight_decay: float = Field(default=0.1, ge=0, description="decoupled weight decay")
+    weight_decay: Real = Field(default=0.1, description="decoupled weight decay")
     adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment")
     adam_beta2: float = Field(default=0.95, ge=0, lt=1, description="decay of the second moment")
-    adam_eps: float = Field(
-        default=1e-8, gt=0, description="added to the root of the second moment"
+    adam_eps: PositiveReal = Field(
+        default=1e-8, description="added to the root of the second moment"
     )
-    clip_grad: float = Field(default=1.0, ge=0, description="largest gradient norm; 0: no clipping")
+    clip_grad: Real = Field(default=1.0, description="largest gradient norm; 0: no clipping")
 
 
 class CheckpointConfig(Section):
@@ -309,15 +317,13 @@ class LoggingConfig(Section):
 
 
 class _Upcycling(Section):
-    router_std: float | None = Field(
+    router_std: Real | None = Field(
         default=None,
-        ge=0,
         description="standard deviation of the router's weights, drawn once for all experts that "
         "are cut from one copy of an MLP; null: model.init_method_std",
     )
-    router_noise: float = Field(
+    router_noise: Real = Field(
         default=0.0,
-        ge=0,
         description="standard deviation of what is added to the router's weights of each expert",
     )
     reinit_fraction: float = Field(

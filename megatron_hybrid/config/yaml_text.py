@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from megatron_hybrid.json_text import TOO_DEEP, is_too_deep
+
 _DIGITS = "[0-9][0-9_]*"
 _EXPONENT = "[eE][-+]?[0-9]+"
 _RESOLVERS = (
@@ -56,7 +58,9 @@ def parse_yaml(text: str) -> Any:
         ValueError: it is not YAML; the text says where, in one line.
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader: it builds plain values only
+        value = yaml.load(text, Loader=_Loader)  # a SafeLoader: it builds plain values only
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
     except yaml.constructor.ConstructorError as error:
         raise ValueError(error.problem) from error
     except yaml.MarkedYAMLError as error:
@@ -65,6 +69,9 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(f"{where}{error.problem}") from error
     except yaml.YAMLError as error:
         raise ValueError(str(error).splitlines()[0]) from error
+    if is_too_deep(value):
+        raise ValueError(TOO_DEEP)
+    return value
 
 
 def dump_yaml(value: Any) -> str:

@@ -11,7 +11,8 @@ _MAX_STRIDE = 8
 class MockWindows:
     """Windows of counting sequences: each document starts anywhere and goes on by one stride.
 
-    Documents are 2 to `seq_length` tokens long and end with `eod`, so a window usually holds a few.
+    Documents are 2 to `seq_length` tokens long (2 where that is 1) and end with `eod`, so a window
+    usually holds a few.
     Window i depends on `seed` (any integers >= 0) and i alone.
     """
 
@@ -49,7 +50,7 @@ class MockWindows:
         return window
 
     def _document(self, random: np.random.Generator) -> NDArray[np.int64]:
-        words = int(random.integers(1, self._seq_length))
+        words = int(random.integers(1, max(self._seq_length, 2)))
         first, stride = random.integers(0, self.vocab_size), random.integers(1, _MAX_STRIDE + 1)
         ids = (first + stride * np.arange(words, dtype=np.int64)) % (self.vocab_size - 1)
         # The words are all ids but eod.

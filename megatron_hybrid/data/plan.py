@@ -21,6 +21,7 @@ from megatron_hybrid.data.batches import Span
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.proportions import Proportions
 from megatron_hybrid.data.stream import PlannedSource, Position, Streams
+from megatron_hybrid.json_text import parse_json
 
 _FORMAT = "megatron-hybrid data plan"
 _VERSION = 1
@@ -207,7 +208,7 @@ class Plan:
             DataError: the text is no plan, or one of another version.
         """
         try:
-            content = json.loads(text)
+            content = parse_json(text)
             if (content["format"], content["version"]) != (_FORMAT, _VERSION):
                 raise ValueError(f"format {content['format']!r}, version {content['version']!r}")
             sources = tuple(_source_from(values) for values in content["sources"])

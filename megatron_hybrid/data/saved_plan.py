@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.plan import Plan
+from megatron_hybrid.json_text import parse_json
 from megatron_hybrid.small_files import naming, read_json
 
 DATA_PLAN_FILE = "data_plan.json"
@@ -20,7 +21,7 @@ class SavedPlan:
 
     def to_json(self) -> str:
         """The content of the file."""
-        plan = json.loads(self.plan.to_json())
+        plan = parse_json(self.plan.to_json())
         return json.dumps({"consumed_samples": self.consumed_samples, "plan": plan}, indent=1)
 
 

@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from megatron_hybrid.config.pattern import KINDS
 from megatron_hybrid.errors import UserError
+from megatron_hybrid.json_text import parse_json
 
 EMBEDDING, OUTPUT = "embedding", "output"
 NAMES = (*KINDS, EMBEDDING, OUTPUT)
@@ -57,7 +58,7 @@ def read_costs(path: Path, kinds: str) -> Costs:
         UserError: the file cannot be read, or says something else.
     """
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
+        given = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"--costs={path} cannot be read as JSON: {error}") from error
     if not isinstance(given, Mapping):

@@ -29,6 +29,7 @@ import psutil
 
 from launchers import slurm
 from launchers.place import ATTEMPT
+from megatron_hybrid.json_text import parse_json
 from megatron_hybrid.training.findings import Finding
 
 ATTEMPTS_FILE = "attempts.jsonl"
@@ -106,7 +107,7 @@ def read_attempts(run_dir: Path) -> list[dict[str, Any]]:
     events = []
     for line in lines:
         try:
-            event = json.loads(line)
+            event = parse_json(line)
         except ValueError:
             continue
         if isinstance(event, dict) and "event" in event:

@@ -4,12 +4,12 @@ From the run's own files: `jobs.jsonl` (submissions), `attempts.jsonl` (starts a
 last sign of life of its metrics. Each moment from the first submission on belongs to one cause.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_hybrid.json_text import parse_json
 from megatron_hybrid.training.attempts import read_attempts
 from megatron_hybrid.training.metrics import METRICS_FILE, read_records
 from megatron_hybrid.training.verdict import INTERRUPTIONS
@@ -164,7 +164,7 @@ def read_jobs(run_dir: Path) -> list[dict[str, Any]]:
     found = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            found.append(json.loads(line))
+            found.append(parse_json(line))
         except ValueError:
             continue
     return found

@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from launchers.errors import record_error
 from megatron_hybrid.fileio import write_atomic
+from megatron_hybrid.json_text import parse_json
 
 SETTLE_S = 3.0  # for the reports of ranks whose clocks and steps differ a little
 # Of frames between a collective and its caller.
@@ -120,7 +121,7 @@ class Watchdog:
         found: dict[int, Report] = {}
         for path in self._folder.glob(_report_file("*")):
             with contextlib.suppress(OSError, ValueError, TypeError):
-                values = json.loads(path.read_text(encoding="utf-8"))
+                values = parse_json(path.read_text(encoding="utf-8"))
                 report = Report(**values | {"ranks": tuple(values["ranks"])})
                 found[report.rank] = report
         return found

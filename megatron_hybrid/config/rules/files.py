@@ -1,7 +1,5 @@
 """Rules of what a run reads and writes: data, tokenizer, checkpoint and folders."""
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_hybrid.config.data import SourceConfig
@@ -9,6 +7,7 @@ from megatron_hybrid.config.rules.common import Facts, Problems, Rule, each
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.token_files import prefixes, restore
 from megatron_hybrid.config.tracker import load_problems
+from megatron_hybrid.fileio import why_not_writable
 
 
 def data_given(c: RunConfig, _: Facts) -> Problems:
@@ -83,24 +82,17 @@ def load_folder(c: RunConfig, _: Facts) -> Problems:
         yield from load_problems(dense, "upcycling.from")
 
 
-def _unwritable(path: Path) -> Iterator[str]:
-    """Why a folder cannot be made or written: its nearest existing parent decides."""
-    there = path
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    if not there.is_dir():
-        yield f"{there} is not a folder"
-    elif not os.access(there, os.W_OK | os.X_OK):
-        yield f"{there} is not writable"
-
-
 def writable(c: RunConfig, _: Facts) -> Problems:
     """The run can write where it must."""
-    yield from (f"run_dir={c.run_dir}: {why}" for why in _unwritable(c.run_dir))
-    outputs = {"checkpoint.save": c.checkpoint.save, "data.data_cache_path": c.data.data_cache_path}
+    outputs = {
+        "run_dir": c.run_dir,
+        "checkpoint.save": c.checkpoint.save,
+        "data.data_cache_path": c.data.data_cache_path,
+    }
     for name, path in outputs.items():
-        if path is not None and not path.is_relative_to(c.run_dir):
-            yield from (f"{name}={path}: {why}" for why in _unwritable(path))
+        inside = name != "run_dir" and path is not None and path.is_relative_to(c.run_dir)
+        if path is not None and not inside and (why := why_not_writable(path)):
+            yield f"{name}={path}: {why}"
 
 
 # Whether inputs are named at all; a config may be looked at before they are.

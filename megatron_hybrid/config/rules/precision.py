@@ -1,5 +1,7 @@
 """Rules of the number formats: where float8 can run, and the widths that it takes."""
 
+from math import lcm
+
 from megatron_hybrid.config.linears import linears
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, parse_pattern
 from megatron_hybrid.config.phases import sequence_length_fields
@@ -118,20 +120,18 @@ def _near_heads(c: RunConfig, multiple: int) -> str:
 
     def works(number: int) -> bool:
         model = c.model.model_copy(update={"mamba_num_heads": number})
-        return (
-            number > 0
-            and number % tp == 0
-            and number % c.model.mamba_num_groups == 0
-            and not any(
-                width % multiple
-                for linear in linears(model, MAMBA, tp=tp).values()
-                for width in (linear.inputs, linear.outputs)
-            )
+        return number > 0 and not any(
+            width % multiple
+            for linear in linears(model, MAMBA, tp=tp).values()
+            for width in (linear.inputs, linear.outputs)
         )
 
-    reach = 16 * multiple * tp * c.model.mamba_num_groups
-    below = next((n for n in range(heads - 1, 0, -1) if works(n)), None)
-    above = next((n for n in range(heads + 1, heads + reach) if works(n)), None)
+    whole = lcm(tp, c.model.mamba_num_groups)
+    first, reach = heads // whole * whole, 16 * multiple
+    down = (first - step * whole for step in range(reach))
+    up = (first + step * whole for step in range(1, reach))
+    below = next((n for n in down if n < heads and works(n)), None)
+    above = next((n for n in up if works(n)), None)
     return ", ".join(str(n) for n in (below, above) if n) or "none"
 
 

@@ -1,8 +1,10 @@
 """Rules of a run's course: its length, its learning rate, its recomputation and its checkpoints."""
 
+from megatron_hybrid.bounds import MOST_TOKENS
 from megatron_hybrid.config.describe import fields, shown
 from megatron_hybrid.config.lengths import lengths
 from megatron_hybrid.config.pattern import MOE, parse_pattern
+from megatron_hybrid.config.phases import batch_sizes, run_tokens, sequence_lengths
 from megatron_hybrid.config.rules.common import (
     LENGTHS,
     Facts,
@@ -44,6 +46,18 @@ def run_length(c: RunConfig, _: Facts) -> Problems:
     """A run must end."""
     if number_set(c, LENGTHS) == 0:
         yield "the length of the run is not set; set one of " + ", ".join(LENGTHS)
+    elif number_set(c, LENGTHS) == 1 and run_tokens(c) > MOST_TOKENS:
+        yield (
+            f"{_shown(c, LENGTHS)} makes a run of {run_tokens(c)} tokens; allowed: up to "
+            f"{MOST_TOKENS} tokens"
+        )
+    longest = max(sequence_lengths(c))
+    for _from_tokens, size in batch_sizes(c):
+        if size * longest > MOST_TOKENS:
+            yield (
+                f"a global batch of {size} samples of {longest} tokens is {size * longest} tokens; "
+                f"allowed: up to {MOST_TOKENS} tokens"
+            )
 
 
 def learning_rate(c: RunConfig, _: Facts) -> Problems:

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from megatron_hybrid.json_text import parse_json
+
 logger = logging.getLogger(__name__)
 
 # The first two are of a file's last use, and would lose or add text.
@@ -58,7 +60,10 @@ class FastEncoder:
         except ImportError as error:
             raise FastokensError(f"it cannot be imported ({error})") from error
         # Only what encoding needs: no kind of decoder must keep it from reading the file.
-        parts = json.loads(content) | dict.fromkeys(_UNUSED_PARTS)
+        try:
+            parts = parse_json(content) | dict.fromkeys(_UNUSED_PARTS)
+        except ValueError as error:  # that tokenizers reads: nested deeper than anybody means
+            raise FastokensError(f"it cannot be read ({error})") from error
         self._fast = _guarded(fastokens.Tokenizer.from_json_str, json.dumps(parts))
 
     def check(self, texts: Sequence[str]) -> None:

@@ -1,6 +1,5 @@
 """Hugging Face's `tokenizer.json`."""
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from megatron_hybrid.data.indexed import token_dtype
 from megatron_hybrid.data.tokenizer.base import ENCODERS, Tokenizer, read_tokenizer_file
 from megatron_hybrid.data.tokenizer.fast import FastEncoder, FastokensError, joined, use_one_thread
 from megatron_hybrid.data.tokenizer.hard_texts import hard_texts
+from megatron_hybrid.json_text import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if self.config_name not in self._files:
             return None
         try:
-            token = json.loads(self._files[self.config_name]).get(name)
+            token = parse_json(self._files[self.config_name]).get(name)
         except (ValueError, AttributeError) as error:
             raise DataError(
                 f"{path.with_name(self.config_name)} is not a JSON object: {error}"

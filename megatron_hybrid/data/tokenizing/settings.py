@@ -1,6 +1,5 @@
 """What to tokenise and how, checked as a whole before any work."""
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from megatron_hybrid.data.part_file import part_path
 from megatron_hybrid.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_hybrid.data.tokenizing.inputs import Input, find_inputs
 from megatron_hybrid.data.tokenizing.shuffle import shuffle_folder
+from megatron_hybrid.fileio import why_not_writable
 
 MOST_IDS = 2**31 - 1  # token files hold int32
 
@@ -153,7 +153,7 @@ def _output_problems(settings: TokenizeSettings, inputs: list[Input]) -> list[st
     for prefix in settings.outputs.values():
         if prefix.name == "" or prefix.is_dir():
             problems.append(f"--output {prefix} is a folder; name its files' beginning too")
-        elif reason := _why_not_writable(prefix.parent):
+        elif reason := why_not_writable(prefix.parent):
             problems.append(f"--output {prefix}: {reason}")
         elif indexed_paths(prefix)[1].exists() and not facts_path(prefix).exists():
             problems.append(
@@ -175,15 +175,3 @@ def _is_written(settings: TokenizeSettings, path: Path) -> bool:
         folders.append(shuffle_folder(prefix).resolve())
     written = {each.resolve() for file in files for each in (file, part_path(file))}
     return path in written or any(path.is_relative_to(folder) for folder in folders)
-
-
-def _why_not_writable(folder: Path) -> str | None:
-    """What hinders files in `folder`, which is made if it is missing."""
-    existing = folder.absolute()
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        return f"{existing} is not a folder"
-    if not os.access(existing, os.W_OK | os.X_OK):
-        return f"no permission to write to {existing}"
-    return None

@@ -1,0 +1,79 @@
+"""Groups of commands whose options have bounds: what `bounds.py` says, of every one of them."""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+import typer
+from typer.models import OptionInfo
+
+from megatron_hybrid.bounds import path_problem, real_problem, text_problem
+from megatron_hybrid.config.describe import shown
+
+# Options may be seeds and sizes of any kind; those of one kind say their own, smaller, most.
+MOST_WHOLE = 2**32 - 1
+# What the kernel takes as one word of a command line.
+MOST_WORD = 128 * 1024
+
+
+class App(typer.Typer):
+    """As `typer.Typer`; its commands refuse NaN, and what is too large or too long for anything."""
+
+    def command(self, *args: Any, **kwargs: Any) -> Callable[[Any], Any]:
+        """As `typer.Typer.command`."""
+        add = super().command(*args, **kwargs)
+
+        def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+            add(_bounded(function))
+            return function
+
+        return decorate
+
+
+def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The command, called with what lies within the bounds only.
+
+    Raises:
+        typer.BadParameter: names the option, its value and what is allowed.
+    """
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(function).bind(*args, **kwargs).arguments
+        for name, value in given.items():
+            for item in value if isinstance(value, list | tuple) else [value]:
+                if problem := _problem(item):
+                    raise typer.BadParameter(problem, param_hint=_typed(function, name))
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def _problem(value: object) -> str | None:
+    """The sentence for a value beyond the bounds of its type."""
+    problem = None
+    if isinstance(value, int) and abs(value) > MOST_WHOLE:
+        problem = f"from {-MOST_WHOLE} to {MOST_WHOLE}"
+    elif isinstance(value, float) and not math.isfinite(value):
+        return f"{value} is not a finite number"
+    elif isinstance(value, float):
+        problem = real_problem(value, positive=True)
+    elif isinstance(value, Path):
+        problem = path_problem(value)
+    elif isinstance(value, str):
+        problem = text_problem(value, MOST_WORD)
+    return f"{shown(value)} must be {problem}" if problem else None
+
+
+def _typed(function: Callable[..., Any], name: str) -> str:
+    """How a parameter is typed: --max-new-tokens, CHECKPOINT."""
+    annotation = inspect.signature(function).parameters[name].annotation
+    infos: Iterable[Any] = get_args(annotation) if get_origin(annotation) is Annotated else ()
+    for info in infos:
+        if isinstance(info, OptionInfo):
+            names = [word for word in info.param_decls or () if word.startswith("--")]
+            return names[0] if names else f"--{name.replace('_', '-')}"
+    return name.upper()
