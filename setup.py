@@ -60,7 +60,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_hybrid*", "launchers*", "checkpoints_converter*"]),
-    package_data={"megatron_hybrid": ["py.typed", "presets/*.yaml"]},
+    package_data={"megatron_hybrid": ["py.typed", "presets/*.yaml", "config/*.txt"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megatron-hybrid=megatron_hybrid.cli:main"]},

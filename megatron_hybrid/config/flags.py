@@ -23,6 +23,7 @@ from megatron_hybrid.config.describe import (
     plain_type,
     unknown_field,
 )
+from megatron_hybrid.config.megatron_flags import meaning
 from megatron_hybrid.config.places import PLACE, read_place
 from megatron_hybrid.config.yaml_text import parse_yaml
 
@@ -150,9 +151,7 @@ def _take_flag(words: list[str], line: CommandLine) -> None:
     if name in megatron_fp8.FLAGS:
         _take_fp8_flag(name, inline, words, line)
     elif flag is None:
-        guess = nearest(name, flags())
-        hint = f"did you mean {guess}?" if guess else "`pretrain --help` lists the flags"
-        line.problems.append(f"{name} is not a flag; {hint}")
+        line.problems.append(_unknown_flag(name))
         while words and not _starts_something(words[0]):
             words.pop(0)
     elif not flag.takes_value:
@@ -171,6 +170,15 @@ def _take_flag(words: list[str], line: CommandLine) -> None:
         else:
             value = _read_blend(given) if several else read_value(flag.path, given[0])
             line.values.append((flag.path, value))
+
+
+def _unknown_flag(name: str) -> str:
+    """The sentence for what is no flag: its meaning if it is Megatron-LM's, else the nearest."""
+    if said := meaning(name):
+        return f"{name} of Megatron-LM is not taken; {said}"
+    guess = nearest(name, flags())
+    hint = f"did you mean {guess}?" if guess else "`pretrain --help` lists the flags"
+    return f"{name} is not a flag; {hint}"
 
 
 def _take_fp8_flag(name: str, inline: str | None, words: list[str], line: CommandLine) -> None:

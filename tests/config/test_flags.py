@@ -1,5 +1,7 @@
 """Flags and overrides: every one reads, and Megatron-LM's names reach the fields they mean."""
 
+import argparse
+import re
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
@@ -7,6 +9,8 @@ import pytest
 from megatron_hybrid.config import build_config, load_config, rules
 from megatron_hybrid.config.describe import allowed, fields, plain_type
 from megatron_hybrid.config.flags import flags, parse_command_line
+from megatron_hybrid.config.megatron_flags import explained, meaning
+from megatron_hybrid.config.megatron_fp8 import FLAGS
 from tests.config import GOOD
 
 # A value that fits each field whose type alone does not tell one.
@@ -209,6 +213,51 @@ def test_one_prefix_may_hold_blanks() -> None:
     """A prefix without a weight has weight 1."""
     config = load_config(["tiny", "data.data_path=my data/text"], which=rules.NO_FILES)
     assert config.data.data_path == ((1.0, "my data/text"),)
+
+
+def megatron_flags() -> set[str]:
+    """Every flag of the installed Megatron-LM's parser."""
+    arguments = pytest.importorskip("megatron.training.arguments")
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    arguments.add_megatron_arguments(parser)
+    names = {name for action in parser._actions for name in action.option_strings}
+    return {name.replace("_", "-") for name in names if name.startswith("--")}
+
+
+def test_every_flag_of_megatron_is_taken_or_explained() -> None:
+    """Each flag of Megatron-LM's parser sets a field, or has a sentence that says what to use or
+    why there is nothing; what is suggested exists; and no sentence is of a flag that is not."""
+    theirs = megatron_flags()
+    assert len(theirs) > 800
+    left = theirs - {*flags(), *FLAGS}
+    whole, beginnings = explained()
+    assert {name for name in left if meaning(name) is None} == set()
+    assert {f"--{name}" for name in whole} <= left
+    assert all(any(name.startswith(f"--{each}") for name in left) for each in beginnings)
+    for sentence in (*whole.values(), *beginnings.values()):
+        # Between backquotes are commands, with options of their own.
+        for flag in re.findall(r"--[a-z][a-z0-9-]+", "".join(sentence.split("`")[::2])):
+            assert flag in flags(), (flag, sentence)
+    for name in left:
+        problems = parse_command_line([name, "1"]).problems
+        assert problems == [f"{name} of Megatron-LM is not taken; {meaning(name)}"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "use"),
+    [
+        ("--rampup-batch-size 16 16 1000", "--batch-size-schedule"),
+        ("--num-layers 52", "--hybrid-layer-pattern"),
+        ("--lr-warmup-iters 10", "--lr-warmup-tokens"),
+        ("--override-opt_param-scheduler", "--restart-schedule"),
+        ("--muon-momentum 0.9", "AdamW"),
+    ],
+)
+def test_what_is_said_of_a_flag_that_is_not_taken(typed: str, use: str) -> None:
+    """The meaning, not what looks alike; its values are passed over."""
+    [problem] = parse_command_line(["tiny", *typed.split(), "--bf16"]).problems
+    assert use in problem
+    assert "did you mean" not in problem
 
 
 def test_megatron_script_reads_whole() -> None:
