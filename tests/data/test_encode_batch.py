@@ -3,9 +3,9 @@
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from megatron_hybrid.data.tokenizer import Tokenizer, build_tokenizer
 from tests.data.conftest import TEXTS
 from tests.data.tokenizer_files import FAST_KINDS, SLOW_KINDS, SPECIAL, save_kind
 
+# By kind, and whether special tokens in text become their ids.
+FastTokenizer = Callable[[str, bool], Tokenizer]
 PIECES = (
     *SPECIAL, "<s", "|im_start|", "im_start", "<mask>", " <mask>", "<r>", "<r>  ", "<tool_call>",
     "word", "words", "a word ", "Hello", "HELLO", "e\u0301", "é", "\u0301", "\u212b", "ﬁ", "½", "Ⅷ",
@@ -36,13 +38,20 @@ HARD_TEXT = st.one_of(
 )  # fmt: skip
 
 
-@cache
-def fast_tokenizer(kind: str, parse_special_tokens: bool) -> Tokenizer:
+@pytest.fixture(scope="module")
+def fast_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> FastTokenizer:
     """A tokenizer whose `encode_batch` is fastokens' and whose `encode` is tokenizers'."""
-    folder = save_kind(FAST_KINDS[kind](), Path(mkdtemp(prefix="kind-")))
-    tokenizer = build_tokenizer("huggingface", folder, parse_special_tokens=parse_special_tokens)
-    assert tokenizer.select_encoder("fastokens") == "fastokens"
-    return tokenizer
+
+    @cache
+    def of_kind(kind: str, parse_special_tokens: bool) -> Tokenizer:
+        folder = save_kind(FAST_KINDS[kind](), tmp_path_factory.mktemp("kind"))
+        tokenizer = build_tokenizer(
+            "huggingface", folder, parse_special_tokens=parse_special_tokens
+        )
+        assert tokenizer.select_encoder("fastokens") == "fastokens"
+        return tokenizer
+
+    return of_kind
 
 
 def assert_batch_is_exact(tokenizer: Tokenizer, texts: list[str]) -> None:
@@ -58,14 +67,14 @@ def assert_batch_is_exact(tokenizer: Tokenizer, texts: list[str]) -> None:
 @pytest.mark.parametrize("kind", FAST_KINDS)
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(texts=st.lists(HARD_TEXT, max_size=40))
-def test_fastokens_is_exact(kind: str, texts: list[str]) -> None:
+def test_fastokens_is_exact(fast_tokenizer: FastTokenizer, kind: str, texts: list[str]) -> None:
     """Unicode, white space, control and special-token text give tokenizers' ids, both ways."""
     assert_batch_is_exact(fast_tokenizer(kind, False), texts)
     assert_batch_is_exact(fast_tokenizer(kind, True), texts)
 
 
 @pytest.mark.parametrize("kind", FAST_KINDS)
-def test_long_texts(kind: str) -> None:
+def test_long_texts(fast_tokenizer: FastTokenizer, kind: str) -> None:
     """Texts beyond the lengths from which fastokens goes other ways inside are exact as well."""
     mixed = "".join(PIECES) * 400
     long = ["x" * 200_000, " " * 20_000, "\n" * 20_000, "ab1 " * 30_000, "東京" * 20_000, mixed]
