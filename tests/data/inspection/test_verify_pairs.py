@@ -234,7 +234,7 @@ BAD: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     ),
     "unreadable facts": (
         lambda prefix: folder_instead(facts_path(prefix)),
-        ["cannot read {prefix}.meta.json: Is a directory"],
+        ["{prefix}.meta.json cannot be read: Is a directory"],
     ),
 }
 
