@@ -17,6 +17,7 @@ from megatron_hybrid.checkpoint.saved_config import (
     refuse_other_model,
     saved_config,
 )
+from megatron_hybrid.checkpoint.saved_here import saved_here
 from megatron_hybrid.claim import claim_file
 from megatron_hybrid.config import RunConfig, validate
 from megatron_hybrid.config.rules.common import LENGTHS, values
@@ -152,6 +153,7 @@ def find_checkpoint(config: RunConfig) -> Origin:
     assert options.save is not None
     name = "checkpoint.load" if dense is None else "upcycling.from"
     start = options.load or dense
+    saved_here(options.save)  # that its list is damaged is said now, not when the run first saves
     own = checkpoint_files.latest_checkpoint(options.save)
     starts_elsewhere = start is not None and start.resolve() != options.save.resolve()
     if own is not None and starts_elsewhere:

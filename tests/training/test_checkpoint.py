@@ -150,8 +150,13 @@ def test_damage_is_refused(name: str, refusals: dict[str, str]) -> None:
 
 
 def small_files(folder: Path) -> list[Path]:
-    """All files of a checkpoint but the tensors'."""
+    """All files of a checkpoint but the tensors', and the list of those that the run saved.
+
+    Not the stamp, which says nothing but that it is the one in the list.
+    """
     found = sorted(path for path in folder.iterdir() if path.suffix != ".distcp")
+    found = [path for path in found if path.name != "stamp"]
+    found.append(folder.parent / "checkpoints.json")
     assert {"run_config.yaml", "integrity.json", "metadata.json"} <= {path.name for path in found}
     return found
 
@@ -165,7 +170,7 @@ def test_small_files_are_named(saved: Path, tmp_path: Path) -> None:
                 continue
             run_dir = tmp_path / f"{number}-{damage.__name__}"
             shutil.copytree(saved, run_dir / "checkpoints")
-            damaged = run_dir / "checkpoints" / "iter_0000004" / path.name
+            damaged = run_dir / "checkpoints" / path.relative_to(saved)
             damage(damaged)
             lines.append(words(run_dir, *([] if path.stem == "integrity" else [UNVERIFIED])))
             names.append(str(damaged))
@@ -452,7 +457,7 @@ def test_full_disk(background: str, tmp_path: Path) -> None:
         assert f"checkpoint.save={tmp_path}/checkpoints: step 9 could not be saved: " in text
         assert "rank 0: " in text
         assert len(text) < 500
-        assert left == ["iter_0000004", TRACKER]
+        assert left == ["checkpoints.json", "iter_0000004", TRACKER]
     assert run_distributed(outcomes, 2, [[*line, "training.train_iters=5"]])[0] == ["finished"]
     assert steps_of(tmp_path) == [1, 2, 3, 4, 5]
 
