@@ -26,6 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from launchers import slurm
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import file_errors
 from megatron_hybrid.json_text import parse_json
@@ -275,7 +276,7 @@ def _decode(data: bytes) -> Claim | None:
 
 
 def _new_claim(what: str) -> Claim:
-    job = os.environ.get("SLURM_JOB_ID", "")
+    job = slurm.job_name(os.environ)
     cluster = os.environ.get("SLURM_CLUSTER_NAME", "")
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
     pid = os.getpid()
