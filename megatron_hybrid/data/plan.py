@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from megatron_hybrid.config.phases import Phase
 from megatron_hybrid.data.batches import Span
 from megatron_hybrid.data.errors import DataError
-from megatron_hybrid.data.proportions import Proportions
+from megatron_hybrid.data.proportions import MAX_SLOTS, Proportions
 from megatron_hybrid.data.stream import PlannedSource, Position, Streams
 from megatron_hybrid.json_text import parse_json
 
@@ -219,6 +219,7 @@ class Plan:
                 for values in content["stretches"]
             )
             phases = tuple(Phase(**values) for values in content["phases"])
+            _refuse_what_no_plan_is(sources, stretches, len(phases))
             return cls(content["seed"], sources, phases, stretches)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(
@@ -287,6 +288,41 @@ def _advance(
     for number, taken in enumerate(stretch.taken(end_sample)):
         if taken:
             positions[number] = Position(stretch.seq_length, starts[number] + taken)
+
+
+def _refuse_what_no_plan_is(
+    sources: Sequence[PlannedSource], stretches: Sequence[Stretch], phases: int
+) -> None:
+    """Refuse numbers that contradict each other: nothing after this asks again.
+
+    Raises:
+        ValueError: naming the source or the stretch.
+    """
+    for source in sources:
+        region = (source.begin, source.end, source.tokens)
+        whole = all(type(value) is int for value in (*region, source.block_tokens))
+        if not whole or source.block_tokens < 1 or not 0 < source.fraction <= 1:
+            raise ValueError(f"source {source.name} has a number that cannot be")
+        if not 0 <= source.begin <= source.end <= source.tokens:
+            raise ValueError(f"source {source.name} has no such region {region}")
+    if not stretches:
+        raise ValueError("it has no stretches")
+    sample = 0
+    for number, stretch in enumerate(stretches):
+        place = (stretch.phase, stretch.first_sample, stretch.end_sample, stretch.seq_length)
+        if any(type(value) is not int or value < 0 for value in (*place, *stretch.counts)):
+            raise ValueError(f"stretch {number} has a number that is not whole, or below 0")
+        samples = stretch.end_sample - stretch.first_sample
+        if stretch.first_sample != sample or samples < 1 or stretch.seq_length < 1:
+            raise ValueError(f"stretch {number} does not follow on sample {sample}")
+        if not samples <= sum(stretch.counts) <= MAX_SLOTS:
+            raise ValueError(f"stretch {number} has samples of no source")
+        for source, count in zip(sources, stretch.counts, strict=True):
+            if count and not source.epoch_windows(stretch.seq_length):
+                raise ValueError(f"stretch {number} has samples of {source.name}, which has none")
+        sample = stretch.end_sample
+    if {stretch.phase for stretch in stretches} != set(range(phases)):
+        raise ValueError("a phase has no stretch")
 
 
 def _source_from(values: dict[str, Any]) -> PlannedSource:

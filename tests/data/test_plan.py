@@ -3,6 +3,7 @@ through text."""
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -257,3 +258,40 @@ def test_text_that_is_no_plan_is_refused(edit: Any) -> None:
         Plan.from_json(json.dumps(edit(json.loads(plan.to_json()))))
     with pytest.raises(DataError, match="not a data plan of version 1"):
         Plan.from_json(plan.to_json()[:-20])
+
+
+def _numbers(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every number in a JSON value."""
+    if isinstance(value, int | float):
+        yield path
+    elif isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _numbers(inner, (*path, key))
+
+
+def test_every_number_of_a_plan_may_be_wrong() -> None:
+    """Each one changed: refused as no plan, or a plan whose every sample lies in its source."""
+    phases = [
+        Phase("one", 0, 48, {"web": 1.0, "code": 2.0}, 8),
+        Phase("two", 48, 96, {"web": 1}, 8),
+    ]
+    sources = [source("web", 999, 8), source("code", 99, 8)]
+    content = json.loads(make_plan(phases, sources, [(0, 2)], 0).to_json())
+    paths = [path for path in _numbers(content) if path[0] in ("sources", "stretches")]
+    assert len(paths) > 15
+    for path in paths:
+        for wrong in (-1, 0, 1, 0.5, 10**6):
+            changed = json.loads(json.dumps(content))
+            inner = changed
+            for key in path[:-1]:
+                inner = inner[key]
+            inner[path[-1]] = wrong
+            try:
+                plan = Plan.from_json(json.dumps(changed))
+            except DataError:
+                continue
+            places = plan.locate(np.arange(plan.samples))
+            ends = np.array([each.end for each in plan.sources])[places.sources]
+            assert (places.offsets + places.seq_lengths < ends).all(), path
+            plan.consumed(plan.samples)
+            plan.table()
