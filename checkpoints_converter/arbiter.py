@@ -2,7 +2,8 @@
 
 Slow and obvious, one token after the other, written from the published formulas and sharing no code
 with the trainer or with transformers: when the two disagree, this says who is right. It knows the
-layers of `nemotron_h`: Mamba-2, attention without positions, squared-ReLU MLPs, experts.
+layers of `nemotron_h` and `mamba2`: Mamba-2, attention without positions, squared-ReLU MLPs and
+experts.
 
 Legend: h hidden size, l tokens, V vocabulary; Mamba-2: H heads of p channels, d = H p, G groups, n
 states, K taps of the convolution; attention: q query heads on k key/value heads of c channels; E
@@ -30,6 +31,14 @@ SYMBOLS = {
     "linear_attention": "M", "mamba": "M", "mamba2": "M", "full_attention": "*", "attention": "*",
     "mlp": "-", "moe": "E",
 }  # fmt: skip
+# Families that it knows, and what theirs is called in `nemotron_h`.
+FAMILIES: dict[str, dict[str, str]] = {
+    "nemotron_h": {},
+    "mamba2": {
+        "mamba_num_heads": "num_heads", "mamba_head_dim": "head_dim",
+        "ssm_state_size": "state_size",
+    },
+}  # fmt: skip
 
 
 class Trace(NamedTuple):
@@ -48,22 +57,21 @@ class Arbiter:
     """The model of an exported folder.
 
     Args:
-        folder: with `config.json` and `*.safetensors` of a `nemotron_h` model, small enough to be
+        folder: with `config.json` and `*.safetensors` of a model of `FAMILIES`, small enough to be
             in memory in float64.
+        dtype: of all arithmetic; in fp32 it shows what rounding does to this model.
 
     Raises:
         KeyError: a tensor or a field of the config is missing.
         ValueError: the model is of another type, or has biases where this knows none.
     """
 
-    def __init__(self, folder: Path) -> None:
-        config = read_json(folder / "config.json", ConversionError)
-        if config["model_type"] != "nemotron_h":
-            raise ValueError(f"model_type={config['model_type']!r} must be 'nemotron_h'")
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float64) -> None:
+        config = _as_nemotron_h(read_json(folder / "config.json", ConversionError))
         weights: Weights = {}
         for file in sorted(set((weight_map(folder) or {"": SINGLE_FILE}).values())):
             weights |= load_file(folder / file)
-        weights = {_plain_name(name): tensor.double() for name, tensor in weights.items()}
+        weights = {_plain_name(name): tensor.to(dtype) for name, tensor in weights.items()}
         biases = ("conv1d.bias", "dt_bias", "e_score_correction_bias")
         unknown = [name for name in weights if name.endswith("bias") and not name.endswith(biases)]
         if unknown:
@@ -89,8 +97,19 @@ class Arbiter:
                 after_layers.append(residual)
             residuals.append(torch.stack(after_layers))
             last = _rms_norm(residual, weights["norm_f.weight"], eps)
-            logits.append(weights["lm_head.weight"] @ last)
+            output = weights.get("lm_head.weight", weights["embeddings.weight"])
+            logits.append(output @ last)
         return Trace(torch.stack(residuals, dim=1), torch.stack(logits))
+
+
+def _as_nemotron_h(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json under the names of `nemotron_h`, whose layers the other families have, too."""
+    if config["model_type"] not in FAMILIES:
+        raise ValueError(f"model_type={config['model_type']!r} must be {' or '.join(FAMILIES)}")
+    names = FAMILIES[config["model_type"]]
+    if config["model_type"] == "mamba2":
+        config = config | {"hybrid_override_pattern": "M" * config["num_hidden_layers"]}
+    return config | {ours: config[theirs] for ours, theirs in names.items()}
 
 
 def pattern_of(config: dict[str, Any]) -> str:

@@ -1,24 +1,25 @@
 """Prove an export: our model of the checkpoint and transformers' of the exported folder agree.
 
 Compared are the residual stream after every block, the logits, the greedy continuations, and for
-small models both against the arbiter, which reads nothing but the exported files. All arithmetic is
-fp32 (the arbiter's is float64), also for a bf16 export: its numbers are exact in fp32, so that the
-same narrow tolerance holds, and bf16's own rounding cannot hide a mistake.
+small models both against the arbiter, which reads nothing but the exported files. Where it runs it
+judges: sides that differ by more than the tolerance agree all the same if both are about as near to
+it as its own formulas in fp32; if not, it says which side is off. All arithmetic is fp32 (the
+arbiter's is float64), also for a bf16 export: its numbers are exact in fp32, so that the same
+narrow tolerance holds, and bf16's own rounding cannot hide a mistake.
 """
 
 from collections.abc import Sequence
-from math import isnan
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from checkpoints_converter import releases
-from checkpoints_converter.arbiter import Arbiter
+from checkpoints_converter.arbiter import FAMILIES
+from checkpoints_converter.comparison import Comparison, grown
 from checkpoints_converter.errors import ConversionError
 from checkpoints_converter.registry import family
-from checkpoints_converter.verify_report import Report, Row, Text
+from checkpoints_converter.verify_report import Report, Text
 from checkpoints_converter.verify_sides import (
     Answer,
     Prompt,
@@ -30,7 +31,7 @@ from checkpoints_converter.verify_sides import (
 from megatron_hybrid.checkpoint.reader import CheckpointReader, find_checkpoint
 from megatron_hybrid.checkpoint.source_model import source_config
 from megatron_hybrid.config import RunConfig
-from megatron_hybrid.config.pattern import KINDS, parse_pattern
+from megatron_hybrid.config.pattern import parse_pattern
 from megatron_hybrid.config.sections import ParallelConfig, PrecisionConfig
 from megatron_hybrid.data.tokenizer import (
     NullTokenizer,
@@ -43,9 +44,8 @@ from megatron_hybrid.small_files import read_json
 
 BUILT_IN_PROMPTS = ("The capital of France is", "def fibonacci(n):\n    ")
 # fp32 rounding: between transformers' own cached and uncached logits it is up to 4e-6 in models of
-# a few layers. Each layer adds its own, which add up as a random walk does.
+# a few layers.
 TOLERANCE = 1e-5
-TOLERANCE_LAYERS = 8
 # Both sides round alike in most places, so that they are nearer to each other than to the truth.
 ARBITER_TOLERANCES = 10
 ARBITER_PARAMETERS = 20_000_000  # it is slow, and in float64
@@ -91,15 +91,21 @@ def verify(
     ours = our_answers(folder, config, tokenizer, exported, asked, max_new_tokens)
     theirs = their_answers(export, asked, max_new_tokens, tokenizer.eod)
     pattern = parse_pattern(config.model.hybrid_layer_pattern).layers
-    at_the_end = _tolerance(tolerance, len(pattern))
+    at_the_end = grown(tolerance, len(pattern))
     lengths = _comparable(asked, ours, at_the_end)
-    report.rows += _compare(pattern, lengths, ours, theirs, tolerance)
+    report.arbiter_left_out = _why_no_arbiter(export, hf_config)
+    comparison = Comparison(pattern, asked, lengths, ours, theirs)
+    if report.arbiter_left_out is None:
+        comparison.ask_arbiter(export)
+    report.rows += comparison.rows(tolerance)
+    logits = report.rows[-1]
+    if logits.judgement is not None:
+        allowed = max(ARBITER_TOLERANCES * at_the_end, logits.judgement.allowed)
+        report.rows += comparison.rows_of_sides(allowed)
+    if logits.passed:
+        at_the_end = max(at_the_end, logits.relative)
     for prompt, our, their in zip(asked, ours, theirs, strict=True):
         report.texts.append(_compare_texts(prompt, our, their, tokenizer, at_the_end))
-    report.arbiter_left_out = _why_no_arbiter(export, hf_config)
-    if report.arbiter_left_out is None:
-        report.rows += _judge(export, asked, lengths, {"ours": ours, "transformers'": theirs},
-                              ARBITER_TOLERANCES * at_the_end)  # fmt: skip
     return report
 
 
@@ -172,18 +178,6 @@ def _tokenizer_problems(
     return problems
 
 
-def _row(part: str, kind: str, pairs: Sequence[tuple[Tensor, Tensor]], tolerance: float) -> Row:
-    """The largest differences of pairs of tensors, relative to the first one's deviation."""
-    differences = [(a.double() - b.double()).abs().max().item() for a, b in pairs]
-    relative = [
-        difference / a.double().std().item()
-        for difference, (a, _) in zip(differences, pairs, strict=True)
-    ]
-    # One that is no number is the worst.
-    worst = max(range(len(pairs)), key=lambda i: (isnan(relative[i]), relative[i]))
-    return Row(part, kind, differences[worst], relative[worst], tolerance)
-
-
 def _comparable(prompts: Sequence[Prompt], ours: Sequence[Answer], tolerance: float) -> list[int]:
     """How many tokens of each prompt can be compared: those before a tie between two experts."""
     lengths = []
@@ -191,40 +185,6 @@ def _comparable(prompts: Sequence[Prompt], ours: Sequence[Answer], tolerance: fl
         ties = (our.router_margins[: len(prompt.tokens)] <= tolerance).nonzero()
         lengths.append(int(ties[0]) if len(ties) else len(prompt.tokens))
     return lengths
-
-
-def _compare(
-    pattern: str,
-    lengths: Sequence[int],
-    ours: Sequence[Answer],
-    theirs: Sequence[Answer],
-    tolerance: float,
-) -> list[Row]:
-    """A row for each of their blocks, which are one or two layers of ours, and for the logits."""
-    blocks = len(theirs[0].residuals)
-    layers, rest = divmod(len(pattern), blocks)
-    if rest:
-        raise ConversionError(
-            f"transformers' model has {blocks} layers, ours {len(pattern)} ({pattern})"
-        )
-    both = [each for each in zip(lengths, ours, theirs, strict=True) if each[0] > 1]
-    rows = []
-    for block in range(blocks):
-        last = (block + 1) * layers - 1
-        kinds = ", ".join(KINDS[symbol] for symbol in pattern[block * layers : last + 1])
-        pairs = [
-            (our.residuals[last][:length], their.residuals[block][:length])
-            for length, our, their in both
-        ]
-        allowed = _tolerance(tolerance, last + 1)
-        rows.append(_row(f"layer {block}", kinds, pairs, allowed))
-    pairs = [(our.logits[:length], their.logits[:length]) for length, our, their in both]
-    return [*rows, _row("logits", "output layer", pairs, _tolerance(tolerance, len(pattern)))]
-
-
-def _tolerance(tolerance: float, layers: int) -> float:
-    """After so many layers."""
-    return tolerance * max(1.0, layers / TOLERANCE_LAYERS) ** 0.5
 
 
 def _compare_texts(
@@ -248,30 +208,8 @@ def _compare_texts(
 
 def _why_no_arbiter(export: Path, hf_config: dict[str, Any]) -> str | None:
     size = sum(path.stat().st_size for path in export.glob("*.safetensors"))
-    if hf_config["model_type"] != "nemotron_h":
+    if hf_config["model_type"] not in FAMILIES:
         return f"it does not know {hf_config['model_type']}"
     if size > 4 * ARBITER_PARAMETERS:
         return f"{size / 1e6:,.0f} MB are too many for it"
     return None
-
-
-def _judge(
-    export: Path,
-    prompts: Sequence[Prompt],
-    lengths: Sequence[int],
-    sides: dict[str, list[Answer]],
-    tolerance: float,
-) -> list[Row]:
-    """A row for each side: its logits against the arbiter's."""
-    arbiter = Arbiter(export)
-    judged = [
-        arbiter.trace(prompt.tokens[:length]).logits
-        for prompt, length in zip(prompts, lengths, strict=True)
-        if length > 1
-    ]
-    rows = []
-    for name, answers in sides.items():
-        logits = [a.logits[:n] for a, n in zip(answers, lengths, strict=True) if n > 1]
-        pairs = list(zip(judged, logits, strict=True))
-        rows.append(_row(f"{name} logits", "against the float64 arbiter", pairs, tolerance))
-    return rows

@@ -8,6 +8,24 @@ from rich.table import Table
 
 
 @dataclass(frozen=True)
+class Judgement:
+    """How far the sides are from the arbiter at one place, in deviations, over all prompts.
+
+    Attributes:
+        sides: name of a side -> its distance.
+        allowed: of each; at least what rounding to fp32 makes of this very model.
+    """
+
+    sides: dict[str, float]
+    allowed: float
+
+    @property
+    def off(self) -> tuple[str, ...]:
+        """Sides that are farther than rounding takes them; one that is no number is."""
+        return tuple(name for name, distance in self.sides.items() if not distance <= self.allowed)
+
+
+@dataclass(frozen=True)
 class Row:
     """One place of the two models.
 
@@ -16,6 +34,7 @@ class Row:
         difference: largest absolute difference, over all prompts.
         relative: largest of a prompt's difference over its standard deviation there.
         allowed: of `relative`.
+        judgement: the arbiter's; None where it was left out.
     """
 
     part: str
@@ -23,11 +42,26 @@ class Row:
     difference: float
     relative: float
     allowed: float
+    judgement: Judgement | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is allowed; one that is no number is not."""
-        return self.relative <= self.allowed
+        """Whether the difference is allowed, or is what rounding makes of this model.
+
+        One that is no number is not.
+        """
+        if self.relative <= self.allowed:
+            return True
+        return self.judgement is not None and not self.judgement.off
+
+    @property
+    def verdict(self) -> str:
+        """In a few words: "ok", "rounding", or "differs" and whose fault it is."""
+        if self.passed:
+            return "ok" if self.relative <= self.allowed else "rounding"
+        if self.judgement is None:
+            return "differs"
+        return f"{' and '.join(self.judgement.off)} off"
 
 
 @dataclass(frozen=True)
@@ -66,6 +100,15 @@ class Report:
         return next((f"{row.part} ({row.kind})" for row in self.rows if not row.passed), None)
 
     @property
+    def blame(self) -> str | None:
+        """Which side is off where the first difference is, and how far each is from the arbiter."""
+        row = next((row for row in self.rows if not row.passed), None)
+        if row is None or row.judgement is None:
+            return None
+        distances = ", ".join(f"{name} {far:.1e}" for name, far in row.judgement.sides.items())
+        return f"{row.verdict} (deviations from float64: {distances})"
+
+    @property
     def passed(self) -> bool:
         """Whether everything agrees."""
         texts = all(text.verdict != "different" for text in self.texts)
@@ -73,8 +116,9 @@ class Report:
 
     def to_json(self) -> str:
         """Everything, as text."""
-        outcome = {"passed": self.passed, "first_difference": self.first_difference}
-        rows = [asdict(row) | {"passed": row.passed} for row in self.rows]
+        outcome = {"passed": self.passed, "first_difference": self.first_difference,
+                   "blame": self.blame}  # fmt: skip
+        rows = [asdict(row) | {"passed": row.passed, "verdict": row.verdict} for row in self.rows]
         return json.dumps(outcome | asdict(self) | {"rows": rows}, indent=1)
 
 
@@ -84,7 +128,7 @@ def print_report(report: Report, console: Console) -> None:
     for title in ("largest difference", "of the deviation", "allowed", ""):
         table.add_column(title, justify="right")
     for row in report.rows:
-        mark = "[green]ok[/]" if row.passed else "[red]differs[/]"
+        mark = f"[{'green' if row.passed else 'red'}]{row.verdict}[/]"
         table.add_row(
             row.part, row.kind, f"{row.difference:.2e}", f"{row.relative:.2e}",
             f"{row.allowed:.1e}", mark, end_section=row.part == "logits",
@@ -103,5 +147,6 @@ def print_report(report: Report, console: Console) -> None:
     if report.passed:
         console.print("[green]the same[/]")
     else:
-        first = report.first_difference
-        console.print(f"[red]different[/]{f': first {first}' if first else ''}")
+        first = f": first {report.first_difference}" if report.first_difference else ""
+        blame = f"; {report.blame}" if report.blame else ""
+        console.print(f"[red]different[/]{first}{blame}")
