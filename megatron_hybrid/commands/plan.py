@@ -1,6 +1,7 @@
 """`megatron-hybrid plan`: memory and time of a run on a cluster, before it runs."""
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,11 +15,16 @@ if TYPE_CHECKING:
     from megatron_hybrid.planner.costs import Costs
     from megatron_hybrid.planner.hardware import Gpu
 
+FILE_COLUMNS = 160  # of a table that goes to no terminal
+UNNEEDED = {"optimizer": {"lr": 1e-4}}  # a run needs it, its plan does not go by it
+
 
 def plan(
     context: typer.Context,
     gpus: Annotated[int, typer.Option(min=1, max=MOST_GPUS, help="how many GPUs")],
-    gpu: Annotated[str, typer.Option(help="their kind: h100, h200, b200, a100, a10g")] = "h100",
+    gpu: Annotated[
+        str, typer.Option(help="their kind: h100, h200, b200, b300, gb200, gb300, a100, a10g")
+    ] = "h100",
     search: Annotated[
         bool, typer.Option("--search", help="the fastest layouts that fit, with reasons")
     ] = False,
@@ -35,7 +41,9 @@ def plan(
     context_tokens: Annotated[
         int | None, typer.Option(min=1, help="also the memory to generate at this length")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="with --context-tokens: sequences")] = 1,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="with --context-tokens: sequences; default 1")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="draw memory by stage into this PNG")
     ] = None,
@@ -43,8 +51,8 @@ def plan(
 ) -> None:
     """Plan a run: `plan PRESET|FILE.yaml --gpus 512 [section.field=value | --flag value]...`.
 
-    Memory by pipeline stage, a step's time and what it goes for, by data sheets: the program's GPU
-    path has not been timed. Ends with 1 if the run does not fit.
+    Memory by pipeline stage, a step's time and what it goes for, by data sheets and constants that
+    were calibrated on published runs of others. Ends with 1 if the run does not fit.
     """
     from rich.console import Console
 
@@ -58,7 +66,11 @@ def plan(
         raise typer.BadParameter("only with --balance", param_hint="--costs, --measure")
     if costs and measure:
         raise typer.BadParameter("one or the other", param_hint="--costs, --measure")
+    if batch is not None and context_tokens is None:
+        raise typer.BadParameter("only with --context-tokens", param_hint="--batch")
     kind, console = GPUS[gpu], Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = FILE_COLUMNS
     config = _config(context.args, gpus, checked=not search)
     if search:
         from rich.progress import Progress
@@ -78,7 +90,7 @@ def plan(
         config = offers[0].config
     if balance:
         config = _balanced(config, gpus, kind, costs, measure=measure, quiet=as_json)
-    report = Report.of(config, gpus, kind, context_tokens, batch)
+    report = Report.of(config, gpus, kind, context_tokens, batch or 1)
     if as_json and not search:
         print(json.dumps(report.to_dict(), indent=1))
     elif not as_json:
@@ -99,9 +111,11 @@ def _config(words: list[str], gpus: int, *, checked: bool) -> "RunConfig":
     from megatron_hybrid.model.counts import count_parameters
 
     if checked:
-        config = load_config(words, which=rules.NO_FILES, world_size=gpus, has_cuda=True)
+        config = load_config(
+            words, which=rules.NO_FILES, world_size=gpus, has_cuda=True, stand_in=UNNEEDED
+        )
     else:
-        config = load_config(words, which=rules.NO_FILES)
+        config = load_config(words, which=rules.NO_FILES, stand_in=UNNEEDED)
     count_parameters(config.model)  # says what is missing for it
     return config
 
@@ -113,6 +127,7 @@ def _balanced(
     from megatron_hybrid.config.pattern import parse_pattern
     from megatron_hybrid.errors import UserError
     from megatron_hybrid.planner.balance import Balancer
+    from megatron_hybrid.planner.layer_time import Rank
     from megatron_hybrid.planner.layout import layout_of
     from megatron_hybrid.planner.step_time import transfer_seconds
 
@@ -123,7 +138,7 @@ def _balanced(
         )
     layers = parse_pattern(config.model.hybrid_layer_pattern).layers
     found = _costs(config, gpus, gpu, path, layers, measure=measure)
-    transfer = 0.0 if path or measure else 1e3 * transfer_seconds(config, layout, gpu)
+    transfer = 0.0 if path or measure else 1e3 * transfer_seconds(Rank(config, layout, gpu))
     balancer = Balancer(layers, found, layout.pp, layout.vpp, layout.micro_batches, transfer)
     best = balancer.best()
     if not quiet:

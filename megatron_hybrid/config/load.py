@@ -220,6 +220,7 @@ def load_config(
     world_size: int | None = None,
     has_cuda: bool | None = None,
     base: Values | None = None,
+    stand_in: Mapping[str, Any] | None = None,
 ) -> RunConfig:
     """Make a config from command-line words.
 
@@ -231,6 +232,8 @@ def load_config(
         world_size: ranks that will run, if known.
         has_cuda: whether they have GPUs, if known.
         base: what the words change, in place of a preset or file that they would name.
+        stand_in: values of required fields that the command does not go by, where nothing sets
+            them.
 
     Raises:
         ConfigError: every problem in what was typed, read and made of it.
@@ -248,6 +251,8 @@ def load_config(
         raise ConfigError([*problems, *(text for text in found if not text.startswith(unset))])
     typed.pop("preset", None)
     values = merge(_forget_following(layers.values), typed)
+    if stand_in is not None:
+        values = merge(stand_in, values)
     for path, value in inside.items():
         *outer, last = read_place(path)
         for other in REPLACED_INSIDE.get(last, ()) if value is not None else ():

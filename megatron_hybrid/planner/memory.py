@@ -11,6 +11,7 @@ from megatron_hybrid.planner.activations import (
     layer_input,
     output_activations,
 )
+from megatron_hybrid.planner.layer_time import Features
 from megatron_hybrid.planner.layout import Layout, layout_of
 from megatron_hybrid.planner.parameters import stage_parameters
 from megatron_hybrid.planner.schedule import chunks_in_flight
@@ -49,17 +50,23 @@ class StageMemory:
 PARTS = ("parameters", "gradients", "optimizer_state", "activations", "logits", "communication")
 
 
-def rank_memory(config: RunConfig, world_size: int, *, fused: bool) -> tuple[StageMemory, ...]:
+def rank_memory(
+    config: RunConfig, world_size: int, *, fused: bool, features: Features | None = None
+) -> tuple[StageMemory, ...]:
     """The memory of each stage of a valid config on `world_size` ranks.
 
     Args:
         fused: on the transformer_engine backend; else on torch's.
+        features: of a run that is not ours; null: what the config says.
     """
     layout = layout_of(config, world_size)
-    return tuple(_stage(config, layout, stage, fused=fused) for stage in range(layout.pp))
+    features = features or Features.of(config)
+    return tuple(_stage(config, layout, stage, features, fused=fused) for stage in range(layout.pp))
 
 
-def _stage(config: RunConfig, layout: Layout, stage: int, *, fused: bool) -> StageMemory:
+def _stage(
+    config: RunConfig, layout: Layout, stage: int, features: Features, *, fused: bool
+) -> StageMemory:
     model, precision = config.model, config.precision
     number = 4 if precision.weights == "fp32" else 2
     held = stage_parameters(model, layout, stage)
@@ -69,13 +76,13 @@ def _stage(config: RunConfig, layout: Layout, stage: int, *, fused: bool) -> Sta
     # Main parameters of 16-bit ones, and two moments, each divided over those that share them.
     shared = held.dense * (master + 8) + held.fp32 * 8
     optimizer = shared // layout.shards + held.expert * (master + 8) // layout.expert_shards
-    activations, logits = _activations(config, layout, stage, number=number, fused=fused)
+    activations, logits = _activations(config, layout, stage, features, number=number, fused=fused)
     return StageMemory(
         stage=stage,
         layers=layout.stage_chunks(stage),
         parameter_count=held.total,
         parameters=weights * (held.dense + held.expert) + 4 * held.fp32,
-        gradients=4 * held.total,
+        gradients=features.gradient_bytes * held.total,
         optimizer_state=optimizer,
         activations=activations,
         logits=logits,
@@ -84,7 +91,7 @@ def _stage(config: RunConfig, layout: Layout, stage: int, *, fused: bool) -> Sta
 
 
 def _activations(
-    config: RunConfig, layout: Layout, stage: int, *, number: int, fused: bool
+    config: RunConfig, layout: Layout, stage: int, features: Features, *, number: int, fused: bool
 ) -> tuple[int, int]:
     """Of the layers, and of the loss.
 
@@ -93,7 +100,7 @@ def _activations(
     model = config.model
     kept, again = [], [0]
     for index, chunk in enumerate(layout.stage_chunks(stage)):
-        of_chunk, made_again = _chunk(config, layout, chunk, number=number, fused=fused)
+        of_chunk, made_again = _chunk(config, layout, chunk, features, number=number, fused=fused)
         if stage == index == 0:
             of_chunk += dropout_mask(model, layout, number_bytes=number, fused=fused)
         kept.append(of_chunk)
@@ -107,7 +114,7 @@ def _activations(
 
 
 def _chunk(
-    config: RunConfig, layout: Layout, chunk: str, *, number: int, fused: bool
+    config: RunConfig, layout: Layout, chunk: str, features: Features, *, number: int, fused: bool
 ) -> tuple[int, int]:
     """What a forward pass of a chunk keeps, and what is made again at a time in the backward."""
     training = config.training
@@ -128,6 +135,10 @@ def _chunk(
         return [of_kind[kind] for kind in chunk]
 
     whole = sizes(selective=False)
+    if "moe" in features.recompute:
+        again = layer_input(config.model, layout, number_bytes=number)
+        kept = [again if kind == MOE else size for kind, size in zip(chunk, whole, strict=True)]
+        return sum(kept), max(one - two for one, two in zip(whole, kept, strict=True))
     if training.recompute_granularity is None:
         return sum(whole), 0
     if training.recompute_granularity == "selective":

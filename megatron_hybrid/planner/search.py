@@ -13,9 +13,10 @@ from megatron_hybrid.errors import ConfigError, UserError
 from megatron_hybrid.planner.balance import Balancer
 from megatron_hybrid.planner.costs import EMBEDDING, OUTPUT, Cost, Costs
 from megatron_hybrid.planner.hardware import RESERVE_GIB, Gpu
+from megatron_hybrid.planner.layer_time import Rank
 from megatron_hybrid.planner.layout import layout_of
 from megatron_hybrid.planner.memory import StageMemory, rank_memory
-from megatron_hybrid.planner.step_time import Rank, StepTime, step_time
+from megatron_hybrid.planner.step_time import StepTime, step_time
 
 GIB = 2**30
 PIPELINES, CHUNKS, MICRO_BATCHES = (1, 2, 4, 8, 16), (1, 2, 3, 4), (1, 2, 4)

@@ -30,7 +30,7 @@ def test_tables_and_picture(tmp_path: Path) -> None:
     )  # fmt: skip
     for part in (
         "8.10B parameters on 64 x h100", "fits,", "matrix products", "tokens/s", "MFU",
-        "pipeline bubble", "to generate on one h100", "not been held against a run",
+        "pipeline bubble", "to generate on one h100", "published runs of hybrid models",
     ):  # fmt: skip
         assert part in text
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -72,6 +72,39 @@ def test_measured_costs() -> None:
     assert "balanced  bubble" in text
 
 
+def test_asks_only_for_what_it_goes_by(tmp_path: Path) -> None:
+    """A model and a layout are enough: no learning rate, which no plan depends on."""
+    path = tmp_path / "model.yaml"
+    path.write_text(
+        "model: {hybrid_layer_pattern: '*-*-|*-*-', hidden_size: 64, num_attention_heads: 4, "
+        "vocab_size: 256}\ndata: {tokenizer_type: 'null', seq_length: 128}\n"
+        "training: {global_batch_size: 8, train_iters: 1}\n"
+        "parallel: {pipeline_model_parallel_size: 2}\n"
+    )
+    text = plan(str(path), "--gpus", "2")
+    assert "fits," in text
+    assert "published runs of dense models" in text
+    assert "-0.0%" not in text
+    done = CliRunner().invoke(app, ["counts", str(path)])
+    assert done.exit_code == 0, done.output
+
+
+def test_columns_stay_in_a_file() -> None:
+    """Without a terminal no header is cut, with twenty segments a stage either."""
+    words = ["parallel.pipeline_model_parallel_size=2", "training.global_batch_size=8"]
+    pattern = "|".join(["M-"] * 40)
+    done = CliRunner().invoke(
+        app, ["plan", *MODEL, "--gpus", "2", *words, f"model.hybrid_layer_pattern={pattern}",
+              "parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false"],
+        env={"COLUMNS": None},
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    [header] = [line for line in lines if "optimizer state" in line]
+    assert header.split()[-2:] == ["total", "GiB"]
+    stages = [line for line in lines if "(40 in 20 segments)" in line]
+    assert [line.split()[0] for line in stages] == ["0", "1"]
+
+
 def test_json() -> None:
     """The layouts of a search, for programs."""
     found = json.loads(plan(*MODEL, "--gpus", "8", "--search", "--top", "2", "--json"))
@@ -89,5 +122,8 @@ def test_mistakes() -> None:
         plan(*MODEL, "--gpus", "6", "parallel.pipeline_model_parallel_size=4")
     with pytest.raises(ConfigError, match=r"model.vocab_size"):
         plan("tiny", "data.tokenizer_type=null", "--gpus", "4")
+    done = CliRunner().invoke(app, ["plan", *MODEL, "--gpus", "8", "--batch", "2"])
+    assert done.exit_code == 2
+    assert "only with --context-tokens" in done.output
     with pytest.raises(UserError, match=r"--balance needs parallel.pipeline_model_parallel"):
         plan(*MODEL, "--gpus", "8", "--balance")

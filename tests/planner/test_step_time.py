@@ -4,12 +4,14 @@ import pytest
 
 from megatron_hybrid.config import RunConfig, load_config, rules
 from megatron_hybrid.model.counts import flops_per_token
-from megatron_hybrid.planner.hardware import GPUS, MATRIX_SHARE, Gpu
+from megatron_hybrid.planner.hardware import GPUS, SHARES, Gpu
+from megatron_hybrid.planner.layer_time import Rank
 from megatron_hybrid.planner.layout import layout_of
 from megatron_hybrid.planner.schedule import simulate
 from megatron_hybrid.planner.step_time import StepTime, chunk_work, step_time, transfer_seconds
 
 H100 = GPUS["h100"]
+BF16_SHARE = SHARES.products["hopper", "bf16"]
 
 
 def run(*more: str, gpus: int = 64, preset: str = "nemotron_h_8b") -> RunConfig:
@@ -42,18 +44,19 @@ def test_parts_are_the_step(more: list[str]) -> None:
     found = planned(*more)
     assert sum(found.parts.values()) == pytest.approx(found.seconds)
     assert min(found.parts.values()) >= -1e-9
-    assert 0.2 < found.mfu < MATRIX_SHARE["bf16"]
+    assert 0.2 < found.mfu < BF16_SHARE
     assert found.tokens == 768 * 8192
 
 
 def test_products_are_the_models() -> None:
-    """The time of matrix products is that of the model's FLOPs, but for attention and the scan."""
+    """The time of matrix products is that of the model's FLOPs, but for attention and the scan,
+    and of the operands and results that are moved beside them.
+    """
     config = run()
     flops = flops_per_token(config.model, 8192)
-    rate = H100.bf16_tflops * 1e12 * MATRIX_SHARE["bf16"] * 64
-    found = planned().parts["matrix products"] * rate / (768 * 8192)
-    assert found == pytest.approx(flops.total, rel=0.05)
-    assert found < flops.total
+    rate = H100.bf16_tflops * 1e12 * BF16_SHARE * 64
+    seconds = flops.total * 768 * 8192 / rate
+    assert 1.0 < planned().parts["matrix products"] / seconds < 1.2
 
 
 def test_what_costs_time() -> None:
@@ -81,9 +84,10 @@ def test_many_micro_batches(micro_batches: int) -> None:
     size = f"training.global_batch_size={micro_batches}"
     config = run("parallel.pipeline_model_parallel_size=4", size, gpus=4)
     layout = layout_of(config, 4)
-    work = chunk_work(config, layout, H100)
+    rank = Rank(config, layout, H100)
+    work = chunk_work(rank)
     costs = [[each.seconds for each in passes] for passes in zip(*work, strict=True)]
-    transfer = transfer_seconds(config, layout, H100)
+    transfer = transfer_seconds(rank)
     whole = simulate(*costs, 4, micro_batches, transfer=transfer).seconds
     found = step_time(config, 4, H100)
     rest = found.parts["gradients and parameters"] + found.parts["optimizer"]
@@ -96,8 +100,10 @@ def test_end_layers_in_bf16_are_slower() -> None:
                  "training.global_batch_size=768", gpus=416)  # fmt: skip
     layout = layout_of(config, 416)
     assert all(len(chunk) == 2 for chunk in layout.chunks)
-    work = chunk_work(config, layout, H100)
-    plain = chunk_work(run("parallel.pipeline_model_parallel_size=26", gpus=416), layout, H100)
+    rank = Rank(config, layout, H100)
+    work = chunk_work(rank)
+    other = run("parallel.pipeline_model_parallel_size=26", gpus=416)
+    plain = chunk_work(Rank(other, layout, H100))
     assert layout.chunks[0] == layout.chunks[1] == "M-"
     assert work[0][0].products == pytest.approx(plain[0][0].products)
     assert work[1][0].products < 0.8 * plain[1][0].products
