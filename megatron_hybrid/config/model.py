@@ -74,7 +74,8 @@ class ModelConfig(Section):
         default=None, description="tokens in the vocabulary before padding; null: the tokenizer's"
     )
     make_vocab_size_divisible_by: Positive = Field(
-        default=128, description="the vocabulary is padded to a multiple of this"
+        default=128,
+        description="the vocabulary is padded to a multiple of this; padding takes part in nothing",
     )
     untie_embeddings_and_output_weights: bool = Field(
         default=True, description="the output layer has weights of its own"

@@ -10,6 +10,7 @@ from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.pattern import parse_pattern
 from megatron_hybrid.config.phases import sequence_lengths
 from megatron_hybrid.layers.router import TopKRouter
+from megatron_hybrid.layers.vocabulary import draw_vocabulary, leave_out_padding
 from megatron_hybrid.model.float8 import emulate_float8
 from megatron_hybrid.model.specs import hybrid_stack_spec, layer_classes
 
@@ -32,13 +33,14 @@ def build_model(
     pp_group = parallel_state.get_pipeline_model_parallel_group()
     pattern = parse_pattern(model.hybrid_layer_pattern)
     last_chunk = (parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1) - 1
-    assert model.padded_vocab_size is not None, (
+    words, rows = model.vocab_size, model.padded_vocab_size
+    assert words is not None and rows is not None, (
         "resolved from the tokenizer before the model is built"
     )
-    return layer_classes(backend).model(
+    built = layer_classes(backend).model(
         config=engine_config,
         hybrid_stack_spec=hybrid_stack_spec(backend),
-        vocab_size=model.padded_vocab_size,
+        vocab_size=rows,
         max_sequence_length=max(sequence_lengths(config)),
         hybrid_layer_pattern=pattern.engine_text(pp_group.size()),
         pre_process=pp_group.rank() == 0 and vp_stage in (None, 0),
@@ -49,6 +51,15 @@ def build_model(
         rotary_base=model.rotary_base,
         vp_stage=vp_stage,
     )
+    if built.post_process:
+        leave_out_padding(built.output_layer, words)
+        if model.untie_embeddings_and_output_weights and engine_config.perform_initialization:
+            # The engine draws it as it draws the weights of layers.
+            draw = draw_vocabulary(
+                config.training.seed, "output_layer", words, model.init_method_std
+            )
+            draw(built.output_layer.weight)
+    return built
 
 
 def build_model_chunks(

@@ -120,6 +120,11 @@ SERVED: dict[str, Served] = {
         f"{_CORE}.tensor_parallel.layers:ColumnParallelLinear",
         "model",
     ),
+    "padding_of_logits": Served(
+        f"{_OURS}.layers.vocabulary:leave_out_padding",
+        f"{_OURS}.layers.vocabulary:leave_out_padding",
+        "build_model, on the output layer",
+    ),
     "cross_entropy": Served(
         f"{_OURS}.layers.cross_entropy:vocab_parallel_cross_entropy",
         f"{_CORE}.tensor_parallel.cross_entropy:vocab_parallel_cross_entropy",

@@ -12,6 +12,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.pattern import MOE, parse_pattern
 from megatron_hybrid.config.precision import AMAX_HISTORY, FLOAT8_RECIPES
+from megatron_hybrid.layers.vocabulary import draw_vocabulary
 from megatron_hybrid.ops.squared_relu import squared_relu
 
 # name -> (function, gated)
@@ -102,6 +103,10 @@ def transformer_config(config: RunConfig, backend: str, device: torch.device) ->
         arguments |= {"moe_router_dtype": "fp32", "moe_grouped_gemm": on_transformer_engine}
     arguments |= {name: getattr(parallel, name) for name in PARALLEL_FIELDS}
     arguments |= {name: getattr(config.training, name) for name in RECOMPUTE_FIELDS}
+    if model.vocab_size is not None:
+        arguments["embedding_init_method"] = draw_vocabulary(
+            config.training.seed, "embedding", model.vocab_size, model.init_method_std
+        )
     return TransformerConfig(
         **arguments,
         num_layers=pattern.num_layers,

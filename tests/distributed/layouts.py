@@ -19,7 +19,7 @@ from megatron_hybrid.data.packing import pack_documents
 STEPS = 3
 SEQ_LENGTH = 64
 GLOBAL_BATCH_SIZE = 4
-VOCAB_SIZE = 96
+VOCAB_SIZE = 75  # of 96 rows
 LABELS = 3
 EOD = 0
 DENSE = "M-M*-M*-"
