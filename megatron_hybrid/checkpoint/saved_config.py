@@ -14,7 +14,8 @@ from megatron_hybrid.errors import UserError
 from megatron_hybrid.small_files import naming
 
 # What decides which tensors a model has, and of which shapes. Vocabularies padded to the same rows
-# are alike here; which words they hold is for the tokenizers to say.
+# are alike here, which words they hold is for the tokenizers to say; of the same words, they are
+# the same model however they are padded.
 SHAPE_FIELDS = (
     "hybrid_layer_pattern", "hidden_size", "ffn_hidden_size", "activation", "add_bias_linear",
     "num_attention_heads", "num_query_groups", "kv_channels",
@@ -56,7 +57,8 @@ def refuse_other_model(folder: Path, model: ModelConfig, saved: ModelConfig) -> 
     differences = [
         f"  - model.{name}={ours!r}, in the checkpoint {theirs!r}"
         for name in SHAPE_FIELDS
-        if (ours := _shape_value(model, name)) != (theirs := _shape_value(saved, name))
+        if not (name == "padded_vocab_size" and model.vocab_size == saved.vocab_size)
+        and (ours := _shape_value(model, name)) != (theirs := _shape_value(saved, name))
     ]
     if differences:
         raise UserError("\n".join([f"{folder} holds another model:", *differences]))

@@ -45,7 +45,9 @@ from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import write_atomic
 from megatron_hybrid.model.float8 import float8_linears, histories, set_histories
 from megatron_hybrid.training.checkpoint_state import (
+    clear_padding,
     model_state,
+    refuse_fewer_words,
     rng_state,
     same_grid,
     set_rng_state,
@@ -237,6 +239,9 @@ def load_checkpoint(
             )
         metadata = tensor_layout() | (load_content_metadata(preloaded_state_dict=common) or {})
         present = load_sharded_metadata(str(folder))
+        words = config.model.vocab_size
+        assert words is not None, "resolved from the tokenizer before the model is built"
+        refuse_fewer_words(present, words)
         has_optimizer = any("optimizer." in key for key in present)
         if loads_optimizer is not None and not has_optimizer and UPCYCLING in common:
             logger.info("%s is upcycled: the optimizer is fresh", folder)
@@ -267,6 +272,7 @@ def load_checkpoint(
     except (Exception, CheckpointException) as error:
         # Damaged bytes make any reader stumble in its own way.
         raise UserError(f"{folder} cannot be loaded: {_reason(error)}") from error
+    clear_padding(state, loaded, words)
     for index, chunk in enumerate(unwrap_model(model)):
         chunk.load_state_dict(loaded["model" if len(model) == 1 else f"model{index}"])
     if loads_optimizer is not None:

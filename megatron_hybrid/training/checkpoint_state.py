@@ -1,13 +1,20 @@
 """What a checkpoint holds beside the optimizer, and how the engine lays out its tensors."""
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from megatron_hybrid.errors import UserError
+
+# The vocabulary's matrices; in the optimizer's state after its own prefixes.
+_VOCABULARY_WEIGHTS = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +38,48 @@ def model_state(model: list[torch.nn.Module], metadata: dict) -> dict[str, Any]:
         name: chunk.sharded_state_dict(metadata=metadata)
         for name, chunk in zip(names, chunks, strict=True)
     }
+
+
+def refuse_fewer_words(present: dict[str, Any], words: int) -> None:
+    """Refuse a checkpoint without a row for every word, which the engine would fill with zeros.
+
+    Args:
+        present: the checkpoint's sharded metadata.
+        words: `model.vocab_size`.
+
+    Raises:
+        UserError: naming what is too short.
+    """
+    for key in _VOCABULARY_WEIGHTS:
+        rows = present[key].global_shape[0] if key in present else words
+        if rows < words:
+            raise UserError(f"{key} has {rows} rows, fewer than model.vocab_size={words}")
+
+
+@torch.no_grad()
+def clear_padding(state: dict[Any, Any], loaded: dict[Any, Any], words: int) -> None:
+    """Make rows of the vocabulary's matrices that stand for no word 0, also in the optimizer.
+
+    They would take part in no loss, but in the norm of the parameters; and a checkpoint may have
+    been trained where they took part in it, or hold words there that this model has not.
+
+    Args:
+        state: the sharded state that was asked for.
+        loaded: the tensors in its places.
+        words: `model.vocab_size`.
+    """
+    for wanted, tensor in _tensors(state, loaded):
+        if wanted.key.endswith(_VOCABULARY_WEIGHTS):
+            tensor[max(words - wanted.global_offset[0], 0) :] = 0.0
+
+
+def _tensors(state: Any, loaded: Any) -> Iterator[tuple[ShardedTensor, Tensor]]:
+    """What was asked for, and what came of it, in dictionaries of dictionaries."""
+    if isinstance(state, ShardedTensor):
+        yield state, loaded
+    elif isinstance(state, dict) and isinstance(loaded, dict):
+        for key in state.keys() & loaded.keys():
+            yield from _tensors(state[key], loaded[key])
 
 
 def rng_state() -> ShardedObject:

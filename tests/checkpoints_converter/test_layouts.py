@@ -11,6 +11,7 @@ import torch
 from checkpoints_converter.export import ExportOptions, export
 from checkpoints_converter.importing import ImportOptions, import_model
 from megatron_hybrid.checkpoint.errors import CheckpointError
+from megatron_hybrid.checkpoint.megatron_arguments import run_values
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.writer import CheckpointWriter
 from megatron_hybrid.config import RunConfig, load_config, rules
@@ -150,6 +151,14 @@ def test_megatron_lm_checkpoint(model: tuple[Path, Path], tmp_path: Path) -> Non
     assert (tmp_path / "hf" / "model.safetensors").read_bytes() == expected
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "| Steps | 500 |" in card and "| Tokens seen | 64,000 |" in card
+
+
+def test_a_true_size_that_megatron_lm_does_not_say() -> None:
+    """All rows are words then, as they were for Megatron-LM's loss."""
+    for said, words in ((VOCAB_SIZE, VOCAB_SIZE), (None, PADDED)):
+        model = run_values(MEGATRON_ARGUMENTS | {"vocab_size": said})["model"]
+        assert model["vocab_size"] == words
+        assert model["make_vocab_size_divisible_by"] == PADDED
 
 
 def test_megatron_lm_arguments_without_counterpart(

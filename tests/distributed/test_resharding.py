@@ -12,6 +12,7 @@ from tests.distributed.layouts import (
     MOE,
     ONE_RANK,
     SEQ_LENGTH,
+    VOCAB_SIZE,
     Layout,
     batches_of_this_rank,
     built,
@@ -22,8 +23,15 @@ BEFORE, AFTER = 3, 3
 LAYOUT = {layout.name: layout for layout in (ONE_RANK, *LAYOUTS)}
 
 
-def _config(layout: Layout, save: Path, layers: str) -> Any:
+# The vocabulary's padding, where it is not that of the checkpoint: none, and whole ranks.
+PADDINGS = {"one rank": 1, "TP2+SP": 512}
+
+
+def _config(layout: Layout, save: Path, layers: str, multiple: int | None = None) -> Any:
     config = layout_config(layout, layers, packed=False, recompute=False)
+    if multiple is not None:
+        padded = config.model.model_copy(update={"make_vocab_size_divisible_by": multiple})
+        config = config.model_copy(update={"model": padded})
     # A larger rate than elsewhere: an optimizer state that went wrong must show.
     optimizer = config.optimizer.model_copy(update={"lr": 1e-3})
     checkpoint = config.checkpoint.model_copy(update={"save": save})
@@ -45,20 +53,26 @@ def train_and_save(layout: Layout, save: Path, layers: str = MOE) -> list[float]
             stepper.train(data, shape, float("inf"), [])
         reports: list[str] = []
         checkpointer = Checkpointer(
-            config, model, optimizer, NullTokenizer(96), lambda _, line: reports.append(line)
+            config,
+            model,
+            optimizer,
+            NullTokenizer(VOCAB_SIZE),
+            lambda _, line: reports.append(line),
         )
         checkpointer.save(Progress(BEFORE, BEFORE * config.training.global_batch_size))
         assert reports
         return [stepper.train(data, shape, float("inf"), []).loss for _ in range(AFTER)]
 
 
-def load_and_train(layout: Layout, save: Path, layers: str = MOE) -> list[float]:
+def load_and_train(
+    layout: Layout, save: Path, layers: str = MOE, multiple: int | None = None
+) -> list[float]:
     """On a rank: load, skip the data that was seen, train; the losses."""
     from megatron_hybrid.checkpoint.files import latest_checkpoint
     from megatron_hybrid.training.checkpoint import load_checkpoint
     from megatron_hybrid.training.step import BatchShape
 
-    config = _config(layout, save, layers)
+    config = _config(layout, save, layers, multiple)
     shape = BatchShape(GLOBAL_BATCH_SIZE, SEQ_LENGTH)
     with built(config) as (model, optimizer, stepper):
         folder = latest_checkpoint(save)
@@ -89,9 +103,14 @@ def saved_by_tp2_pp2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, li
     "name", ["one rank", "TP2+SP", "PP2xVPP2", "CP2", "DP2", "EP2", "TP2xPP2", "DP2xEP2"]
 )
 def test_loss_goes_on(name: str, saved_by_tp2_pp2: tuple[Path, list[float]]) -> None:
-    """What TP2xPP2 saved (weights, optimizer) goes on in every layout, to 1e-5 of the loss."""
+    """What TP2xPP2 saved (weights, optimizer) goes on in every layout, in some with another padding
+    of the vocabulary, to 1e-5 of the loss.
+    """
     save, expected = saved_by_tp2_pp2
-    losses = run_distributed(load_and_train, LAYOUT[name].ranks, LAYOUT[name], save)[0]
+    multiple = PADDINGS.get(name)
+    losses = run_distributed(load_and_train, LAYOUT[name].ranks, LAYOUT[name], save, MOE, multiple)[
+        0
+    ]
     assert losses == pytest.approx(expected, rel=1e-5)
 
 
