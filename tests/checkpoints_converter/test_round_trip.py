@@ -14,7 +14,7 @@ from checkpoints_converter.export import ExportOptions, export
 from checkpoints_converter.importing import Imported, ImportOptions, import_model
 from checkpoints_converter.loading_order import WEIGHT_FILES
 from megatron_hybrid.checkpoint.carried import FOLDER, read_carried
-from megatron_hybrid.checkpoint.files import write_integrity
+from megatron_hybrid.checkpoint.integrity import write_integrity
 from megatron_hybrid.config import RunConfig, UpcyclingConfig, load_config
 from megatron_hybrid.training.start import Start, open_run
 from megatron_hybrid.upcycling.request import Request, upcycled_config
