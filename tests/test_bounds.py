@@ -288,6 +288,8 @@ def test_no_option_ends_in_a_traceback(name: str) -> None:
             word = "1" if "int" in str(function.__annotations__[parameter.name]) else "null"
             flag = [parameter.opts[0]] if parameter.param_type_name == "option" else []
             needed.append((parameter.name, [*flag, word]))
+    command.main([word for _, words in needed for word in words], standalone_mode=False)
+    assert seen, "a default is beyond a bound"
     for parameter in command.params:
         if getattr(parameter, "is_flag", False) or parameter.hidden:
             continue

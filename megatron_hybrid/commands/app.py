@@ -10,11 +10,11 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 from typer.models import OptionInfo
 
-from megatron_hybrid.bounds import path_problem, real_problem, text_problem
+from megatron_hybrid.bounds import MOST_BYTES, path_problem, real_problem, text_problem
 from megatron_hybrid.config.describe import shown
 
-# Options may be seeds and sizes of any kind; those of one kind say their own, smaller, most.
-MOST_WHOLE = 2**32 - 1
+# Options may be seeds, bytes and tokens; those of one kind say their own, smaller, most.
+MOST_WHOLE = MOST_BYTES
 # What the kernel takes as one word of a command line.
 MOST_WORD = 128 * 1024
 
