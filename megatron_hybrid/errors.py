@@ -3,9 +3,12 @@
 import re
 from collections.abc import Sequence
 
-# A word of that length is a value that nobody meant, and says no more when it is whole.
 _MOST_LINES = 100
+# A word of that length is a value that nobody meant, and says no more when it is whole.
 _LONG_WORD = re.compile(r"(\S{200})\S{800,}")
+# How Python names a field that a record has not, or lacks.
+_UNKNOWN_FIELD = re.compile(r"unexpected keyword argument '(\w+)'")
+_MISSING_FIELD = re.compile(r"missing \d+ required (?:\w+-only |positional )?arguments?: (.+)")
 
 
 class UserError(Exception):
@@ -37,3 +40,17 @@ class ConfigError(UserError):
     def __reduce__(self) -> tuple[type["ConfigError"], tuple[list[str]]]:
         """Sent from a rank to its parent, it is made again from its problems, not from its text."""
         return ConfigError, (self.problems,)
+
+
+def in_words(error: BaseException) -> str:
+    """What Python stumbled over in a file, for who can mend the file, as the end of a sentence."""
+    text = str(error)
+    if isinstance(error, KeyError):
+        return f"{text} is missing"
+    if isinstance(error, TypeError) and (found := _UNKNOWN_FIELD.search(text)):
+        return f"unknown field {found.group(1)}"
+    if isinstance(error, TypeError) and (found := _MISSING_FIELD.search(text)):
+        return f"{found.group(1)} is missing"
+    if isinstance(error, TypeError | AttributeError | LookupError):
+        return f"a value is of another type or size ({text})"
+    return text or type(error).__name__

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_hybrid.errors import UserError
+from megatron_hybrid.errors import UserError, in_words
 from megatron_hybrid.json_text import parse_json
 
 _STUMBLES = (
@@ -28,12 +28,9 @@ def naming(path: Path, error: type[UserError] = UserError) -> Iterator[None]:
     except OSError as cause:
         raise error(f"{path} cannot be read: {cause.strerror or cause}") from cause
     except _STUMBLES as cause:
-        text = str(cause)
-        if isinstance(cause, error) and text.startswith(str(path)):
+        if isinstance(cause, error) and str(cause).startswith(str(path)):
             raise
-        if not isinstance(cause, UserError | ValueError):  # a KeyError's text is but the key
-            text = f"{type(cause).__name__}: {text}"
-        raise error(f"{path} is damaged: {text}") from cause
+        raise error(f"{path} is damaged: {in_words(cause)}") from cause
 
 
 def read_json(

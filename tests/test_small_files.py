@@ -2,12 +2,16 @@
 
 import ast
 import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import megatron_hybrid
 from megatron_hybrid.errors import UserError
+from megatron_hybrid.json_text import parse_json
 from megatron_hybrid.small_files import naming, read_json
 
 TREE = Path(megatron_hybrid.__file__).parent.parent
@@ -28,6 +32,7 @@ PARSERS = {
     "megatron_hybrid/data/tokenizing/records.py": "lines of documents",
     "megatron_hybrid/json_text.py": "text; whoever calls it has the file",
     "megatron_hybrid/planner/costs.py": "--costs, which it names",
+    "megatron_hybrid/planner/published.py": "a file of this package",
     "megatron_hybrid/preflight/nodes.py": "from a store",
     "megatron_hybrid/small_files.py": "the mechanism",
     "megatron_hybrid/smoke/facts.py": "a process's output",
@@ -51,6 +56,34 @@ def test_nobody_else_reads_small_files() -> None:
                 ):  # fmt: skip
                     found.add(str(path.relative_to(TREE)))
     assert found == PARSERS.keys()
+
+
+@dataclass
+class _Record:
+    first: int
+    second: int
+
+
+@pytest.mark.parametrize(
+    ("stumble", "said"),
+    [
+        (lambda: {}["crc32"], "'crc32' is missing"),
+        (lambda: _Record(first=1, other=2), "unknown field other"),
+        (lambda: _Record(first=1), "'second' is missing"),
+        (lambda: parse_json("3")["key"], "a value is of another type or size"),
+        (lambda: parse_json("[]")[3], "a value is of another type or size"),
+        (lambda: parse_json("3").items(), "a value is of another type or size"),
+        (lambda: int("x"), "invalid literal"),
+    ],
+)
+def test_what_python_stumbles_over_is_said_in_words(
+    stumble: Callable[[], object], said: str
+) -> None:
+    """With the file's name, and without the name of a Python error."""
+    expected = re.escape(f"facts.json is damaged: {said}")
+    with pytest.raises(UserError, match=expected) as caught, naming(Path("facts.json")):
+        stumble()
+    assert "Error" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

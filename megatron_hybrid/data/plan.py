@@ -21,6 +21,7 @@ from megatron_hybrid.data.batches import Span
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.proportions import MAX_SLOTS, Proportions
 from megatron_hybrid.data.stream import PlannedSource, Position, Streams
+from megatron_hybrid.errors import in_words
 from megatron_hybrid.json_text import parse_json
 
 _FORMAT = "megatron-hybrid data plan"
@@ -223,7 +224,7 @@ class Plan:
             return cls(content["seed"], sources, phases, stretches)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(
-                f"this is not a data plan of version {_VERSION}: {type(error).__name__}: {error}"
+                f"this is not a data plan of version {_VERSION}: {in_words(error)}"
             ) from error
 
     def _stretch_numbers(self, samples: ArrayLike) -> NDArray[np.int64]:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.serialization import (
     load_common_state_dict,
     load_content_metadata,
@@ -41,7 +40,7 @@ from megatron_hybrid.config.tracker import CONFIG_FILE
 from megatron_hybrid.data.plan import Plan
 from megatron_hybrid.data.saved_plan import DATA_PLAN_FILE, SavedPlan
 from megatron_hybrid.data.tokenizer import Tokenizer
-from megatron_hybrid.errors import UserError
+from megatron_hybrid.errors import UserError, in_words
 from megatron_hybrid.fileio import write_atomic
 from megatron_hybrid.model.float8 import float8_linears, histories, set_histories
 from megatron_hybrid.training.checkpoint_state import (
@@ -329,6 +328,5 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         inner = {rank: wrapped[0] for rank, wrapped in error.failures.items()}
         return "; ".join(f"rank {rank}: {_reason(cause)}" for rank, cause in inner.items())
-    speaks = isinstance(error, UserError | OSError | RuntimeError | CheckpointingException)
-    text = str(error) if speaks else f"{type(error).__name__}: {error}"
+    text = in_words(error)
     return text if len(text) <= 400 else f"{text[:400]} ..."
