@@ -45,12 +45,14 @@ from megatron_hybrid.fileio import write_atomic
 from megatron_hybrid.model.float8 import float8_linears, histories, set_histories
 from megatron_hybrid.training.checkpoint_state import (
     clear_padding,
+    load_chunk,
     model_state,
     refuse_fewer_words,
     rng_state,
     same_grid,
     set_rng_state,
     tensor_layout,
+    without_extra_states,
 )
 from megatron_hybrid.training.distributed import on_rank_zero
 from megatron_hybrid.training.optimizer import load_optimizer_state
@@ -250,7 +252,8 @@ def load_checkpoint(
                 "it holds no optimizer state; checkpoint.load_optim=false starts with a fresh one, "
                 "checkpoint.finetune=true at step 1 as well"
             )
-        state = model_state(model, metadata)
+        asked = model_state(model, metadata)
+        state = {name: without_extra_states(chunk) for name, chunk in asked.items()}
         if loads_optimizer is not None:
             state["optimizer"] = loads_optimizer.sharded_state_dict(
                 state, is_loading=True, metadata=metadata
@@ -273,7 +276,7 @@ def load_checkpoint(
         raise UserError(f"{folder} cannot be loaded: {_reason(error)}") from error
     clear_padding(state, loaded, words)
     for index, chunk in enumerate(unwrap_model(model)):
-        chunk.load_state_dict(loaded["model" if len(model) == 1 else f"model{index}"])
+        load_chunk(chunk, loaded["model" if len(model) == 1 else f"model{index}"])
     if loads_optimizer is not None:
         sharding_type = metadata["distrib_optim_sharding_type"]
         load_optimizer_state(loads_optimizer, loaded["optimizer"], sharding_type)

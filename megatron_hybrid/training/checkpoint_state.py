@@ -15,6 +15,7 @@ from megatron_hybrid.errors import UserError
 
 # The vocabulary's matrices; in the optimizer's state after its own prefixes.
 _VOCABULARY_WEIGHTS = ("embedding.word_embeddings.weight", "output_layer.weight")
+_EXTRA_STATE = "._extra_state"
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,30 @@ def model_state(model: list[torch.nn.Module], metadata: dict) -> dict[str, Any]:
         name: chunk.sharded_state_dict(metadata=metadata)
         for name, chunk in zip(names, chunks, strict=True)
     }
+
+
+def without_extra_states(state: dict[str, Any]) -> dict[str, Any]:
+    """A chunk's sharded state without what the engine's modules keep beside their weights.
+
+    Nothing of it is needed: it is empty but for Transformer Engine's delayed scaling, which
+    `config/rules/precision.py` refuses. Which modules have one, and in which form, differs between
+    backends and between releases of Transformer Engine, which refuses most that are not empty.
+
+    Args:
+        state: of one chunk, as `model_state` has it.
+    """
+    return {
+        name: entry
+        for name, entry in state.items()
+        if not (isinstance(entry, ShardedObject) and entry.key.endswith(_EXTRA_STATE))
+    }
+
+
+def load_chunk(chunk: torch.nn.Module, loaded: dict[str, Any]) -> None:
+    """Put tensors into a chunk: all it has, but for extra states, which stay as they were made."""
+    missing, unexpected = chunk.load_state_dict(loaded, strict=False)
+    missing = [name for name in missing if not name.endswith(_EXTRA_STATE)]
+    assert not missing and not unexpected, (missing, unexpected)
 
 
 def refuse_fewer_words(present: dict[str, Any], words: int) -> None:
@@ -83,8 +108,9 @@ def _tensors(state: Any, loaded: Any) -> Iterator[tuple[ShardedTensor, Tensor]]:
 
 
 def rng_state() -> ShardedObject:
-    """The generators' states of this pipeline and tensor rank."""
+    """The generators' states of this pipeline and tensor rank, and of which kind of device."""
     states = {
+        "device": _device_kind(),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
@@ -122,7 +148,24 @@ def same_grid(present: dict[str, Any]) -> bool:
 
 
 def set_rng_state(states: dict[str, Any]) -> None:
+    """Take up what `rng_state` saved, unless generators of another kind of device wrote it.
+
+    The CPU's have 5056 bytes, a GPU's 16: none of either can go on with the other's.
+    """
+    # Earlier checkpoints do not say what they are of, but have a state of CUDA's or none.
+    saved_on = states.get("device", "cpu" if states["cuda"] is None else "cuda")
+    if saved_on != _device_kind():
+        if dist.get_rank() == 0:
+            logger.warning(
+                "it was saved on %s, and this run is on %s: random generators start from the seed",
+                saved_on, _device_kind(),
+            )  # fmt: skip
+        return
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"])
     tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
+
+
+def _device_kind() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -54,14 +54,12 @@ class _Upcycle:
         self._matrices: dict[str, Tensor] = {}  # of that layer; its experts are asked for in turns
 
     def load(self, state: dict[str, Any], folder: str, async_strategy: str = "") -> dict[str, Any]:
-        """The state with tensors in place of `ShardedTensor`s; other objects are empty."""
+        """The state with tensors in place of `ShardedTensor`s, of which it is made."""
         del folder, async_strategy
         found: dict[str, Any] = dict_list_map_outplace(self._read, state)
         return found
 
-    def _read(self, sharded: Any) -> Any:
-        if not isinstance(sharded, ShardedTensor):
-            return None  # a state that the engine's modules keep; in our layers it is empty
+    def _read(self, sharded: ShardedTensor) -> Tensor:
         made = self._tensors.made.get(sharded.key)
         if made is None or made.shape != tuple(sharded.global_shape):
             held = "missing" if made is None else f"of the shape {made.shape}"

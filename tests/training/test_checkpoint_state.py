@@ -1,7 +1,9 @@
-"""Rows of the vocabulary that stand for no word, when a checkpoint is loaded."""
+"""What is taken from a checkpoint, and what is left there."""
 
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron_hybrid.checkpoint.saved_config import refuse_other_model
 from megatron_hybrid.config import ModelConfig
 from megatron_hybrid.errors import UserError
+from megatron_hybrid.testing import run_distributed
 from megatron_hybrid.training.checkpoint_state import clear_padding, refuse_fewer_words
+from tests.training.runs import MOE, losses, outcomes, words
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
@@ -79,3 +83,87 @@ def test_one_model_however_it_is_padded() -> None:
     refuse_other_model(Path("it"), model(45, 10), saved)
     with pytest.raises(UserError, match=r"model\.padded_vocab_size=64, in the checkpoint 50"):
         refuse_other_model(Path("it"), model(49, 64), saved)
+
+
+def keep_states(on: bool) -> None:
+    """On a rank: let all modules that Transformer Engine would serve keep a state, as its own do,
+    and refuse the one that they saved, as its delayed scaling does.
+    """
+    from megatron_hybrid.model.specs import SERVED
+
+    def refuse(module: torch.nn.Module, state: Any) -> None:
+        if state is not None:
+            raise RuntimeError(f"Refusing to load pickled extra state for {type(module).__name__}")
+
+    for part in SERVED.values():
+        module, _, name = part.torch.partition(":")
+        made = getattr(import_module(module), name)
+        if part.transformer_engine.startswith("megatron.core.extensions") and on:
+            made.get_extra_state = lambda self: torch.arange(3, dtype=torch.uint8)
+            made.set_extra_state = refuse
+        elif "get_extra_state" in vars(made) and not on:
+            del made.get_extra_state, made.set_extra_state
+
+
+def moved(run_dir: Path, whole: Path) -> tuple[list[str], list[str]]:
+    """On a rank: a run whose modules have no states, have them, keep them, and lose them again;
+    and one that is not interrupted.
+
+    Returns:
+        How each part ended, and the states in the last checkpoint that has any.
+    """
+    from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+
+    ends = outcomes([words(whole, *MOE)])
+    for iterations, on in ((1, False), (2, True), (3, True), (4, False)):
+        keep_states(on)
+        ends += outcomes([words(run_dir, *MOE, f"training.exit_interval={iterations}")])
+    saved = load_sharded_metadata(str(run_dir / "checkpoints" / "iter_0000003"))
+    return ends, [key for key in saved if "_extra_state" in key]
+
+
+def test_states_of_modules_move_between_backends(tmp_path: Path) -> None:
+    """A checkpoint loads whatever its modules keep beside their weights, and whatever those that
+    load it would: with the losses of a run that was not interrupted.
+    """
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    ends, states = run_distributed(moved, 1, parts, whole)[0]
+    assert ends == ["finished"] + ["exit_interval"] * 4
+    assert "decoder.final_norm._extra_state/shard_0_1" in states
+    assert losses(parts) == losses(whole)
+
+
+def generators(device: str, *, earlier: bool) -> dict[str, Any]:
+    """The states of a run on `device`; `earlier`: as checkpoints had them that do not name it."""
+    of_cuda = torch.zeros(16, dtype=torch.uint8)
+    own = torch.get_rng_state() if device == "cpu" else of_cuda
+    states = {
+        "torch": torch.Generator().manual_seed(5).get_state(),
+        "cuda": None if device == "cpu" else of_cuda,
+        "tracker": {"model-parallel-rng": own},
+    }
+    return states if earlier else {"device": device, **states}
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize(("saved", "here"), [("cuda", "cpu"), ("cpu", "cuda")])
+def test_generators_of_another_device_are_left(
+    saved: str,
+    here: str,
+    earlier: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Between a CPU and a GPU generators start from the seed, and the run says so."""
+    from megatron_hybrid.training import checkpoint_state
+
+    tracker = SimpleNamespace(set_states=lambda states: pytest.fail("taken up"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: here == "cuda")
+    monkeypatch.setattr(checkpoint_state.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(checkpoint_state.tensor_parallel, "get_cuda_rng_tracker", lambda: tracker)
+    before = torch.get_rng_state()
+    with caplog.at_level("WARNING"):
+        checkpoint_state.set_rng_state(generators(saved, earlier=earlier))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert f"saved on {saved}, and this run is on {here}" in caplog.text
+    assert "start from the seed" in caplog.text
