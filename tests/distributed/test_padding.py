@@ -26,8 +26,8 @@ from tests.distributed.layouts import (
 
 EVEN = "M-M*"
 TOLERANCE = 1e-6
-# Their gradients are what is left of large sums: rounding elsewhere shows in them the most.
-CANCELLING, OF_CANCELLING = ("A_log", "dt_bias"), 1e-5
+# Of a gradient over ranks: words fall on other ranks, which round other partial sums.
+OF_RANKS = {1: TOLERANCE, 2: 2e-6}
 # Of one rank, some rows of the last rank, and all of them.
 PADDINGS = {1: (1, 32, 512), 2: (2, 32, 512)}
 LAYOUT = {layout.name: layout for layout in (ONE_RANK, *LAYOUTS)}
@@ -124,8 +124,8 @@ def test_padding_is_neutral(ranks: int) -> None:
             for key, gradient in gradients.items():
                 mine, padding = _cut(key, others[key])
                 expected, _ = _cut(key, gradient)
-                tolerance = OF_CANCELLING if key.endswith(CANCELLING) else TOLERANCE
-                assert (mine - expected).norm() <= tolerance * expected.norm(), (case, key)
+                error = (mine - expected).norm() / expected.norm()
+                assert error <= OF_RANKS[ranks], (case, key)
                 assert (padding == 0).all(), (case, key)
             for key, rows in merge_gradients([rank["rows"] for rank in other]).items():
                 words, padding = _cut(key, rows)

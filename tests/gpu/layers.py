@@ -12,6 +12,7 @@ MOE = [
     "model.num_moe_experts=4", "model.moe_ffn_hidden_size=128", "model.moe_router_topk=2",
     "model.moe_router_score_function=softmax",
 ]  # fmt: skip
+ROUTER_SCALE = 20
 EXPERT = re.compile(r"experts\.local_experts\.(\d+)\.(linear_fc\d)\.weight")
 
 
@@ -51,6 +52,9 @@ def outcome(words: list[str], backend: str, weights: Path, *, save: bool) -> dic
         (model,) = build_model_chunks(config, engine_config, backend)
         parameters = {common_name(name): p for name, p in model.named_parameters()}
         if save:
+            for name, parameter in parameters.items():
+                if "router" in name:  # experts are told apart, whatever the rounding
+                    parameter.data.mul_(ROUTER_SCALE)
             torch.save({name: p.detach().float().cpu() for name, p in parameters.items()}, weights)
         else:
             saved = torch.load(weights, weights_only=True)
