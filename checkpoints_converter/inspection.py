@@ -16,7 +16,12 @@ from torch import Tensor
 from checkpoints_converter.errors import ConversionError
 from checkpoints_converter.safetensors_files import SafetensorsReader
 from megatron_hybrid.checkpoint.inert_pickle import Opaque
-from megatron_hybrid.checkpoint.reader import CheckpointReader, as_matrix, find_checkpoint
+from megatron_hybrid.checkpoint.reader import (
+    COMMON_FILE,
+    CheckpointReader,
+    as_matrix,
+    find_checkpoint,
+)
 from megatron_hybrid.config.pattern import ATTENTION, KINDS, MAMBA, MLP, MOE
 from megatron_hybrid.config.yaml_text import parse_yaml
 from megatron_hybrid.data.saved_plan import SavedPlan, read_saved_plan
@@ -181,24 +186,23 @@ def _open_distributed(folder: Path) -> Opened:
     stored = {name: Stored(info.shape, info.dtype) for name, info in reader.tensors.items()}
     model = {name: info for name, info in stored.items() if not name.startswith(OPTIMIZER)}
     optimizer = {name: info for name, info in stored.items() if name.startswith(OPTIMIZER)}
-    common = reader.common
+    common, plan = reader.common, read_saved_plan(folder)
     config: dict[str, Any] = {}
     sizes: Mapping[str, Any] | None = None
-    if reader.config_file is not None:
-        with naming(reader.config_file, ConversionError):
+    # Not held to the fields of this version: a config of another one is shown, too.
+    with naming(reader.config_file or folder / COMMON_FILE, ConversionError):
+        if reader.config_file is not None:
             config = dict(parse_yaml(reader.config_file.read_text(encoding="utf-8")))
-        sizes = config.get("parallel", {})
-    elif isinstance(arguments := common.get("args"), Opaque):
-        config = {name: value for name, value in vars(arguments).items() if _is_plain(value)}
-        sizes = config
-    layout = None
-    if sizes is not None:
-        asked = {short: sizes.get(name) for short, name in LAYOUT_FIELDS.items()}
-        layout = {short: size for short, size in asked.items() if size is not None and size > 1}
-    plan = read_saved_plan(folder)
-    contents = Contents(
-        DISTRIBUTED, folder, model, optimizer, config, layout, _progress(common, config, plan), plan
-    )
+            sizes = config.get("parallel", {})
+        elif isinstance(arguments := common.get("args"), Opaque):
+            config = {name: value for name, value in vars(arguments).items() if _is_plain(value)}
+            sizes = config
+        layout = None
+        if sizes is not None:
+            asked = {short: sizes.get(name) for short, name in LAYOUT_FIELDS.items()}
+            layout = {short: size for short, size in asked.items() if size is not None and size > 1}
+        progress = _progress(common, config, plan)
+    contents = Contents(DISTRIBUTED, folder, model, optimizer, config, layout, progress, plan)
     return Opened(contents, reader.read_rows)
 
 

@@ -17,6 +17,7 @@ from checkpoints_converter.fields import (
     Whole,
 )
 from checkpoints_converter.mamba_fields import (
+    DRAWN,
     GROUPED_NORM_SINCE,
     MambaNames,
     cannot_hold_mamba,
@@ -35,7 +36,6 @@ NAMES = MambaNames(
     conv_kernel="conv_kernel", conv_bias="use_conv_bias", proj_bias="use_bias",
     chunk_size="chunk_size",
 )  # fmt: skip
-_DRAWN = NoEffect("how initial weights are drawn")
 
 
 def _all_mamba(value: Any) -> list[str]:
@@ -63,8 +63,7 @@ FIELDS: Rules = {
     # Whatever files say: mixers of transformers have always applied the gate first.
     "norm_before_gate": NoEffect("the gate comes first"),
     **dict.fromkeys(
-        ("time_step_min", "time_step_max", "time_step_floor", "time_step_rank",
-         "time_step_scale", "time_step_init_scheme", "rescale_prenorm_residual"), _DRAWN,
+        ("time_step_scale", "time_step_init_scheme", "rescale_prenorm_residual"), DRAWN
     ),
 }  # fmt: skip
 

@@ -20,6 +20,7 @@ GATED_NORM_EPSILON = 1e-5  # fixed in megatron-core's mixer and in ours
 # Of the families other than nemotron_h, in transformers.
 GROUPED_NORM_SINCE = "5.23.0"
 CHUNK_SIZE = 256  # of transformers' scan; any gives the same result
+DRAWN = NoEffect("how initial weights are drawn")
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,10 @@ def mamba_rules(names: MambaNames) -> Rules:
         names.expand[0]: Whole(default=names.expand[1], layers=MAMBA),
         names.chunk_size: NoEffect("how a sequence is cut for the scan", default=CHUNK_SIZE),
         "time_step_limit": TIME_STEP_LIMIT,
+        # Earlier releases of transformers write the first two for every family.
+        **dict.fromkeys(
+            ("time_step_min", "time_step_max", "time_step_floor", "time_step_rank"), DRAWN
+        ),
     }
 
 

@@ -14,7 +14,7 @@ from checkpoints_converter.fields import (
     Rules,
     Whole,
 )
-from checkpoints_converter.mamba_fields import TIME_STEP_LIMIT
+from checkpoints_converter.mamba_fields import DRAWN, TIME_STEP_LIMIT
 from megatron_hybrid.config.pattern import (
     ATTENTION,
     MAMBA,
@@ -48,7 +48,6 @@ def _layers(value: Any) -> str:
     return "".join(_LAYER_TYPES[name] for name in value)
 
 
-_DRAWN = NoEffect("how initial weights are drawn")
 _NO_POSITIONS = NoEffect("its attention has no positions")
 _NO_PREDICTION = NoEffect("of the layers that predict more tokens, which are refused")
 FIELDS: Rules = {
@@ -128,10 +127,10 @@ FIELDS: Rules = {
     ),
     "time_step_limit": replace(TIME_STEP_LIMIT, also=("mamba_dt_limit",)),
     "time_step_min": Number(default=0.001, layers=MAMBA, also=("mamba_dt_min",)),
-    "time_step_max": replace(_DRAWN, also=("mamba_dt_max",), default=0.1),
-    "time_step_floor": replace(_DRAWN, also=("mamba_dt_init_floor",), default=1e-4),
-    "time_step_rank": _DRAWN,
-    "rescale_prenorm_residual": _DRAWN,
+    "time_step_max": replace(DRAWN, also=("mamba_dt_max",), default=0.1),
+    "time_step_floor": replace(DRAWN, also=("mamba_dt_init_floor",), default=1e-4),
+    "time_step_rank": DRAWN,
+    "rescale_prenorm_residual": DRAWN,
     "expand": NoEffect("the number and size of heads say it", also=("mamba_expand",)),
     "chunk_size": NoEffect("how a sequence is cut for the scan", also=("mamba_chunk_size",)),
     "mamba_ssm_cache_dtype": NoEffect("how states are kept while text is generated"),

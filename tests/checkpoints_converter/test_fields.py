@@ -333,6 +333,14 @@ def test_published_names_that_other_programs_read() -> None:
     assert problem.startswith("attn_rotary_emb=12 must be 6")
 
 
+@pytest.mark.parametrize("model_type", MODULES)
+def test_what_earlier_releases_write_is_read(model_type: str) -> None:
+    """Fields that releases before the installed one write by themselves, with their defaults."""
+    peer = said(model_type) | {"time_step_min": 0.001, "time_step_max": 0.1}
+    peer |= {"time_step_limit": [0.0, math.inf], "use_mamba_kernels": True}
+    assert family(model_type).read(peer)[0].problems == []
+
+
 def test_a_field_that_does_not_matter_may_be_anything() -> None:
     """Sizes of layers that a model has none of."""
     model = said("nemotron_h") | {"layers_block_type": ["mlp"], "conv_kernel": 3, "use_bias": True}

@@ -8,7 +8,12 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_hybrid.data.errors import DataError
-from megatron_hybrid.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
+from megatron_hybrid.data.tokenizer import (
+    HuggingFaceTokenizer,
+    Tokenizer,
+    build_tokenizer,
+    load_tokenizer,
+)
 from tests.data.conftest import TEXTS
 
 SPECIAL = ["</s>", "<|im_start|>"]
@@ -89,6 +94,23 @@ def test_end_token_without_config(huggingface_folder: Path, tmp_path: Path) -> N
     plain.save(str(path))
     with pytest.raises(DataError, match=r"candidates: <\|endoftext\|>, </s>"):
         build_tokenizer("huggingface", path)
+
+
+@pytest.mark.parametrize("token", [{}, {"content": 5}, {"content": {}}, ["</s>"], 5, True])
+def test_a_special_token_that_is_no_text(
+    token: object, huggingface_folder: Path, tmp_path: Path
+) -> None:
+    """Wherever a token is named, what is no text is said with its file."""
+    model = (huggingface_folder / "tokenizer.json").read_bytes()
+    (tmp_path / "tokenizer.json").write_bytes(model)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({"eos_token": "</s>", "bos_token": token}))
+    tokenizer = HuggingFaceTokenizer(tmp_path)
+    with pytest.raises(DataError, match=f"bos_token=.* in {path} must be a text"):
+        tokenizer.special_id("bos_token")
+    path.write_text(json.dumps({"eos_token": token}))
+    with pytest.raises(DataError, match=f"eos_token=.* in {path} must be a text"):
+        HuggingFaceTokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(

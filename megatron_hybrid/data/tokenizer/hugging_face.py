@@ -95,13 +95,18 @@ class HuggingFaceTokenizer(Tokenizer):
     def _token_of_config(self, path: Path, name: str) -> str | None:
         if self.config_name not in self._files:
             return None
+        beside = path.with_name(self.config_name)
         try:
             token = parse_json(self._files[self.config_name]).get(name)
         except (ValueError, AttributeError) as error:
+            raise DataError(f"{beside} is not a JSON object: {error}") from error
+        content = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(content, str) and token is not None:
             raise DataError(
-                f"{path.with_name(self.config_name)} is not a JSON object: {error}"
-            ) from error
-        return token["content"] if isinstance(token, dict) else token
+                f"{name}={token!r:.60} in {beside} must be a text, or an object whose content is "
+                "one"
+            )
+        return content
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
