@@ -17,18 +17,78 @@ _MOE_SAME_NAME = (
     "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor",
     "moe_router_enable_expert_bias",
 )  # fmt: skip
-# What changes the computation and has no field here, with the values that change nothing.
-_MUST_BE = {
-    "apply_layernorm_1p": (False, None),
-    "qk_layernorm": (False, None),
-    "add_qkv_bias": (False, None),
-    "moe_latent_size": (None,),
-    "moe_router_num_groups": (None, 1),
-    "moe_shared_expert_gate": (False, None),
-    "mtp_num_layers": (None, 0),
-    "window_size": (None,),
-    "multi_latent_attention": (False, None),
+_EPSILON = ("layernorm_epsilon", "norm_epsilon")  # newer and older releases
+# What changes the computation and has no field here, with the values that change nothing. Releases
+# know some of them only: an argument that is missing, or null, changes nothing either.
+_MUST_BE: dict[str, tuple[Any, ...]] = {
+    # Norms.
+    "apply_layernorm_1p": (False,),
+    "layernorm_zero_centered_gamma": (False,),
+    "apply_residual_connection_post_layernorm": (False,),
+    "qk_layernorm": (False,),
+    "qk_l2_norm": (False,),
+    # Attention.
+    "add_qkv_bias": (False,),
+    "attention_output_gate": (False,),
+    "softmax_type": ("vanilla",),
+    "window_size": (),
+    "multi_latent_attention": (False,),
+    "experimental_attention_variant": (),
+    "linear_attention_freq": (),
+    # Positions.
+    "rotary_interleaved": (False,),
+    "rotary_seq_len_interpolation_factor": (1,),
+    "use_rope_scaling": (False,),
+    "rope_type": ("rope",),
+    "no_rope_freq": (),
+    "mrope_section": (),
+    # MLPs and experts.
+    "openai_gelu": (False,),
+    "quick_geglu": (False,),
+    "glu_linear_offset": (0,),
+    "activation_func_clamp_value": (),
+    "moe_latent_size": (),
+    "moe_router_num_groups": (1,),
+    "moe_shared_expert_gate": (False,),
+    "moe_apply_probs_on_input": (False,),
+    "moe_mlp_glu_interleave_size": (),
+    "moe_shared_expert_glu_interleave_size": (),
+    # The whole model.
+    "use_mup": (False,),
+    "mtp_num_layers": (0,),
 }
+# Of the arguments that describe a model, those that leave it what it is; * stands for any letters.
+WITHOUT_EFFECT = (
+    # Which layers there are, the pattern says; how they lie on ranks changes nothing.
+    "num_layers", "is_hybrid_model", "moe_layer_freq", "mtp_*", "pipeline_model_parallel_layout",
+    "account_for_*",
+    # Of what `_MUST_BE` refuses.
+    "dsa_*", "linear_*", "mup_*", "window_attn_skip_freq", "moe_router_group_topk",
+    "rope_scaling_factor", "rotary_scaling_factor",
+    # Only how it was trained: initial weights, noise, losses, balance.
+    "embedding_init_method_std", "init_model_with_meta_device", "qk_clip*",
+    "log_max_attention_logit", "calculate_per_token_loss", "moe_aux_loss_coeff",
+    "moe_z_loss_coeff", "moe_router_load_balancing_type", "moe_router_bias_update_rate",
+    "moe_router_quantile_balancing_ema", "moe_router_force_*", "moe_input_jitter_eps",
+    "moe_expert_capacity_factor", "moe_expert_rank_capacity_factor", "moe_token_drop_policy",
+    "moe_pad_expert_input_to_capacity", "moe_enable_routing_replay", "moe_per_layer_logging",
+    # How and in which precision it is computed.
+    "apply_query_key_layer_scaling", "attention_softmax_in_fp32", "fp32_residual_connection",
+    "disable_bf16_reduced_precision_matmul", "first_last_layers_bf16", "num_layers_at_*", "fp8*",
+    "fp4*", "mamba_training_ssm_states_dtype", "moe_router_dtype", "batch_invariant_mode",
+    "attention_backend", "flash_*", "transformer_impl", "use_kitchen_attention",
+    "kitchen_attention_backend", "use_mamba_mem_eff_path", "use_te_activation_func",
+    "use_transformer_engine_op_fuser", "use_fused_weighted_squared_relu", "use_grouped_gemm_*",
+    "apply_rope_fusion", "bias_dropout_fusion", "masked_softmax_fusion", "fused_residual_rmsnorm",
+    "moe_*_fusion", "moe_permute_fusion_into_hybridep", "moe_grouped_gemm", "moe_single_grouped_*",
+    "moe_router_padding_*", "moe_token_dispatcher_type", "moe_flex_*", "moe_enable_deepep",
+    "moe_deepep_*", "moe_hybridep_*", "moe_ncclep_*", "moe_pad*", "moe_paged_*",
+    "moe_layer_recompute", "moe_shared_expert_overlap", "recompute_*",
+    "distribute_saved_activations",
+    "*offload*", "cp_comm_type", "*cuda_graph*", "mlp_chunks_*", "inference_*",
+    "nccl_all_reduce_for_prefill", "symmetric_ar_type", "clone_scatter_output_in_embedding",
+    "high_priority_a2a_comm_stream", "config_logger_dir", "test_mode",
+)  # fmt: skip
 
 
 def run_values(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,10 +101,13 @@ def run_values(arguments: Mapping[str, Any]) -> dict[str, Any]:
         CheckpointError: an argument stands for something that has no field here.
     """
     problems = [
-        f"{name}={arguments[name]!r} has no counterpart here; it must be {allowed[0]!r}"
+        f"{name}={arguments[name]!r} has no counterpart here; it must be {(*allowed, None)[0]!r}"
         for name, allowed in _MUST_BE.items()
-        if arguments.get(name) not in allowed
+        if arguments.get(name) not in (*allowed, None)
     ]
+    epsilons = {name: arguments[name] for name in _EPSILON if arguments.get(name) is not None}
+    if len(set(epsilons.values())) > 1:
+        problems.append(" and ".join(f"{n}={value!r}" for n, value in epsilons.items()) + " differ")
     pattern = arguments.get("hybrid_layer_pattern") or arguments.get("hybrid_override_pattern")
     if not isinstance(pattern, str):
         problems.append("neither hybrid_layer_pattern nor hybrid_override_pattern is set")
@@ -61,7 +124,7 @@ def run_values(arguments: Mapping[str, Any]) -> dict[str, Any]:
     padded = arguments.get("padded_vocab_size")
     model |= {
         "hybrid_layer_pattern": pattern,
-        "layernorm_epsilon": arguments.get("norm_epsilon", 1e-5),
+        "layernorm_epsilon": next(iter(epsilons.values()), 1e-5),
         "activation": _activation(arguments),
         "vocab_size": arguments.get("vocab_size") or padded,
         # Megatron-LM pads to a multiple of this times TP; whatever it came to holds here.

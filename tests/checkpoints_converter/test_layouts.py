@@ -2,16 +2,20 @@
 
 import argparse
 import enum
+from dataclasses import fields
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from megatron.core import ModelParallelConfig
+from megatron.core.transformer import TransformerConfig
 
 from checkpoints_converter.export import ExportOptions, export
 from checkpoints_converter.importing import ImportOptions, import_model
 from megatron_hybrid.checkpoint.errors import CheckpointError
-from megatron_hybrid.checkpoint.megatron_arguments import run_values
+from megatron_hybrid.checkpoint.megatron_arguments import WITHOUT_EFFECT, run_values
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.writer import CheckpointWriter
 from megatron_hybrid.config import RunConfig, load_config, rules
@@ -111,6 +115,11 @@ MEGATRON_ARGUMENTS = {
     "moe_router_enable_expert_bias": True, "seq_length": 64, "consumed_train_samples": 1000,
     "attention_backend": Backend.FLASH, "params_dtype": torch.float32,
 }  # fmt: skip
+# Of Megatron-LM, with words in their names that layers have, and read by none.
+NOT_OF_LAYERS = {
+    "bias_gelu_fusion", "dino_norm_last_layer", "log_params_norm", "no_persist_layer_norm",
+    "use_rotary_position_embeddings",  # says position_embedding_type
+}  # fmt: skip
 # Norms of layers without Transformer Engine: (place in ours, name there).
 LOCAL_NORMS = (
     ("mixer.in_proj.layer_norm_weight", "norm.weight"),
@@ -169,6 +178,51 @@ def test_megatron_lm_arguments_without_counterpart(
     checkpoint = _as_megatron_lm(model[1], tmp_path / "megatron", arguments)
     with pytest.raises(CheckpointError, match=r"(?s)qk_layernorm=True.*mtp_num_layers=1"):
         export(checkpoint, tmp_path / "hf", ExportOptions())
+
+
+def megatron_defaults() -> dict[str, Any]:
+    """All arguments of the installed Megatron-LM, as they are where nothing is typed."""
+    megatron = pytest.importorskip("megatron.training.arguments")
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    megatron.add_megatron_arguments(parser)
+    return dict(vars(parser.parse_args([])))
+
+
+def test_every_argument_of_a_model_is_read_refused_or_without_effect() -> None:
+    """Those that set a field of megatron-core's config, and those of positions and activations;
+    what Megatron-LM takes by itself is never refused."""
+    defaults = megatron_defaults()
+    layout = {field.name for field in fields(ModelParallelConfig)}
+    asked = {field.name for field in fields(TransformerConfig)} - layout
+    words = ("rope", "rotary", "gelu", "glu", "norm", "epsilon", "latent")
+    asked |= {name for name in defaults if any(word in name.split("_") for word in words)}
+
+    class Read(dict[str, Any]):
+        """Arguments that know which of them were looked at."""
+
+        seen: ClassVar[set[str]] = set()
+
+        def get(self, name: str, default: Any = None) -> Any:
+            self.seen.add(name)
+            return super().get(name, default)
+
+    arguments = Read(defaults | MEGATRON_ARGUMENTS)
+    run_values(arguments)
+    left = (asked & defaults.keys()) - arguments.seen
+    names = {name for name in left if not any(fnmatch(name, each) for each in WITHOUT_EFFECT)}
+    assert names == NOT_OF_LAYERS
+    for each in WITHOUT_EFFECT:
+        assert any(fnmatch(name, each) for name in left), f"{each} is no argument"
+
+
+@pytest.mark.parametrize("name", ["layernorm_epsilon", "norm_epsilon"])
+def test_the_epsilon_of_norms(name: str) -> None:
+    """Under the name that the release had for it; where both are there, they agree."""
+    others = {key: value for key, value in MEGATRON_ARGUMENTS.items() if key != "norm_epsilon"}
+    assert run_values(others | {name: 1e-6})["model"]["layernorm_epsilon"] == 1e-6
+    both = others | {"layernorm_epsilon": 1e-6, "norm_epsilon": 1e-5}
+    with pytest.raises(CheckpointError, match=r"=1e-06 and norm_epsilon=1e-05 differ"):
+        run_values(both)
 
 
 def test_checkpoint_that_names_no_model(model: tuple[Path, Path], tmp_path: Path) -> None:
