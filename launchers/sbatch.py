@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import signal as signals
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from launchers.slurm_text import (
 )
 from megatron_hybrid.errors import UserError
 
+# At which ranks save and end.
+_SAVES_AT = ("USR1", "TERM", "INT")
 # What sbatch has another way to say, which `submit` must know: `--option` is not for these.
 _SAID_BY = {
     "nodes": "--nodes", "ntasks": "--nodes and --ranks-per-node",
@@ -25,6 +28,8 @@ _SAID_BY = {
     "job-name": "--job-name", "partition": "--partition", "account": "--account",
     "array": "--array", "chdir": "the folder in which you submit", "output": "run_dir",
 }  # fmt: skip
+# With these sbatch queues nothing, or answers when the job has ended, or not with its id.
+_ANSWERS = ("help", "quiet", "test-only", "usage", "version", "wait", "wrap")
 # sbatch's variables that are not named as their options are.
 _VARIABLES = {"time": "TIMELIMIT", "array": "ARRAY_INX", "mem": "MEM_PER_NODE"}
 EARLY_S = 60  # before the notice, Slurm may tell a job to end
@@ -81,6 +86,8 @@ class Job:
             "array": None if self.array_size is None else f"0-{self.array_size - 1}",
         }  # fmt: skip
         found |= {name: value for name, value in given.items() if value is not None}
+        if empty := [name for name, value in found.items() if value == ""]:
+            raise UserError(f"--{empty[0]}='' must have a value; allowed: a name, or no option")
         return found | self._more_options()
 
     def _more_options(self) -> dict[str, str | None]:
@@ -94,9 +101,20 @@ class Job:
                 raise UserError(f"--option {option!r}: --{name} is given twice; allowed: once")
             if name in _SAID_BY:
                 raise UserError(f"--option {option!r} must be said by {_SAID_BY[name]}")
+            if name in _ANSWERS:
+                raise UserError(f"--option {option!r}: with it sbatch does not say which job it is")
+            if match[2] == "":
+                raise UserError(f"--option {option!r} must have a value, or no '='")
             found[name] = match[2] or ""
         if "no-requeue" in found:
+            if "requeue" in found:
+                raise UserError("--option --requeue excludes --no-requeue; allowed: one of them")
             found["requeue"] = None
+        if self.chain > 1 and "?" in (found.get("dependency") or ""):
+            raise UserError(
+                f"--option --dependency={found['dependency']} excludes --chain {self.chain}: Slurm "
+                "takes no '?' beside the job that each waits for; allowed: ',' between conditions"
+            )
         return found
 
     @property
@@ -155,20 +173,41 @@ def time_problems(script: str, exit_duration_in_mins: float | None) -> list[str]
     options = {option.name: option.value for option in read_options(script.split("\n"))}
     limit = duration_s(options["time"]) if "time" in options else float("inf")
     notice = notice_s(options["signal"]) if "signal" in options else 0
-    shown = f"--time={options.get('time')}"
-    if "signal" in options and limit <= notice + EARLY_S:
-        less = f", or a notice of less than {limit - EARLY_S:.0f} s" if limit > EARLY_S else ""
-        return [
-            f"{shown} is {limit:.0f} s, and --signal={options['signal']} tells the job to end "
-            f"{notice} s before that, or up to {EARLY_S} s earlier: at its start, again and again; "
-            f"allowed: a time limit of more than {notice + EARLY_S} s{less}"
-        ]
+    for name in ("time", "time-min"):  # Slurm may shorten a job down to the second
+        least = duration_s(options[name]) if name in options else float("inf")
+        if "signal" in options and least <= notice + EARLY_S:
+            less = f", or a notice of less than {least - EARLY_S:.0f} s" if least > EARLY_S else ""
+            return [
+                f"--{name}={options[name]} is {least:.0f} s, and --signal={options['signal']} "
+                f"tells the job to end {notice} s before that, or up to {EARLY_S} s earlier: at "
+                "its start, again and again; allowed: a time limit of more than "
+                f"{notice + EARLY_S} s{less}"
+            ]
     if exit_duration_in_mins is not None and 60 * exit_duration_in_mins >= limit - notice:
         return [
-            f"training.exit_duration_in_mins={exit_duration_in_mins:g} never comes: {shown} lets "
+            f"training.exit_duration_in_mins={exit_duration_in_mins:g} never comes: --time="
+            f"{options['time']} lets "
             f"the run train for {(limit - notice) / 60:.0f} minutes at most; allowed: less, or null"
         ]
     return []
+
+
+def signal_problem(script: str, signal: str) -> str | None:
+    """Why a run would not save at the notice that `--option --signal=...` asks for; None: it would.
+
+    With `B:` it goes to the batch script, else to the ranks.
+    """
+    target, _, name = signal.partition("@")[0].rpartition(":")
+    name = name.upper().removeprefix("SIG")
+    if name.isdecimal() and int(name) in set(signals.Signals):
+        name = signals.Signals(int(name)).name.removeprefix("SIG")
+    if "B" in target:
+        traps = re.findall(r"^[^#\n]*\btrap\b.*$", script, re.MULTILINE)
+        heard = any(re.search(rf"\b(SIG)?{name}\b", line.rpartition("'")[2]) for line in traps)
+        who = f"the batch script has no trap for {name}"
+    else:
+        heard, who = name in _SAVES_AT, f"the ranks save at {', '.join(_SAVES_AT)}"
+    return None if heard else f"--signal={signal} ends the run without a checkpoint: {who}"
 
 
 def hang_note(script: str, hang_timeout_s: float | None) -> str | None:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_hybrid.bounds import MOST_SECONDS
 from megatron_hybrid.errors import UserError
 
 # A longer value is cut off or worse (sbatch reads a word into a buffer of 8192 bytes).
@@ -96,17 +97,21 @@ def module_path(path: str) -> str:
 
 
 def duration_s(text: str) -> float:
-    """The seconds of a time limit as Slurm takes it, in whole minutes; inf: none.
+    """The seconds of a time limit as Slurm takes it, in whole minutes; inf: none, as 0 is to Slurm.
 
     Raises:
-        UserError: it is none.
+        UserError: it is no time limit, or longer than Slurm can count.
     """
-    if text.upper() in ("UNLIMITED", "INFINITE", "-1", "0"):
+    if text.upper() in ("UNLIMITED", "INFINITE", "-1"):
         return float("inf")
     for form in _TIMES:
         if match := re.fullmatch(form, text, re.ASCII):
             seconds = sum(int(number) * _UNITS[unit] for unit, number in match.groupdict().items())
-            return float(-(-seconds // 60) * 60)
+            if seconds > MOST_SECONDS:
+                raise UserError(
+                    f"--time={text} is too long for Slurm; allowed: up to 31 years, or UNLIMITED"
+                )
+            return float(-(-seconds // 60) * 60) or float("inf")
     raise UserError(
         f"--time={text} is no time limit; allowed: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, "
         "D-HH:MM:SS, UNLIMITED"

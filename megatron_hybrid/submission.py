@@ -10,7 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import megatron_hybrid
-from launchers.sbatch import Job, NoAnswerError, render, submit_job, time_problems
+from launchers.sbatch import (
+    Job,
+    NoAnswerError,
+    render,
+    signal_problem,
+    submit_job,
+    time_problems,
+)
 from launchers.slurm_text import module_path
 from megatron_hybrid.config import RunConfig, load_config
 from megatron_hybrid.errors import UserError
@@ -148,6 +155,7 @@ def prepare(args: Sequence[str], job: Job, array: Sequence[str], script: Path) -
             words.append(f"run_dir={run_dir / _name(words[len(args) :])}")
         # The runs of an array read the same data.
         configs.append(_checked(words, world_size, 0 if configs else CHECKSUM_S))
+    _refuse_shared(configs)
     base = configs[0].run_dir.resolve()
     base = base.parent if array else base
     folder = base / JOBS / time.strftime("%Y%m%d-%H%M%S")
@@ -155,7 +163,7 @@ def prepare(args: Sequence[str], job: Job, array: Sequence[str], script: Path) -
     if gpus is None:
         gpus = 0 if configs[0].backend == "torch" else job.ranks_per_node
     job = replace(
-        job, gpus_per_node=gpus, name=job.name or base.name,
+        job, gpus_per_node=gpus, name=job.name or base.name or "pretrain",
         array_size=len(configs) if array else None,
         folder=folder, output="%A_%a.out" if array else "%j.out",
     )  # fmt: skip
@@ -171,6 +179,8 @@ def prepare(args: Sequence[str], job: Job, array: Sequence[str], script: Path) -
         for config in configs
         for problem in time_problems(text, config.training.exit_duration_in_mins)
     ]
+    asked = [each.partition("=")[2] for each in job.options if each.startswith("--signal=")]
+    problems += [problem for each in asked if (problem := signal_problem(text, each))]
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
     return Prepared(job, folder, text, tuple(configs))
@@ -189,6 +199,16 @@ def _checked(words: Sequence[str], world_size: int, checksum_s: float) -> RunCon
     return config
 
 
+def _refuse_shared(configs: Sequence[RunConfig]) -> None:
+    """Two runs of an array cannot both write one folder of checkpoints."""
+    saves = [str(config.checkpoint.save and config.checkpoint.save.resolve()) for config in configs]
+    if twice := [save for save in saves if saves.count(save) > 1]:
+        raise UserError(
+            f"checkpoint.save={twice[0]} would be the folder of {saves.count(twice[0])} runs of "
+            "--array; allowed: null, which is a folder in each run_dir"
+        )
+
+
 def combinations(array: Sequence[str]) -> list[list[str]]:
     """`["a.b=1,2", "c.d=x"]` -> [["a.b=1", "c.d=x"], ["a.b=2", "c.d=x"]].
 
@@ -197,7 +217,8 @@ def combinations(array: Sequence[str]) -> list[list[str]]:
     Raises:
         UserError: a text is not like that, or two runs would be the same, or in one folder.
     """
-    axes = []
+    axes: list[list[str]] = []
+    fields: list[str] = []
     for text in array:
         field, _, values = text.partition("=")
         found = _values(values)
@@ -208,6 +229,9 @@ def combinations(array: Sequence[str]) -> list[list[str]]:
             )
         if field == "run_dir":
             raise UserError(f"--array {text!r}: the runs of an array are folders of one run_dir")
+        if field in fields:
+            raise UserError(f"--array {text!r}: {field} is given twice; allowed: once")
+        fields.append(field)
         axes.append([f"{field}={value}" for value in found])
     runs = [list(words) for words in itertools.product(*axes)]
     names = [_name(words) for words in runs]

@@ -46,6 +46,7 @@ def test_a_refused_job_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
         ("a\nb", (), {}, r"allowed: text without '\\n'"),
         ("a\\b", (), {}, "a backslash there means something else"),
         ("a:b", (), {}, "PYTHONPATH parts folders at ':'"),
+        ("run", (), {"options": ("--signal=B:USR2@300",)}, "has no trap for USR2"),
         ("run", ("training.exit_duration_in_mins=240",), {}, "exit_duration_in_mins=240 never"),
     ],
 )
@@ -68,6 +69,12 @@ def test_each_run_of_an_array_is_the_one_that_was_checked(tmp_path: Path) -> Non
     assert options["array"] == "0-1"
     assert options["output"] == str(made.folder / "%A_%a.out")
     assert f"\nRUN_DIR={tmp_path}/sweep\n" in made.text
+
+
+def test_runs_of_an_array_in_one_folder_of_checkpoints(tmp_path: Path) -> None:
+    """Whoever of them begins second would be refused by the first, node by node, hours later."""
+    with pytest.raises(UserError, match="would be the folder of 2 runs of --array"):
+        prepared(tmp_path / "a", f"checkpoint.save={tmp_path}/b", array=("training.seed=1,2",))
 
 
 def test_a_job_that_is_not_to_come_back(tmp_path: Path) -> None:
@@ -101,6 +108,7 @@ def test_values_of_an_array(array: list[str], runs: list[list[str]]) -> None:
         (["a=1,1"], "two runs would be in the folder 'a=1'"),
         (["a.b=x/y,x_y"], "two runs would be in the folder 'b=x_y'"),
         (["run_dir=a,b"], "folders of one run_dir"),
+        (["a.b=1", "a.b=2,3"], "a.b is given twice"),
     ],
 )  # fmt: skip
 def test_arrays_that_cannot_be(array: list[str], problem: str) -> None:

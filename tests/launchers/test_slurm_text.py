@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 
-from launchers.sbatch import _SAID_BY, Job, _environment, hang_note, render, time_problems
+from launchers.sbatch import (
+    _SAID_BY,
+    Job,
+    _environment,
+    hang_note,
+    render,
+    signal_problem,
+    time_problems,
+)
 from launchers.slurm_text import (
     directive,
     duration_s,
@@ -184,7 +192,7 @@ def test_what_the_script_says_is_not_overruled() -> None:
     [
         ("5", 300), ("5:00", 300), ("4:30", 300), ("01:00:00", 3600), ("1-0", 86400),
         ("1-1:30", 91800), ("1-00:00:30", 86460), ("0", float("inf")),
-        ("UNLIMITED", float("inf")),
+        ("00:00:00", float("inf")), ("UNLIMITED", float("inf")), ("365-0", 31_536_000),
     ],
 )  # fmt: skip
 def test_time_limits(text: str, seconds: float) -> None:
@@ -199,6 +207,47 @@ def test_what_is_no_time_limit(text: str) -> None:
         duration_s(text)
 
 
+def test_a_time_limit_has_an_end() -> None:
+    """Slurm counts minutes in 32 bits."""
+    with pytest.raises(UserError, match="allowed: up to 31 years, or UNLIMITED"):
+        duration_s("9" * 20)
+
+
+def test_options_without_an_answer_or_a_value() -> None:
+    """With some, sbatch queues nothing or says no id; some exclude each other."""
+    for options, problem in (
+        (("--wait",), "with it sbatch does not say which job it is"),
+        (("--test-only",), "with it sbatch does not say which job it is"),
+        (("--wrap=true",), "with it sbatch does not say which job it is"),
+        (("--comment=",), "must have a value, or no '='"),
+        (("--requeue", "--no-requeue"), "--requeue excludes --no-requeue"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            replace(JOB, options=options).sbatch_options()
+    for empty in ("name", "partition", "account", "time_limit"):
+        with pytest.raises(UserError, match="='' must have a value"):
+            replace(JOB, **{empty: ""}).sbatch_options()  # type: ignore[arg-type]
+    several = replace(JOB, chain=2, options=("--dependency=afterok:5?afterok:6",))
+    with pytest.raises(UserError, match=r"excludes --chain 2: .* no '\?'"):
+        several.sbatch_options()
+    assert replace(several, chain=1).sbatch_options()["dependency"] == "afterok:5?afterok:6"
+
+
+@pytest.mark.parametrize(
+    ("signal", "heard"),
+    [
+        ("B:USR1@300", True), ("B:SIGTERM@300", True), ("B:10@300", True), ("USR1", True),
+        ("R:INT@60", True), ("B:USR2@300", False), ("B:12", False), ("USR2@60", False),
+        ("HUP", False),
+    ],
+)  # fmt: skip
+def test_a_notice_must_be_one_at_which_a_run_saves(signal: str, heard: bool) -> None:
+    """Another ends the batch script, or the ranks, at once: the work since the last checkpoint."""
+    problem = signal_problem(PRETRAIN, signal)
+    assert (problem is None) == heard
+    assert heard or f"--signal={signal} ends the run without a checkpoint" in str(problem)
+
+
 def test_a_limit_must_leave_time_before_the_notice() -> None:
     """Told to end at its start, a job would come back for ever; both numbers are said."""
     script = "#!/bin/bash\n#SBATCH --time={}\n#SBATCH --signal={}\n"
@@ -210,6 +259,9 @@ def test_a_limit_must_leave_time_before_the_notice() -> None:
     assert time_problems(script.format("2", "USR1"), None)  # a minute before, where it says none
     assert not time_problems("#!/bin/bash\n#SBATCH --time=1\n", None)
     assert not time_problems(script.format("0", "B:USR1@300"), None)
+    shorter = script.format("60", "B:USR1@300\n#SBATCH --time-min=2")
+    (problem,) = time_problems(shorter, None)
+    assert problem.startswith("--time-min=2 is 120 s, and --signal=B:USR1@300")
     with pytest.raises(UserError, match="must be like B:USR1@300"):
         notice_s("B:USR1@soon")
 
