@@ -19,6 +19,10 @@ export JOB
 # threads for as many as the job has asked for.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
+# A job that was submitted with --export has it for every srun too, which would keep from the ranks
+# what the scripts export.
+unset SLURM_EXPORT_ENV
+
 # Ends a job whose time limit is no longer than the notice before it: it would be told to end at
 # every start, and come back for ever. The notice is that of the script's own line.
 require_time_before_notice() {

@@ -96,13 +96,14 @@ def test_sweep_data_and_conversion(outcome: Path, cluster: Cluster) -> None:
 
 def test_a_job_names_itself(cluster: Cluster, tmp_path: Path) -> None:
     """By the task it is of an array, the last one too; a job that a task has submitted by itself,
-    though it finds that task's variables.
+    though it finds that task's variables. Steps have what the script exports, whatever the job's
+    --export is.
     """
     for name, more in (("inner", ""), ("outer", f"sbatch --parsable {tmp_path}/inner.sh")):
         (tmp_path / f"{name}.sh").write_text(
             f"#!/bin/bash\n#SBATCH --output={tmp_path}/{name}_%j.out\n#SBATCH --cpus-per-task=2\n"
-            f"source {ROOT}/slurm/job.sh\n"
-            f"echo $JOB ${{SLURM_ARRAY_JOB_ID:-none}} $SRUN_CPUS_PER_TASK; {more}\n"
+            f"#SBATCH --export=ONLY=this\nsource {ROOT}/slurm/job.sh\n"
+            f"srun bash -c 'echo $JOB ${{SLURM_ARRAY_JOB_ID:-none}} $SRUN_CPUS_PER_TASK'; {more}\n"
         )
     array = cluster.run("sbatch", "--parsable", "--array=0-1", str(tmp_path / "outer.sh"))
     cluster.wait(lambda: len(list(tmp_path.glob("inner_*"))) == 2, 60, "the inner jobs")
