@@ -114,6 +114,15 @@ def test_wrong_sampling_names_every_field() -> None:
         assert text in str(error.value)
 
 
+def test_a_temperature_that_is_none_is_refused() -> None:
+    """NaN, and what float32 cannot hold; the least that there is picks the likeliest."""
+    for temperature in (float("nan"), float("inf"), 1e-40, 1e40):
+        with pytest.raises(UserError, match="temperature"):
+            Sampling(temperature=temperature)
+    logits, draws = torch.tensor([1.0, 30.0, -5.0]), torch.Generator()
+    assert all(choose(logits, Sampling(temperature=1e-37), draws) == 1 for _ in range(5))
+
+
 def test_missing_checkpoint_is_named(tmp_path: Path) -> None:
     """A folder without a checkpoint is refused with its name."""
     from megatron_hybrid.generation import open_checkpoint

@@ -80,7 +80,7 @@ Whole = Annotated[int, _COUNTED]
 # None or more of something, one or more: layers, ranks, samples.
 Count = Annotated[int, Field(ge=0), _COUNTED]
 Positive = Annotated[int, Field(ge=1), _COUNTED]
-# A number of tokens or samples, where people write 15e12.
+# A number of tokens or samples, or the base of RoPE, where people write 15e12.
 Amount = Annotated[
     int, BeforeValidator(_whole), Field(ge=1), Far(partial(_at_most, bounds.MOST_TOKENS))
 ]

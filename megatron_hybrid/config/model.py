@@ -7,6 +7,7 @@ from pydantic import Field, Strict
 
 from megatron_hybrid.bounds import text_problem
 from megatron_hybrid.config.base import (
+    Amount,
     Far,
     Positive,
     PositiveReal,
@@ -51,7 +52,8 @@ class ModelConfig(Section):
     position_embedding_type: Literal["none", "rope"] = Field(
         default="none", description="positions in attention layers"
     )
-    rotary_base: Positive = Field(default=10000, description="base of the rotary frequencies")
+    # A number like any other, of models that read millions of tokens above 2**31.
+    rotary_base: Amount = Field(default=10000, description="base of the rotary frequencies")
     rotary_percent: float = Field(
         default=1.0, gt=0, le=1, description="fraction of a head's channels that rotate"
     )
