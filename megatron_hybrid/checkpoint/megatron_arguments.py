@@ -111,6 +111,9 @@ def run_values(arguments: Mapping[str, Any]) -> dict[str, Any]:
     pattern = arguments.get("hybrid_layer_pattern") or arguments.get("hybrid_override_pattern")
     if not isinstance(pattern, str):
         problems.append("neither hybrid_layer_pattern nor hybrid_override_pattern is set")
+    seq_length = arguments.get("seq_length") or arguments.get("encoder_seq_length")
+    if seq_length is None:
+        problems.append("neither seq_length nor encoder_seq_length is set")
     if problems:
         text = "\n".join(f"  - {problem}" for problem in problems)
         raise CheckpointError(f"the checkpoint's Megatron-LM arguments cannot be used:\n{text}")
@@ -132,7 +135,7 @@ def run_values(arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
     return {
         "model": {name: value for name, value in model.items() if value is not None},
-        "data": {"seq_length": arguments.get("seq_length") or 1},
+        "data": {"seq_length": seq_length},
         "training": {"train_iters": 1},
         "optimizer": {"lr": 1.0},
     }
