@@ -30,20 +30,24 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_import_loads_neither_torch_nor_the_engine() -> None:
-    """The package, its config and its command line load in a moment."""
+    """The package, its config and its command line load in a moment: of other packages, only those
+    that a config and a command line are made of.
+    """
     code = (
-        "import time; start = time.perf_counter()\n"
+        "import sys; before = set(sys.modules)\n"
         "import megatron_hybrid, megatron_hybrid.config, megatron_hybrid.cli\n"
-        "took = time.perf_counter() - start\n"
-        "import sys; heavy = {'torch', 'megatron', 'numpy', 'transformers'} & set(sys.modules)\n"
-        "print(took); sys.exit(f'loaded {heavy}' if heavy else 0)"
+        "from sysconfig import get_path\n"
+        "places = (get_path('purelib'), get_path('platlib'))\n"
+        "for name in set(sys.modules) - before:\n"
+        "    if (getattr(sys.modules[name], '__file__', None) or '').startswith(places):\n"
+        "        print(name.partition('.')[0])\n"
     )
-    best = 100.0
-    for _ in range(3):  # the first may read files that are not in memory yet
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        best = min(best, float(done.stdout))
-    assert best < 1.0
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) <= {
+        "annotated_doc", "annotated_types", "pydantic", "pydantic_core", "rich", "shellingham",
+        "typer", "typing_extensions", "typing_inspection", "yaml",
+    }  # fmt: skip
 
 
 def test_dry_run_prints_the_resolved_config() -> None:
