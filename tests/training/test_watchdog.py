@@ -14,19 +14,23 @@ from megatron_hybrid.testing import run_distributed
 from megatron_hybrid.training.watchdog import Report, explain, locate
 
 
-def linger(event: threading.Event) -> None:
+def linger(arrived: threading.Event, event: threading.Event) -> None:
     """A rank that is busy elsewhere."""
-    event.wait(20)
+    arrived.set()
+    event.wait(timeout=600)
 
 
-def places(kind: str) -> list[Report]:
-    """On a rank of two: rank 0 waits in a collective for rank 1; where both are."""
-    value, event = torch.ones(4), threading.Event()
+def places(kind: str, collective: str) -> list[Report]:
+    """On a rank of two: rank 0 waits in a collective for rank 1; where both are, once they are.
+
+    If rank 0 is never seen in `collective`, the time limit of the ranks says where it is instead.
+    """
+    value, arrived, event = torch.ones(4), threading.Event(), threading.Event()
     rank = dist.get_rank()
 
     def work() -> None:
         if rank:
-            linger(event)
+            linger(arrived, event)
         if kind == "all_reduce":
             dist.all_reduce(value)
         elif kind == "handle":
@@ -37,8 +41,13 @@ def places(kind: str) -> list[Report]:
 
     thread = threading.Thread(target=work)
     thread.start()
-    time.sleep(1.0)  # long enough to be stuck
-    found = locate(sys._current_frames()[thread.ident or 0], rank, 7)
+    if rank:
+        arrived.wait()
+    while True:
+        found = locate(sys._current_frames()[thread.ident or 0], rank, 7)
+        if rank or found.collective == collective:
+            break
+        time.sleep(0.01)
     reports: list[Any] = [None, None]
     store = dist.distributed_c10d._get_default_store()
     store.set(f"seen{rank}", "yes")
@@ -56,7 +65,7 @@ def places(kind: str) -> list[Report]:
 )  # fmt: skip
 def test_the_rank_that_did_not_arrive(kind: str, collective: str, ranks: tuple[int, ...]) -> None:
     """The collective, its ranks and the line that called it; of the other, where it is instead."""
-    waiting, other = run_distributed(places, 2, kind)[0]
+    waiting, other = run_distributed(places, 2, kind, collective)[0]
     assert (waiting.collective, waiting.ranks) == (collective, ranks)
     assert "tests/training/test_watchdog.py" in waiting.place and waiting.place.endswith(" work")
     assert other.collective is None

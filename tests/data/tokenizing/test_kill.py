@@ -61,7 +61,10 @@ def state(prefix: Path, old: tuple[bytes, ...], new: tuple[bytes, ...]) -> str:
 
 
 def test_kills_at_random_moments(tmp_path: Path, old_pair: TokenizeSettings) -> None:
-    """50 kills -9, with two workers and with one: nothing half-made loads, and a rerun succeeds."""
+    """50 kills -9, with two workers and with one: nothing half-made loads, and a rerun succeeds.
+
+    The moments are drawn among the calls that a whole run makes, and a few beyond.
+    """
     prefix = tmp_path / "out"
     names = ("out.bin", "out.idx", "out.meta.json")
     (tmp_path / "old").mkdir()
@@ -76,19 +79,20 @@ def test_kills_at_random_moments(tmp_path: Path, old_pair: TokenizeSettings) -> 
     draw = random.Random(0)
     outcomes: Counter[str] = Counter()
     for settings, kills in ((replace(old_pair, workers=1), KILLS - 12), (old_pair, 12)):
-        started = time.monotonic()
-        whole_run = context.Process(target=kill_target.run, args=(settings, CHUNK_BYTES))
+        target, counted = (settings, CHUNK_BYTES), tmp_path / "calls"
+        whole_run = context.Process(target=kill_target.run, args=(*target, None, counted))
         whole_run.start()
         whole_run.join()
-        seconds = time.monotonic() - started
+        assert whole_run.exitcode == 0
+        calls = int(counted.read_text())
         for _ in range(kills):
             for name in names:
                 shutil.copy(tmp_path / "old" / name, tmp_path / name)
-            process = context.Process(target=kill_target.run, args=(settings, CHUNK_BYTES))
+            moment = draw.randint(1, calls * 11 // 10)
+            process = context.Process(target=kill_target.run, args=(*target, moment, counted))
             process.start()
-            time.sleep(draw.uniform(0, 1.1 * seconds))
-            process.kill()
             process.join()
+            assert process.exitcode in (0, -signal.SIGKILL)
             outcomes[state(prefix, old, new)] += 1
             outcomes["left in the middle"] += bool(leftovers(tmp_path))
             tokenize(replace(old_pair, workers=1))
@@ -187,7 +191,7 @@ tokenize({new_settings!r})
 
 @contextmanager
 def running(settings: TokenizeSettings) -> Iterator[subprocess.Popen[bytes]]:
-    """The command of `settings`, over an input too large to end soon, in the middle of its work."""
+    """The command of `settings`, stopped in the middle of its work on a large input."""
     write_lines(Path(settings.inputs[0]), [[n % 999] * 900 for n in range(6000)])
     words = [sys.executable, "-m", "megatron_hybrid.cli", "data", "tokenize"]
     words += ["--input", *settings.inputs, "--output", str(settings.outputs["text"])]
@@ -198,6 +202,7 @@ def running(settings: TokenizeSettings) -> Iterator[subprocess.Popen[bytes]]:
     deadline = time.monotonic() + 60
     while not any(runs.glob("*")) and time.monotonic() < deadline:
         time.sleep(0.02)
+    process.send_signal(signal.SIGSTOP)
     try:
         yield process
     finally:
@@ -233,6 +238,7 @@ def test_stopped_command(tmp_path: Path, old_pair: TokenizeSettings, number: int
     with running(old_pair) as process:
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(number)
+        process.send_signal(signal.SIGCONT)
         _, errors = process.communicate(timeout=30)
     assert process.returncode not in (0, None)
     assert b"Traceback" not in errors
@@ -252,6 +258,7 @@ def test_killed_worker(tmp_path: Path, old_pair: TokenizeSettings) -> None:
         ]
         assert len(workers) == 2
         os.kill(workers[0].pid, signal.SIGKILL)
+        process.send_signal(signal.SIGCONT)
         _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
     assert b"error: a worker process died (out of memory?); nothing was published" in errors
