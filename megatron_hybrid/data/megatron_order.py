@@ -11,7 +11,8 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_hybrid import platform
+from megatron_hybrid.claim import CLAIM_FILE, claimed
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.index import Index
@@ -198,31 +200,43 @@ def _build_with_engine(config: RunConfig, tokenizer: Tokenizer, blend: _Blend) -
     builder = BlendedMegatronDatasetBuilder(
         GPTDataset, [*blend.sizes, 0], lambda: True, engine_config
     )
-    try:
-        train, valid, _ = builder.build()
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{error.filename} is missing though rank 0 wrote it: data.data_cache_path="
-            f"{cache.parent} must be on storage that all nodes share"
-        ) from error
-    if _is_first_rank():
-        write_atomic(cache / _COMPLETE_MARK, "")
+    with _writing(cache):
+        try:
+            train, valid, _ = builder.build()
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{error.filename} is missing though rank 0 wrote it: data.data_cache_path="
+                f"{cache.parent} must be on storage that all nodes share"
+            ) from error
     return [train, valid]
 
 
 def _cache_folder(config: RunConfig, blend: _Blend) -> Path:
-    """The folder of this blend's index files, without what a killed run left half-written.
+    """The folder of this blend's index files.
 
     The engine names index files after the paths of the sources, and takes what it finds; a folder
     named after their contents keeps it from using the indices of data that was made anew.
     """
     base = config.data.data_cache_path or config.run_dir / "data_cache"
-    folder = base / blend.key(config)
-    if _is_first_rank():
+    return base / blend.key(config)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """While index files are built: no other run does it, and none of a killed one are taken.
+
+    Raises:
+        UserError: another run is building them in the same data.data_cache_path.
+    """
+    if not _is_first_rank() or (folder / _COMPLETE_MARK).exists():
+        yield
+        return
+    with claimed([folder.with_name(f".{folder.name}{CLAIM_FILE}")], "indices in megatron's order"):
         if folder.exists() and not (folder / _COMPLETE_MARK).exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-    return folder
+        yield
+        write_atomic(folder / _COMPLETE_MARK, "")
 
 
 def _is_first_rank() -> bool:

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from megatron_hybrid.claim import CLAIM_FILE, claimed
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.datasets import open_windows, plan_data
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.tokenizer import build_tokenizer
 from megatron_hybrid.data.windows import Windows
+from megatron_hybrid.errors import UserError
 from tests.data.conftest import EOD, VOCAB_SIZE, write_corpus
 
 MakeConfig = Callable[..., RunConfig]
@@ -96,6 +98,10 @@ def test_half_built_indices_are_built_again(tmp_path: Path, make_config: MakeCon
     assert index.stat().st_mtime_ns == written
     (index.parent / "complete").unlink()
     index.write_bytes(b"")
+    with claimed([index.parent.with_name(f".{index.parent.name}{CLAIM_FILE}")], "another run"):
+        with pytest.raises(UserError, match="is being written by another run"):
+            datasets(config)  # nor are those taken that a living run is at
+        assert index.read_bytes() == b""
     again, _ = datasets(config)
     assert [window.tolist() for window in _all(again)] == expected
 
