@@ -3,11 +3,9 @@
 import pytest
 
 from megatron_hybrid.checkpoint.errors import CheckpointError
-from megatron_hybrid.checkpoint.megatron_arguments import _MUST_BE, run_values
+from megatron_hybrid.checkpoint.megatron_arguments import run_values
 
-ARGUMENTS = {name: allowed[0] for name, allowed in _MUST_BE.items()} | {
-    "hybrid_layer_pattern": "M", "hidden_size": 32, "seq_length": 64,
-}  # fmt: skip
+ARGUMENTS = {"hybrid_layer_pattern": "M", "hidden_size": 32, "seq_length": 64}
 
 
 def test_the_sequence_length_is_said_or_missing() -> None:
