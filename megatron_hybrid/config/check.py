@@ -200,6 +200,8 @@ def build_config(
     world_size: int | None = None,
     has_cuda: bool | None = None,
     schedule_start_tokens: int = 0,
+    compute_capability: tuple[int, int] | None = None,
+    fused_weight_gradients: bool | None = None,
     problems: tuple[str, ...] = (),
 ) -> RunConfig:
     """Check plain nested values, fill derived fields and apply the rules.
@@ -210,6 +212,8 @@ def build_config(
         world_size: ranks that will run; None: rules about it are left out.
         has_cuda: whether they have GPUs; None: rules about it are left out.
         schedule_start_tokens: consumed when the schedule of the learning rate begins.
+        compute_capability: of the GPUs; None as above.
+        fused_weight_gradients: whether apex's extension for them is there; None as above.
         problems: found before, to be reported with the others.
 
     Raises:
@@ -219,7 +223,9 @@ def build_config(
     config, broken, bad_fields = check_types(kept)
     config, underivable = _derive(config, broken)
     found = [*problems, *unknown, *bad_fields, *underivable]
-    facts = Facts(world_size, has_cuda, schedule_start_tokens)
+    facts = Facts(
+        world_size, has_cuda, schedule_start_tokens, compute_capability, fused_weight_gradients
+    )
     for rule in which:
         found += _apply(rule, config, frozenset(broken), facts)
     if found:
@@ -232,6 +238,8 @@ def validate(
     world_size: int | None = None,
     has_cuda: bool | None = None,
     schedule_start_tokens: int = 0,
+    compute_capability: tuple[int, int] | None = None,
+    fused_weight_gradients: bool | None = None,
 ) -> None:
     """Apply all rules to a config, with what is known of the ranks that will run it.
 
@@ -243,4 +251,6 @@ def validate(
         world_size=world_size,
         has_cuda=has_cuda,
         schedule_start_tokens=schedule_start_tokens,
+        compute_capability=compute_capability,
+        fused_weight_gradients=fused_weight_gradients,
     )

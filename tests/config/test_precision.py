@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_hybrid.config import load_config
+from megatron_hybrid.config import load_config, validate
 from megatron_hybrid.config.linears import linears
 from megatron_hybrid.config.pattern import MAMBA
 from megatron_hybrid.config.precision import FLOAT8_RECIPES
@@ -132,3 +132,47 @@ def test_megatrons_flags() -> None:
     precision = config.precision
     assert (precision.recipe, precision.fp8_param_gather) == ("fp8_tensorwise", True)
     assert (precision.num_layers_at_start_in_bf16, precision.num_layers_at_end_in_bf16) == (1, 2)
+
+
+# Those that Transformer Engine 2.20.2 lets in, on each GPU; delayed scaling would be too.
+RUNS_ON = {
+    (8, 0): set(),
+    (8, 9): {"fp8_tensorwise"},
+    (9, 0): {"fp8_tensorwise", "fp8_blockwise"},
+    (10, 0): {"fp8_tensorwise", "fp8_blockwise", "mxfp8"},
+    (12, 0): {"fp8_tensorwise", "fp8_blockwise"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", FLOAT8_RECIPES)
+@pytest.mark.parametrize("capability", RUNS_ON)
+def test_recipes_by_gpu(capability: tuple[int, int], recipe: str) -> None:
+    """What the GPU has no units for is refused with what it has; the delayed one on all, as
+    Transformer Engine does not take back the history that it saves.
+    """
+    config = load_config([*TINY, *DATA, f"precision.recipe={recipe}"])
+    runs = RUNS_ON[capability]
+    try:
+        validate(config, has_cuda=True, compute_capability=capability)
+    except ConfigError as error:
+        found = str(error)
+    else:
+        found = ""
+    assert bool(found) == (recipe not in runs)
+    if recipe == "fp8_delayed":
+        assert "refuses to load the history of scales that it saves" in found
+    elif found:
+        here = ".".join(map(str, capability))
+        assert f"; here it is {here}; allowed here: bf16, fp32" in found
+        assert (
+            set(found.partition("allowed here: bf16, fp32")[2].strip(", ").split(", ")) - {""}
+            == runs
+        )
+
+
+def test_delayed_scaling_needs_no_gpu_to_be_refused() -> None:
+    """Where the backend is named, nothing need be known of the device; emulated it runs."""
+    assert "fp8_delayed on the transformer_engine backend is not supported" in problems(
+        *TINY, "backend=transformer_engine", recipe="fp8_delayed"
+    )
+    assert problems(*TINY, "precision.emulate=true", recipe="fp8_delayed") == ""

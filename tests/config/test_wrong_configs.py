@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -112,6 +113,37 @@ def test_wrong_for_these_ranks(
     config = load_config(args)
     with pytest.raises(ConfigError) as caught:
         validate(config, world_size=world_size, has_cuda=has_cuda)
+    assert caught.value.problems == [problem]
+
+
+@pytest.mark.parametrize(
+    ("typed", "facts", "problem"),
+    [
+        pytest.param(
+            "--gradient-accumulation-fusion", {"fused_weight_gradients": False},
+            "gpu.gradient_accumulation_fusion=true needs NVIDIA's apex with its extension "
+            "fused_weight_gradient_mlp_cuda, which cannot be imported here; allowed: false",
+            id="no apex",
+        ),
+        pytest.param(
+            "--context-parallel-size 2 precision.recipe=fp32", {},
+            f"precision.recipe=fp32 with {CP}=2 has no attention kernel on the transformer_engine "
+            f"backend; allowed: precision.recipe=bf16, or {CP}=1", id="CP in fp32",
+        ),
+        pytest.param(
+            "model.mamba_num_heads=3 model.mamba_head_dim=4 model.mamba_num_groups=1 "
+            "model.mamba_state_dim=8", {},
+            "model.mamba_num_heads=3, model.mamba_head_dim=4, model.mamba_num_groups=1 and "
+            "model.mamba_state_dim=8 make 28 convolved channels on a rank, which must be a "
+            "multiple of 8 on the transformer_engine backend", id="convolved channels",
+        ),
+    ],
+)  # fmt: skip
+def test_wrong_on_a_gpu(typed: str, facts: dict[str, Any], problem: str) -> None:
+    """What Transformer Engine, or what is installed beside it, does not have."""
+    config = load_config([*GOOD, *typed.split()])
+    with pytest.raises(ConfigError) as caught:
+        validate(config, has_cuda=True, **facts)
     assert caught.value.problems == [problem]
 
 

@@ -11,15 +11,27 @@ Problems = Iterator[str]
 
 @dataclass(frozen=True)
 class Facts:
-    """What a rule may know beside the config; None: not known yet, the rule is left out."""
+    """What a rule may know beside the config; None: not known yet, the rule is left out.
+
+    Attributes:
+        compute_capability: of the GPUs, major and minor.
+        fused_weight_gradients: whether apex's extension for them can be imported.
+    """
 
     world_size: int | None = None
     has_cuda: bool | None = None
     schedule_start_tokens: int = 0
+    compute_capability: tuple[int, int] | None = None
+    fused_weight_gradients: bool | None = None
 
 
 Rule = Callable[[RunConfig, Facts], Problems]
 LENGTHS = ("training.train_iters", "training.train_samples", "training.train_tokens")
+
+
+def on_transformer_engine(c: RunConfig, facts: Facts) -> bool:
+    """Whether Transformer Engine is known to serve the layers."""
+    return c.backend == "transformer_engine" or (c.backend == "auto" and facts.has_cuda is True)
 
 
 def values(c: RunConfig, names: Sequence[str]) -> dict[str, object]:

@@ -1,10 +1,18 @@
 """Rules of what only GPUs have: where it runs, and what each kernel and overlap needs."""
 
 from megatron_hybrid.config.describe import shown
-from megatron_hybrid.config.pattern import ATTENTION, MOE
-from megatron_hybrid.config.rules.common import Facts, Problems, Rule, must_be_multiple
+from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MOE
+from megatron_hybrid.config.rules.common import (
+    Facts,
+    Problems,
+    Rule,
+    must_be_multiple,
+    on_transformer_engine,
+)
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.sections import GpuConfig
+
+CONVOLVED_TOGETHER = 8  # channels, in causal-conv1d
 
 
 def gpu_only(c: RunConfig, facts: Facts) -> Problems:
@@ -52,6 +60,11 @@ def overlapping(c: RunConfig, _: Facts) -> Problems:
 
 def experts(c: RunConfig, _: Facts) -> Problems:
     """Kernels of the experts need experts, and those beside them shared ones."""
+    if c.gpu.moe_router_fusion and c.upcycling.source is not None:
+        yield (
+            "gpu.moe_router_fusion=true with upcycling.from is not supported: experts begin as "
+            "copies, and of equal scores the fused router takes any; allowed: false"
+        )
     names = ("moe_permute_fusion", "moe_router_fusion", "moe_shared_expert_overlap")
     for name in names:
         if getattr(c.gpu, name) and MOE not in c.model.hybrid_layer_pattern:
@@ -71,8 +84,34 @@ def experts(c: RunConfig, _: Facts) -> Problems:
             )
 
 
-def fusions(c: RunConfig, _: Facts) -> Problems:
+def convolved_channels(c: RunConfig, facts: Facts) -> Problems:
+    """causal-conv1d takes channels by eight; where ranks do not get equal parts, that is told."""
+    m, tp, cp = c.model, c.parallel.tensor_model_parallel_size, c.parallel.context_parallel_size
+    if not on_transformer_engine(c, facts) or MAMBA not in m.hybrid_layer_pattern:
+        return
+    if m.mamba_num_heads is None or m.mamba_num_heads % (tp * cp) or m.mamba_num_groups % tp:
+        return
+    # Where CP exceeds the groups of a TP rank, several ranks have the same one.
+    groups = max(m.mamba_num_groups // (tp * cp), 1)
+    channels = m.mamba_num_heads * m.mamba_head_dim // (tp * cp) + 2 * groups * m.mamba_state_dim
+    if channels % CONVOLVED_TOGETHER:
+        yield (
+            f"model.mamba_num_heads={m.mamba_num_heads}, model.mamba_head_dim={m.mamba_head_dim}, "
+            f"model.mamba_num_groups={m.mamba_num_groups} and "
+            f"model.mamba_state_dim={m.mamba_state_dim} make {channels} convolved channels on a "
+            f"rank, which must be a multiple of {CONVOLVED_TOGETHER} on the transformer_engine "
+            "backend"
+        )
+
+
+def fusions(c: RunConfig, facts: Facts) -> Problems:
     """Which fused kernels there are."""
+    lacks_apex = facts.fused_weight_gradients is False and on_transformer_engine(c, facts)
+    if c.gpu.gradient_accumulation_fusion and lacks_apex:
+        yield (
+            "gpu.gradient_accumulation_fusion=true needs NVIDIA's apex with its extension "
+            "fused_weight_gradient_mlp_cuda, which cannot be imported here; allowed: false"
+        )
     activation, bias = c.model.activation, c.model.add_bias_linear
     if c.gpu.bias_activation_fusion and not (
         activation == "swiglu" or (activation == "gelu" and bias)
@@ -129,6 +168,7 @@ GPU: tuple[Rule, ...] = (
     context_parallel_communication,
     overlapping,
     experts,
+    convolved_channels,
     fusions,
     cuda_graphs,
 )

@@ -7,7 +7,7 @@ from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, parse_pattern
 from megatron_hybrid.config.phases import sequence_length_fields
 from megatron_hybrid.config.precision import FLOAT8_RECIPES, float8_layers
 from megatron_hybrid.config.ranks import rank_tokens, sequence_ranks, written
-from megatron_hybrid.config.rules.common import Facts, Problems, Rule
+from megatron_hybrid.config.rules.common import Facts, Problems, Rule, on_transformer_engine
 from megatron_hybrid.config.rules.parallel import (
     expert_parallel,
     sequence_length,
@@ -71,6 +71,52 @@ def where_float8_runs(c: RunConfig, facts: Facts) -> Problems:
         yield (
             "precision.fp8_param_gather=true with precision.emulate=true is not supported: "
             "parameters stay in bf16; allowed: false"
+        )
+
+
+def recipe_of_this_gpu(c: RunConfig, facts: Facts) -> Problems:
+    """Transformer Engine refuses a recipe that the GPU has no units for, in the first forward."""
+    recipe, here = FLOAT8_RECIPES.get(c.precision.recipe), facts.compute_capability
+    if recipe is None or here is None or not on_transformer_engine(c, facts):
+        return
+    if not recipe.runs_on(here):
+        wanted = f"{_version(recipe.capability)} or higher"
+        if recipe.capability_below is not None:
+            wanted += f", below {_version(recipe.capability_below)}"
+        others = [
+            name
+            for name, other in FLOAT8_RECIPES.items()
+            if other.runs_on(here) and other.scaling != "delayed"
+        ]
+        yield (
+            f"{_recipe(c)} needs a GPU of compute capability {wanted}; here it is "
+            f"{_version(here)}; allowed here: {', '.join(['bf16', 'fp32', *others])}"
+        )
+
+
+def delayed_scaling_resumes(c: RunConfig, facts: Facts) -> Problems:
+    """Transformer Engine does not take back the history that it saved."""
+    if c.precision.recipe != "fp8_delayed" or c.precision.emulate:
+        return
+    # Where GPUs are only planned for, it may be asked for.
+    if c.backend == "transformer_engine" or facts.compute_capability is not None:
+        others = [name for name, other in FLOAT8_RECIPES.items() if other.scaling != "delayed"]
+        yield (
+            f"{_recipe(c)} on the transformer_engine backend is not supported: Transformer Engine "
+            "refuses to load the history of scales that it saves, so that no run could be "
+            f"resumed; allowed: bf16, fp32, {', '.join(others)}, or precision.emulate=true on a CPU"
+        )
+
+
+def context_parallel_in_fp32(c: RunConfig, facts: Facts) -> Problems:
+    """Attention over a sequence that is split has kernels for 16 bits alone."""
+    cp = c.parallel.context_parallel_size
+    attends = ATTENTION in c.model.hybrid_layer_pattern
+    if c.precision.weights != "bf16" and cp > 1 and attends and on_transformer_engine(c, facts):
+        yield (
+            f"{_recipe(c)} with parallel.context_parallel_size={cp} has no attention kernel on the "
+            "transformer_engine backend; allowed: precision.recipe=bf16, or "
+            "parallel.context_parallel_size=1"
         )
 
 
@@ -158,6 +204,10 @@ def _recipe(c: RunConfig) -> str:
     return f"precision.recipe={c.precision.recipe}"
 
 
+def _version(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
 def _allowed() -> str:
     return f"allowed: {', '.join(FLOAT8_RECIPES)}"
 
@@ -166,6 +216,9 @@ PRECISION: tuple[Rule, ...] = (
     float8_only,
     end_layers,
     where_float8_runs,
+    recipe_of_this_gpu,
+    delayed_scaling_resumes,
+    context_parallel_in_fp32,
     float8_widths,
     float8_tokens,
 )
