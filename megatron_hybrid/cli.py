@@ -108,7 +108,7 @@ def _check_device(config: RunConfig, world_size: int) -> None:
         from megatron_hybrid.platform.backend import probe, resolve_backend
 
         resolve_backend(config.backend)
-        validate(config, world_size, has_cuda=probe().cuda_device is not None)
+        validate(config, world_size, **probe().facts)
 
 
 def _check_files(config: RunConfig, world_size: int) -> None:

@@ -2,16 +2,21 @@
 
 import importlib
 import platform as python_platform
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Literal
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from megatron_hybrid.errors import UserError
+from megatron_hybrid.platform.backend import GPU_PACKAGES
+from megatron_hybrid.platform.imports import import_errors
 
 DISTRIBUTION = "megatron-hybrid"
 # Optional packages, and what each of them gives.
@@ -19,18 +24,27 @@ OPTIONAL = {
     "transformer-engine": "FP8 and fused linears on GPUs",
     "mamba-ssm": "fast Mamba-2 kernels on GPUs",
     "causal-conv1d": "fast convolutions of Mamba-2 on GPUs",
-    "flash-attn": "fast attention on GPUs",
+    "flash-attn": "other attention kernels on GPUs",
     "mpi4py": "the addresses of ranks that mpirun starts",
     "transformers": "the peer in the benchmarks",
 }
+# What is imported of them.
+IMPORTED = {
+    **GPU_PACKAGES, "flash-attn": "flash_attn", "mpi4py": "mpi4py.MPI",
+    "transformers": "transformers",
+}  # fmt: skip
 
-Status = Literal["ok", "missing", "broken"]
-_STYLE: dict[Status, str] = {"ok": "green", "missing": "yellow", "broken": "red"}
+Status = Literal["ok", "missing", "unusable", "broken"]
+_STYLE: dict[Status, str] = {
+    "ok": "green", "missing": "yellow", "unusable": "red", "broken": "red",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: `broken` means that training cannot run before it is mended."""
+    """One line of the report: `broken` means that training cannot run before it is mended, and
+    `unusable` that it can, but without this.
+    """
 
     what: str
     found: str
@@ -55,13 +69,30 @@ def _requirements() -> list[Requirement]:
     return [item for item in found if item.marker is None or item.marker.evaluate({"extra": ""})]
 
 
-def _required(requirement: Requirement) -> Finding:
+def _import_errors(required: Sequence[str]) -> dict[str, str]:
+    """By package, why it cannot be imported, of all that are installed and can not."""
+    of_package = {package: IMPORTED[package] for package in OPTIONAL}
+    distributions = metadata.packages_distributions()
+    for name in required:
+        own = canonicalize_name(name)
+        found = {m for m, of in distributions.items() if own in map(canonicalize_name, of)}
+        public = sorted(module for module in found if not module.startswith("_"))
+        if public:  # what has another name has one module
+            of_package[name] = own if own in public else public[0]
+    modules = {name: module for name, module in of_package.items() if _version(name) is not None}
+    errors = import_errors(list(modules.values()))
+    return {name: errors[module] for name, module in modules.items() if module in errors}
+
+
+def _required(requirement: Requirement, errors: Mapping[str, str]) -> Finding:
     version = _version(requirement.name)
     wanted = f"{requirement.name}{requirement.specifier}"
     if version is None:
         return Finding(requirement.name, "-", "broken", f'pip install "{wanted}"')
     if not requirement.specifier.contains(_release(version), prereleases=True):
         return Finding(requirement.name, version, "broken", f"must be {requirement.specifier}")
+    if error := errors.get(requirement.name):
+        return Finding(requirement.name, version, "broken", f"cannot be imported: {error}")
     return Finding(requirement.name, version, "ok")
 
 
@@ -72,10 +103,12 @@ def _release(version: str) -> str:
     return parsed.base_version if by_nvidia else version
 
 
-def _optional(package: str, gives: str) -> Finding:
-    version = _version(package)
+def _optional(package: str, errors: Mapping[str, str]) -> Finding:
+    version, gives = _version(package), OPTIONAL[package]
     if version is None:
         return Finding(package, "-", "missing", f"would give: {gives}")
+    if error := errors.get(package):
+        return Finding(package, version, "unusable", f"cannot be imported: {error}")
     return Finding(package, version, "ok", gives)
 
 
@@ -130,8 +163,9 @@ def examine() -> list[Finding]:
         findings.append(Finding(DISTRIBUTION, _version(DISTRIBUTION) or "-", "ok"))
     else:
         findings.append(Finding(DISTRIBUTION, "-", "broken", "not installed: pip install -e ."))
-    findings += [_required(requirement) for requirement in requirements]
-    findings += [_optional(package, gives) for package, gives in OPTIONAL.items()]
+    errors = _import_errors([requirement.name for requirement in requirements])
+    findings += [_required(requirement, errors) for requirement in requirements]
+    findings += [_optional(package, errors) for package in OPTIONAL]
     return findings + _engine()
 
 
@@ -140,11 +174,12 @@ def report(findings: list[Finding], console: Console) -> bool:
     table = Table("", "found", "status", "note")
     for item in findings:
         style = _STYLE[item.status]
-        table.add_row(item.what, item.found, f"[{style}]{item.status}[/]", item.note)
+        table.add_row(item.what, item.found, f"[{style}]{item.status}[/]", escape(item.note))
     console.print(table)
     broken = [item.what for item in findings if item.status == "broken"]
     if broken:
         console.print(f"[red]cannot train:[/] mend {', '.join(broken)}")
     else:
-        console.print("[green]ready to train[/]")
+        unusable = ", ".join(item.what for item in findings if item.status == "unusable")
+        console.print(f"[green]ready to train[/]{f', without {unusable}' if unusable else ''}")
     return not broken

@@ -114,9 +114,9 @@ def test_doctor_tells_the_two_apexes_apart_and_what_is_broken() -> None:
     assert "unrelated web package" in _apex("unrelated").note
     assert _apex("nvidia").status == "ok"
     assert "github.com/NVIDIA/apex" in _apex(None).note
-    broken = _required(Requirement("pydantic<1"))
+    broken = _required(Requirement("pydantic<1"), {})
     assert (broken.status, broken.note) == ("broken", "must be <1")
-    absent = _required(Requirement("surely-not-installed>=2"))
+    absent = _required(Requirement("surely-not-installed>=2"), {})
     assert absent.note == 'pip install "surely-not-installed>=2"'
     console = Console(file=io.StringIO())
     assert report([Finding("x", "1", "ok"), Finding("y", "-", "missing")], console)

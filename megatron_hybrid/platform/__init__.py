@@ -62,7 +62,9 @@ def _initialize_once() -> Platform:
         return Platform(device=device, distributed_backend="nccl", has_cuda=True)
 
     from megatron_hybrid.platform.cpu import apply_patches
+    from megatron_hybrid.platform.imports import hide_gpu_modules
 
+    hide_gpu_modules()  # broken ones would end the engine's import
     count = apply_patches()
     logger.info("no CUDA device: megatron-core runs on the CPU over gloo, %d places patched", count)
     return Platform(device=torch.device("cpu"), distributed_backend="gloo", has_cuda=False)

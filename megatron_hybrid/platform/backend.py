@@ -6,11 +6,13 @@ import logging
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
-from typing import Literal
+from importlib.util import find_spec
+from typing import Any, Literal
 
 from packaging.version import Version
 
 from megatron_hybrid.errors import UserError
+from megatron_hybrid.platform.imports import import_errors
 
 logger = logging.getLogger(__name__)
 
@@ -20,10 +22,18 @@ BACKENDS = ("auto", "torch", "transformer_engine")
 # The engine's releases this code is held against, by tests/platform/test_patched_places.py.
 ENGINE_FROM, ENGINE_BELOW = Version("0.19"), Version("0.20")
 
-# Packages that the transformer_engine backend needs, by what pip calls them.
-GPU_PACKAGES = ("transformer-engine", "mamba-ssm", "causal-conv1d")
+# Packages that the transformer_engine backend needs, by what pip calls them, and what it imports.
+GPU_PACKAGES = {
+    "transformer-engine": "transformer_engine.pytorch",
+    "mamba-ssm": "mamba_ssm.ops.triton.ssd_combined",
+    "causal-conv1d": "causal_conv1d",
+}
+# Of NVIDIA's apex, by which the engine adds up gradients of weights in their product.
+FUSED_WEIGHT_GRADIENTS = "fused_weight_gradient_mlp_cuda"
 HIDE_GPUS = "CUDA_VISIBLE_DEVICES= (empty) in the environment"
-OTHER_PACKAGES = ("megatron-core", "torch", "triton", "flash-attn", "mpi4py")
+OTHER_PACKAGES = (
+    "megatron-core", "torch", "triton", "transformer-engine-torch", "flash-attn", "mpi4py",
+)  # fmt: skip
 
 
 class BackendError(UserError):
@@ -37,7 +47,10 @@ class Probe:
     Attributes:
         versions: installed version of each package, None where it is not installed.
         cuda_device: name of the current CUDA device, None without one.
-        missing: what keeps the transformer_engine backend from running, one phrase each.
+        compute_capability: of that device.
+        missing: what keeps the transformer_engine backend from running, one phrase each: packages
+            that are not installed, or cannot be imported, with the error.
+        fused_weight_gradients: whether apex's extension for them can be imported.
         apex: what the package called apex is: "nvidia", "unrelated" (the web package of that name
             on PyPI) or None.
     """
@@ -46,6 +59,17 @@ class Probe:
     cuda_device: str | None
     missing: tuple[str, ...]
     apex: Literal["nvidia", "unrelated"] | None
+    compute_capability: tuple[int, int] | None = None
+    fused_weight_gradients: bool = False
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the rules of a config go by, as arguments of `config.validate`."""
+        return {
+            "has_cuda": self.cuda_device is not None,
+            "compute_capability": self.compute_capability,
+            "fused_weight_gradients": self.fused_weight_gradients,
+        }
 
     @property
     def backend(self) -> Backend | None:
@@ -57,14 +81,31 @@ class Probe:
 
 @cache
 def probe() -> Probe:
-    """Look at what is installed, from package metadata alone, and ask torch for a CUDA device."""
+    """Look at what is installed, and ask torch for a CUDA device.
+
+    Where there is one, the packages that it needs are imported, in another process; without one
+    nothing uses them, and what is said of them is from their metadata.
+    """
     import torch
 
     versions = {name: _version(name) for name in (*OTHER_PACKAGES, *GPU_PACKAGES)}
-    cuda_device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    missing = [] if cuda_device else ["a CUDA device"]
-    missing += [f"the package {name}" for name in GPU_PACKAGES if versions[name] is None]
-    return Probe(versions, cuda_device, tuple(missing), _apex())
+    missing = [f"the package {name}" for name in GPU_PACKAGES if versions[name] is None]
+    if not torch.cuda.is_available():
+        return Probe(versions, None, ("a CUDA device", *missing), _apex())
+    modules = {name: module for name, module in GPU_PACKAGES.items() if versions[name] is not None}
+    if has_fused := find_spec(FUSED_WEIGHT_GRADIENTS) is not None:
+        modules[FUSED_WEIGHT_GRADIENTS] = FUSED_WEIGHT_GRADIENTS
+    errors = import_errors(list(modules.values()))
+    missing += [
+        f"a {name}=={versions[name]} that can be imported ({errors[module]})"
+        for name, module in modules.items()
+        if module in errors and name in GPU_PACKAGES
+    ]
+    return Probe(
+        versions, torch.cuda.get_device_name(), tuple(missing), _apex(),
+        compute_capability=torch.cuda.get_device_capability(),
+        fused_weight_gradients=has_fused and FUSED_WEIGHT_GRADIENTS not in errors,
+    )  # fmt: skip
 
 
 def resolve_backend(requested: str) -> Backend:

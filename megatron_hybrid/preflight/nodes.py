@@ -33,7 +33,8 @@ class NodeFacts:
     """What a rank sees of its node.
 
     Attributes:
-        versions: by name; "-" for what is missing.
+        versions: by name, the GPU's model among them; "-" for what is missing.
+        broken: what keeps the transformer_engine backend from running there, one phrase each.
         gpus: that it can use; `local_world_size` ranks share them.
         skew_s: its clock less rank 0's; None: not asked yet.
         sees_run_dir: whether a file that rank 0 has just written is there.
@@ -46,11 +47,14 @@ class NodeFacts:
     local_world_size: int
     skew_s: float | None = None
     sees_run_dir: bool = True
+    broken: tuple[str, ...] = ()
 
 
 def own_facts(rank: int) -> NodeFacts:
     """Those of this process."""
-    versions = {name: version or "-" for name, version in probe().versions.items()}
+    found = probe()
+    versions = {name: version or "-" for name, version in found.versions.items()}
+    versions["GPU"] = found.cuda_device or "-"
     versions |= {"Python": python_platform.python_version(), "megatron-hybrid": __version__}
     versions["CUDA"] = torch.version.cuda or "-"
     versions["NVIDIA driver"] = _DRIVER.read_text().strip() if _DRIVER.is_file() else "-"
@@ -58,7 +62,8 @@ def own_facts(rank: int) -> NodeFacts:
         versions["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return NodeFacts(rank, socket.gethostname(), versions, gpus, local)
+    broken = found.missing if found.cuda_device else ()  # that it lacks GPUs is told of them
+    return NodeFacts(rank, socket.gethostname(), versions, gpus, local, broken=broken)
 
 
 def open_store(timeout_s: float) -> dist.TCPStore:
@@ -167,6 +172,12 @@ def compare(facts: Sequence[NodeFacts], run_dir: Path, *, needs_gpus: bool) -> l
         for host, fact in nodes.items()
         if needs_gpus and fact.gpus < ranks_on[host]
     ]
+    broken = [
+        f"{host}: the transformer_engine backend needs {phrase}"
+        for host, fact in nodes.items()
+        for phrase in fact.broken
+        if needs_gpus
+    ]
     skewed = {f.host: f.skew_s for f in facts if f.skew_s and abs(f.skew_s) > MOST_SKEW_S}
     skews = [
         f"the clock of {host} is {skew:+.1f} s off that of {first.host}; allowed: {MOST_SKEW_S:g} s"
@@ -180,6 +191,7 @@ def compare(facts: Sequence[NodeFacts], run_dir: Path, *, needs_gpus: bool) -> l
     return [
         Check("versions", f"{hosts}: torch {first.versions['torch']}", tuple(differences)),
         Check("GPUs", f"{', '.join(map(str, gpus))} a node", tuple(too_few)),
+        Check("kernels", "can be imported" if needs_gpus else "torch's", tuple(broken)),
         Check("clocks", f"at most {worst:.2f} s apart", tuple(skews)),
         Check("shared folder", str(run_dir), tuple(unseen)),
     ]

@@ -6,8 +6,10 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megatron_hybrid.config import RunConfig
+from megatron_hybrid.config import RunConfig, validate
+from megatron_hybrid.errors import ConfigError
 from megatron_hybrid.platform import initialize
+from megatron_hybrid.platform.backend import probe
 from megatron_hybrid.preflight import nodes
 from megatron_hybrid.preflight.checks import Check
 from megatron_hybrid.training.distributed import model_parallel_groups, select_device
@@ -25,6 +27,7 @@ def check_ranks(config: RunConfig, timeout_s: float) -> list[Check]:
     store = nodes.open_store(timeout_s)
     facts = nodes.exchange(store, config.run_dir, timeout_s)
     checks = nodes.compare(facts, config.run_dir, needs_gpus=config.backend == "transformer_engine")
+    checks.append(_config_here(config))
     if any(check.name == "GPUs" and check.problems for check in checks):
         skipped = Check("collectives", "not checked: a rank has no GPU", skipped=True)
         return [*checks, skipped]
@@ -46,3 +49,12 @@ def check_ranks(config: RunConfig, timeout_s: float) -> list[Check]:
         dist.destroy_process_group()
     hosts, outcomes = [host for host, _ in everyone], [each for _, each in everyone]
     return checks + collectives.checks(outcomes, hosts)
+
+
+def _config_here(config: RunConfig) -> Check:
+    """The rules that go by this rank's GPU, and by what is installed for it."""
+    try:
+        validate(config, world_size=int(os.environ["WORLD_SIZE"]), **probe().facts)
+    except ConfigError as error:
+        return Check("config on this device", "", tuple(error.problems))
+    return Check("config on this device", probe().cuda_device or "CPU")

@@ -8,7 +8,7 @@ from megatron_hybrid.claim import claimed
 from megatron_hybrid.config import RunConfig, validate
 from megatron_hybrid.config.effects import differences
 from megatron_hybrid.platform import initialize
-from megatron_hybrid.platform.backend import resolve_backend
+from megatron_hybrid.platform.backend import probe, resolve_backend
 from megatron_hybrid.training.distributed import (
     is_rank_zero,
     launched_world_size,
@@ -39,7 +39,7 @@ def pretrain(config: RunConfig) -> str:
     select_device()
     platform = initialize()
     backend = resolve_backend(config.backend)
-    validate(config, world_size=launched_world_size(), has_cuda=platform.has_cuda)
+    validate(config, world_size=launched_world_size(), **probe().facts)
     # Before anything of the folders is read: what is read then is what will be gone on from.
     with claimed(claims(config), "pretrain") if is_rank_zero() else nullcontext():
         config, tokenizer, start = open_run(config, launched_world_size())

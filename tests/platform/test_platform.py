@@ -78,7 +78,9 @@ def packages(monkeypatch: pytest.MonkeyPatch):
     versions = dict.fromkeys(backend.GPU_PACKAGES, "2.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(backend, "_version", lambda name: versions.get(name))
+    monkeypatch.setattr(backend, "import_errors", lambda modules: {})
     backend.probe.cache_clear()
     backend._resolve_auto.cache_clear()
     yield versions
@@ -106,6 +108,31 @@ def test_a_missing_package_is_named(packages: dict, missing: str) -> None:
         backend.resolve_backend("auto")
     with pytest.raises(backend.BackendError, match=f"needs the package {missing}"):
         backend.resolve_backend("transformer_engine")
+
+
+@pytest.mark.parametrize("broken", backend.GPU_PACKAGES)
+def test_a_broken_package_is_named(
+    packages: dict, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is installed and cannot be imported is as good as missing, and its error is told."""
+    module = backend.GPU_PACKAGES[broken]
+    monkeypatch.setattr(backend, "import_errors", lambda modules: {module: "OSError: no such file"})
+    told = rf"needs a {broken}==2\.0 that can be imported \(OSError: no such file\)"
+    for requested in ("auto", "transformer_engine"):
+        with pytest.raises(backend.BackendError, match=told):
+            backend.resolve_backend(requested)
+
+
+def test_what_the_rules_go_by(packages: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The facts about this GPU are those that a config is validated with."""
+    from megatron_hybrid.config import load_config, validate
+    from tests.config import GOOD
+
+    facts = backend.probe().facts
+    assert facts == {
+        "has_cuda": True, "compute_capability": (9, 0), "fused_weight_gradients": False,
+    }  # fmt: skip
+    validate(load_config(GOOD), **facts)
 
 
 def test_auto_is_logged_once(packages: dict, caplog: pytest.LogCaptureFixture) -> None:
