@@ -1,6 +1,8 @@
 """A training step of ours beside megatron-core's own hybrid specs, on one GPU, in one process.
 
-The same model, tokens and optimizer on both sides, which take turns. Not run on a GPU yet; with
+A model of the same sizes, tokens and optimizer on both sides, which take turns. Weights are drawn
+apart, and the engine's `A_log`, `dt_bias` and `D` are in bf16, where ours stay in fp32: losses are
+close, not equal (docs/numerics.md). Not run on a GPU yet; with
 `--device cpu` our side alone runs, which shows that the program does.
 
     python benchmarks/gpu_step.py --peak-tflops 989 --json gpu_step.json
