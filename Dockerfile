@@ -36,7 +36,7 @@ LABEL org.opencontainers.image.title="megatron-hybrid, CPU" \
 ENTRYPOINT ["/opt/megatron-hybrid/docker/entrypoint.sh"]
 CMD ["doctor"]
 
-# The base brings torch, Transformer Engine and flash-attn, built for each other, and a list of
+# The base brings torch and Transformer Engine, built for each other, and a list of
 # constraints (PIP_CONSTRAINT) by which pip leaves alone whatever it has. Added are only packages
 # that it lacks.
 FROM ${BASE_IMAGE} AS gpu
@@ -68,7 +68,8 @@ COPY --chown=trainer . .
 RUN pip install --no-cache-dir --no-deps --no-build-isolation \
         --constraint docker/constraints.txt --editable .
 USER 10001
-# Ends the build where a version that the base brought is not one that setup.py allows.
+# Ends the build where a version that the base brought is not one that setup.py allows. What the
+# extra `gpu` names is looked at as well, imported.
 RUN megatron-hybrid doctor
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="megatron-hybrid, GPU" \

@@ -26,11 +26,14 @@ CORE = [
 ]
 
 EXTRAS = {
+    # Compiled against the torch that is there, by the commands in README.md:
+    # pip's isolated builds would take the newest. Attention is Transformer Engine's (cuDNN's).
     "gpu": [
-        "transformer-engine[core_cu13,pytorch]>=2.9",
-        "mamba-ssm>=2.3",
-        "causal-conv1d>=1.5",
-        "flash-attn>=2.7",
+        # megatron-core 0.19 imports transformer_engine.pytorch.fp8, which is deprecated.
+        "transformer-engine[core_cu13,pytorch]>=2.20,<3",
+        "mamba-ssm>=2.3,<2.3.2",  # later ones ask for tilelang and quack-kernels, for Mamba-3
+        "causal-conv1d>=1.5,<2",
+        "transformers>=5.23",  # mamba-ssm imports it
     ],
     "mpi": ["mpi4py>=4"],
     # What exports are verified against; earlier releases compute Mamba-2 wrongly, or normalise the

@@ -142,7 +142,7 @@ def test_labels_agree_with_setup() -> None:
         assert f'license="{values[prefix + "licenses"]}"' in setup
 
 
-@pytest.mark.parametrize("extra", ["dev", "convert"])
+@pytest.mark.parametrize("extra", ["dev", "convert", "gpu"])
 def test_the_pins_fit_setup(extra: str) -> None:
     """Each package that setup.py asks for is pinned, to a version that it allows."""
     done = requirements("wanted", "setup.py", "--extra", extra)
@@ -151,6 +151,26 @@ def test_the_pins_fit_setup(extra: str) -> None:
     assert {"torch", "megatron-core", "transformers"} <= {each.name for each in found}
     for each in found:
         assert each.specifier.contains(pins()[canonicalize_name(each.name)]), each
+
+
+def test_packages_for_gpus_have_caps_and_no_flash_attn() -> None:
+    """Of each kernel's package it is said which release is too new; nothing here imports
+    flash-attn, whose build ends the installation; and the README installs all that is pinned.
+    """
+    core = requirements("wanted", "setup.py").stdout.splitlines()
+    lines = requirements("wanted", "setup.py", "--extra", "gpu").stdout.splitlines()
+    added = [Requirement(line) for line in lines if line not in core]
+    assert "flash-attn" not in {each.name for each in added}
+    for each in added:
+        if each.name != "transformers":
+            assert any(part.operator == "<" for part in each.specifier), each
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = [text for text in readme.split("```") if "transformer-engine-torch" in text]
+    commands = re.sub(r"\\\n\s*", "", block)
+    installs = [line for line in commands.splitlines() if "pip install --no-deps" in line]
+    named = {word for line in installs for word in line.split("pip install")[1].split()}
+    kernels = {each.name for each in added} - {"transformers"}
+    assert kernels < named and named - {"--no-deps", "--no-build-isolation"} <= set(pins())
 
 
 def test_wanted_leaves_out_and_refuses() -> None:
