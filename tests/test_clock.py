@@ -20,6 +20,7 @@ LONG_S = 60  # a stand-in for a process that works until it is ended
 # Which files look at a clock in another way, and why that decides no outcome.
 OTHERS = {
     "launchers/test_local.py": "a made-up clock, which must not race through its looks",
+    "mutations/__main__.py": "how long its many cases will take yet, which it prints",
     "slurm/test_surviving.py": "the moment up to which a run's times are added up",
     "training/runs.py": "when a run started, which its Trainer asks for",
 }
