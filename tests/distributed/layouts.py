@@ -179,14 +179,14 @@ def built(config: RunConfig) -> Iterator[tuple[list[Any], Any, Any]]:
 def save_weights(layers: str, folder: Path) -> None:
     """A checkpoint that every layout starts from: weights drawn so that each one matters.
 
-    Norms and D are not all ones, so that a permuted or dropped one shows; steps and decays are
-    such that states carry much of the signal, else their gradients would be mostly rounding.
+    Norms and D are not all ones, so that a permuted or dropped one shows; steps (1e-3 to 0.1) and
+    decays (1 to 16) are over the whole of the ranges that Mamba-2's initialisation draws from.
     """
     from megatron.core import dist_checkpointing
 
     from megatron_hybrid.training.checkpoint_state import model_state, tensor_layout
 
-    ranges = {"norm": (0.5, 1.5), "dt_bias": (-1.0, 1.0), "A_log": (-1.0, 1.0), ".D": (-1.0, 1.0)}
+    ranges = {"norm": (0.5, 1.5), "dt_bias": (-6.9, -2.25), "A_log": (0.0, 2.77), ".D": (-1.0, 1.0)}
     config = layout_config(ONE_RANK, layers, packed=False, recompute=False)
     with built(config) as (model, _, _):
         for name, parameter in model[0].named_parameters():
