@@ -105,7 +105,7 @@ def replace_folder(new: Path, folder: Path) -> None:
         sync_folder(folder.parent)
         shutil.rmtree(new)
     else:
-        old = _old(folder)
+        old = replaced_folder(folder)
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
         new.rename(folder)
@@ -116,7 +116,7 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 def restore_folder(folder: Path) -> None:
     """Put a folder back that a kill in `replace_folder` has left beside its place, if it did."""
-    old = _old(folder)
+    old = replaced_folder(folder)
     if old.is_dir():
         if folder.exists():
             shutil.rmtree(old)
@@ -125,7 +125,8 @@ def restore_folder(folder: Path) -> None:
             sync_folder(folder.parent)
 
 
-def _old(folder: Path) -> Path:
+def replaced_folder(folder: Path) -> Path:
+    """Where the older one of a folder is for a moment while it is replaced in two renames."""
     return folder.with_name(f".{folder.name}.old.part")
 
 

@@ -29,7 +29,13 @@ from megatron_hybrid.checkpoint.saved_here import move_aside, remember, remove, 
 from megatron_hybrid.claim import claim_file, refuse_if_lost
 from megatron_hybrid.config.tracker import TRACKER_FILE, latest_folder
 from megatron_hybrid.errors import UserError
-from megatron_hybrid.fileio import replace_folder, restore_folder, sync_folder, write_atomic
+from megatron_hybrid.fileio import (
+    replace_folder,
+    replaced_folder,
+    restore_folder,
+    sync_folder,
+    write_atomic,
+)
 
 _FOLDER = re.compile(r"iter_(\d{7,})")
 # All that the pickled index of a torch_dist checkpoint is made of: the records (dataclasses and
@@ -73,10 +79,17 @@ def latest_checkpoint(save: Path) -> Path | None:
         raise UserError(f"{save / TRACKER_FILE} cannot be used: {error}") from error
     if not folder.is_dir():
         present = sorted(path.name for path in save.glob("iter_*"))
-        raise UserError(
+        text = (
             f"{save / TRACKER_FILE} names {folder.name}, but {folder} does not exist; "
             f"there: {', '.join(present) or 'no checkpoint'}"
         )
+        if (old := replaced_folder(folder)).is_dir():
+            # Whether a writer on another machine is just replacing it cannot be seen from here.
+            text += (
+                f"; {old.name} is the older one, left by a kill while it was replaced: renamed to "
+                f"{folder.name}, it is gone on from"
+            )
+        raise UserError(text)
     return folder
 
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_hybrid.checkpoint.errors import CheckpointError
+from megatron_hybrid.checkpoint.saved_config import SHAPE_FIELDS
+from megatron_hybrid.config import ModelConfig
 
 _SAME_NAME = (
     "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
@@ -100,11 +102,7 @@ def run_values(arguments: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: an argument stands for something that has no field here.
     """
-    problems = [
-        f"{name}={arguments[name]!r} has no counterpart here; it must be {(*allowed, None)[0]!r}"
-        for name, allowed in _MUST_BE.items()
-        if arguments.get(name) not in (*allowed, None)
-    ]
+    problems = _without_counterpart(arguments)
     epsilons = {name: arguments[name] for name in _EPSILON if arguments.get(name) is not None}
     if len(set(epsilons.values())) > 1:
         problems.append(" and ".join(f"{n}={value!r}" for n, value in epsilons.items()) + " differ")
@@ -139,6 +137,37 @@ def run_values(arguments: Mapping[str, Any]) -> dict[str, Any]:
         "training": {"train_iters": 1},
         "optimizer": {"lr": 1.0},
     }
+
+
+def differences(arguments: Mapping[str, Any], model: ModelConfig) -> list[str]:
+    """What Megatron-LM's arguments say of a model's tensors and layers that is not so of this one.
+
+    Arguments that are missing say nothing.
+    """
+    names = [name for name in (*_SAME_NAME, *_MOE_SAME_NAME) if name in SHAPE_FIELDS]
+    said = {name: arguments[name] for name in names if arguments.get(name) is not None}
+    if any(name in arguments for name in ("squared_relu", "swiglu")):
+        said["activation"] = _activation(arguments)
+    if arguments.get("group_query_attention"):
+        said["num_query_groups"] = arguments.get("num_query_groups")
+    found = [
+        f"model.{name}={getattr(model, name)!r}, in the checkpoint {value!r}"
+        for name, value in said.items()
+        if getattr(model, name) not in (value, None)
+    ]
+    pattern = arguments.get("hybrid_layer_pattern") or arguments.get("hybrid_override_pattern")
+    layers = model.hybrid_layer_pattern.replace("|", "")
+    if isinstance(pattern, str) and pattern.replace("|", "") != layers:
+        found.append(f"model.hybrid_layer_pattern={layers!r}, in the checkpoint {pattern!r}")
+    return found + _without_counterpart(arguments)
+
+
+def _without_counterpart(arguments: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name}={arguments[name]!r} has no counterpart here; it must be {(*allowed, None)[0]!r}"
+        for name, allowed in _MUST_BE.items()
+        if arguments.get(name) not in (*allowed, None)
+    ]
 
 
 def _activation(arguments: Mapping[str, Any]) -> str:

@@ -1,11 +1,15 @@
 """Which model a distributed checkpoint holds: from the run's own config, or from what is typed."""
 
+from pathlib import Path
+
 from megatron_hybrid.checkpoint.errors import CheckpointError
 from megatron_hybrid.checkpoint.inert_pickle import Opaque
-from megatron_hybrid.checkpoint.megatron_arguments import run_values
+from megatron_hybrid.checkpoint.megatron_arguments import differences, run_values
+from megatron_hybrid.checkpoint.progress import is_ours
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.saved_config import read_config
-from megatron_hybrid.config import RunConfig, build_config, load_config
+from megatron_hybrid.config import ModelConfig, RunConfig, build_config, load_config
+from megatron_hybrid.config.tracker import CONFIG_FILE
 
 
 def source_config(reader: CheckpointReader, source: str | None) -> RunConfig:
@@ -19,6 +23,11 @@ def source_config(reader: CheckpointReader, source: str | None) -> RunConfig:
     Raises:
         UserError: nothing describes it, or what does is wrong.
     """
+    if reader.config_file is None and is_ours(reader.common):
+        raise CheckpointError(
+            f"{reader.folder}/{CONFIG_FILE} is missing, which the run wrote: nothing says which "
+            "model and tokenizer these weights are of"
+        )
     if source is not None:
         return load_config([source], which=())
     if reader.config_file is not None:
@@ -30,3 +39,18 @@ def source_config(reader: CheckpointReader, source: str | None) -> RunConfig:
         f"{reader.folder} does not say which model it holds: it has neither a run_config.yaml "
         "nor Megatron-LM's arguments; --model names a preset or YAML file that does"
     )
+
+
+def refuse_other_arguments(folder: Path, arguments: object, model: ModelConfig) -> None:
+    """Refuse a checkpoint of Megatron-LM whose arguments are not of this model.
+
+    Args:
+        arguments: what the checkpoint holds as `args`, if anything.
+
+    Raises:
+        UserError: every argument that differs, with both values.
+    """
+    found = differences(vars(arguments), model) if isinstance(arguments, Opaque) else []
+    if found:
+        lines = (f"  - {difference}" for difference in found)
+        raise CheckpointError("\n".join([f"{folder} holds another model:", *lines]))

@@ -21,6 +21,7 @@ from megatron_hybrid.checkpoint.saved_here import saved_here
 from megatron_hybrid.claim import claim_file
 from megatron_hybrid.config import RunConfig, validate
 from megatron_hybrid.config.rules.common import LENGTHS, values
+from megatron_hybrid.config.tracker import CONFIG_FILE
 from megatron_hybrid.data.batches import Steps
 from megatron_hybrid.data.datasets import RunData, plan_data
 from megatron_hybrid.data.saved_plan import SavedPlan, read_saved_plan
@@ -112,6 +113,8 @@ def find_start(config: RunConfig, tokenizer: Tokenizer, world_size: int | None) 
     saved_plan: SavedPlan | None = None
     progress = None
     consumed: int | None = 0
+    if origin.folder is not None and not origin.is_own and not origin.upcycle:
+        _refuse_other_arguments(config, origin.folder)
     if origin.folder is not None and not origin.weights_only:
         if _starts_elsewhere(config, origin.folder):
             progress = _look_into(config, origin)
@@ -199,6 +202,17 @@ def _look_into(config: RunConfig, origin: Origin) -> Progress | None:
             dense, scale = source_config(reader, None).model, config.upcycling.scale_weights
             scheme_between(dense, config.model, scale_weights=scale)
         return saved_progress(origin.folder, reader.common, config)
+
+
+def _refuse_other_arguments(config: RunConfig, folder: Path) -> None:
+    """Of Megatron-LM's own checkpoints, its arguments alone say which model they hold."""
+    if (folder / CONFIG_FILE).exists():
+        return
+    from megatron_hybrid.checkpoint.reader import CheckpointReader  # and torch
+    from megatron_hybrid.checkpoint.source_model import refuse_other_arguments
+
+    with CheckpointReader(folder) as reader:
+        refuse_other_arguments(folder, reader.common.get("args"), config.model)
 
 
 def _refuse_nothing_left(config: RunConfig, origin: Origin, steps: Steps, consumed: int) -> None:

@@ -60,6 +60,19 @@ def test_without_the_tracker(tmp_path: Path) -> None:
         latest_checkpoint(tmp_path)
 
 
+def test_a_checkpoint_beside_its_place(tmp_path: Path) -> None:
+    """What a kill left there between two renames is named, with the way on."""
+    save(tmp_path, 2, "a")
+    folder = tmp_path / "iter_0000002"
+    with pytest.raises(UserError, match=r"no checkpoint$"):
+        folder.rename(tmp_path / "elsewhere")
+        latest_checkpoint(tmp_path)
+    (tmp_path / "elsewhere").rename(fileio.replaced_folder(folder))
+    expected = r"\.iter_0000002\.old\.part is the older one, .*: renamed to iter_0000002"
+    with pytest.raises(UserError, match=expected):
+        latest_checkpoint(tmp_path)
+
+
 def test_only_its_own_are_removed(tmp_path: Path) -> None:
     """The newest N of what the run saved stay; what was copied there, or put back, all stays."""
     put(tmp_path, 1, "copied")

@@ -1,9 +1,15 @@
 """Megatron-LM's arguments in a checkpoint: what they leave open is not made up."""
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 
 from megatron_hybrid.checkpoint.errors import CheckpointError
-from megatron_hybrid.checkpoint.megatron_arguments import run_values
+from megatron_hybrid.checkpoint.megatron_arguments import differences, run_values
+from megatron_hybrid.checkpoint.source_model import source_config
+from megatron_hybrid.config import load_config, rules
 
 ARGUMENTS = {"hybrid_layer_pattern": "M", "hidden_size": 32, "seq_length": 64}
 
@@ -15,3 +21,30 @@ def test_the_sequence_length_is_said_or_missing() -> None:
     assert run_values(older)["data"] == {"seq_length": 32}
     with pytest.raises(CheckpointError, match="neither seq_length nor encoder_seq_length is set"):
         run_values(ARGUMENTS | {"seq_length": None})
+
+
+def test_what_arguments_say_of_another_model() -> None:
+    """Each that is there and differs is named; those that are missing say nothing."""
+    model = load_config(
+        ["tiny", "data.tokenizer_type=null", "model.vocab_size=4096"], which=rules.NO_FILES
+    ).model
+    same = {"hidden_size": model.hidden_size, "hybrid_layer_pattern": model.hybrid_layer_pattern}
+    assert differences(same, model) == []
+    assert differences({}, model) == []
+    assert differences({"swiglu": True, "mamba_num_heads": 7, "qk_layernorm": True}, model) == [
+        f"model.mamba_num_heads={model.mamba_num_heads}, in the checkpoint 7",
+        "model.activation='squared_relu', in the checkpoint 'swiglu'",
+        "qk_layernorm=True has no counterpart here; it must be False",
+    ]
+    other = differences({"hybrid_override_pattern": "M-M-"}, model)
+    assert other == [f"model.hybrid_layer_pattern={model.hybrid_layer_pattern!r}, in the "
+                     "checkpoint 'M-M-'"]  # fmt: skip
+
+
+@pytest.mark.parametrize("common", [{"progress": {}}, {"upcycling": {}}])
+def test_a_model_that_is_named_is_none_of_ours(common: dict[str, Any]) -> None:
+    """A checkpoint of this program that lost its config is not read as whatever is typed."""
+    reader = cast(Any, SimpleNamespace(folder=Path("here"), config_file=None, common=common))
+    for source in ("tiny", None):
+        with pytest.raises(CheckpointError, match=r"here/run_config\.yaml is missing, which"):
+            source_config(reader, source)

@@ -511,8 +511,13 @@ def test_megatron_lm_s_own(tmp_path: Path) -> None:
         words(tmp_path / "on", *load, "checkpoint.load_optim=false"),
         words(tmp_path / "fine", *load, "checkpoint.finetune=true"),
         words(tmp_path / "optim", *load),
-    ]
+        *(words(tmp_path / "other", *load, "model.hidden_size=64", *more)
+          for more in ([], ["checkpoint.finetune=true"])),
+    ]  # fmt: skip
     found = run_distributed(outcomes, 1, lines)[0]
+    for text in found[3:]:
+        assert f"{save}/iter_0000007 holds another model:" in text
+        assert "  - model.hidden_size=64, in the checkpoint 32" in text
     assert found[:2] == ["finished"] * 2
     assert steps_of(tmp_path / "on") == [8]
     assert records(tmp_path / "on")[0]["consumed_samples"] == 32
