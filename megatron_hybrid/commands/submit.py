@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -75,4 +76,4 @@ def submit(
     for number, identity in enumerate(prepared.queue()):
         print(f"job {identity}" + (f" ({number + 1} of {chain})" if chain > 1 else ""))
     print(f"kept in {prepared.folder}: config, code and script")
-    print(f"next: squeue -j {identity};  tail -F {prepared.output(identity)}")
+    print(f"next: squeue -j {identity};  tail -F {quote(str(prepared.output(identity)))}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -12,7 +13,7 @@ from typing import Any, Literal
 from packaging.version import Version
 
 from megatron_hybrid.errors import UserError
-from megatron_hybrid.platform.imports import import_errors
+from megatron_hybrid.platform.imports import came_to_an_end, import_errors
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +84,8 @@ class Probe:
 def probe() -> Probe:
     """Look at what is installed, and ask torch for a CUDA device.
 
-    Where there is one, the packages that it needs are imported, in another process; without one
-    nothing uses them, and what is said of them is from their metadata.
+    Where there is one, the packages that it needs are imported, in another process, by the first
+    rank of a node; without one nothing uses them, and what is said of them is from their metadata.
     """
     import torch
 
@@ -95,7 +96,11 @@ def probe() -> Probe:
     modules = {name: module for name, module in GPU_PACKAGES.items() if versions[name] is not None}
     if has_fused := find_spec(FUSED_WEIGHT_GRADIENTS) is not None:
         modules[FUSED_WEIGHT_GRADIENTS] = FUSED_WEIGHT_GRADIENTS
-    errors = import_errors(list(modules.values()))
+    errors = {}
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        found = import_errors(list(modules.values()))
+        # What takes too long is not broken: it may be read from a file system that all nodes share.
+        errors = {name: error for name, error in found.items() if came_to_an_end(error)}
     missing += [
         f"a {name}=={versions[name]} that can be imported ({errors[module]})"
         for name, module in modules.items()

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 MOST_SECONDS = 300
+_UNENDED = f"the import did not end within {MOST_SECONDS} s"
 
 # What the engine looks for while it is imported and we have no use for without a GPU. It passes
 # over what is missing, but not over what is there and broken in another way than by ImportError.
@@ -55,19 +56,27 @@ def import_errors(modules: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def came_to_an_end(error: str) -> bool:
+    """Whether an error of `import_errors` is one of the module, not of a slow file system."""
+    return error != _UNENDED
+
+
 def _import(modules: list[str]) -> tuple[str, str]:
     """What a process that imports modules printed, and how it ended."""
     # mpi4py would join the job of MPI that this process may be in.
     environment = os.environ | {"MPI4PY_RC_INITIALIZE": "0"}
+    # Where this process finds modules, and not in the current folder, a checkout of theirs maybe.
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path, *given]))
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _PROGRAM, *modules], capture_output=True, text=True,
+            [sys.executable, "-P", "-c", _PROGRAM, *modules], capture_output=True, text=True,
             check=False, timeout=MOST_SECONDS, env=environment, errors="replace",
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         output = error.stdout or b""
         text = output if isinstance(output, str) else output.decode(errors="replace")
-        return text, f"the import did not end within {MOST_SECONDS} s"
+        return text, _UNENDED
     how = f"signal {-done.returncode}" if done.returncode < 0 else f"code {done.returncode}"
     return done.stdout, f"the import ended Python with {how}"
 

@@ -170,6 +170,12 @@ def _disk(config: RunConfig, start: Start | None) -> Check:
     found = f"{free / _GIB:.1f} GiB free, a checkpoint has {one / _GIB:.2f} GiB"
     if kept * one <= free:
         return Check("disk space", found)
+    if config.checkpoint.keep_last is None and one <= free:
+        note = (
+            f"checkpoint.save={save} has {free / _GIB:.1f} GiB free, room for {free // one} of the "
+            f"{kept} checkpoints that are to be kept ({why}): some must be moved away in time"
+        )
+        return Check("disk space", found, notes=(note,))
     problem = (
         f"checkpoint.save={save} has {free / _GIB:.1f} GiB free, and {kept} checkpoints ({why}) "
         f"need {kept * one / _GIB:.1f} GiB; allowed: another folder, or fewer checkpoints"

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from megatron_hybrid import __version__
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.platform.backend import probe
+from megatron_hybrid.platform.imports import MOST_SECONDS
 from megatron_hybrid.preflight.checks import Check
 
 MOST_SKEW_S = 2.0
@@ -96,18 +97,25 @@ def exchange(store: dist.Store, run_dir: Path, timeout_s: float) -> list[NodeFac
         UserError: ranks did not answer in time; names them.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store.set(f"here/{rank}", "")
+    if rank == 0:
+        _wait_for_all(store, "here", world_size, timeout_s)
+        store.set("all here", "")
+    else:
+        _wait_for_first(store, "all here", timeout_s)
+    # The facts tell what can be imported, which is found out by importing it.
+    most_s = timeout_s + MOST_SECONDS
     store.set(f"facts/{rank}", json.dumps(asdict(own_facts(rank))))
-    limit = timedelta(seconds=timeout_s)
     mark = run_dir / ".preflight"
     if rank == 0:
-        _wait_for_all(store, "facts", world_size, timeout_s)
+        _wait_for_all(store, "facts", world_size, most_s)
         run_dir.mkdir(parents=True, exist_ok=True)
         name = uuid.uuid4().hex
         mark.write_text(name)
         store.set("go", json.dumps({"time": time.time(), "mark": name}))
         skew = 0.0
     else:
-        store.wait(["go"], limit)
+        _wait_for_first(store, "go", most_s)
         go = json.loads(store.get("go"))
         skew = time.time() - go["time"]
         name = go["mark"]
@@ -147,6 +155,15 @@ def _wait_for_all(store: dist.Store, kind: str, world_size: int, timeout_s: floa
                 f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             )
         time.sleep(0.05 if left else 0)
+
+
+def _wait_for_first(store: dist.Store, key: str, timeout_s: float) -> None:
+    try:
+        store.wait([key], timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        raise UserError(
+            f"rank 0 did not answer within {timeout_s:g} s: it ended, or waits for other ranks"
+        ) from error
 
 
 def compare(facts: Sequence[NodeFacts], run_dir: Path, *, needs_gpus: bool) -> list[Check]:

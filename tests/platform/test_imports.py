@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_hybrid.platform import imports
 from megatron_hybrid.platform.imports import GPU_MODULES, import_errors
 
 BROKEN = "raise FileNotFoundError('Could not find shared object file')"
@@ -111,3 +112,23 @@ def test_doctor_names_half_an_installation(tmp_path: Path, monkeypatch: pytest.M
     needed = doctor._required(Requirement("needed>=1"), errors)
     assert needed.status == "broken" and "FileNotFoundError" in needed.note
     assert not doctor.report([found, needed], console)
+
+
+def test_modules_are_those_that_this_process_would_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started in a folder that holds sources of a module, the installed one is meant."""
+    (tmp_path / "yaml").mkdir()
+    (tmp_path / "yaml" / "__init__.py").write_text("raise RuntimeError('a checkout')")
+    monkeypatch.chdir(tmp_path)
+    assert import_errors(["yaml"]) == {}
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert import_errors(["yaml"]) == {"yaml": "RuntimeError: a checkout"}
+
+
+def test_what_takes_too_long_is_not_called_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow file system says nothing of a package, a hanging one is still named."""
+    monkeypatch.setattr(imports, "MOST_SECONDS", 0.01)
+    found = import_errors(["yaml"])
+    assert not imports.came_to_an_end(found["yaml"])
+    assert imports.came_to_an_end("ImportError: no")

@@ -126,6 +126,20 @@ def test_full_disk(more: list[str], count: str, data: Path, tmp_path: Path) -> N
     assert f"GiB free, and {count}" in look(data, tmp_path, *sizes, *more)["disk space"]
 
 
+def test_room_for_some_of_the_checkpoints(data: Path, tmp_path: Path) -> None:
+    """All of a long run fit on no disk: who keeps all moves them away, and is told how many fit."""
+    more = ["checkpoint.save_interval=1", "training.train_iters=30000000"]
+    config, checks = check_files([*line(data, tmp_path / "run"), *more], 1, 0)
+    assert config is not None
+    [disk] = [check for check in checks if check.name == "disk space"]
+    assert disk.problems == ()
+    assert "checkpoints that are to be kept (checkpoint.keep_last=null keeps all" in disk.notes[0]
+    more[1:1] = ["checkpoint.keep_last=29999999"]
+    _, checks = check_files([*line(data, tmp_path / "run"), *more], 1, 0)
+    [disk] = [check for check in checks if check.name == "disk space"]
+    assert "30000000 checkpoints (checkpoint.keep_last=29999999" in disk.problems[0]
+
+
 def test_damaged_tokenizer(data: Path, tmp_path: Path) -> None:
     """It leaves the model's size open, and hides nothing else."""
     (data / "tokenizer.model").write_bytes(b"no tokenizer")
