@@ -89,6 +89,18 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     sync_folder(path.parent)
 
 
+def remove_tree(path: Path) -> None:
+    """Remove a folder; of a link to one, the link alone.
+
+    Raises:
+        OSError: it cannot be removed, or not whole (NFS keeps files that somebody has open).
+    """
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
 def replace_folder(new: Path, folder: Path) -> None:
     """Put a whole folder in the place of another, if there is one, which is removed.
 
@@ -103,14 +115,14 @@ def replace_folder(new: Path, folder: Path) -> None:
         new.rename(folder)
     elif _exchange(new, folder):
         sync_folder(folder.parent)
-        shutil.rmtree(new)
+        remove_tree(new)
     else:
         old = replaced_folder(folder)
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
         new.rename(folder)
         sync_folder(folder.parent)
-        shutil.rmtree(old)
+        remove_tree(old)
     sync_folder(folder.parent)
 
 
@@ -119,7 +131,7 @@ def restore_folder(folder: Path) -> None:
     old = replaced_folder(folder)
     if old.is_dir():
         if folder.exists():
-            shutil.rmtree(old)
+            remove_tree(old)
         else:
             old.rename(folder)
             sync_folder(folder.parent)

@@ -14,6 +14,7 @@ A checkpoint is written to `.iter_0000100.part` and renamed when it is whole; on
 text file name it. What the run did not save itself is never removed or replaced.
 """
 
+import logging
 import os
 import pickle
 import re
@@ -30,12 +31,15 @@ from megatron_hybrid.claim import claim_file, refuse_if_lost
 from megatron_hybrid.config.tracker import TRACKER_FILE, latest_folder
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import (
+    remove_tree,
     replace_folder,
     replaced_folder,
     restore_folder,
     sync_folder,
     write_atomic,
 )
+
+logger = logging.getLogger(__name__)
 
 _FOLDER = re.compile(r"iter_(\d{7,})")
 # All that the pickled index of a torch_dist checkpoint is made of: the records (dataclasses and
@@ -129,9 +133,15 @@ def start_partial(save: Path, iteration: int) -> None:
     refuse_if_lost(claim_file(save))
     for old in save.glob(".iter_*.old.part"):
         restore_folder(save / old.name.removeprefix(".").removesuffix(".old.part"))
+    partial = partial_folder(save, iteration)
     for stale in save.glob(".iter_*.part"):
-        shutil.rmtree(stale)
-    partial_folder(save, iteration).mkdir(parents=True)
+        try:
+            remove_tree(stale)
+        except OSError as error:
+            if stale == partial:
+                raise
+            logger.warning("%s, of a killed run, could not be removed: %s", stale, error)
+    partial.mkdir(parents=True)
 
 
 def discard_partial(save: Path, iteration: int) -> None:
@@ -169,7 +179,8 @@ def publish(save: Path, iteration: int, *, keep_last: int | None = None) -> list
         ours = saved_here(save)
         before = [path for number, path in checkpoints_in(save).items() if number <= iteration]
         for old in [path for path in before if path.name in ours][:-keep_last]:
-            remove(old)
+            if problem := remove(old):
+                notes.append(problem)
     return notes
 
 

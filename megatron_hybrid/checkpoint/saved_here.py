@@ -5,12 +5,11 @@ copied there, or restored, is none of them. Only those are ever removed or repla
 """
 
 import json
-import shutil
 import uuid
 from pathlib import Path
 
 from megatron_hybrid.checkpoint.errors import CheckpointError
-from megatron_hybrid.fileio import write_atomic
+from megatron_hybrid.fileio import remove_tree, write_atomic
 from megatron_hybrid.small_files import naming, read_json
 
 LIST_FILE = "checkpoints.json"
@@ -55,13 +54,23 @@ def move_aside(folder: Path) -> Path:
     return aside
 
 
-def remove(folder: Path) -> None:
-    """Remove a checkpoint of the run's own: a reader sees it whole or not at all."""
+def remove(folder: Path) -> str | None:
+    """Remove a checkpoint of the run's own: a reader sees it whole or not at all.
+
+    Returns:
+        What the user should know: it is out of the way, but could not be removed.
+    """
     going = folder.with_name(f".{folder.name}.gone.part")
-    shutil.rmtree(going, ignore_errors=True)
-    folder.rename(going)
-    shutil.rmtree(going)
+    problem = None
+    try:
+        if going.is_symlink() or going.exists():
+            remove_tree(going)
+        folder.rename(going)
+        remove_tree(going)
+    except OSError as error:
+        problem = f"{folder}, an older checkpoint, could not be removed: {error}"
     _write(folder.parent, saved_here(folder.parent))  # a copy that comes back is somebody's
+    return problem
 
 
 def _write(save: Path, listed: dict[str, str]) -> None:

@@ -90,6 +90,30 @@ def test_only_its_own_are_removed(tmp_path: Path) -> None:
     assert saved_here(tmp_path).keys() == {"iter_0000006"}
 
 
+def test_what_cannot_be_removed_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An old checkpoint that is a link elsewhere, or that a file system keeps."""
+    save(tmp_path, 1, "a")
+    (tmp_path / "iter_0000001").rename(tmp_path / "archive")
+    (tmp_path / "iter_0000001").symlink_to(tmp_path / "archive")
+    assert save(tmp_path, 2, "b", keep_last=1) == []
+    assert found(tmp_path) == {"iter_0000002": "b"}
+    assert (tmp_path / "archive" / "data").read_text() == "a"
+
+    def busy(path: Path, *more: object, **options: object) -> None:
+        raise OSError(39, "Directory not empty", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fileio.shutil, "rmtree", busy)
+        [note] = save(tmp_path, 3, "c", keep_last=1)
+        assert "iter_0000002, an older checkpoint, could not be removed: " in note
+        save(tmp_path, 4, "d")
+    save(tmp_path, 5, "e", keep_last=1)
+    assert found(tmp_path) == {"iter_0000005": "e"}
+    assert not list(tmp_path.glob(".iter*"))
+
+
 def test_the_same_step_again(tmp_path: Path) -> None:
     """A rewound run replaces its own checkpoint; another of that name is moved, and said."""
     for iteration in (2, 4):
