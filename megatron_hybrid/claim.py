@@ -40,6 +40,10 @@ _POLL_S = 0.5
 _SETTLE_S = 0.5  # of two starts that take over the same claim, the later one has it then
 
 
+class ClaimedError(UserError):
+    """Somebody who lives writes there."""
+
+
 @dataclass(frozen=True)
 class Claim:
     """Who writes there.
@@ -133,7 +137,7 @@ def refuse_if_lost(path: Path) -> None:
     other = _read(path)
     if other is not None and other.token != held.claim.token:
         raise UserError(
-            f"{path.parent} was taken over by {other}, for which this process looked dead; "
+            f"{_place(path)} was taken over by {other}, for which this process looked dead; "
             "nothing more is written here"
         )
 
@@ -201,7 +205,7 @@ def _acquire(path: Path, mine: Claim) -> Claim:
                 raise _refusal(path, changed)
             if not path.exists():
                 continue
-        logger.info("%s: %s is gone; this start takes over", path.parent, seen or "its writer")
+        logger.info("%s: %s is gone; this start takes over", _place(path), seen or "its writer")
         new = path.with_name(f"{path.name}.{mine.token}.part")
         new.write_bytes(mine.encoded())
         new.replace(path)
@@ -217,7 +221,7 @@ def _watch(path: Path, seen: Claim | None) -> Claim | None:
     """Whether a claim changes: what it became; None where it stood still, or was given up."""
     logger.info(
         "%s: claimed by %s; looking for %g s whether it still lives",
-        path.parent, seen or "somebody", DEAD_AFTER_S,
+        _place(path), seen or "somebody", DEAD_AFTER_S,
     )  # fmt: skip
     until = time.monotonic() + DEAD_AFTER_S
     while time.monotonic() < until and path.exists():
@@ -252,9 +256,18 @@ def _is_gone(other: Claim, mine: Claim) -> bool:
     return bool(mine.job) and other.job == mine.job and other.restarts < mine.restarts
 
 
-def _refusal(path: Path, other: Claim) -> UserError:
-    return UserError(
-        f"{path.parent} is being written by {other}; one at a time: wait for it, end it, or give "
+def _place(path: Path) -> Path:
+    """What a claim is on: its folder, or what stands beside it under its name."""
+    return (
+        path.with_name(path.name.removeprefix(".").removesuffix(CLAIM_FILE))
+        if (path.name != CLAIM_FILE)
+        else path.parent
+    )
+
+
+def _refusal(path: Path, other: Claim) -> ClaimedError:
+    return ClaimedError(
+        f"{_place(path)} is being written by {other}; one at a time: wait for it, end it, or give "
         "this one a folder of its own"
     )
 

@@ -11,8 +11,9 @@ import logging
 import math
 import re
 import shutil
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_hybrid import platform
-from megatron_hybrid.claim import CLAIM_FILE, claimed
+from megatron_hybrid.claim import CLAIM_FILE, ClaimedError, claimed
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.index import Index
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 _SPLITS = ("train", "valid")
 _COMPLETE_MARK = "complete"
+_LOOK_S = 1.0  # between looks for the indices that another run builds
 
 
 def build_windows(
@@ -225,18 +227,26 @@ def _cache_folder(config: RunConfig, blend: _Blend) -> Path:
 def _writing(folder: Path) -> Iterator[None]:
     """While index files are built: no other run does it, and none of a killed one are taken.
 
-    Raises:
-        UserError: another run is building them in the same data.data_cache_path.
+    A run that finds another at it waits for that one's: they are the same.
     """
-    if not _is_first_rank() or (folder / _COMPLETE_MARK).exists():
+    mark = folder / _COMPLETE_MARK
+    claim = folder.with_name(f".{folder.name}{CLAIM_FILE}")
+    with ExitStack() as stack:
+        while mine := _is_first_rank() and not mark.exists():
+            try:
+                stack.enter_context(claimed([claim], "a run that builds indices"))
+            except ClaimedError as error:
+                logger.info("%s; waiting for it", error)
+                time.sleep(_LOOK_S)
+            else:
+                break
+        if mine and not mark.exists():
+            if folder.exists():
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True, exist_ok=True)
         yield
-        return
-    with claimed([folder.with_name(f".{folder.name}{CLAIM_FILE}")], "indices in megatron's order"):
-        if folder.exists() and not (folder / _COMPLETE_MARK).exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-        write_atomic(folder / _COMPLETE_MARK, "")
+        if mine:
+            write_atomic(mark, "")
 
 
 def _is_first_rank() -> bool:

@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 from megatron_hybrid.claim import CLAIM_FILE, claimed
 from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.data import megatron_order
 from megatron_hybrid.data.datasets import open_windows, plan_data
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.tokenizer import build_tokenizer
 from megatron_hybrid.data.windows import Windows
-from megatron_hybrid.errors import UserError
 from tests.data.conftest import EOD, VOCAB_SIZE, write_corpus
 
 MakeConfig = Callable[..., RunConfig]
@@ -98,12 +98,34 @@ def test_half_built_indices_are_built_again(tmp_path: Path, make_config: MakeCon
     assert index.stat().st_mtime_ns == written
     (index.parent / "complete").unlink()
     index.write_bytes(b"")
-    with claimed([index.parent.with_name(f".{index.parent.name}{CLAIM_FILE}")], "another run"):
-        with pytest.raises(UserError, match="is being written by another run"):
-            datasets(config)  # nor are those taken that a living run is at
-        assert index.read_bytes() == b""
     again, _ = datasets(config)
     assert [window.tolist() for window in _all(again)] == expected
+
+
+def test_a_living_run_builds_them_for_others(
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs that share a cache: the second waits, and removes nothing that the first is at."""
+    config = make_config({"data_path": corpus(tmp_path / "a", 0)})
+    datasets(config)
+    (index,) = (config.run_dir / "data_cache").rglob("*-shuffle_index.npy")
+    mark, whole = index.parent / "complete", index.read_bytes()
+    mark.unlink()
+    index.write_bytes(b"half")
+    looks = []
+
+    def look(seconds: float) -> None:
+        looks.append(index.read_bytes())
+        if len(looks) == 3:  # the other is done
+            index.write_bytes(whole)
+            mark.touch()
+
+    claim = index.parent.with_name(f".{index.parent.name}{CLAIM_FILE}")
+    with claimed([claim], "another run"):
+        monkeypatch.setattr(megatron_order.time, "sleep", look)
+        train, _ = datasets(config)
+    assert looks == [b"half"] * 3
+    assert train is not None and len(_all(train)) == len(train)
 
 
 @pytest.mark.parametrize(
