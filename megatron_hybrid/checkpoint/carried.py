@@ -13,6 +13,10 @@ from megatron_hybrid.fileio import write_atomic
 
 FOLDER = "hugging_face"
 Carried = Mapping[str, bytes]  # content by path below the folder
+# How the files of tokenizers begin that transformers knows.
+_OF_TOKENIZERS = (
+    "tokenizer", "vocab", "merges", "special_tokens_map", "added_tokens", "chat_template",
+)  # fmt: skip
 
 
 def read_carried(checkpoint: Path) -> dict[str, bytes]:
@@ -20,6 +24,11 @@ def read_carried(checkpoint: Path) -> dict[str, bytes]:
     folder = checkpoint / FOLDER
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def holds_tokenizer_files(carried: Carried) -> bool:
+    """Whether some of it are files of a tokenizer, of a kind that the trainer may not have."""
+    return any(Path(name).name.startswith(_OF_TOKENIZERS) for name in carried)
 
 
 def write_carried(checkpoint: Path, carried: Carried) -> None:

@@ -144,11 +144,17 @@ def differences(arguments: Mapping[str, Any], model: ModelConfig) -> list[str]:
 
     Arguments that are missing say nothing.
     """
-    names = [name for name in (*_SAME_NAME, *_MOE_SAME_NAME) if name in SHAPE_FIELDS]
+    layers = model.hybrid_layer_pattern.replace("|", "")
+    names = [
+        name
+        for name in (*_SAME_NAME, *_MOE_SAME_NAME)
+        if name in SHAPE_FIELDS and set(_layers_of(name)) & set(layers)
+    ]
     said = {name: arguments[name] for name in names if arguments.get(name) is not None}
-    if any(name in arguments for name in ("squared_relu", "swiglu")):
+    activations = any(name in arguments for name in ("squared_relu", "swiglu"))
+    if activations and set(layers) & set("-E"):
         said["activation"] = _activation(arguments)
-    if arguments.get("group_query_attention"):
+    if arguments.get("group_query_attention") and "*" in layers:
         said["num_query_groups"] = arguments.get("num_query_groups")
     found = [
         f"model.{name}={getattr(model, name)!r}, in the checkpoint {value!r}"
@@ -156,10 +162,19 @@ def differences(arguments: Mapping[str, Any], model: ModelConfig) -> list[str]:
         if getattr(model, name) not in (value, None)
     ]
     pattern = arguments.get("hybrid_layer_pattern") or arguments.get("hybrid_override_pattern")
-    layers = model.hybrid_layer_pattern.replace("|", "")
     if isinstance(pattern, str) and pattern.replace("|", "") != layers:
         found.append(f"model.hybrid_layer_pattern={layers!r}, in the checkpoint {pattern!r}")
     return found + _without_counterpart(arguments)
+
+
+def _layers_of(name: str) -> str:
+    """The kinds of layers that an argument says something of; all, where it is the model's."""
+    if name.startswith("mamba_"):
+        return "M"
+    if name.startswith("moe_"):
+        return "E"
+    kinds = {"num_attention_heads": "*", "kv_channels": "*", "ffn_hidden_size": "-"}
+    return kinds.get(name, "M*-E")
 
 
 def _without_counterpart(arguments: Mapping[str, Any]) -> list[str]:

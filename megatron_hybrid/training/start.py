@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_hybrid.checkpoint import files as checkpoint_files
-from megatron_hybrid.checkpoint.carried import Carried, read_carried
+from megatron_hybrid.checkpoint.carried import Carried, holds_tokenizer_files, read_carried
 from megatron_hybrid.checkpoint.progress import Progress, saved_progress
 from megatron_hybrid.checkpoint.saved_config import (
     refuse_other_data,
@@ -135,9 +135,13 @@ def find_start(config: RunConfig, tokenizer: Tokenizer, world_size: int | None) 
 def _carried(folder: Path | None, tokenizer: Tokenizer) -> Carried:
     """What the checkpoint carries; nothing where it is of another tokenizer, which it tells of."""
     carried = read_carried(folder) if folder is not None else {}
-    if folder is None or not carried or not holds_tokenizer(folder):
+    if folder is None or not carried:
         return carried
-    if load_tokenizer(folder).fingerprint == tokenizer.fingerprint:
+    if not holds_tokenizer(folder):
+        # Of a kind that is none of ours: what the run has is another.
+        if not holds_tokenizer_files(carried):
+            return carried
+    elif load_tokenizer(folder).fingerprint == tokenizer.fingerprint:
         return carried
     logger.warning(
         "%s is of another tokenizer than the run's; its checkpoints do not carry on: %s",

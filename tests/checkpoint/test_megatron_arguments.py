@@ -36,6 +36,9 @@ def test_what_arguments_say_of_another_model() -> None:
         "model.activation='squared_relu', in the checkpoint 'swiglu'",
         "qk_layernorm=True has no counterpart here; it must be False",
     ]
+    attention = model.model_copy(update={"hybrid_layer_pattern": "**"})
+    unused = {"mamba_num_heads": 7, "ffn_hidden_size": 3, "swiglu": True, "moe_ffn_hidden_size": 1}
+    assert differences(unused, attention) == []
     other = differences({"hybrid_override_pattern": "M-M-"}, model)
     assert other == [f"model.hybrid_layer_pattern={model.hybrid_layer_pattern!r}, in the "
                      "checkpoint 'M-M-'"]  # fmt: skip
