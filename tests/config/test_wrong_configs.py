@@ -96,7 +96,7 @@ ETP, EP = (f"parallel.{name}_parallel_size" for name in ("expert_tensor", "exper
             id="split experts on the CPU",
         ),
         pytest.param(
-            "--reset-attention-mask --context-parallel-size 2", None, True,
+            "--reset-attention-mask --context-parallel-size 2 precision.recipe=bf16", None, True,
             f"{CP}=2 with data.packed_documents=true is not supported on GPUs; "
             "allowed: 1, or data.packed_documents=false", id="packed documents and CP on GPUs",
         ),
