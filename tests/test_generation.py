@@ -10,12 +10,19 @@ import tokenizers
 import torch
 
 from megatron_hybrid import generation
-from megatron_hybrid.config import load_config
+from megatron_hybrid.config import TRACKER_FILE, load_config
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.generation import Sampling, choose, generate_text
 from megatron_hybrid.testing import run_distributed
 from tests.config import GOOD
-from tests.distributed.layouts import LAYOUTS, MOE, built, layout_config, save_weights
+from tests.distributed.layouts import (
+    LAYOUTS,
+    MOE,
+    VOCAB_SIZE,
+    built,
+    layout_config,
+    save_weights,
+)
 
 TWO_STAGES = next(layout for layout in LAYOUTS if layout.name == "TP2xPP2")
 
@@ -31,7 +38,7 @@ def save_checkpoint(weights: Path, save: Path) -> None:
     config = config.model_copy(update={"checkpoint": checkpoint})
     with built(config) as (model, optimizer, _):
         load_checkpoint(config, weights, model, optimizer, weights_only=True)
-        saver = Checkpointer(config, model, optimizer, NullTokenizer(96), lambda *_: None)
+        saver = Checkpointer(config, model, optimizer, NullTokenizer(VOCAB_SIZE), lambda *_: None)
         saver.save(Progress(1, 4))
 
 
@@ -49,7 +56,7 @@ def compare_logits(checkpoint: Path, prompt_tokens: int) -> tuple[float, float]:
     from megatron_hybrid.generation import open_checkpoint
 
     torch.distributed.destroy_process_group()  # generation makes its own
-    tokens = torch.randint(0, 96, (2, 150), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, VOCAB_SIZE, (2, 150), generator=torch.Generator().manual_seed(0))
     with open_checkpoint(checkpoint) as generator:
         whole = generator.logits(tokens)[:, prompt_tokens - 1 :]
         stepped = torch.stack(list(generator.stepwise_logits(tokens, prompt_tokens)), dim=1)
@@ -149,11 +156,14 @@ def test_a_special_token_in_a_prompt_is_characters_or_its_id(
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"user": 0, "?": 1}, unk_token="?"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Split("<|im_start|>", "isolated")
     words.add_special_tokens(["</s>", "<|im_start|>"])
-    words.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "run_config.yaml").write_text(load_config([*GOOD]).to_yaml())
+    folder = tmp_path / "iter_0000001"
+    folder.mkdir()
+    (tmp_path / TRACKER_FILE).write_text("1")
+    words.save(str(folder / "tokenizer.json"))
+    (folder / "run_config.yaml").write_text(load_config([*GOOD]).to_yaml())
     for parse, expected in ((False, [1, 0]), (True, [3, 0])):
         list(generate_text(tmp_path, "<|im_start|>user", 1, Sampling(), parse_special_tokens=parse))
         assert prompts[-1] == expected
-    (tmp_path / "tokenizer.json").rename(tmp_path / "tokenizer.model")
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
     with pytest.raises(UserError, match=r"--parse-special-tokens needs a tokenizer\.json"):
         list(generate_text(tmp_path, "", 1, Sampling(), parse_special_tokens=True))

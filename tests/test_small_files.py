@@ -33,6 +33,7 @@ PARSERS = {
     "megatron_hybrid/json_text.py": "text; whoever calls it has the file",
     "megatron_hybrid/planner/costs.py": "--costs, which it names",
     "megatron_hybrid/planner/published.py": "a file of this package",
+    "megatron_hybrid/platform/imports.py": "a process's output",
     "megatron_hybrid/preflight/nodes.py": "from a store",
     "megatron_hybrid/small_files.py": "the mechanism",
     "megatron_hybrid/smoke/facts.py": "a process's output",

@@ -266,7 +266,7 @@ def upcycle_and_die(dense: Path, save: Path, at: float | str) -> None:
         write_atomic(path, data)
 
     if at == "publish":
-        files.publish = die
+        files.put_in_place = die
     elif at == "tracker":
         files.write_atomic = die_at_tracker
     source = find_checkpoint(dense)
@@ -282,10 +282,11 @@ def test_killed_it_leaves_nothing_that_loads(at: float | str, dense: Path, tmp_p
     save = tmp_path / "moe"
     with pytest.raises(RankError, match="SIGKILL"):
         run_distributed(upcycle_and_die, 1, dense, save, at)
-    assert files.latest_checkpoint(save) is None
     if at == "tracker":  # whole, and named by nothing: --save is not empty any more
-        assert [path.name for path in save.iterdir()] == ["iter_0000001"]
+        with pytest.raises(UserError, match="holds iter_0000001, and no latest_checkpointed"):
+            files.latest_checkpoint(save)
         return
+    assert files.latest_checkpoint(save) is None
     upcycle(dense, save, Request(2, 4, 4))
     assert sorted(path.name for path in save.iterdir()) == [
         "iter_0000001", "latest_checkpointed_iteration.txt",
