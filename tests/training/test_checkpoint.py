@@ -191,8 +191,8 @@ def hostile(run_dir: Path, place: str, mark: Path) -> tuple[str, bool, bool]:
     from megatron_hybrid.training.checkpoint_state import model_state, rng_state, tensor_layout
 
     folder = run_dir / "checkpoints" / "iter_0000004"
-    folder.mkdir(parents=True)
     with trainer(words(run_dir)) as run:
+        folder.mkdir(parents=True)
         metadata = tensor_layout()
         state = {"rng_state": rng_state(), **model_state(run.model, metadata)}
         state["optimizer"] = run.optimizer.sharded_state_dict(state, metadata=metadata)
