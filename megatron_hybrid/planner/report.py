@@ -9,6 +9,7 @@ from rich.table import Table
 
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.pattern import KINDS, MAMBA, MOE
+from megatron_hybrid.config.precision import FLOAT8_RECIPES
 from megatron_hybrid.human import human_count
 from megatron_hybrid.model.counts import Flops, count_parameters, flops_per_token
 from megatron_hybrid.planner.generation import GenerationMemory, generation_memory
@@ -110,15 +111,17 @@ def kind_of_model(pattern: str) -> str:
     return "moe" if MOE in pattern else "dense"
 
 
-def footnote(pattern: str) -> str:
-    """How far predictions have been right for models of this kind."""
-    kind = kind_of_model(pattern)
+def footnote(config: RunConfig, gpu: Gpu) -> str:
+    """How far predictions have been right for models of this kind, and whether it is tried here."""
+    kind = kind_of_model(config.model.hybrid_layer_pattern)
     runs, median, worst = ACCURACY[kind]
     name = {"moe": "MoE"}.get(kind, kind)
+    tried = config.precision.recipe in FLOAT8_RECIPES and gpu.generation != "ampere"
     return (
         f"Predicted, not measured: of {runs} published runs of {name} models that the planner was "
         f"not calibrated on, tokens/s were off by {median:.0%} in the median and {worst:.0%} at "
         "worst, and all of them fit (docs/planner.md)."
+        + ("" if tried else f" None was in {config.precision.recipe} on a {gpu.name}'s generation.")
     )
 
 
@@ -168,7 +171,7 @@ def print_report(report: Report, console: Console) -> None:
     )
     if report.generation is not None:
         _print_generation(report, report.generation, console)
-    console.print(footnote(report.config.model.hybrid_layer_pattern), style="dim")
+    console.print(footnote(report.config, report.gpu), style="dim")
 
 
 def _print_generation(report: Report, memory: GenerationMemory, console: Console) -> None:

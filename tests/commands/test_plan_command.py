@@ -84,6 +84,7 @@ def test_asks_only_for_what_it_goes_by(tmp_path: Path) -> None:
     text = plan(str(path), "--gpus", "2")
     assert "fits," in text
     assert "published runs of dense models" in text
+    assert "None was in bf16 on a h100's generation." in text
     assert "-0.0%" not in text
     done = CliRunner().invoke(app, ["counts", str(path)])
     assert done.exit_code == 0, done.output
