@@ -154,16 +154,13 @@ def prepare(args: Sequence[str], job: Job, array: Sequence[str], script: Path) -
             run_dir = load_config(words, world_size=world_size).run_dir.resolve()
             words.append(f"run_dir={run_dir / _name(words[len(args) :])}")
         # The runs of an array read the same data.
-        configs.append(_checked(words, world_size, 0 if configs else CHECKSUM_S))
+        configs.append(_checked(words, world_size, job, 0 if configs else CHECKSUM_S))
     _refuse_shared(configs)
     base = configs[0].run_dir.resolve()
     base = base.parent if array else base
     folder = base / JOBS / time.strftime("%Y%m%d-%H%M%S")
-    gpus = job.gpus_per_node
-    if gpus is None:
-        gpus = 0 if configs[0].backend == "torch" else job.ranks_per_node
     job = replace(
-        job, gpus_per_node=gpus, name=job.name or base.name or "pretrain",
+        job, gpus_per_node=_gpus(job, configs[0].backend), name=job.name or base.name or "pretrain",
         array_size=len(configs) if array else None,
         folder=folder, output="%A_%a.out" if array else "%j.out",
     )  # fmt: skip
@@ -186,13 +183,22 @@ def prepare(args: Sequence[str], job: Job, array: Sequence[str], script: Path) -
     return Prepared(job, folder, text, tuple(configs))
 
 
-def _checked(words: Sequence[str], world_size: int, checksum_s: float) -> RunConfig:
+def _gpus(job: Job, backend: str) -> int:
+    """GPUs that are asked for on a node."""
+    if job.gpus_per_node is not None:
+        return job.gpus_per_node
+    return 0 if backend == "torch" else job.ranks_per_node
+
+
+def _checked(words: Sequence[str], world_size: int, job: Job, checksum_s: float) -> RunConfig:
     """The config of a run that the files of a preflight find nothing against.
 
     Raises:
-        UserError: with everything that they find.
+        UserError: with everything that they find, and what the GPUs of the job cannot run.
     """
-    config, checks = check_files(words, world_size, checksum_s)
+    backend = load_config(words, which=()).backend
+    has_cuda = True if _gpus(job, backend) else None  # this machine is not one of the job's
+    config, checks = check_files(words, world_size, checksum_s, has_cuda=has_cuda)
     problems = [f"  - {problem}" for check in checks for problem in check.problems]
     if problems or config is None:
         raise UserError("\n".join(["this run would fail:", *problems]))

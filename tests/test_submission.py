@@ -59,6 +59,15 @@ def test_what_excludes_itself_is_refused_before_anything(
     assert not list(tmp_path.iterdir())
 
 
+def test_what_gpus_cannot_run_is_refused_for_a_job_that_asks_for_them(tmp_path: Path) -> None:
+    """Not in the first minute of the job; without GPUs the same run is one for the CPU."""
+    more = ("parallel.context_parallel_size=2", "data.packed_documents=true", "backend=auto")
+    job = replace(JOB, ranks_per_node=2, gpus_per_node=0)
+    assert prepared(tmp_path / "cpu", *more, job=job).job.gpus_per_node == 0
+    with pytest.raises(UserError, match="packed_documents=true is not supported on GPUs"):
+        prepared(tmp_path / "gpu", *more, job=replace(job, gpus_per_node=2))
+
+
 def test_each_run_of_an_array_is_the_one_that_was_checked(tmp_path: Path) -> None:
     """Its config is kept whole: what follows from a value follows from its own."""
     made = prepared(tmp_path / "sweep", array=("model.hidden_size=32,64", "training.seed=1"))

@@ -25,7 +25,7 @@ _GIB = 2**30
 
 
 def check_files(
-    words: Sequence[str], world_size: int | None, hash_s: float
+    words: Sequence[str], world_size: int | None, hash_s: float, *, has_cuda: bool | None = None
 ) -> tuple[RunConfig | None, list[Check]]:
     """Look at everything that files tell; every problem of all of them.
 
@@ -33,12 +33,13 @@ def check_files(
         words: as `pretrain` takes them.
         world_size: ranks of the run to be; None: not known.
         hash_s: for how long checksums of data may be compared; 0: not at all.
+        has_cuda: whether the ranks have GPUs; None: not known.
 
     Returns:
         The config, None if it is wrong, and the checks.
     """
     try:
-        config = load_config(words, world_size=world_size)
+        config = load_config(words, world_size=world_size, has_cuda=has_cuda)
     except ConfigError as error:
         rest = ("tokenizer", "data files", "plan and checkpoint", "disk space", "run folder")
         skipped = [Check(name, "not checked: the config is wrong", skipped=True) for name in rest]
