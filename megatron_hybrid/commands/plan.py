@@ -71,7 +71,7 @@ def plan(
     kind, console = GPUS[gpu], Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = FILE_COLUMNS
-    config = _config(context.args, gpus, checked=not search)
+    config = _config(context.args, gpus, kind, checked=not search)
     if search:
         from rich.progress import Progress
 
@@ -105,9 +105,11 @@ def plan(
         raise typer.Exit(1)
 
 
-def _config(words: list[str], gpus: int, *, checked: bool) -> "RunConfig":
+def _config(words: list[str], gpus: int, gpu: "Gpu", *, checked: bool) -> "RunConfig":
     """The run; with --search its own layout need not fit the number of GPUs."""
     from megatron_hybrid.config import load_config, rules
+    from megatron_hybrid.config.rules.precision import recipe_of_this_gpu
+    from megatron_hybrid.errors import ConfigError
     from megatron_hybrid.model.counts import count_parameters
 
     if checked:
@@ -116,6 +118,9 @@ def _config(words: list[str], gpus: int, *, checked: bool) -> "RunConfig":
         )
     else:
         config = load_config(words, which=rules.NO_FILES, stand_in=UNNEEDED)
+    facts = rules.Facts(has_cuda=True, compute_capability=gpu.compute_capability)
+    if problems := list(recipe_of_this_gpu(config, facts)):
+        raise ConfigError(problems)
     count_parameters(config.model)  # says what is missing for it
     return config
 

@@ -15,7 +15,8 @@ class Gpu:
         link_gb_per_s: to the GPUs of its node, in each direction.
         network_gb_per_s: to other nodes, for each GPU, in each direction.
         gpus_per_node: how many there are, or are linked as if they were in one.
-        generation: of its matrix units: ampere, hopper or blackwell.
+        generation: of its matrix units, as `Shares` has them.
+        compute_capability: major and minor.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Gpu:
     network_gb_per_s: float
     gpus_per_node: int
     generation: str
+    compute_capability: tuple[int, int]
 
 
 # Peaks and bandwidths: NVIDIA's data sheets of H100 SXM, H200 SXM, B200 and B300 (HGX), GB200 and
@@ -38,14 +40,14 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("h100", 989.4, 1978.9, 79.6, 3350, 450, 50, 8, "hopper"),
-        Gpu("h200", 989.4, 1978.9, 140.4, 4800, 450, 50, 8, "hopper"),
-        Gpu("b200", 2250.0, 4500.0, 179.0, 8000, 900, 50, 8, "blackwell"),
-        Gpu("b300", 2250.0, 4500.0, 268.6, 8000, 900, 100, 8, "blackwell ultra"),
-        Gpu("gb200", 2500.0, 5000.0, 185.0, 8000, 900, 50, 72, "blackwell"),
-        Gpu("gb300", 2500.0, 5000.0, 277.5, 8000, 900, 100, 72, "blackwell ultra"),
-        Gpu("a100", 312.0, 0.0, 79.3, 2039, 300, 25, 8, "ampere"),
-        Gpu("a10g", 70.0, 0.0, 22.06, 600, 25, 1.5, 8, "ampere"),
+        Gpu("h100", 989.4, 1978.9, 79.6, 3350, 450, 50, 8, "hopper", (9, 0)),
+        Gpu("h200", 989.4, 1978.9, 140.4, 4800, 450, 50, 8, "hopper", (9, 0)),
+        Gpu("b200", 2250.0, 4500.0, 179.0, 8000, 900, 50, 8, "blackwell", (10, 0)),
+        Gpu("b300", 2250.0, 4500.0, 268.6, 8000, 900, 100, 8, "blackwell ultra", (10, 3)),
+        Gpu("gb200", 2500.0, 5000.0, 185.0, 8000, 900, 50, 72, "blackwell", (10, 0)),
+        Gpu("gb300", 2500.0, 5000.0, 277.5, 8000, 900, 100, 72, "blackwell ultra", (10, 3)),
+        Gpu("a100", 312.0, 0.0, 79.3, 2039, 300, 25, 8, "ampere", (8, 0)),
+        Gpu("a10g", 70.0, 0.0, 22.06, 600, 25, 1.5, 8, "ampere", (8, 6)),
     )
 }
 

@@ -119,6 +119,10 @@ def test_mistakes() -> None:
     """Each is refused in words."""
     with pytest.raises(UserError, match="--gpu=v100 is not known; allowed: h100, h200"):
         plan(*MODEL, "--gpus", "8", "--gpu", "v100")
+    with pytest.raises(ConfigError, match="mxfp8 needs a GPU of compute capability 10"):
+        plan(*MODEL, "--gpus", "8", "precision.recipe=mxfp8")
+    with pytest.raises(ConfigError, match="fp8_tensorwise needs a GPU of compute capability"):
+        plan(*MODEL, "--gpus", "8", "--gpu", "a100", "precision.recipe=fp8_tensorwise")
     with pytest.raises(ConfigError, match="the number of ranks, 6, must be a multiple of"):
         plan(*MODEL, "--gpus", "6", "parallel.pipeline_model_parallel_size=4")
     with pytest.raises(ConfigError, match=r"model.vocab_size"):
