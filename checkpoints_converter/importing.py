@@ -59,7 +59,7 @@ from megatron_hybrid.data.tokenizer import (
     Tokenizer,
     build_tokenizer,
 )
-from megatron_hybrid.fileio import file_errors, write_atomic
+from megatron_hybrid.fileio import file_errors, restore_folder, write_atomic
 from megatron_hybrid.model.tensor_names import extra_states
 from megatron_hybrid.small_files import read_json
 
@@ -125,7 +125,9 @@ def import_model(
         claimed([claim_file(save)], "from-hf"),
         SafetensorsReader(source) as reader,
     ):
-        _refuse_to_replace(save, options.force)  # what another one has written meanwhile
+        # What another one has written meanwhile, or a kill has left beside its place.
+        restore_folder(checkpoint_files.iteration_folder(save, 0))
+        _refuse_to_replace(save, options.force)
         dtypes = {name: entry.dtype for name, entry in reader.tensors.items()}
         refuse_dtypes(source, dtypes)
         if left := passed_over(source):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_hybrid.errors import UserError, in_words
+from megatron_hybrid.errors import ConfigError, UserError, in_words
 from megatron_hybrid.json_text import parse_json
 
 _STUMBLES = (
@@ -30,6 +30,8 @@ def naming(path: Path, error: type[UserError] = UserError) -> Iterator[None]:
     except _STUMBLES as cause:
         if isinstance(cause, error) and str(cause).startswith(str(path)):
             raise
+        if isinstance(cause, ConfigError):  # whole, but of another version or edited
+            raise error(f"{path} cannot be used: {cause}") from cause
         raise error(f"{path} is damaged: {in_words(cause)}") from cause
 
 

@@ -31,13 +31,10 @@ def restore(prefix: str) -> None:
         return
     # Where it cannot be written, the pair is missing, as whoever looks for it will say.
     with suppress(OSError), Path(f"{prefix}.idx.part").open("ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
-        except OSError:
-            pass  # a file system without locks, as `part_file` warns
+        # Taken, or a file system without locks, where a writer may live: the next writer does it.
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         put_back(prefix)
+        Path(lock.name).unlink()
 
 
 def set_aside(prefix: str) -> None:
