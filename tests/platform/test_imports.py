@@ -20,7 +20,7 @@ import sys
 frame = sys._getframe(1)
 while "importlib" in frame.f_code.co_filename:
     frame = frame.f_back
-if "megatron" in frame.f_code.co_filename:
+if frame.f_globals["__name__"].startswith("megatron."):
     {BROKEN}
 raise ModuleNotFoundError(__name__)
 """
