@@ -1,6 +1,20 @@
-"""What every test run needs: GPU tests are skipped, by name, where there is no GPU."""
+"""What every test run needs: GPU tests are skipped, by name, where there is no GPU, and no test
+leaves anything in the temp folder.
+"""
+
+import getpass
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+# What others leave in the temp folder, by the beginning of its name, and why that is no test's.
+LEAVINGS = {
+    "pymp-": "Python's multiprocessing, of a process that was killed while it had a listener",
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -19,3 +33,47 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temp_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator["TempFolder"]:
+    """A temp folder of this session's own, for its processes too; what is left there at its end is
+    an error.
+    """
+    compiled = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+    folder = TempFolder(tmp_path_factory.mktemp("temp"))
+    with pytest.MonkeyPatch.context() as patch:
+        # What torch has compiled is to be there for the next session.
+        if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+            patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+        patch.setenv("TMPDIR", str(folder.path))
+        patch.setattr(tempfile, "tempdir", str(folder.path))
+        yield folder
+    deadline = time.monotonic() + 10  # of processes that are just ending
+    while folder.left() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    lines = [f"{name}, seen after {folder.seen.get(name, 'the last')}" for name in folder.left()]
+    assert not lines, "left in the temp folder; use tmp_path:\n" + "\n".join(lines)
+
+
+@pytest.fixture(autouse=True)
+def look_into_the_temp_folder(
+    temp_folder: "TempFolder", request: pytest.FixtureRequest
+) -> Iterator[None]:
+    """Remember which test something came there with."""
+    yield
+    for name in temp_folder.left():
+        temp_folder.seen.setdefault(name, request.node.nodeid)
+
+
+class TempFolder:
+    """Attributes: `path`; `seen`: after which test a name was there first."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seen: dict[str, str] = {}
+
+    def left(self) -> list[str]:
+        """The names there, but for what others leave."""
+        names = sorted(path.name for path in self.path.iterdir())
+        return [name for name in names if not name.startswith(tuple(LEAVINGS))]

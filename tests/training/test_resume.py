@@ -66,6 +66,8 @@ def start(config: Path, run_dir: Path, *more: str) -> "subprocess.Popen[str]":
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # What is killed leaves its temporary files.
+        env=os.environ | {"TMPDIR": str(run_dir.parent)},
     )
 
 
