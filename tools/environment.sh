@@ -5,12 +5,27 @@
 #   tools/environment.sh key         print what a shared environment's name must contain
 #
 # PYTHON=/path/to/python chooses the interpreter. An environment whose install was interrupted, or
-# whose setup.py has changed, is made anew. Everything pip says is kept in VENV/install.log.
+# whose setup.py or constraints have changed, is made anew. Everything pip says is kept in
+# VENV/install.log.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 FITS='import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))'
 VERSION='import sys; print("{}.{}.{}".format(*sys.version_info[:3]))'
+CONSTRAINTS=docker/constraints.txt
+
+# What an environment was made from, in a few digits.
+inputs() {
+    cat setup.py "$CONSTRAINTS" | cksum
+}
+
+# Transformer Engine's Python (12 MB), which tests/gpu_on_cpu runs: in a folder that is in no path,
+# as the engine would stumble over what is compiled and missing.
+install_packages() {
+    "$1/bin/python" -m pip install --editable '.[dev]' &&
+        "$1/bin/python" -m pip install --no-deps --constraint "$CONSTRAINTS" \
+            --target "$1/share/transformer-engine" transformer-engine
+}
 
 candidates() {
     printf '%s\n' python3.12 python3.13 python3.14 python3 python
@@ -85,7 +100,7 @@ make_environment() {
     local venv=$1 stamp wanted python
     stamp=$venv/.complete
     # An environment holds its own path, so one that was moved does not count as complete.
-    wanted="$(cksum <setup.py) $venv"
+    wanted="$(inputs) $venv"
     mkdir -p "$(dirname "$venv")"
     exec 9>"$venv.lock"
     ! command -v flock >/dev/null || flock 9
@@ -102,7 +117,7 @@ make_environment() {
     mkdir "$venv"
     : >"$venv/install.log"
     "$python" -m venv "$venv"
-    if ! "$venv/bin/python" -m pip install --editable '.[dev]' 2>&1 9>&- |
+    if ! install_packages "$venv" 2>&1 9>&- |
         show_progress "$venv/install.log"; then
         echo "pip could not install what setup.py asks for; the end of $venv/install.log:" >&2
         tail -n 20 "$venv/install.log" >&2
@@ -115,13 +130,13 @@ make_environment() {
 case "${1-} ${2-}" in
     "key ")
         python=$(find_python)
-        echo "$("$python" -c "$VERSION")-$(cksum <setup.py | tr ' ' '-')"
+        echo "$("$python" -c "$VERSION")-$(inputs | tr ' ' '-')"
         ;;
     "make "?*)
         case $2 in /*) make_environment "$2" ;; *) make_environment "$PWD/$2" ;; esac
         ;;
     *)
-        sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+        sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
         exit 2
         ;;
 esac
