@@ -13,7 +13,7 @@ MOE = [
     "model.moe_router_score_function=softmax",
 ]  # fmt: skip
 ROUTER_SCALE = 20
-EXPERT = re.compile(r"experts\.local_experts\.(\d+)\.(linear_fc\d)\.weight")
+EXPERT = re.compile(r"experts\.local_experts\.(\d+)\.(linear_fc\d)\.(weight|bias)")
 
 
 def line(symbol: str, recipe: str, run_dir: Path) -> list[str]:
@@ -31,7 +31,7 @@ def line(symbol: str, recipe: str, run_dir: Path) -> list[str]:
 
 def common_name(name: str) -> str:
     """A parameter's name on the transformer_engine backend, which groups experts."""
-    return EXPERT.sub(r"experts.\2.weight\1", name.removeprefix("module."))
+    return EXPERT.sub(r"experts.\2.\3\1", name.removeprefix("module."))
 
 
 def outcome(words: list[str], backend: str, weights: Path, *, save: bool) -> dict[str, Any]:
