@@ -52,6 +52,17 @@ GPUS = {
 }
 
 
+def gpu_called(device: str) -> Gpu | None:
+    """The kind of a device by the name that CUDA gives it, such as "NVIDIA H100 80GB HBM3".
+
+    None for others, and for cards of a kind that have less than those of its usual node.
+    """
+    words = device.lower().replace("-", " ").split()
+    if {"pcie", "nvl", "40gb"} & set(words):
+        return None
+    return next((gpu for name, gpu in GPUS.items() if name in words), None)
+
+
 @dataclass(frozen=True)
 class Shares:
     """Which share of a peak kernels reach, and what each kernel costs beside that.

@@ -47,12 +47,12 @@ class StepProfiler:
         self._first = training.profile_step_start + 1
         self._last = training.profile_step_end
         self._here = training.profile and dist.get_rank() in training.profile_ranks
-        self._recording: _Recording | None = None
+        self._recording: Recording | None = None
 
     def before(self, iteration: int, data: Iterator[Batch]) -> Iterator[Batch]:
         """Before step `iteration` (from 1): its micro batches, whose reading is timed."""
         if self._here and iteration == self._first:
-            self._recording = _Recording(self._config, self._stepper)
+            self._recording = Recording(self._config, self._stepper)
         return data if self._recording is None else self._recording.timed(data)
 
     def after(self, iteration: int) -> None:
@@ -83,7 +83,7 @@ class StepProfiler:
         )
 
 
-class _Recording:
+class Recording:
     """Hooks, timers and torch's profiler, from its making to `stop`."""
 
     def __init__(self, config: RunConfig, stepper: Stepper) -> None:

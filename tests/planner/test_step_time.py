@@ -4,7 +4,7 @@ import pytest
 
 from megatron_hybrid.config import RunConfig, load_config, rules
 from megatron_hybrid.model.counts import flops_per_token
-from megatron_hybrid.planner.hardware import GPUS, SHARES, Gpu
+from megatron_hybrid.planner.hardware import GPUS, SHARES, Gpu, gpu_called
 from megatron_hybrid.planner.layer_time import Rank
 from megatron_hybrid.planner.layout import layout_of
 from megatron_hybrid.planner.schedule import simulate
@@ -107,3 +107,18 @@ def test_end_layers_in_bf16_are_slower() -> None:
     assert layout.chunks[0] == layout.chunks[1] == "M-"
     assert work[0][0].products == pytest.approx(plain[0][0].products)
     assert work[1][0].products < 0.8 * plain[1][0].products
+
+
+@pytest.mark.parametrize(
+    ("device", "kind"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("NVIDIA GB200", "gb200"),
+        ("NVIDIA B200", "b200"), ("NVIDIA A10G", "a10g"), ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H100 PCIe", None), ("NVIDIA H100 NVL", None), ("NVIDIA A100-PCIE-40GB", None),
+        ("NVIDIA A100-SXM4-40GB", None), ("Tesla T4", None),
+    ],
+)  # fmt: skip
+def test_kind_of_a_device(device: str, kind: str | None) -> None:
+    """CUDA's names of devices lead to the kinds that the planner knows, and to no other."""
+    found = gpu_called(device)
+    assert (found and found.name) == kind
