@@ -19,6 +19,8 @@ LIMIT = "deadline"  # up to which something is waited for; its length decides no
 LONG_S = 60  # a stand-in for a process that works until it is ended
 # Which files look at a clock in another way, and why that decides no outcome.
 OTHERS = {
+    "gpu/check.py": "the seconds of steps on a GPU, which it prints, and their limits",
+    "gpu/speed.py": "how fast a GPU generates, which it prints",
     "launchers/test_local.py": "a made-up clock, which must not race through its looks",
     "mutations/__main__.py": "how long its many cases will take yet, which it prints",
     "slurm/test_surviving.py": "the moment up to which a run's times are added up",

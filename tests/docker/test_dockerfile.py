@@ -19,7 +19,7 @@ ENTRYPOINT = ROOT / "docker" / "entrypoint.sh"
 STAGES = ("cpu", "gpu")
 SCRIPTS = [ENTRYPOINT, ROOT / ".ci/run"] + [
     path
-    for glob in ("tools/*.sh", "slurm/*", "examples/*/run.sh")
+    for glob in ("tools/*.sh", "slurm/*", "examples/*/run.sh", "tests/gpu/*.sh")
     for path in sorted(ROOT.glob(glob))
 ]
 

@@ -3,68 +3,16 @@
 import pytest
 import torch
 
-from megatron_hybrid.ops.mamba2 import mamba2_split_conv1d_scan
-
-# The kernels multiply fp32 on TF32 units (10 bits).
-TOLERANCE = 5e-3
-
-
-def case(length: int, device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Arguments of `mamba2_split_conv1d_scan`: 4 heads of 32 channels, 2 groups of 16 states."""
-    generator = torch.Generator().manual_seed(length)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    tensors = {
-        "zxbcdt": normal(2, length, 128 + 128 + 64 + 4),
-        "conv1d_weight": normal(192, 4) / 2,
-        "conv1d_bias": normal(192) / 2,
-        "dt_bias": normal(4) - 4,
-        "A": -normal(4).exp(),
-        "D": normal(4),
-    }
-    return {name: tensor.to(device, dtype).requires_grad_() for name, tensor in tensors.items()}
-
-
-def run(
-    length: int, device: str, dtype: torch.dtype, backend: str, packed: bool
-) -> dict[str, torch.Tensor]:
-    """The output `[2, length, 128]` and each argument's gradient, in float64 on the CPU."""
-    arguments = case(length, device, dtype)
-    seq_idx = None
-    if packed:
-        boundary = torch.arange(length, device=device) >= length // 3
-        seq_idx = boundary.to(torch.int32).expand(2, -1)
-    y = mamba2_split_conv1d_scan(
-        **arguments,
-        head_dim=32,
-        num_groups=2,
-        seq_idx=seq_idx,
-        backend=backend,  # type: ignore[arg-type]
-    )
-    weights = torch.linspace(-1, 1, y.numel(), device=device, dtype=dtype).view(y.shape)
-    (y * weights).sum().backward()
-    found = {name: tensor.grad for name, tensor in arguments.items()}
-    return {
-        name: tensor.detach().double().cpu()
-        for name, tensor in {"y": y, **found}.items()
-        if tensor is not None
-    }
-
-
-def assert_close(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], bound: float) -> None:
-    assert got.keys() == want.keys()
-    for name, expected in want.items():
-        error = float((got[name] - expected).norm() / expected.norm())
-        assert error < bound, f"{name}: relative error {error:.2e}"
+from tests.gpu.kernels import TOLERANCE, run
+from tests.gpu.layers import largest_error
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_fused_torch_kernel(packed: bool) -> None:
     """The comparison itself, with torch's kernel on the CPU in fp32."""
     want = run(65, "cpu", torch.float64, "reference", packed)
-    assert_close(run(65, "cpu", torch.float32, "torch", packed), want, 1e-4)
+    got = run(65, "cpu", torch.float32, "torch", packed)
+    assert largest_error(got, want) < (1e-4, "")
 
 
 @pytest.mark.gpu
@@ -75,4 +23,5 @@ def test_fused_triton_kernel(length: int, packed: bool) -> None:
     pytest.importorskip("mamba_ssm", reason="mamba-ssm is not installed")
     pytest.importorskip("causal_conv1d", reason="causal-conv1d is not installed")
     want = run(length, "cpu", torch.float64, "reference", packed)
-    assert_close(run(length, "cuda", torch.float32, "mamba_ssm", packed), want, TOLERANCE)
+    got = run(length, "cuda", torch.float32, "mamba_ssm", packed)
+    assert largest_error(got, want) < (TOLERANCE, "")

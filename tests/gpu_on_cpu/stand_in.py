@@ -45,7 +45,8 @@ def install(te_folder: Path | None = None) -> None:
     sys.modules["mamba_ssm.ops.triton.ssd_combined"] = _mamba_ssm()
     device.pretend()
     _patch_engine()
-    platform._initialize_once = lambda: Platform(device.memory(), "gloo", has_cuda=True)
+    on_gpu = Platform(device=device.CPU, distributed_backend="gloo", has_cuda=True)
+    platform._initialize_once = lambda: on_gpu
     backend.probe = _probe
     silence()
 
