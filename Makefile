@@ -1,6 +1,8 @@
-# VENV=/elsewhere chooses where the Python environment is made, PYTHON=/path/to/python with what.
+# VENV=/elsewhere chooses where the Python environment is made, PYTHON=/path/to/python with what;
+# TESTS_AT_ONCE=N how many tests run at the same time: some of them are four processes.
 
 VENV ?= .venv
+TESTS_AT_ONCE ?= 2
 BIN := $(abspath $(VENV))/bin
 
 # This checkout's code is what runs, even where several checkouts share one environment.
@@ -19,7 +21,7 @@ quickstart: env  ## Train a small hybrid model on this computer, plot it: about 
 	@PATH="$(BIN):$$PATH" examples/01_quickstart/run.sh
 
 test: env  ## Run the whole test suite
-	@"$(BIN)/python" -m pytest
+	@"$(BIN)/python" -m pytest -n $(TESTS_AT_ONCE)
 
 lint: env  ## Check style and types
 	@"$(BIN)/python" -m ruff check .

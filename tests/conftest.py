@@ -1,5 +1,5 @@
-"""What every test run needs: GPU tests are skipped, by name, where there is no GPU, and no test
-leaves anything in the temp folder.
+"""What every test run needs: GPU tests are skipped, by name, where there is no GPU, no test leaves
+anything in the temp folder, and several processes share the tests by file.
 """
 
 import getpass
@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,8 @@ LEAVINGS = {
     "pymp-": "Python's multiprocessing, of a process that was killed while it had a listener",
 }
 
+SLURM = "tests/slurm/"
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keep out of reports what the engine and torch warn of as the engine is imported."""
@@ -23,8 +26,25 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", f"ignore:{message}")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n`: a file's tests, which share fixtures, stay together, and all that need Slurm."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return SLURM if file.startswith(SLURM) else file
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` without a CUDA device."""
+    """Begin with Slurm, where tests wait, for others to compute meanwhile; skip tests marked `gpu`
+    without a CUDA device.
+    """
+    items.sort(key=lambda item: not item.nodeid.startswith(SLURM))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

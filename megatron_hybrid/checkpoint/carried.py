@@ -6,10 +6,14 @@ The trainer has no use for any of it; it goes from checkpoint to checkpoint, so 
 the trained model has it again.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_hybrid.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from megatron_hybrid.fileio import write_atomic
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "hugging_face"
 Carried = Mapping[str, bytes]  # content by path below the folder
@@ -26,9 +30,24 @@ def read_carried(checkpoint: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
-def holds_tokenizer_files(carried: Carried) -> bool:
-    """Whether some of it are files of a tokenizer, of a kind that the trainer may not have."""
-    return any(Path(name).name.startswith(_OF_TOKENIZERS) for name in carried)
+def carried_on(checkpoint: Path, tokenizer: Tokenizer) -> dict[str, bytes]:
+    """What a checkpoint hands on to those made from it; nothing, which is told, where it is of
+    another tokenizer than theirs.
+    """
+    carried = read_carried(checkpoint)
+    if not carried:
+        return {}
+    if not holds_tokenizer(checkpoint):
+        # Of a kind that is none of ours: what is used instead is another.
+        if not any(Path(name).name.startswith(_OF_TOKENIZERS) for name in carried):
+            return carried
+    elif load_tokenizer(checkpoint).fingerprint == tokenizer.fingerprint:
+        return carried
+    logger.warning(
+        "%s is of another tokenizer than the run's; its checkpoints do not carry on: %s",
+        checkpoint, ", ".join(carried),
+    )  # fmt: skip
+    return {}
 
 
 def write_carried(checkpoint: Path, carried: Carried) -> None:

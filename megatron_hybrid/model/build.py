@@ -13,6 +13,7 @@ from megatron_hybrid.layers.router import TopKRouter
 from megatron_hybrid.layers.vocabulary import draw_vocabulary, leave_out_padding
 from megatron_hybrid.model.float8 import emulate_float8
 from megatron_hybrid.model.specs import hybrid_stack_spec, layer_classes
+from megatron_hybrid.platform import initialize
 
 
 def build_model(
@@ -69,7 +70,8 @@ def build_model_chunks(
     virtual_stages = config.parallel.virtual_pipeline_model_parallel_size
     chunks: list[torch.nn.Module] = []
     for vp_stage in range(virtual_stages) if virtual_stages else [None]:
-        chunk = build_model(config, engine_config, backend, vp_stage)
+        # The engine makes routers' weights on the CPU, wherever all others are.
+        chunk = build_model(config, engine_config, backend, vp_stage).to(initialize().device)
         emulate_float8(config, chunk, next(chunk.parameters()).device)
         if config.data.packed_documents:
             for module in chunk.modules():

@@ -7,10 +7,19 @@ keeps a `step` for each parameter, which does not reshard; hence this class.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+
+
+def _as_written(method: Any) -> Any:
+    """A method of torch's optimizers without what keeps torch's compiler from compiling it.
+
+    To be kept from it imports the compiler, a second of a rank's start; nothing compiles here.
+    """
+    return inspect.unwrap(method)
 
 
 class Adam(torch.optim.Optimizer):
@@ -48,6 +57,11 @@ class Adam(torch.optim.Optimizer):
         self.adam_w_mode = adam_w_mode
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
+
+    add_param_group = _as_written(torch.optim.Optimizer.add_param_group)
+    state_dict = _as_written(torch.optim.Optimizer.state_dict)
+    load_state_dict = _as_written(torch.optim.Optimizer.load_state_dict)
+    zero_grad = _as_written(torch.optim.Optimizer.zero_grad)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -66,8 +66,8 @@ def run_distributed(
     In each rank `torch.distributed` is initialized, `platform.initialize()` is done, torch computes
     on one thread, and the environment and working directory are the caller's. Ranks see no CUDA
     device, so that a test does the same on every machine. They are forked from a server that has
-    imported torch and megatron.core once: a call takes a fraction of a second. What they print is
-    printed here when all have succeeded.
+    imported torch, megatron.core and the trainer once: a call takes a fraction of a second. What
+    they print is printed here when all have succeeded.
 
         def total() -> float:
             value = torch.ones(())

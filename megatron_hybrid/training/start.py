@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_hybrid.checkpoint import files as checkpoint_files
-from megatron_hybrid.checkpoint.carried import Carried, holds_tokenizer_files, read_carried
+from megatron_hybrid.checkpoint.carried import Carried, carried_on
 from megatron_hybrid.checkpoint.progress import Progress, saved_progress
 from megatron_hybrid.checkpoint.saved_config import (
     refuse_other_data,
@@ -28,7 +28,6 @@ from megatron_hybrid.data.saved_plan import SavedPlan, read_saved_plan
 from megatron_hybrid.data.tokenizer import (
     Tokenizer,
     build_tokenizer,
-    holds_tokenizer,
     load_tokenizer,
 )
 from megatron_hybrid.errors import UserError
@@ -129,25 +128,8 @@ def find_start(config: RunConfig, tokenizer: Tokenizer, world_size: int | None) 
         validate(config, schedule_start_tokens=data.steps.tokens_before(start))
     if consumed is not None:
         check_batch_sizes(config, data.steps, consumed, world_size)
-    return Start(origin, data, saved_plan, _carried(origin.folder, tokenizer), consumed)
-
-
-def _carried(folder: Path | None, tokenizer: Tokenizer) -> Carried:
-    """What the checkpoint carries; nothing where it is of another tokenizer, which it tells of."""
-    carried = read_carried(folder) if folder is not None else {}
-    if folder is None or not carried:
-        return carried
-    if not holds_tokenizer(folder):
-        # Of a kind that is none of ours: what the run has is another.
-        if not holds_tokenizer_files(carried):
-            return carried
-    elif load_tokenizer(folder).fingerprint == tokenizer.fingerprint:
-        return carried
-    logger.warning(
-        "%s is of another tokenizer than the run's; its checkpoints do not carry on: %s",
-        folder, ", ".join(carried),
-    )  # fmt: skip
-    return {}
+    carried = carried_on(origin.folder, tokenizer) if origin.folder is not None else {}
+    return Start(origin, data, saved_plan, carried, consumed)
 
 
 def find_checkpoint(config: RunConfig) -> Origin:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_hybrid.checkpoint import files
-from megatron_hybrid.checkpoint.carried import read_carried, write_carried
+from megatron_hybrid.checkpoint.carried import carried_on, write_carried
 from megatron_hybrid.checkpoint.errors import CheckpointError
 from megatron_hybrid.checkpoint.integrity import verify_integrity, write_integrity
 from megatron_hybrid.checkpoint.progress import UPCYCLING, Progress, saved_progress
@@ -295,7 +295,7 @@ def _complete(
     """The files beside the tensors: config, tokenizer, plan of the data, checksums."""
     write_atomic(partial / CONFIG_FILE, config.to_yaml())
     tokenizer.save_copy(partial)
-    write_carried(partial, read_carried(source))
+    write_carried(partial, carried_on(source, tokenizer))
     if (source / DATA_PLAN_FILE).is_file():
         shutil.copyfile(source / DATA_PLAN_FILE, partial / DATA_PLAN_FILE)
     if config.checkpoint.verify_integrity:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tokenizers
 
+from checkpoints_converter.carried_files import carried_from
 from checkpoints_converter.errors import ConversionError
 from checkpoints_converter.export import ExportOptions, export
 from checkpoints_converter.importing import Imported, ImportOptions, import_model
@@ -129,6 +130,21 @@ def test_weights_of_any_program_are_told_apart(source: Path, tmp_path: Path) -> 
     assert [name for name in names if f"deeper/{name}" not in notes] == []
 
 
+def test_what_is_too_large_is_named(tmp_path: Path) -> None:
+    """A file, and all together."""
+    for name in ("a.txt", "b.txt", "c.txt", "d.txt", "e.txt"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(64 << 20)
+    with (tmp_path / "large.txt").open("wb") as file:
+        file.truncate((64 << 20) + 1)
+    taken, lost = carried_from(tmp_path, ())
+    assert list(taken) == ["a.txt", "b.txt", "c.txt", "d.txt"]
+    assert lost == [
+        "e.txt (with the others, more than 256 MiB)",
+        "large.txt (larger than 64 MiB)",
+    ]
+
+
 @pytest.mark.parametrize(
     ("settings", "ends"),
     [
@@ -195,6 +211,14 @@ def test_a_run_carries_them_on(
         imported.folder, imported.config, config, UpcyclingConfig(), restart_schedule=False
     ).write(tmp_path / "moe")
     assert read_carried(moe.folder) == carried
+    # Where the folder has lost its tokenizer, the upcycled model's is that of the config.
+    bare = shutil.copytree(imported.folder, tmp_path / "bare" / imported.folder.name)
+    for path in bare.glob("*tokenizer*"):
+        path.unlink()
+    moe = Upcycling(bare, imported.config, config, UpcyclingConfig(), restart_schedule=False).write(
+        tmp_path / "bare_moe"
+    )
+    assert read_carried(moe.folder) == {}
     write_tokenizer(tmp_path)
     path = tmp_path / "tokenizer.json"
     path.write_text(path.read_text().replace('"w1"', '"another"'))

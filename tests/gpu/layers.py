@@ -16,7 +16,7 @@ ROUTER_SCALE = 20
 KINDS = ("M", "*", "-", "E")
 # bf16 has 8 bits, and gradients pass several products of 256 and more terms.
 TOLERANCE = 0.05
-EXPERT = re.compile(r"experts\.local_experts\.(\d+)\.(linear_fc\d)\.weight")
+EXPERT = re.compile(r"experts\.local_experts\.(\d+)\.(linear_fc\d)\.(weight|bias)")
 
 
 def line(symbol: str, recipe: str, run_dir: Path) -> list[str]:
@@ -34,7 +34,7 @@ def line(symbol: str, recipe: str, run_dir: Path) -> list[str]:
 
 def common_name(name: str) -> str:
     """A parameter's name on the transformer_engine backend, which groups experts."""
-    return EXPERT.sub(r"experts.\2.weight\1", name.removeprefix("module."))
+    return EXPERT.sub(r"experts.\2.\3\1", name.removeprefix("module."))
 
 
 def outcome(words: list[str], backend: str, weights: Path, *, save: bool) -> dict[str, Any]:

@@ -1,14 +1,14 @@
 """A pretended CUDA device, whose memory is the CPU's, for a whole process and all its threads."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 
-from megatron_hybrid.platform.torch_view import CPU, CUDA_NAMES, TorchView
+from megatron_hybrid.platform.torch_view import CPU, CUDA_NAMES, ENGINE_TORCH, TorchView
 
 HOPPER = (9, 0)
 NAME = "NVIDIA H100 (pretended)"
@@ -23,6 +23,23 @@ _PROPERTIES = SimpleNamespace(
 
 
 _REAL_TO = torch.Tensor.to
+_memory = CPU
+
+
+def memory() -> torch.device:
+    """Where tensors of the device are."""
+    return _memory
+
+
+@contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """For the time of the block tensors of the device are torch's "meta": shapes without values."""
+    global _memory
+    _memory = torch.device("meta")
+    try:
+        yield
+    finally:
+        _memory = CPU
 
 
 def set_capability(capability: tuple[int, int]) -> None:
@@ -34,6 +51,7 @@ def pretend() -> None:
     """Let torch say that this process has one CUDA device, and take tensors there and back."""
     names: dict[str, Any] = CUDA_NAMES | {
         "device_count": lambda: DEVICES,
+        "current_device": memory,
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "set_device": lambda device: None,
@@ -51,6 +69,7 @@ def pretend() -> None:
                          "memory_reserved")
         },
     }  # fmt: skip
+    ENGINE_TORCH.cuda.current_device = memory
     del names["random"]  # a module, of which torch itself uses more than we have
     for name, value in names.items():
         setattr(torch.cuda, name, value)
@@ -61,33 +80,33 @@ def pretend() -> None:
         holder.cuda = lambda self, *_, **__: self
 
 
-def _cpu_for_cuda(device: Any) -> Any:
-    """The CPU in place of a CUDA device; anything else as it is."""
-    is_cuda = str(device).startswith("cuda") if isinstance(device, str | torch.device) else False
-    return CPU if is_cuda else device
+def _real(device: Any) -> Any:
+    """The memory of the pretended device in place of a CUDA device; anything else as it is."""
+    is_device = isinstance(device, str | torch.device)
+    return _memory if is_device and str(device).startswith("cuda") else device
 
 
 def _to(tensor: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
-    arguments = tuple(map(_cpu_for_cuda, arguments))
-    return _REAL_TO(tensor, *arguments, **{k: _cpu_for_cuda(v) for k, v in named.items()})
+    arguments = tuple(map(_real, arguments))
+    return _REAL_TO(tensor, *arguments, **{k: _real(v) for k, v in named.items()})
 
 
-def _on_cpu(name: str) -> Callable[..., torch.Tensor]:
-    """A factory that makes its tensor in the CPU's memory where a GPU's was asked for."""
-    real = getattr(torch, name)
+def _on_device(name: str) -> Callable[..., torch.Tensor]:
+    """A factory that makes its tensor in our memory where a GPU's was asked for."""
+    factory = getattr(torch, name)
 
-    @wraps(real)
+    @wraps(factory)
     def make(*arguments: Any, device: Any = None, **named: Any) -> torch.Tensor:
-        return real(*arguments, device=_cpu_for_cuda(device), **named)
+        return factory(*arguments, device=_real(device), **named)
 
     return make
 
 
 # What Transformer Engine sees as torch.
-TORCH = TorchView(torch, {name: _on_cpu(name) for name in FACTORIES})
+TORCH = TorchView(torch, {name: _on_device(name) for name in FACTORIES})
 
 
 def see_pretended_torch(module: ModuleType) -> None:
-    """Let a module that says "cuda" to torch's factories get what lies in the CPU's memory."""
+    """Let a module that says "cuda" to torch's factories get what lies in our memory."""
     if getattr(module, "torch", None) is torch:
         module.torch = TORCH  # type: ignore[attr-defined]

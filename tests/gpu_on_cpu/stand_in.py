@@ -45,8 +45,7 @@ def install(te_folder: Path | None = None) -> None:
     sys.modules["mamba_ssm.ops.triton.ssd_combined"] = _mamba_ssm()
     device.pretend()
     _patch_engine()
-    on_gpu = Platform(device=device.CPU, distributed_backend="gloo", has_cuda=True)
-    platform._initialize_once = lambda: on_gpu
+    platform._initialize_once = lambda: Platform(device.memory(), "gloo", has_cuda=True)
     backend.probe = _probe
     silence()
 

@@ -313,21 +313,10 @@ def scaled_masked_softmax_forward(input: Tensor, mask: Tensor, scale: float) -> 
 
 
 @_counted
-def scaled_aligned_causal_masked_softmax_forward(input: Tensor, scale: float) -> Tensor:
-    """The last query sees all keys, each one before it a key less."""
-    queries, keys = input.shape[-2:]
-    later = torch.ones(queries, keys, dtype=torch.bool).triu(1 + keys - queries)
-    return scaled_masked_softmax_forward(input, later, scale)
-
-
-@_counted
 def scaled_masked_softmax_backward(output_grad: Tensor, results: Tensor, scale: float) -> Tensor:
     """The gradient of `[b, h, s, k]` from that of its softmax."""
     p, g = results.float(), output_grad.float()
     return (scale * p * (g - (g * p).sum(-1, keepdim=True))).to(output_grad.dtype)
-
-
-scaled_aligned_causal_masked_softmax_backward = scaled_masked_softmax_backward
 
 
 # Documents in a row `[t, ...]` to rows of their own and back.

@@ -37,7 +37,7 @@ def words(run_dir: Path, *more: str) -> list[str]:
 
 
 @contextmanager
-def trainer(line: Sequence[str]) -> Iterator[Any]:
+def trainer(line: Sequence[str], backend: str = "torch") -> Iterator[Any]:
     """On a rank: the Trainer of a command line, as `pretrain` makes it."""
     from megatron_hybrid.data.tokenizer import NullTokenizer
     from megatron_hybrid.platform import initialize
@@ -45,22 +45,21 @@ def trainer(line: Sequence[str]) -> Iterator[Any]:
     from megatron_hybrid.training.start import find_start
     from megatron_hybrid.training.trainer import Trainer
 
-    world_size = torch.distributed.get_world_size()
-    config = load_config(line, world_size=world_size, has_cuda=False)
-    platform = initialize()
+    world_size, platform = torch.distributed.get_world_size(), initialize()
+    config = load_config(line, world_size=world_size, has_cuda=platform.has_cuda)
     assert config.model.vocab_size is not None
     tokenizer = NullTokenizer(config.model.vocab_size)
     start = find_start(config, tokenizer, world_size)
     with model_parallel_groups(config, platform):
-        yield Trainer(config, platform, "torch", tokenizer, start, time.monotonic())
+        yield Trainer(config, platform, backend, tokenizer, start, time.monotonic())
 
 
-def outcomes(lines: Sequence[Sequence[str]]) -> list[str]:
+def outcomes(lines: Sequence[Sequence[str]], backend: str = "torch") -> list[str]:
     """On a rank: how each of several runs ends: its reason, or the text of a UserError."""
     found = []
     for line in lines:
         try:
-            with trainer(line) as each:
+            with trainer(line, backend) as each:
                 found.append(each.run())
         except UserError as error:
             found.append(f"{type(error).__name__}: {error}")
