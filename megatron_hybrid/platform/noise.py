@@ -8,6 +8,7 @@ IGNORED_WARNINGS = (
     r"(Transformer Engine|Apex)",  # import: ... not installed; the backend is chosen, and said
     r"full scope is deprecated",  # TransformerConfig: CUDA graphs, which are off
     r"MimoModelConfig is experimental",  # import: a model that nobody here uses
+    r"window_size should be",  # generating with Transformer Engine: the engine's, and put right
     r"When using (async grad allreduce|sequence parallelism)",  # a CUDA environment variable
     r"The \.grad attribute of a Tensor that is not a leaf",  # optimizer: it looks, and knows
     r"`torch\.distributed\.\w+` is deprecated",  # the engine's calls, older than this torch

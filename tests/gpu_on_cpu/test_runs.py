@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_hybrid.checkpoint.reader import CheckpointReader
+from megatron_hybrid.testing import run_distributed
 from tests.gpu_on_cpu.ranks import run_on_gpus
 from tests.training import runs
 
@@ -135,3 +136,18 @@ def test_resumed_equals_unbroken(folder: Path) -> None:
     """In bf16, saved at the second step and started again: to the bit."""
     assert curve(folder, "in parts") == curve(folder, "whole")
     assert runs.same_tensors(tensors(folder, "in parts"), tensors(folder, "whole"))
+
+
+def generated(folder: Path) -> str:
+    """On a rank: what the first run's model says, on the backend of the device."""
+    from megatron_hybrid.generation import Sampling, generate_text
+
+    torch.distributed.destroy_process_group()  # generation has one of its own
+    return "".join(generate_text(folder / "torch" / "checkpoints", "1 2 3", 12, Sampling()))
+
+
+def test_generates_the_same_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the keys, values and states of the tokens before, and without a word beside it."""
+    (text,) = run_on_gpus(generated, 1, folder)
+    assert len(text.split()) == 12 and "Warning" not in capsys.readouterr().out
+    assert run_distributed(generated, 1, folder) == [text]
