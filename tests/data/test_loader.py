@@ -5,6 +5,7 @@ import os
 import signal
 import struct
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
@@ -207,13 +208,15 @@ def test_workers_outlive_the_jobs_signals(dataset: MockWindows, make_config: Mak
 
 
 @pytest.mark.parametrize("lost", [False, True])
-def test_held_iterator_at_exit(dataset: MockWindows, make_config: MakeConfig, lost: bool) -> None:
+def test_held_iterator_at_exit(
+    dataset: MockWindows, make_config: MakeConfig, tmp_path: Path, lost: bool
+) -> None:
     """A process ends while an iterator is held, though its readers ignore SIGTERM.
 
     One whose reader was killed reports that; it does not wait forever for the readers left.
     """
     process = multiprocessing.get_context("fork").Process(
-        target=_hold_iterator, args=(dataset, make_config({"num_workers": 2}), lost)
+        target=_hold_iterator, args=(dataset, make_config({"num_workers": 2}), tmp_path, lost)
     )
     process.start()
     try:
@@ -223,7 +226,8 @@ def test_held_iterator_at_exit(dataset: MockWindows, make_config: MakeConfig, lo
         process.kill()
 
 
-def _hold_iterator(dataset: Windows, config: RunConfig, lost: bool) -> None:
+def _hold_iterator(dataset: Windows, config: RunConfig, folder: Path, lost: bool) -> None:
+    tempfile.tempdir = str(folder)  # torch may be told of the loss while it makes a file there
     iterator = build_iterator(
         dataset, constant(config), config, consumed_samples=0, replica=Replica()
     )
