@@ -31,6 +31,7 @@ from megatron_hybrid.config import TRACKER_FILE, RunConfig, load_config, rules, 
 from megatron_hybrid.config.effects import differences
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import file_errors
+from megatron_hybrid.platform.imports import importing
 from megatron_hybrid.platform.threads import spin_before_sleeping
 
 app = App(
@@ -86,7 +87,8 @@ def pretrain(
             with file_errors(config.run_dir):
                 redirect_output(log_folder(config.run_dir), _place.rank if _place else 0)
         spin_before_sleeping()
-        from megatron_hybrid.training.pretrain import pretrain as run
+        with importing():
+            from megatron_hybrid.training.pretrain import pretrain as run
 
         run(config)
         return

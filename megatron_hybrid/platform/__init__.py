@@ -52,6 +52,13 @@ def initialize() -> Platform:
 
 @cache
 def _initialize_once() -> Platform:
+    from megatron_hybrid.platform.imports import importing
+
+    with importing():
+        return _import_and_patch()
+
+
+def _import_and_patch() -> Platform:
     import torch
 
     from megatron_hybrid.platform.noise import silence

@@ -1,14 +1,17 @@
-"""Packages that are installed and cannot be imported: found out in a process of its own.
+"""Imports that take long, and packages that are installed and cannot be imported.
 
-That a package is installed does not say that it works: what is compiled may be missing, or built
-for another torch, and an import that fails half-way leaves a process in no good state, or ends it.
+These are found out in a process of its own. That a package is installed does not say that it works:
+what is compiled may be missing, or built for another torch, and an import that fails half-way
+leaves a process in no good state, or ends it.
 """
 
+import gc
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 MOST_SECONDS = 300
 _UNENDED = f"the import did not end within {MOST_SECONDS} s"
@@ -34,6 +37,22 @@ for name in sys.argv[1:]:
         error = f"{{type(caught).__name__}}: {{caught}}"
     print("\\n" + {_MARK!r} + json.dumps(error), flush=True)
 """
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Around imports of torch and the engine, without the collector of garbage.
+
+    What they make is there to stay, and to look for garbage in all of it, again and again as it
+    grows, takes up to a third of the time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def import_errors(modules: Sequence[str]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """`megatron-hybrid pretrain` on one rank: from a config to a finished run."""
 
+import gc
 import logging
 import time
 from contextlib import nullcontext
@@ -9,6 +10,7 @@ from megatron_hybrid.config import RunConfig, validate
 from megatron_hybrid.config.effects import differences
 from megatron_hybrid.platform import initialize
 from megatron_hybrid.platform.backend import probe, resolve_backend
+from megatron_hybrid.platform.imports import importing
 from megatron_hybrid.training.distributed import (
     is_rank_zero,
     launched_world_size,
@@ -50,7 +52,9 @@ def pretrain(config: RunConfig) -> str:
                 print(f"note: {difference}", flush=True)
             _draw_plan(config, start)
         with process_groups(config, platform):
-            from megatron_hybrid.training.trainer import Trainer
+            with importing():
+                from megatron_hybrid.training.trainer import Trainer
+            gc.freeze()  # what is loaded stays: no collection between steps need look at it
 
             return Trainer(config, platform, backend, tokenizer, start, started).run()
 

@@ -1,5 +1,6 @@
 """Packages that are installed and broken: found, named, and no harm where nothing uses them."""
 
+import gc
 import io
 import re
 import subprocess
@@ -60,6 +61,21 @@ def test_each_way_to_break(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "exits": "SystemExit: no",
         "absent": "ModuleNotFoundError: No module named 'absent'",
     }
+
+
+def test_importing_leaves_the_collector_as_it_was() -> None:
+    """On again afterwards, after an error too; off where it was off."""
+    with pytest.raises(ImportError), imports.importing():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with imports.importing():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_broken_modules_of_gpus_do_not_matter_on_the_cpu(tmp_path: Path) -> None:
