@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.router import TopKRouter
 from packaging.version import Version
 from torch import Tensor, nn
 
@@ -120,6 +119,9 @@ def _router_margins(model: nn.Module) -> Iterator[list[Tensor]]:
         if scores.shape[1] > router.topk:
             best = scores.topk(router.topk + 1).values
             seen.append((best[:, -2] - best[:, -1]) / scores.std())
+
+    # Not before the platform is initialized, which speeds the engine's import up.
+    from megatron.core.transformer.moe.router import TopKRouter
 
     routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
     handles = [router.register_forward_hook(keep) for router in routers]

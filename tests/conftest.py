@@ -2,6 +2,7 @@
 anything in the temp folder, and several processes share the tests by file.
 """
 
+import gc
 import getpass
 import os
 import tempfile
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from megatron_hybrid.platform.imports import importing
 
 # What others leave in the temp folder, by the beginning of its name, and why that is no test's.
 LEAVINGS = {
@@ -38,6 +41,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     config.option.loadscopereorder = False
     return ByFile(config, log)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Import all tests, and what they import, without looking for garbage in it."""
+    with importing():
+        yield
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
