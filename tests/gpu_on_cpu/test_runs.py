@@ -21,6 +21,8 @@ LAYOUTS = {
     "TP2 with SP": ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
     "EP2": ["parallel.expert_model_parallel_size=2"],
     "PP2": ["parallel.pipeline_model_parallel_size=2"],
+    "PP2 x VPP2": ["parallel.pipeline_model_parallel_size=2", "model.hybrid_layer_pattern=M|*|E|-"],
+    "DP2 overlapped": ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"],
 }
 RECOMPUTED = [
     "training.recompute_granularity=full", "training.recompute_method=uniform",
