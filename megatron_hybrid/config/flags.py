@@ -129,6 +129,24 @@ def _read_blend(words: Sequence[str]) -> Any:
     ]
 
 
+def _is_list_of_words(path: str) -> bool:
+    """Whether a field is a list of names or numbers, which Megatron-LM's flags take as words."""
+    kind = plain_type(fields()[path])
+    if get_origin(kind) is not tuple or Ellipsis not in get_args(kind):
+        return False
+    item = plain_type(FieldInfo.from_annotation(get_args(kind)[0]))
+    return item is int or get_origin(item) is Literal
+
+
+def _read_given(path: str, words: Sequence[str]) -> Any:
+    """A field's value from the words after its flag."""
+    if path == "data.data_path":
+        return _read_blend(words)
+    if _is_list_of_words(path) and not words[0].startswith("["):
+        return [read_value(path, word) for word in words]
+    return read_value(path, words[0])
+
+
 def _starts_something(word: str) -> bool:
     """Whether a word is a flag or an override, and so no value of the flag before it."""
     override = _OVERRIDE.fullmatch(word)
@@ -162,14 +180,13 @@ def _take_flag(words: list[str], line: CommandLine) -> None:
             line.values.append((flag.path, flag.value))
     else:
         given = [inline] if inline is not None else []
-        several = flag.path == "data.data_path"
+        several = flag.path == "data.data_path" or _is_list_of_words(flag.path)
         while words and not _starts_something(words[0]) and (several or not given):
             given.append(words.pop(0))
         if not given:
             line.problems.append(f"{name} needs a value: {allowed(fields()[flag.path])}")
         else:
-            value = _read_blend(given) if several else read_value(flag.path, given[0])
-            line.values.append((flag.path, value))
+            line.values.append((flag.path, _read_given(flag.path, given)))
 
 
 def _unknown_flag(name: str) -> str:

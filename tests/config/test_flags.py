@@ -103,6 +103,8 @@ def test_every_flag_sets_its_field(flag: Any) -> None:
         ("--data-path 0.3 a 0.7 b", "data.data_path", [0.3, "a", 0.7, "b"]),
         ("--data-path 1 2 3 4", "data.data_path", [1, "2", 3, "4"]),
         ("data.data_path=a", "data.data_path", ["a"]),
+        ("--cuda-graph-modules attn mamba", "gpu.cuda_graph_modules", ["attn", "mamba"]),
+        ("--profile-ranks 0 3", "training.profile_ranks", [0, 3]),
     ],
 )
 def test_words(typed: str, path: str, value: object) -> None:
