@@ -37,6 +37,7 @@ ONE_RANK = (
     "training.recompute_granularity=null",
     "training.recompute_method=null",
     "training.recompute_num_layers=null",
+    "training.recompute_modules=[]",
 )
 
 

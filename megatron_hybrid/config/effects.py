@@ -48,7 +48,7 @@ _FIELDS: Mapping[Effect, str] = {
         gpu.moe_permute_fusion gpu.moe_shared_expert_overlap gpu.cuda_graph_impl
         gpu.cuda_graph_modules gpu.cuda_graph_warmup_steps
         training.micro_batch_size training.recompute_granularity training.recompute_method
-        training.recompute_num_layers
+        training.recompute_num_layers training.recompute_modules
     """,
     "weights": """
         model.init_method_std model.moe_router_bias_update_rate training.seed

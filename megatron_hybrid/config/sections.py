@@ -58,6 +58,12 @@ GraphModules = Annotated[
     Words("a list of attn, mlp, moe, moe_router, moe_preprocess and mamba"),
 ]
 
+RecomputedModules = Annotated[
+    tuple[Literal["core_attn", "mlp", "moe", "shared_experts"], ...],
+    Strict(False),
+    Words("a list of core_attn, mlp, moe and shared_experts"),
+]
+
 
 class GpuConfig(Section):
     """Kernels and overlap that only the transformer_engine backend has."""
@@ -203,6 +209,10 @@ class TrainingConfig(Section):
     recompute_num_layers: Positive | None = Field(
         default=None,
         description="full recomputation: layers in a group (uniform) or in all (block)",
+    )
+    recompute_modules: RecomputedModules = Field(
+        default=(),
+        description="selective recomputation: parts of layers; []: the core of attention",
     )
     profile: bool = Field(
         default=False,

@@ -103,6 +103,8 @@ def transformer_config(config: RunConfig, backend: str, device: torch.device) ->
         arguments |= {"moe_router_dtype": "fp32", "moe_grouped_gemm": on_transformer_engine}
     arguments |= {name: getattr(parallel, name) for name in PARALLEL_FIELDS}
     arguments |= {name: getattr(config.training, name) for name in RECOMPUTE_FIELDS}
+    # Which count where the granularity is selective.
+    arguments["recompute_modules"] = list(config.training.recompute_modules) or None
     if model.vocab_size is not None:
         arguments["embedding_init_method"] = draw_vocabulary(
             config.training.seed, "embedding", model.vocab_size, model.init_method_std

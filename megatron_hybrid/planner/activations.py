@@ -11,6 +11,8 @@ Letters as in `model.counts`; T tokens that all TP ranks see, t those of this ra
 parallelism; e bytes of a number (2 in bf16).
 """
 
+from collections.abc import Collection
+
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE
 from megatron_hybrid.ops.attention_blocks import plan_blocks
@@ -27,7 +29,7 @@ def layer_activations(
     number_bytes: int,
     fused: bool,
     fp8: bool,
-    selective: bool = False,
+    recompute: Collection[str] = (),
 ) -> int:
     """Of one layer.
 
@@ -35,13 +37,15 @@ def layer_activations(
         number_bytes: e.
         fused: the backend is transformer_engine.
         fp8: its linears keep their inputs in float8.
-        selective: the core of attention is computed again in the backward pass.
+        recompute: modules that are computed again in the backward pass, by the engine's names.
     """
     e, d, T, t = number_bytes, model.hidden_size, layout.tokens, layout.own_tokens
     stored = 1 if fp8 else e
     dropped = dropout_mask(model, layout, number_bytes=e, fused=fused)
     if kind == MOE:
-        return dropped + _moe(model, layout, e, stored, fused=fused)
+        return dropped + _moe(model, layout, e, stored, recompute, fused=fused)
+    if kind == MLP and "mlp" in recompute:
+        return dropped + layer_input(model, layout, number_bytes=e)
     residual = dropped + e * t * d + 4 * t  # the layer's input, and the norm's statistics
     if fused:
         residual += stored * t * d  # the normed input; the torch backend makes it again
@@ -50,7 +54,8 @@ def layer_activations(
     if kind == MAMBA:
         return residual + _mamba(model, layout, e, stored, fused=fused)
     if kind == ATTENTION:
-        return residual + _attention(model, layout, e, fused=fused, selective=selective)
+        again = "core_attn" in recompute
+        return residual + _attention(model, layout, e, fused=fused, selective=again)
     assert kind == MLP and model.ffn_hidden_size is not None
     before, between, after = _activation(model, fused=fused)
     return residual + T * model.ffn_hidden_size // layout.tp * (
@@ -175,8 +180,20 @@ def _chunks_of_ranks(layout: Layout) -> list[list[tuple[int, int]]]:
     ]
 
 
-def _moe(model: ModelConfig, layout: Layout, e: int, stored: int, *, fused: bool) -> int:
+def _moe(
+    model: ModelConfig,
+    layout: Layout,
+    e: int,
+    stored: int,
+    recompute: Collection[str],
+    *,
+    fused: bool,
+) -> int:
     """A token's copies are taken to be spread evenly over experts."""
+    normed = layer_input(model, layout, number_bytes=e)
+    ends = 2 * normed + 4 * layout.own_tokens  # the layer's input, and what the norm makes of it
+    if "moe" in recompute:
+        return normed if "layernorm" in recompute else ends
     assert model.num_moe_experts is not None and model.moe_ffn_hidden_size is not None
     d, T, t, top = model.hidden_size, layout.tokens, layout.own_tokens, model.moe_router_topk
     routed = t * top  # what this rank sends, and on average gets
@@ -186,12 +203,12 @@ def _moe(model: ModelConfig, layout: Layout, e: int, stored: int, *, fused: bool
     experts = routed * (stored * d + inner * model.moe_ffn_hidden_size // layout.etp)
     router = t * (12 * model.num_moe_experts + 40 * top)
     shared = 0
-    if model.moe_shared_expert_intermediate_size is not None:
+    if model.moe_shared_expert_intermediate_size is not None and "shared_experts" not in recompute:
         width = model.moe_shared_expert_intermediate_size // layout.tp
         shared = T * width * (e * (before + between) + stored * after)
         if layout.sequence_parallel and layout.tp > 1 and not fused:
             shared += e * T * d
-    return 2 * e * t * d + 4 * t + router + experts + shared
+    return ends + router + experts + shared
 
 
 def output_activations(

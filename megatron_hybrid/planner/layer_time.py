@@ -76,10 +76,14 @@ class Features:
     @classmethod
     def of(cls, config: RunConfig) -> "Features":
         """Of a run of ours, which has neither overlap: megatron-core alone does not set it up."""
-        gpu = config.gpu
-        if gpu.cuda_graph_impl == "none":
-            return cls()
-        return cls(graphs=gpu.cuda_graph_modules or ("attn", "mamba", "mlp"))
+        gpu, training = config.gpu, config.training
+        graphs: tuple[str, ...] = ()
+        if gpu.cuda_graph_impl != "none":
+            graphs = gpu.cuda_graph_modules or ("attn", "mamba", "mlp")
+        recompute: tuple[str, ...] = ()
+        if training.recompute_granularity == "selective":
+            recompute = training.recompute_modules or ("core_attn",)
+        return cls(graphs=graphs, recompute=recompute)
 
 
 class Rank:
@@ -200,6 +204,19 @@ class Rank:
             router = Linear(model.hidden_size, model.num_moe_experts)
             products += self.product(layout.own_tokens, router, fp8=False)
         return products, casts
+
+    def shared_experts(self, *, fp8: bool) -> float:
+        """Seconds of their forward pass in one MoE layer."""
+        layout, model, seconds = self.layout, self.model, 0.0
+        gates = 2 if model.activation == "swiglu" else 1
+        for name, linear in linears(model, MOE, tp=layout.tp, etp=layout.etp).items():
+            if not linear.routed:
+                seconds += self.product(layout.tokens, linear, fp8=fp8 and self.fp8)
+                seconds += self.cast(layout.tokens * linear.inputs, fp8=fp8 and self.fp8)
+                if "fc1" in name:
+                    inner = layout.tokens * linear.outputs / gates
+                    seconds += self.moved(NUMBER_BYTES * inner * (gates + 1))
+        return seconds
 
     def _core(self, kind: str) -> tuple[float, tuple[float, float]]:
         """What is between the linears: seconds of its products; bytes moved in either pass."""

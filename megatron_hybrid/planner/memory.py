@@ -119,7 +119,7 @@ def _chunk(
     """What a forward pass of a chunk keeps, and what is made again at a time in the backward."""
     training = config.training
 
-    def sizes(*, selective: bool) -> list[int]:
+    def sizes(recompute: tuple[str, ...]) -> list[int]:
         of_kind = {
             kind: layer_activations(
                 config.model,
@@ -128,21 +128,15 @@ def _chunk(
                 number_bytes=number,
                 fused=fused,
                 fp8=fused and config.precision.recipe in FLOAT8_RECIPES,
-                selective=selective,
+                recompute=recompute,
             )
             for kind in set(chunk)
         }
         return [of_kind[kind] for kind in chunk]
 
-    whole = sizes(selective=False)
-    if "moe" in features.recompute:
-        again = layer_input(config.model, layout, number_bytes=number)
-        kept = [again if kind == MOE else size for kind, size in zip(chunk, whole, strict=True)]
-        return sum(kept), max(one - two for one, two in zip(whole, kept, strict=True))
-    if training.recompute_granularity is None:
-        return sum(whole), 0
-    if training.recompute_granularity == "selective":
-        rest = sizes(selective=True)
+    whole = sizes(())
+    if training.recompute_granularity != "full":
+        rest = sizes(features.recompute)
         return sum(rest), max(all_of - kept for all_of, kept in zip(whole, rest, strict=True))
     again = layer_input(config.model, layout, number_bytes=number)
     group = training.recompute_num_layers or 1

@@ -14,6 +14,7 @@ from megatron_hybrid.human import human_count
 from megatron_hybrid.model.counts import Flops, count_parameters, flops_per_token
 from megatron_hybrid.planner.generation import GenerationMemory, generation_memory
 from megatron_hybrid.planner.hardware import RESERVE_GIB, Gpu
+from megatron_hybrid.planner.layer_time import Features
 from megatron_hybrid.planner.layout import Layout, layout_of
 from megatron_hybrid.planner.memory import PARTS, StageMemory, rank_memory
 from megatron_hybrid.planner.search import Offer
@@ -92,6 +93,7 @@ class Report:
             "layout": asdict(self.layout),
             "hybrid_layer_pattern": self.config.model.hybrid_layer_pattern,
             "recompute_granularity": self.config.training.recompute_granularity,
+            "recompute_modules": list(Features.of(self.config).recompute),
             "memory": [asdict(stage) | {"total": stage.total} for stage in self.memory],
             "fits": self.fits,
             "spare_gib": self.spare_gib,
@@ -133,6 +135,8 @@ def layout_text(layout: Layout, config: RunConfig) -> str:
     sizes += [f"CP{layout.cp}"] if layout.cp > 1 else []
     sizes += [f"EP{layout.ep}"] if layout.ep > 1 else []
     again = ", recomputed" if config.training.recompute_granularity == "full" else ""
+    if modules := Features.of(config).recompute:
+        again = f", {', '.join(modules)} recomputed"
     sizes.append(f"DP{layout.dp}, micro batch {layout.micro_batch} x {layout.micro_batches}{again}")
     return " ".join(sizes)
 

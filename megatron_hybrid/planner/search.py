@@ -16,15 +16,25 @@ from megatron_hybrid.planner.hardware import RESERVE_GIB, Gpu
 from megatron_hybrid.planner.layer_time import Rank
 from megatron_hybrid.planner.layout import layout_of
 from megatron_hybrid.planner.memory import StageMemory, rank_memory
-from megatron_hybrid.planner.step_time import StepTime, step_time
+from megatron_hybrid.planner.step_time import StepTime, recomputed_seconds, step_time
 
 GIB = 2**30
 PIPELINES, CHUNKS, MICRO_BATCHES = (1, 2, 4, 8, 16), (1, 2, 3, 4), (1, 2, 4)
 # Up to so many tokens a sequence, CP is left at 1 or 2: TP and smaller batches come first.
 SHORT_TOKENS = 8192
 RECOMPUTE: tuple[dict[str, Any], ...] = (
-    {"recompute_granularity": None, "recompute_method": None, "recompute_num_layers": None},
-    {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    {
+        "recompute_granularity": None,
+        "recompute_method": None,
+        "recompute_num_layers": None,
+        "recompute_modules": (),
+    },
+    {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+        "recompute_modules": (),
+    },
 )
 
 
@@ -174,7 +184,7 @@ def predicted_costs(config: RunConfig, world_size: int, gpu: Gpu) -> Costs:
     found = {}
     for kind in set(parse_pattern(config.model.hybrid_layer_pattern).layers):
         forward, backward = rank.layer(kind, fp8=rank.fp8)
-        again = forward.seconds if config.training.recompute_granularity == "full" else 0.0
+        again = recomputed_seconds(rank, kind, 0, forward, fp8=rank.fp8)
         found[kind] = Cost(1e3 * forward.seconds, 1e3 * (backward.seconds + again))
     ends = [1e3 * work.seconds for work in rank.ends()]
     found |= {EMBEDDING: Cost(*ends[:2]), OUTPUT: Cost(*ends[2:])}

@@ -11,7 +11,7 @@ and `overlap_param_gather` say so, else on the path.
 from dataclasses import dataclass
 
 from megatron_hybrid.config import RunConfig
-from megatron_hybrid.config.pattern import ATTENTION, MOE
+from megatron_hybrid.config.pattern import ATTENTION, MLP, MOE
 from megatron_hybrid.config.precision import float8_layers
 from megatron_hybrid.model.counts import flops_per_token
 from megatron_hybrid.planner.hardware import SHARES, Gpu, Shares
@@ -71,7 +71,8 @@ def chunk_work(rank: Rank) -> list[tuple[Work, Work]]:
             one, other = known[kind, number in in_fp8]
             forward += one
             backward += other
-            backward += Work(recomputed=_again(rank, kind, place, one))
+            again = recomputed_seconds(rank, kind, place, one, fp8=number in in_fp8)
+            backward += Work(recomputed=again)
         found.append((forward, backward))
     first_forward, first_backward, last_forward, last_backward = rank.ends()
     found[0] = (found[0][0] + first_forward, found[0][1] + first_backward)
@@ -79,21 +80,22 @@ def chunk_work(rank: Rank) -> list[tuple[Work, Work]]:
     return found
 
 
-def _again(rank: Rank, kind: str, place: int, forward: Work) -> float:
-    """Seconds of what the backward pass computes again of a layer, the `place`-th of its chunk."""
+def recomputed_seconds(rank: Rank, kind: str, place: int, forward: Work, *, fp8: bool) -> float:
+    """What the backward pass computes again of a layer, the `place`-th of its chunk."""
     training, modules = rank.config.training, rank.features.recompute
-    if modules:
-        norm = rank.moved(2 * NUMBER_BYTES * rank.layout.own_tokens * rank.model.hidden_size)
-        if kind == MOE and "moe" in modules:
-            return forward.seconds
-        core = forward.attention_and_scan if kind == ATTENTION and "core_attn" in modules else 0.0
-        return core + (norm if "layernorm" in modules else 0.0)
-    if training.recompute_granularity == "selective":
-        return forward.attention_and_scan if kind == ATTENTION else 0.0
-    full = training.recompute_granularity == "full" and (
-        training.recompute_method != "block" or place < (training.recompute_num_layers or 1)
-    )
-    return forward.seconds if full else 0.0
+    if training.recompute_granularity == "full":
+        first = training.recompute_num_layers or 1
+        return forward.seconds if training.recompute_method != "block" or place < first else 0.0
+    if {MOE: "moe", MLP: "mlp"}.get(kind) in modules:
+        return forward.seconds
+    seconds = 0.0
+    if "layernorm" in modules:
+        seconds += rank.moved(2 * NUMBER_BYTES * rank.layout.own_tokens * rank.model.hidden_size)
+    if kind == ATTENTION and "core_attn" in modules:
+        seconds += forward.attention_and_scan
+    if kind == MOE and "shared_experts" in modules:
+        seconds += rank.shared_experts(fp8=fp8)
+    return seconds
 
 
 def transfer_seconds(rank: Rank) -> float:

@@ -7,6 +7,7 @@ from megatron_hybrid.model.counts import flops_per_token
 from megatron_hybrid.planner.hardware import GPUS, SHARES, Gpu, gpu_called
 from megatron_hybrid.planner.layer_time import Rank
 from megatron_hybrid.planner.layout import layout_of
+from megatron_hybrid.planner.memory import rank_memory
 from megatron_hybrid.planner.schedule import simulate
 from megatron_hybrid.planner.step_time import StepTime, chunk_work, step_time, transfer_seconds
 
@@ -122,3 +123,37 @@ def test_kind_of_a_device(device: str, kind: str | None) -> None:
     """CUDA's names of devices lead to the kinds that the planner knows, and to no other."""
     found = gpu_called(device)
     assert (found and found.name) == kind
+
+
+def test_recomputed_modules() -> None:
+    """Each costs the forward pass of what it names and saves activations; the rest stays."""
+    sizes = [
+        "model.num_moe_experts=8", "model.moe_ffn_hidden_size=4096", "model.moe_router_topk=2",
+        "model.moe_shared_expert_intermediate_size=4096", "gpu.cuda_graph_impl=none",
+        "model.hybrid_layer_pattern=M-*EM-*E",
+    ]  # fmt: skip
+
+    def seen(*modules: str) -> tuple[float, float, int]:
+        again = [
+            "training.recompute_granularity=selective",
+            f"training.recompute_modules=[{','.join(modules)}]",
+        ] if modules else []  # fmt: skip
+        config = run(*sizes, *again)
+        found = step_time(config, 64, H100)
+        rest = found.seconds - found.parts["computed again"]
+        (memory,) = rank_memory(config, 64, fused=True)
+        return found.parts["computed again"], rest, memory.activations
+
+    nothing, rest, kept = seen()
+    assert nothing == 0
+    one = {name: seen(name) for name in ("core_attn", "mlp", "moe", "shared_experts")}
+    for again, other, less in one.values():
+        assert again > 0 and less < kept
+        assert other == pytest.approx(rest)
+    config = run(*sizes)
+    layout = layout_of(config, 64)
+    forward = Rank(config, layout, H100).layer("-", fp8=False)[0].seconds
+    assert one["mlp"][0] == pytest.approx(2 * layout.micro_batches * forward)
+    assert one["shared_experts"][0] < one["moe"][0]
+    together = seen("core_attn", "mlp", "moe")
+    assert together[0] == pytest.approx(sum(one[name][0] for name in ("core_attn", "mlp", "moe")))

@@ -146,6 +146,11 @@ def cuda_graphs(c: RunConfig, _: Facts) -> Problems:
             "gpu.cuda_graph_impl=local with training.recompute_granularity=full is not supported; "
             "allowed: none, or selective"
         )
+    if graphed := [name for name in c.training.recompute_modules if name != "core_attn"]:
+        yield (
+            "gpu.cuda_graph_impl=local with training.recompute_modules="
+            f"[{', '.join(graphed)}] is not supported; allowed: none, or core_attn"
+        )
     if MOE in c.model.hybrid_layer_pattern and (not modules or "moe" in modules):
         yield (
             f"gpu.cuda_graph_modules={listed} would hold whole MoE layers, where the "

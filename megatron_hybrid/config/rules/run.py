@@ -3,7 +3,7 @@
 from megatron_hybrid.bounds import MOST_TOKENS
 from megatron_hybrid.config.describe import fields, shown
 from megatron_hybrid.config.lengths import lengths
-from megatron_hybrid.config.pattern import MOE, parse_pattern
+from megatron_hybrid.config.pattern import ATTENTION, MLP, MOE, parse_pattern
 from megatron_hybrid.config.phases import batch_sizes, run_tokens, sequence_lengths
 from megatron_hybrid.config.rules.common import (
     LENGTHS,
@@ -135,6 +135,34 @@ def recompute(c: RunConfig, _: Facts) -> Problems:
             )
 
 
+def recomputed_modules(c: RunConfig, _: Facts) -> Problems:
+    """What is named is in some layer, and once; what is not named here has no layer of ours, or is
+    computed again by the engine with an extension that it compiles while the run goes.
+    """
+    t, pattern = c.training, parse_pattern(c.model.hybrid_layer_pattern)
+    if not t.recompute_modules:
+        return
+    listed = f"training.recompute_modules=[{', '.join(t.recompute_modules)}]"
+    if t.recompute_granularity != "selective":
+        granularity = t.recompute_granularity or "null"
+        yield f"{listed} needs training.recompute_granularity=selective; it is {granularity}"
+    there = {
+        "core_attn": pattern.has(ATTENTION), "mlp": pattern.has(MLP), "moe": pattern.has(MOE),
+        "shared_experts": pattern.has(MOE)
+        and c.model.moe_shared_expert_intermediate_size is not None,
+    }  # fmt: skip
+    if missing := [name for name in t.recompute_modules if not there[name]]:
+        allowed = ", ".join(name for name, has in there.items() if has) or "[]"
+        yield f"{listed}: no layer of this model has {', '.join(missing)}; allowed: {allowed}"
+    if {"moe", "shared_experts"} <= set(t.recompute_modules):
+        yield f"{listed}: moe has shared_experts in it; allowed: one of them"
+    if "shared_experts" in t.recompute_modules and c.gpu.moe_shared_expert_overlap:
+        yield (
+            f"{listed} with gpu.moe_shared_expert_overlap=true is not supported: shared experts "
+            "that compute beside transfers are kept; allowed: either of them"
+        )
+
+
 def beginning(c: RunConfig, _: Facts) -> Problems:
     """A run starts from one checkpoint, which what is said of the start needs."""
     load, dense = c.checkpoint.load, getattr(c.upcycling, "from")
@@ -189,6 +217,7 @@ RUN: tuple[Rule, ...] = (
     wsd,
     schedule_fits,
     recompute,
+    recomputed_modules,
     beginning,
     upcycling,
     profiled_steps,
