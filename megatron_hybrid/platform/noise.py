@@ -9,6 +9,7 @@ IGNORED_WARNINGS = (
     r"full scope is deprecated",  # TransformerConfig: CUDA graphs, which are off
     r"MimoModelConfig is experimental",  # import: a model that nobody here uses
     r"window_size should be",  # generating with Transformer Engine: the engine's, and put right
+    r"Relying on pointer-based detection of packed",  # Transformer Engine: of the engine's calls
     r"When using (async grad allreduce|sequence parallelism)",  # a CUDA environment variable
     r"The \.grad attribute of a Tensor that is not a leaf",  # optimizer: it looks, and knows
     r"`torch\.distributed\.\w+` is deprecated",  # the engine's calls, older than this torch
@@ -38,7 +39,12 @@ class _DropStartingWith(logging.Filter):
 
 def silence() -> None:
     """Ignore the warnings and log records listed above, in this process."""
-    for message in IGNORED_WARNINGS:
-        warnings.filterwarnings("ignore", message)
+    silence_warnings()
     for name, start in IGNORED_RECORDS.items():
         logging.getLogger(name).addFilter(_DropStartingWith(start))
+
+
+def silence_warnings() -> None:
+    """Ignore the warnings listed above, whatever modules have asked for since the last call."""
+    for message in IGNORED_WARNINGS:
+        warnings.filterwarnings("ignore", message)

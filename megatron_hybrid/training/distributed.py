@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.platform import Platform
+from megatron_hybrid.platform.noise import silence_warnings
 
 COLLECTIVE_TIMEOUT_MINUTES = 30
 STAGE_SEED_STEP = 100
@@ -91,6 +92,7 @@ def model_parallel_groups(config: RunConfig, platform: Platform) -> Iterator[Non
     """
     from megatron.core import parallel_state, tensor_parallel
 
+    silence_warnings()  # again: Transformer Engine, imported by now, has put its own first
     parallel = config.parallel
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,

@@ -40,6 +40,7 @@ def install(te_folder: Path | None = None) -> None:
         FileNotFoundError: there is none.
     """
     assert "megatron.core" not in sys.modules, "the engine has been imported without the stand-in"
+    silence()  # as `platform.initialize` does, before anything of the engine is imported
     hide_gpu_modules()
     _take_transformer_engine(te_folder or find_folder())
     sys.modules["mamba_ssm.ops.triton.ssd_combined"] = _mamba_ssm()
@@ -47,7 +48,6 @@ def install(te_folder: Path | None = None) -> None:
     _patch_engine()
     platform._initialize_once = lambda: Platform(device.memory(), "gloo", has_cuda=True)
     backend.probe = _probe
-    silence()
 
 
 def _take_transformer_engine(folder: Path) -> None:
