@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hybrid.checkpoint.carried import write_carried
+from megatron_hybrid.checkpoint.carried import carried_on, write_carried
 from megatron_hybrid.config import RunConfig, load_config
 from megatron_hybrid.data.batches import Span, Steps
 from megatron_hybrid.data.tokenizer import NullTokenizer
 from megatron_hybrid.errors import UserError
-from megatron_hybrid.training import start
 from megatron_hybrid.training.batch_sizes import check_batch_sizes
 from tests.training.phased import corpora, phased_words
 from tests.training.runs import words
@@ -96,6 +95,6 @@ def test_files_of_a_tokenizer_that_is_none_of_ours(tmp_path: Path) -> None:
     folder = tmp_path / "iter_0000000"
     others = {"config.json": b"{}", "LICENSE": b"free"}
     write_carried(folder, others)
-    assert start._carried(folder, NullTokenizer(64)) == others
+    assert carried_on(folder, NullTokenizer(64)) == others
     write_carried(folder, {"vocab.json": b"{}", "tokenizer_config.json": b"{}"})
-    assert start._carried(folder, NullTokenizer(64)) == {}
+    assert carried_on(folder, NullTokenizer(64)) == {}
