@@ -173,6 +173,6 @@ def resume(findings: Findings) -> None:
             with findings.part(recipe) as found:
                 found |= {"in_parts": parts.result(), "unbroken": whole.result()}
                 runs.assert_goes_on(found["in_parts"], found["unbroken"])
-                assert found["unbroken"][-1] < found["unbroken"][0]
+                assert min(found["unbroken"][1:]) < found["unbroken"][0]
     if findings.toy:
         findings.skip("fp8_tensorwise", "arithmetic in float8 needs a GPU")
