@@ -1,4 +1,4 @@
-"""A pretended CUDA device, whose memory is the CPU's, for a whole process and all its threads."""
+"""Pretended CUDA devices, whose memory is the CPU's, for a whole process and all its threads."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -48,7 +48,7 @@ def set_capability(capability: tuple[int, int]) -> None:
 
 
 def pretend() -> None:
-    """Let torch say that this process has one CUDA device, and take tensors there and back."""
+    """Let torch say that there are CUDA devices, and leave tensors that go there where they are."""
     names: dict[str, Any] = CUDA_NAMES | {
         "device_count": lambda: DEVICES,
         "current_device": memory,

@@ -1,8 +1,10 @@
 """Makes this process one with a GPU, as far as Transformer Engine, the engine and we can tell.
 
-from tests.gpu_on_cpu import stand_in
+    from tests.gpu_on_cpu import stand_in
 
-stand_in.install()      # first of all: before megatron.core is imported
+    stand_in.install()
+
+First of all, before megatron.core is imported.
 """
 
 import importlib

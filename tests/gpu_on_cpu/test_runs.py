@@ -24,10 +24,16 @@ LAYOUTS = {
     "PP2 x VPP2": ["parallel.pipeline_model_parallel_size=2", "model.hybrid_layer_pattern=M|*|E|-"],
     "DP2 overlapped": ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"],
 }
-RECOMPUTED = [
-    "training.recompute_granularity=full", "training.recompute_method=uniform",
-    "training.recompute_num_layers=1",
-]  # fmt: skip
+RECOMPUTED = {
+    "layers": [
+        "training.recompute_granularity=full", "training.recompute_method=uniform",
+        "training.recompute_num_layers=1",
+    ],
+    "modules": [
+        "training.recompute_granularity=selective",
+        "training.recompute_modules=[core_attn,mlp,moe]",
+    ],
+}  # fmt: skip
 # Between backends sums are taken in another order.
 SAME = {"rel": 2e-6}
 
@@ -70,7 +76,8 @@ def train_alone(folder: Path) -> None:
     begin("torch", "torch")
     train("torch", "torch from torch")
     train(TE, "TE from torch")
-    train(TE, "recomputed from torch", *RECOMPUTED)
+    for what, words in RECOMPUTED.items():
+        train(TE, f"recomputed {what} from torch", *words)
     train("torch", "packed on torch from torch", *packed)
     train(TE, "packed on TE from torch", *packed)
     train(TE, "not packed from torch", *again)
@@ -129,9 +136,10 @@ def test_packed_documents(folder: Path) -> None:
     assert packed != pytest.approx(whole, rel=1e-4)
 
 
-def test_recomputed(folder: Path) -> None:
+@pytest.mark.parametrize("what", RECOMPUTED)
+def test_recomputed(folder: Path, what: str) -> None:
     """Forward passes within the backward pass are the same, to the bit."""
-    assert curve(folder, "recomputed from torch") == curve(folder, "TE from torch")
+    assert curve(folder, f"recomputed {what} from torch") == curve(folder, "TE from torch")
 
 
 def test_resumed_equals_unbroken(folder: Path) -> None:
