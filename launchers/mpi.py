@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Mapping
 
+from launchers.environment import MOST_PORT, whole_number
 from launchers.place import Place, free_port
 from megatron_hybrid.errors import UserError
 
@@ -17,8 +18,8 @@ _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 def started(environment: Mapping[str, str]) -> bool:
     """Whether MPI started several ranks; srun, which can look like it, is not MPI."""
-    sizes = [int(environment[name]) for name in _SIZES if name in environment]
-    by_srun = int(environment.get("SLURM_STEP_NUM_TASKS", "0")) in sizes
+    sizes = [whole_number(environment, name) for name in _SIZES if name in environment]
+    by_srun = whole_number(environment, "SLURM_STEP_NUM_TASKS", 0) in sizes
     return any(size > 1 for size in sizes) and not by_srun
 
 
@@ -36,7 +37,7 @@ def find_place(environment: Mapping[str, str]) -> Place:
             "pip install 'megatron-hybrid[mpi]', or use torchrun, srun or --nproc"
         ) from error
     world = MPI.COMM_WORLD
-    expected = max(int(environment[name]) for name in _SIZES if name in environment)
+    expected = max(whole_number(environment, n) for n in _SIZES if n in environment)
     if world.size != expected:
         raise UserError(
             f"MPI started {expected} ranks, and mpi4py sees {world.size}: it belongs to another "
@@ -58,7 +59,7 @@ def find_place(environment: Mapping[str, str]) -> Place:
         local_world_size=node.size,
         node_rank=node_rank,
         master_addr=environment.get("MASTER_ADDR", host),
-        master_port=int(environment.get("MASTER_PORT", port)),
+        master_port=whole_number(environment, "MASTER_PORT", port, most=MOST_PORT),
         attempt=f"{attempt}-{port}",
     )
     node.Free()

@@ -12,6 +12,8 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from launchers.environment import whole_number
+
 LOGS = "logs"  # in the folder of a run
 ATTEMPT = "MEGATRON_HYBRID_ATTEMPT"
 
@@ -57,9 +59,9 @@ class Place:
         )
         environment[ATTEMPT] = self.attempt
         usable = len(os.sched_getaffinity(0))
-        told = environment.get("SLURM_CPUS_PER_TASK")
-        cores = usable // self.local_world_size if told is None else min(int(told), usable)
-        if told is not None and int(told) > usable and self.rank == 0:
+        told = whole_number(environment, "SLURM_CPUS_PER_TASK", 0)
+        cores = min(told, usable) if told else usable // self.local_world_size
+        if told > usable and self.rank == 0:
             # Since 22.05 srun does not take it from the job, whose variable is there all the same.
             print(
                 f"warning: SLURM_CPUS_PER_TASK={told}, and rank 0 may use {usable} CPUs: "

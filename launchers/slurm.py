@@ -7,6 +7,7 @@ port follows from the numbers of job and step. `MASTER_ADDR` and `MASTER_PORT` o
 import re
 from collections.abc import Mapping
 
+from launchers.environment import MOST_PORT, whole_number
 from launchers.place import Place
 from megatron_hybrid.errors import UserError
 
@@ -16,7 +17,7 @@ _FIRST_PORT, _PORTS = 20000, 12000
 
 def started(environment: Mapping[str, str]) -> bool:
     """Whether this is one of several tasks of a step."""
-    return int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    return whole_number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1
 
 
 def find_place(environment: Mapping[str, str]) -> Place:
@@ -27,18 +28,20 @@ def find_place(environment: Mapping[str, str]) -> Place:
     """
     try:
         job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
-        node_rank = int(environment["SLURM_NODEID"])
+        node_rank = whole_number(environment, "SLURM_NODEID")
         tasks = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
         first_host = hostnames(environment["SLURM_STEP_NODELIST"])[0]
         place = Place(
             launcher="slurm",
-            rank=int(environment["SLURM_PROCID"]),
-            world_size=int(environment["SLURM_STEP_NUM_TASKS"]),
-            local_rank=int(environment["SLURM_LOCALID"]),
+            rank=whole_number(environment, "SLURM_PROCID"),
+            world_size=whole_number(environment, "SLURM_STEP_NUM_TASKS"),
+            local_rank=whole_number(environment, "SLURM_LOCALID"),
             local_world_size=tasks[node_rank],
             node_rank=node_rank,
             master_addr=environment.get("MASTER_ADDR", first_host),
-            master_port=int(environment.get("MASTER_PORT", default_port(job, step))),
+            master_port=whole_number(
+                environment, "MASTER_PORT", default_port(job, step), most=MOST_PORT
+            ),
             attempt=attempt(environment),
         )
     except (KeyError, IndexError, ValueError) as error:

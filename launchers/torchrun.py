@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from launchers import slurm
+from launchers.environment import MOST_PORT, whole_number
 from launchers.place import ATTEMPT, Place
 from megatron_hybrid.errors import UserError
 
@@ -28,13 +29,11 @@ def find_place(environment: Mapping[str, str]) -> Place:
         )
     numbers = {}
     for name, default in {
-        "RANK": "", "WORLD_SIZE": "", "MASTER_PORT": "", "LOCAL_RANK": "0",
-        "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0",
+        "RANK": None, "WORLD_SIZE": None, "MASTER_PORT": None, "LOCAL_RANK": 0,
+        "LOCAL_WORLD_SIZE": 1, "GROUP_RANK": 0,
     }.items():  # fmt: skip
-        text = environment.get(name, default)
-        if not text.isascii() or not text.isdigit():
-            raise UserError(f"{name}={text!r} in the environment must be a whole number")
-        numbers[name] = int(text)
+        most = {"most": MOST_PORT} if name == "MASTER_PORT" else {}
+        numbers[name] = whole_number(environment, name, default, **most)
     if numbers["RANK"] >= numbers["WORLD_SIZE"]:
         raise UserError(f"RANK={numbers['RANK']} must be below WORLD_SIZE={numbers['WORLD_SIZE']}")
     return Place(

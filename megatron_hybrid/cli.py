@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from launchers import torchrun
+from launchers.environment import whole_number
 from launchers.errors import record_error, redirect_output
 from launchers.local import launch
 from launchers.place import ATTEMPT, LOGS, Place, join, log_folder
@@ -67,7 +68,7 @@ def pretrain(
 ) -> None:
     """Train a model: `pretrain PRESET|FILE.yaml [section.field=value | --flag value]...`."""
     launched = os.environ.get("WORLD_SIZE")
-    world_size = nproc or (int(launched) if launched else None)
+    world_size = nproc or (whole_number(os.environ, "WORLD_SIZE", least=1) if launched else None)
     if dry_run:
         config = load_config(context.args, which=rules.DRY_RUN, world_size=world_size)
         print(config.to_yaml(), end="")

@@ -1,9 +1,14 @@
 """How a rank finds its place: torchrun's, Slurm's and MPI's variables."""
 
+import re
+from pathlib import Path
+
 import pytest
 
+import launchers
 from launchers import mpi, slurm, torchrun
 from launchers.place import ATTEMPT, join
+from megatron_hybrid import cli
 from megatron_hybrid.errors import UserError
 
 STEP = {
@@ -134,3 +139,65 @@ def test_torchrun_goes_first() -> None:
     assert place is not None
     assert (place.launcher, place.rank, place.node_rank) == ("torchrun", 3, 1)
     assert place.own_console
+
+
+# Every variable that a launcher's module reads as a number, and what makes it read them.
+STARTS: list[dict[str, str]] = [
+    {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "here", "MASTER_PORT": "1",
+     "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0"},
+    STEP | {"MASTER_PORT": "29400"},
+    {"OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "1", "SLURM_STEP_NUM_TASKS": "1"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["x", "-1", "1.5", "1e3", "²", " ", "9" * 5000, "99999999999"])
+def test_a_number_that_is_none_is_refused_by_name(text: str) -> None:
+    """Whatever somebody has exported: one message that names the variable, or it is not read."""
+    refused = set()
+    for environment in STARTS:
+        for name in environment:
+            try:
+                join(environment | {name: text})
+            except UserError as error:
+                assert len(str(error)) < 400
+                assert name in str(error)
+                refused.add(name)
+    numbers = {name for environment in STARTS for name in environment} - {
+        "MASTER_ADDR", "SLURM_STEP_NODELIST", "SLURM_RESTART_COUNT",
+        "SLURM_JOB_ID", "SLURM_STEP_ID",  # of any size: of what is theirs only a port is made
+    }  # fmt: skip
+    assert numbers <= refused
+
+
+@pytest.mark.parametrize("start", STARTS[:2], ids=["torchrun", "slurm"])
+def test_a_port_that_no_machine_has(start: dict[str, str]) -> None:
+    """It would be told of by a socket, on every rank, after the wait for the others."""
+    with pytest.raises(UserError, match=r"MASTER_PORT='65536' .* from 0 to 65535"):
+        join(start | {"MASTER_PORT": "65536"})
+
+
+def test_all_numbers_are_read_in_one_place() -> None:
+    """No module of the launchers takes a variable for a number by itself; Slurm's places are
+    refused together.
+    """
+    folder = Path(launchers.__file__).parent
+    found = {
+        (path.name, line.strip())
+        for path in folder.glob("*.py")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.search(r"\bint\(.*environ", line)
+    }
+    assert {name for name, _ in found} <= {"slurm.py", "errors.py"}
+
+
+@pytest.mark.parametrize("size", ["x", "0", "-1", "9" * 5000])
+def test_a_world_size_to_check_a_config_for(
+    size: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Alone in the environment it is the number of ranks, which is one or more."""
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setattr("sys.argv", ["megatron-hybrid", "pretrain", "tiny", "--dry-run"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 1
+    assert "WORLD_SIZE" in capsys.readouterr().err
