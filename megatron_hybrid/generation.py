@@ -34,6 +34,7 @@ ONE_RANK = (
     "parallel.context_parallel_size=1",
     "parallel.expert_model_parallel_size=1",
     "parallel.expert_tensor_parallel_size=1",
+    "gpu.overlap_p2p_comm=false",
     "training.recompute_granularity=null",
     "training.recompute_method=null",
     "training.recompute_num_layers=null",

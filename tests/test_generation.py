@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,9 +11,12 @@ import tokenizers
 import torch
 
 from megatron_hybrid import generation
-from megatron_hybrid.config import TRACKER_FILE, load_config
+from megatron_hybrid.checkpoint.saved_config import read_config
+from megatron_hybrid.config import TRACKER_FILE, load_config, rules
+from megatron_hybrid.config.describe import fields
+from megatron_hybrid.config.ranks import model_ranks
 from megatron_hybrid.errors import UserError
-from megatron_hybrid.generation import Sampling, choose, generate_text
+from megatron_hybrid.generation import ONE_RANK, Sampling, choose, generate_text
 from megatron_hybrid.testing import run_distributed
 from tests.config import GOOD
 from tests.distributed.layouts import (
@@ -167,3 +171,43 @@ def test_a_special_token_in_a_prompt_is_characters_or_its_id(
     (folder / "tokenizer.json").rename(folder / "tokenizer.model")
     with pytest.raises(UserError, match=r"--parse-special-tokens needs a tokenizer\.json"):
         list(generate_text(tmp_path, "", 1, Sampling(), parse_special_tokens=True))
+
+
+# Every way to lay a run out, to compute it faster and to keep less of it, in two runs.
+LAID_OUT = [
+    """tiny --mock-data --tokenizer-type null --vocab-size 256
+    model.hybrid_layer_pattern=M*|E-|M*|E- model.num_moe_experts=4 model.activation=swiglu
+    model.num_query_groups=4 model.moe_shared_expert_intermediate_size=64
+    training.global_batch_size=8
+    parallel.tensor_model_parallel_size=2 parallel.sequence_parallel=true
+    parallel.pipeline_model_parallel_size=2 parallel.virtual_pipeline_model_parallel_size=2
+    parallel.context_parallel_size=2 parallel.expert_model_parallel_size=2
+    parallel.expert_tensor_parallel_size=2 parallel.overlap_grad_reduce=true
+    parallel.overlap_param_gather=true gpu.cp_comm_type=a2a gpu.attention_backend=flash
+    gpu.overlap_p2p_comm=true gpu.align_param_gather=true gpu.gradient_accumulation_fusion=true
+    gpu.apply_rope_fusion=true gpu.bias_activation_fusion=true gpu.bias_dropout_fusion=true
+    gpu.cross_entropy_loss_fusion=true gpu.cross_entropy_fusion_impl=te
+    gpu.moe_permute_fusion=true gpu.moe_router_fusion=true gpu.moe_shared_expert_overlap=true
+    training.recompute_granularity=full training.recompute_method=uniform
+    training.recompute_num_layers=1""",
+    """tiny --mock-data --tokenizer-type null --vocab-size 256 gpu.cuda_graph_impl=local
+    gpu.cuda_graph_modules=[attn] gpu.cuda_graph_warmup_steps=4
+    training.recompute_granularity=selective training.recompute_modules=[core_attn]""",
+]
+
+
+def test_one_process_generates_whatever_the_layout_was(tmp_path: Path) -> None:
+    """What only many ranks can have is no reason to refuse a checkpoint; every field is tried."""
+    of_layout = [n for n in fields() if n.startswith(("parallel.", "gpu.", "training.recompute"))]
+    tried = set()
+    for line in LAID_OUT:
+        config = load_config(line.split(), which=rules.NO_FILES)
+        values = config.model_dump()
+        for name in of_layout:
+            section, _, leaf = name.partition(".")
+            if values[section][leaf] != fields()[name].default:
+                tried.add(name)
+        (tmp_path / "run_config.yaml").write_text(config.to_yaml())
+        alone = read_config(tmp_path, *ONE_RANK, which=rules.NO_FILES)
+        assert prod(model_ranks(alone).values()) == 1
+    assert set(of_layout) - tried == {"parallel.use_distributed_optimizer"}  # always true

@@ -170,6 +170,9 @@ def _changed(
     return config.model_copy(
         update={
             "parallel": config.parallel.model_copy(update=layout),
+            "gpu": config.gpu.model_copy(
+                update={"overlap_p2p_comm": config.gpu.overlap_p2p_comm and sizes["chunks"] > 1}
+            ),
             "training": config.training.model_copy(
                 update={"micro_batch_size": micro_batch} | recompute
             ),
