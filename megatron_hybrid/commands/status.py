@@ -42,6 +42,8 @@ def status(
 
 
 def _facts(run: Path, now: float, found: "RunTime", jobs: list[str]) -> dict[str, Any]:
+    from megatron_hybrid.small_files import naming
+    from megatron_hybrid.training.metrics import METRICS_FILE
     from megatron_hybrid.training.run_time import last_steps
 
     steps = last_steps(run)
@@ -53,16 +55,21 @@ def _facts(run: Path, now: float, found: "RunTime", jobs: list[str]) -> dict[str
         "last_sign_s": None if found.last_sign is None else round(now - found.last_sign, 1),
     }
     if steps:
-        last = steps[-1]
-        tokens = sum(s["tokens_per_s"] * s["step_ms"] for s in steps)
-        facts |= {
-            "step": last["iteration"],
-            "tokens": last["consumed_tokens"],
-            "loss": last["loss"],
-            "tokens_per_s": round(tokens / sum(s["step_ms"] for s in steps), 1),
-            "eta_s": last["eta_s"],
-        }
+        with naming(run / METRICS_FILE):
+            facts |= _last_step(steps)
     return facts
+
+
+def _last_step(steps: list[dict[str, Any]]) -> dict[str, Any]:
+    last = steps[-1]
+    tokens = sum(s["tokens_per_s"] * s["step_ms"] for s in steps)
+    return {
+        "step": last["iteration"],
+        "tokens": int(last["consumed_tokens"]),
+        "loss": None if last["loss"] is None else float(last["loss"]),
+        "tokens_per_s": round(tokens / sum(s["step_ms"] for s in steps), 1),
+        "eta_s": last["eta_s"],
+    }
 
 
 def _slurm_state(job: str) -> str:

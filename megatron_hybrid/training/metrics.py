@@ -27,6 +27,7 @@ import orjson
 
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import write_atomic
+from megatron_hybrid.small_files import naming
 from megatron_hybrid.training.console import RunConsole
 from megatron_hybrid.training.step_metrics import StepMetrics
 
@@ -245,7 +246,8 @@ def _parse(path: Path, lines: list[bytes]) -> Iterator[dict[str, Any]]:
             if number == len(lines):
                 return
             record = None
-        if not isinstance(record, dict) or not {"kind", "iteration"} <= record.keys():
+        whole = isinstance(record, dict) and "kind" in record
+        if not whole or type(record.get("iteration")) is not int:
             start = line[:80].decode(errors="replace")
             raise UserError(
                 f"{path}:{number} is not a metrics record: {start!r}; "
@@ -292,7 +294,8 @@ def rewound_steps(run_dir: Path, iteration: int) -> tuple[int, float, float | No
         return 0, 0.0, None
     again = [r for r in read_records(path) if r["kind"] == "train" and r["iteration"] > iteration]
     last = max((record["iteration"] for record in again), default=iteration)
-    seconds = sum(record["step_ms"] for record in again) / 1000
+    with naming(path):
+        seconds = sum(record["step_ms"] for record in again) / 1000
     return last - iteration, seconds, path.stat().st_mtime
 
 

@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.human import human_count, human_duration
 from megatron_hybrid.plotting import COLORS, INK, PALE_INK, STYLE, save_png, title, token_axis
+from megatron_hybrid.small_files import naming
 from megatron_hybrid.training.metrics import METRICS_FILE, read_records
 
 _VALIDATION_COLOR = "#ea580c"
@@ -46,11 +47,12 @@ def load_run(run_dir: Path) -> Run:
     records = read_records(path)
     names = ("iteration", "consumed_tokens", "loss")
     timing = ("learning_rate", "tokens_per_s", "step_ms")
-    train = _columns(records, "train", (*names, *timing))
+    with naming(path):
+        train = _columns(records, "train", (*names, *timing))
+        validation, phases = _columns(records, "validation", names), _phases(records)
     if not len(train["iteration"]):
         raise UserError(f"{path} holds no training step yet: there is nothing to draw")
-    name, validation = run_dir.resolve().name, _columns(records, "validation", names)
-    return Run(name, train, validation, _phases(records))
+    return Run(run_dir.resolve().name, train, validation, phases)
 
 
 def _phases(records: list[dict[str, Any]]) -> list[tuple[float, str]]:

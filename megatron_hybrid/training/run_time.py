@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_hybrid.errors import UserError
 from megatron_hybrid.json_text import parse_json
-from megatron_hybrid.training.attempts import read_attempts
+from megatron_hybrid.small_files import naming
+from megatron_hybrid.training.attempts import ATTEMPTS_FILE, read_attempts
 from megatron_hybrid.training.metrics import METRICS_FILE, read_records
 from megatron_hybrid.training.verdict import INTERRUPTIONS
 
@@ -71,9 +73,11 @@ def run_time(run_dir: Path, now: float) -> RunTime:
     """Account for a run's time up to `now` (seconds of the clock).
 
     Raises:
-        UserError: its metrics are damaged.
+        UserError: its metrics, or what is known of its starts, are damaged.
     """
     events = read_attempts(run_dir)
+    for event in events:
+        _refuse_other_numbers(run_dir / ATTEMPTS_FILE, event)
     metrics = run_dir / METRICS_FILE
     last_sign = metrics.stat().st_mtime if metrics.exists() else None
     attempts = _attempts(events)
@@ -102,6 +106,26 @@ def run_time(run_dir: Path, now: float) -> RunTime:
 
 
 _OVER = ("end", "failure")
+
+
+# By event, what its time is accounted by.
+_NEEDED = dict.fromkeys(("start", "training", "end", "failure"), ("time",)) | {
+    "checkpoint": ("time", "stall_s")
+}
+_NUMBERS = ("time", "launched", "stall_s", "rewound_s", "active_until")
+
+
+def _refuse_other_numbers(path: Path, record: dict[str, Any], *needed: str) -> None:
+    needed += _NEEDED.get(str(record.get("event")), ())
+    for name in _NUMBERS:
+        value = record.get(name)
+        if name == "active_until" and value is None:
+            continue  # nothing is known
+        if (name in needed or name in record) and type(value) not in (int, float):
+            raise UserError(
+                f"{path} is damaged: {name}={value!r} must be a number in {record!s:.100}; mend "
+                "the line or move the file away"
+            )
 
 
 def _attempts(events: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -157,16 +181,23 @@ def _first_submission(run_dir: Path) -> float | None:
 
 
 def read_jobs(run_dir: Path) -> list[dict[str, Any]]:
-    """The submissions of a run: job id, time and folder of each."""
+    """The submissions of a run: job id, time and folder of each.
+
+    Raises:
+        UserError: the file that has them is damaged.
+    """
     path = run_dir / JOBS_FILE
     if not path.exists():
         return []
     found = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            found.append(parse_json(line))
+            job = parse_json(line)
         except ValueError:
             continue
+        with naming(path):
+            _refuse_other_numbers(path, job, "time")
+            found.append(job | {"job": str(job["job"])})
     return found
 
 

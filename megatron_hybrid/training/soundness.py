@@ -7,7 +7,8 @@ from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.pattern import parse_pattern
 from megatron_hybrid.config.sections import TrainingConfig
 from megatron_hybrid.errors import UserError
-from megatron_hybrid.training.attempts import AttemptLog, read_attempts
+from megatron_hybrid.small_files import naming
+from megatron_hybrid.training.attempts import ATTEMPTS_FILE, AttemptLog, read_attempts
 from megatron_hybrid.training.checkpoint import Progress
 from megatron_hybrid.training.distributed import is_rank_zero
 from megatron_hybrid.training.findings import Diagnosis, unsound_steps
@@ -95,7 +96,8 @@ class Soundness:
     ) -> None:
         self._config, self._stepper = config, stepper
         self._attempt, self._metrics = attempt, metrics
-        before = unsound_steps(read_attempts(config.run_dir))
+        with naming(config.run_dir / ATTEMPTS_FILE):
+            before = unsound_steps(read_attempts(config.run_dir))
         before = {step: found for step, found in before.items() if step > progress.iteration}
         if before and config.training.nonfinite_action == "stop":
             layers = parse_pattern(config.model.hybrid_layer_pattern).layers

@@ -52,7 +52,7 @@ def judge(events: Sequence[Mapping[str, Any]]) -> Verdict:
         return Verdict(action, f"{reason} at step {last.get('iteration')}")
     if last.get("event") != "failure":
         return Verdict(AGAIN, "the ranks ended without a word")
-    error, step = str(last["error"]), last.get("iteration")
+    error, step = str(last.get("error")), last.get("iteration")
     where = "before the first step" if step is None else f"after step {step}"
     if error.startswith("error:"):
         return Verdict(STOP, f"{error} (a restart would not mend it)")

@@ -2,11 +2,14 @@
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_hybrid.commands.status import status
+from megatron_hybrid.errors import UserError
 from megatron_hybrid.training.attempts import append
 from megatron_hybrid.training.plot_time import draw_run_time
 from megatron_hybrid.training.run_time import run_time
@@ -97,3 +100,45 @@ def test_queued_only(tmp_path: Path) -> None:
     """A job that has not begun is all waiting."""
     write(tmp_path)
     assert seconds(tmp_path, 130) == {"queue": 30}
+
+
+WHOLE: dict[str, list[dict[str, Any]]] = {
+    "jobs.jsonl": [{"job": "1", "time": 100.0, "folder": ""}],
+    "attempts.jsonl": [
+        *start(110, 120),
+        {"event": "checkpoint", "time": 150, "iteration": 10, "stall_s": 3},
+        {"event": "failure", "time": 160, "iteration": 10, "error": "x", "exit_code": 1},
+        *start(170, 180, rewound_steps=3, rewound_s=12.0, active_until=155.0),
+        {"event": "end", "time": 190, "iteration": 20, "reason": "finished"},
+    ],
+    "metrics.jsonl": [
+        {"kind": "train", "iteration": 20, "consumed_tokens": 64, "loss": 1.0, "step_ms": 2.0,
+         "tokens_per_s": 3.0, "eta_s": 0.0},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_records_that_lack_something(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Any field of any line that is gone, or another kind of value: the status of the run, or one
+    message with the file's name.
+    """
+    for line, record in enumerate(WHOLE[name]):
+        for field in record:
+            for change in ({}, {field: "x"}, {field: [1]}, {field: None}, {field: True}):
+                for file, records in WHOLE.items():
+                    lines = list(records)
+                    if file == name:
+                        lines[line] = {k: v for k, v in record.items() if k != field} | change
+                    text = "".join(json.dumps(each) + "\n" for each in lines)
+                    (tmp_path / file).write_text(text)
+                try:
+                    status(tmp_path, as_json=False)
+                except UserError as error:
+                    assert str(error).startswith(str(tmp_path / name)), (field, change)
+    capsys.readouterr()
+    (tmp_path / name).write_text("[]\n3\n")
+    with pytest.raises(UserError, match=name) if name != "attempts.jsonl" else nullcontext():
+        status(tmp_path, as_json=False)
