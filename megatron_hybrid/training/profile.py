@@ -48,9 +48,13 @@ class StepProfiler:
         self._last = training.profile_step_end
         self._here = training.profile and dist.get_rank() in training.profile_ranks
         self._recording: Recording | None = None
+        self._steps: list[int] = []  # the first and the last of this start
+        self._recorded = not training.profile
 
     def before(self, iteration: int, data: Iterator[Batch]) -> Iterator[Batch]:
         """Before step `iteration` (from 1): its micro batches, whose reading is timed."""
+        self._steps = [*self._steps[:1], iteration]
+        self._recorded |= iteration == self._first and bool(self._config.training.profile_ranks)
         if self._here and iteration == self._first:
             self._recording = Recording(self._config, self._stepper)
         return data if self._recording is None else self._recording.timed(data)
@@ -61,9 +65,17 @@ class StepProfiler:
             self._write(iteration)
 
     def close(self, iteration: int) -> None:
-        """At the end of the run: steps that were recorded are not lost."""
+        """At the end of the run: steps that were recorded are not lost; that none was is said."""
         if self._recording is not None:
             self._write(iteration)
+        if not self._recorded and self._steps:
+            ranks = ", ".join(map(str, self._config.training.profile_ranks)) or "no rank"
+            self._report(
+                iteration,
+                f"no step was profiled: training.profile_step_start={self._first - 1} begins with "
+                f"step {self._first}, training.profile_ranks are {ranks}, and this start did steps "
+                f"{self._steps[0]} to {self._steps[-1]}",
+            )
 
     def _write(self, iteration: int) -> None:
         recording, self._recording = self._recording, None

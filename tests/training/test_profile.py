@@ -153,3 +153,33 @@ def test_a_run_that_ends_before(tmp_path: Path) -> None:
     """What was recorded until then is written."""
     run_distributed(trained, 1, [words(tmp_path, *PROFILE[:2], "training.profile_step_end=50")])
     assert (tmp_path / "profile" / "steps_2_4_rank_00000.json").exists()
+
+
+def test_that_nothing_was_profiled_is_said(tmp_path: Path) -> None:
+    """Steps that the run does not come to, or has behind it, or ranks that are none: one event at
+    the end, with the fields; a profile that was written says nothing of the kind.
+    """
+    whole, late, none = tmp_path / "whole", tmp_path / "late", tmp_path / "none"
+    lines = [
+        words(whole, *PROFILE),
+        words(whole, "training.profile=true", "training.profile_step_start=2",
+              "training.train_iters=6"),
+        words(late, "training.profile=true"),
+        words(none, *PROFILE, "training.profile_ranks=[]"),
+    ]  # fmt: skip
+    run_distributed(trained, 1, lines)
+    said = {
+        run.name: [r["message"] for r in records(run, "event") if r["name"] == "profile"]
+        for run in (whole, late, none)
+    }
+    assert said["whole"][0].splitlines()[-1].startswith("profile: ")
+    begin = "no step was profiled: training.profile_step_start="
+    assert said["whole"][1:] == [
+        f"{begin}2 begins with step 3, training.profile_ranks are 0, and this start did steps 5 to "
+        "6"
+    ]
+    assert said["late"] == [
+        f"{begin}10 begins with step 11, training.profile_ranks are 0, and this start did steps 1 "
+        "to 4"
+    ]
+    assert len(said["none"]) == 1 and "are no rank, and" in said["none"][0]
