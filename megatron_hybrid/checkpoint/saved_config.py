@@ -3,10 +3,12 @@
 Read from files alone, before the engine starts.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_hybrid.config import ModelConfig, RunConfig, load_config
+from megatron_hybrid.config.pattern import ATTENTION
 from megatron_hybrid.config.phases import sequence_lengths
 from megatron_hybrid.config.rules import Rule
 from megatron_hybrid.config.tracker import CONFIG_FILE
@@ -23,6 +25,14 @@ SHAPE_FIELDS = (
     "padded_vocab_size", "untie_embeddings_and_output_weights",
     "num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
     "moe_router_enable_expert_bias",
+)  # fmt: skip
+
+# The rest of what a model is: with other values the same tensors load, and compute something else.
+FUNCTION_FIELDS = (
+    "window_size", "position_embedding_type", "rotary_base", "rotary_percent",
+    "normalization", "layernorm_epsilon",
+    "moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax",
+    "moe_router_topk_scaling_factor",
 )  # fmt: skip
 
 
@@ -62,6 +72,28 @@ def refuse_other_model(folder: Path, model: ModelConfig, saved: ModelConfig) -> 
     ]
     if differences:
         raise UserError("\n".join([f"{folder} holds another model:", *differences]))
+
+
+def other_functions(model: ModelConfig, said: Mapping[str, Any]) -> list[str]:
+    """What a model computes otherwise than the one whose weights it goes on from.
+
+    It may be meant, as another base of RoPE for longer sequences.
+
+    Args:
+        said: fields of that one, as far as they are known.
+
+    Returns:
+        A part of a sentence for each field that differs.
+    """
+    rotates = "rope" in (model.position_embedding_type, said.get("position_embedding_type"))
+    attends = ATTENTION in model.hybrid_layer_pattern
+    return [
+        f"model.{name}={ours!r} (there {said[name]!r})"
+        for name in FUNCTION_FIELDS
+        if name in said and (ours := getattr(model, name)) != said[name]
+        if rotates or not name.startswith("rotary_")
+        if attends or not name.startswith(("rotary_", "position_", "window_"))
+    ]
 
 
 def _shape_value(model: ModelConfig, name: str) -> Any:

@@ -13,6 +13,7 @@ from megatron_hybrid.checkpoint import files as checkpoint_files
 from megatron_hybrid.checkpoint.carried import Carried, carried_on
 from megatron_hybrid.checkpoint.progress import Progress, saved_progress
 from megatron_hybrid.checkpoint.saved_config import (
+    other_functions,
     refuse_other_data,
     refuse_other_model,
     saved_config,
@@ -20,6 +21,7 @@ from megatron_hybrid.checkpoint.saved_config import (
 from megatron_hybrid.checkpoint.saved_here import saved_here
 from megatron_hybrid.claim import claim_file
 from megatron_hybrid.config import RunConfig, validate
+from megatron_hybrid.config.pattern import MOE
 from megatron_hybrid.config.rules.common import LENGTHS, values
 from megatron_hybrid.config.tracker import CONFIG_FILE
 from megatron_hybrid.data.batches import Steps
@@ -114,6 +116,8 @@ def find_start(config: RunConfig, tokenizer: Tokenizer, world_size: int | None) 
     consumed: int | None = 0
     if origin.folder is not None and not origin.is_own and not origin.upcycle:
         _refuse_other_arguments(config, origin.folder)
+    if origin.folder is not None:
+        _note_other_functions(config, origin.folder)
     if origin.folder is not None and not origin.weights_only:
         if _starts_elsewhere(config, origin.folder):
             progress = _look_into(config, origin)
@@ -199,6 +203,24 @@ def _refuse_other_arguments(config: RunConfig, folder: Path) -> None:
 
     with CheckpointReader(folder) as reader:
         refuse_other_arguments(folder, reader.common.get("args"), config.model)
+
+
+def _note_other_functions(config: RunConfig, folder: Path) -> None:
+    """Say what is computed otherwise with the weights of a checkpoint than when it was trained."""
+    saved = saved_config(folder)
+    if saved is None:
+        return
+    kept = {
+        name: value
+        for name, value in saved.model
+        # A dense model's say nothing of experts.
+        if MOE in saved.model.hybrid_layer_pattern or not name.startswith("moe_")
+    }
+    if found := other_functions(config.model, kept):
+        logger.warning(
+            "note: %s was trained as another function of the same weights: %s",
+            folder, ", ".join(found),
+        )  # fmt: skip
 
 
 def _refuse_nothing_left(config: RunConfig, origin: Origin, steps: Steps, consumed: int) -> None:

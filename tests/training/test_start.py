@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from megatron_hybrid.checkpoint.carried import carried_on, write_carried
+from megatron_hybrid.checkpoint.saved_config import FUNCTION_FIELDS, SHAPE_FIELDS
 from megatron_hybrid.config import RunConfig, load_config
+from megatron_hybrid.config.effects import EFFECTS
 from megatron_hybrid.data.batches import Span, Steps
 from megatron_hybrid.data.tokenizer import NullTokenizer
 from megatron_hybrid.errors import UserError
+from megatron_hybrid.training import start
 from megatron_hybrid.training.batch_sizes import check_batch_sizes
 from tests.training.phased import corpora, phased_words
 from tests.training.runs import words
@@ -98,3 +101,61 @@ def test_files_of_a_tokenizer_that_is_none_of_ours(tmp_path: Path) -> None:
     assert carried_on(folder, NullTokenizer(64)) == others
     write_carried(folder, {"vocab.json": b"{}", "tokenizer_config.json": b"{}"})
     assert carried_on(folder, NullTokenizer(64)) == {}
+
+
+CHANGED: dict[str, str] = {
+    "window_size": "[8,0]", "position_embedding_type": "rope", "rotary_base": "20000",
+    "rotary_percent": "0.5", "normalization": "LayerNorm", "layernorm_epsilon": "1e-3",
+    "moe_router_topk": "1", "moe_router_score_function": "sigmoid",
+    "moe_router_pre_softmax": "true", "moe_router_topk_scaling_factor": "2.5",
+}  # fmt: skip
+
+
+def test_every_field_of_the_function_is_compared() -> None:
+    """With the weights of a checkpoint: refused where shapes tell, and else said."""
+    function = {
+        name.removeprefix("model.")
+        for name, effect in EFFECTS.items()
+        if effect == "function" and name.startswith("model.")
+    }
+    assert function - {"vocab_size"} == {*SHAPE_FIELDS, *FUNCTION_FIELDS} - {"padded_vocab_size"}
+    assert not set(SHAPE_FIELDS) & set(FUNCTION_FIELDS)
+    assert CHANGED.keys() == set(FUNCTION_FIELDS)
+
+
+@pytest.mark.parametrize("name", [name for name in CHANGED if name != "normalization"])
+def test_the_same_tensors_as_another_function(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every way to begin says so, once, with both values: going on, from another run's, anew."""
+    rope = ["model.position_embedding_type=rope"] if name.startswith("rotary") else []
+    line = words(tmp_path / "run", "model.hybrid_layer_pattern=M*E", "model.num_moe_experts=4",
+                 *rope)  # fmt: skip
+    saved = load_config(line)
+    folder = tmp_path / "run" / "checkpoints" / "iter_0000001"
+    folder.mkdir(parents=True)
+    (folder / "run_config.yaml").write_text(saved.to_yaml())
+    changed = load_config([*line, f"model.{name}={CHANGED[name]}"], which=())
+    assert getattr(changed.model, name) != getattr(saved.model, name)
+    with caplog.at_level("WARNING", "megatron_hybrid"):
+        start._note_other_functions(saved, folder)
+        assert not caplog.messages
+        start._note_other_functions(changed, folder)
+    (said,) = caplog.messages
+    assert said.startswith(f"note: {folder} was trained as another function of the same weights: ")
+    assert f"model.{name}={getattr(changed.model, name)!r} " in said
+    assert f"(there {getattr(saved.model, name)!r})" in said
+
+
+def test_a_field_that_nothing_reads_is_no_other_function(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """RoPE's base without RoPE; experts' fields of a dense model that is upcycled."""
+    (tmp_path / "run_config.yaml").write_text(load_config(words(tmp_path / "run")).to_yaml())
+    experts = ["model.hybrid_layer_pattern=M*E", "model.num_moe_experts=4"]
+    more = ["model.rotary_base=20000"], [*experts, "model.moe_router_topk=1"]
+    with caplog.at_level("WARNING", "megatron_hybrid"):
+        for changes in more:
+            config = load_config(words(tmp_path / "run", *changes), which=())
+            start._note_other_functions(config, tmp_path)
+    assert not caplog.messages
