@@ -22,7 +22,12 @@ from megatron_hybrid.config.partial import Partial, UnreadableError
 from megatron_hybrid.config.places import Values, drop_path, get_path, read_place, set_path
 from megatron_hybrid.config.rules import REPLACED, REPLACED_INSIDE, Rule
 from megatron_hybrid.config.run import RunConfig
-from megatron_hybrid.config.tracker import CONFIG_FILE, latest_folder, load_problems
+from megatron_hybrid.config.tracker import (
+    CONFIG_FILE,
+    FIRST_FOLDER,
+    latest_folder,
+    load_problems,
+)
 from megatron_hybrid.config.yaml_text import parse_yaml
 from megatron_hybrid.errors import ConfigError
 
@@ -148,8 +153,10 @@ def _from_checkpoint(load: str, typed: Values, layers: _Layers) -> None:
             return
         layers.values = _read_yaml(stored, layers)
         _find_tokenizer(layers.values, stored.parent)
-        for path in _BEGINNINGS:
-            # How that run began says nothing of how it goes on.
+        # How that run began says nothing of how it goes on; nor does an import, which writes no
+        # sums of whole files, say that the run shall write none.
+        made = ("checkpoint.verify_integrity",) if stored.parent.name == FIRST_FOLDER else ()
+        for path in (*_BEGINNINGS, *made):
             drop_path(layers.values, path)
     elif get_path(typed, "model.hybrid_layer_pattern") is None:
         layers.fail(

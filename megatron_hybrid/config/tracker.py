@@ -4,6 +4,7 @@ from pathlib import Path
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 CONFIG_FILE = "run_config.yaml"
+FIRST_FOLDER = "iter_0000000"  # no run has trained yet: it was imported, or made from an import
 
 
 def latest_folder(checkpoints: Path) -> Path:

@@ -84,7 +84,7 @@ def upcycled_config(
     # How the dense run began, and where it saved, says nothing of this one.
     values["upcycling"] = {}
     values["optimizer"]["restart_schedule"] = False
-    for name in ("save", "load", "finetune", "load_optim", "load_rng"):
+    for name in ("save", "load", "finetune", "load_optim", "load_rng", "verify_integrity"):
         del values["checkpoint"][name]
     pattern = values["model"]["hybrid_layer_pattern"]
     config = load_config(words, which=rules.NO_FILES, base=values)

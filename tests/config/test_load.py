@@ -17,6 +17,7 @@ from megatron_hybrid.config import (
     presets,
     rules,
 )
+from megatron_hybrid.config.tracker import FIRST_FOLDER
 from megatron_hybrid.errors import ConfigError
 from tests.config import GOOD
 
@@ -148,6 +149,18 @@ def test_checkpoint_describes_the_run(tmp_path: Path) -> None:
     assert config.training.train_iters == 999
     assert config.checkpoint.load == tmp_path / "ckpt"
     assert config.model == stored.model
+
+
+def test_a_run_that_begins_with_an_import_writes_sums(tmp_path: Path) -> None:
+    """from-hf writes none of whole files; that is no choice of the run's, as one of a run is."""
+    stored = load_config([*GOOD, "checkpoint.verify_integrity=false"])
+    write(tmp_path / TRACKER_FILE, "0\n")
+    write(tmp_path / FIRST_FOLDER / CONFIG_FILE, stored.to_yaml())
+    load = ["--load", str(tmp_path)]
+    assert load_config(load).checkpoint.verify_integrity
+    assert not load_config([*load, "checkpoint.verify_integrity=false"]).checkpoint.verify_integrity
+    store_checkpoint(tmp_path, stored)
+    assert not load_config(load).checkpoint.verify_integrity
 
 
 def test_any_layout_takes_up_a_checkpoint(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_hybrid.checkpoint.reader import CheckpointReader, find_checkpoint
 from megatron_hybrid.checkpoint.source_model import source_config
 from megatron_hybrid.checkpoint.writer import CheckpointWriter
-from megatron_hybrid.config import ModelConfig, UpcyclingConfig, build_config
+from megatron_hybrid.config import ModelConfig, UpcyclingConfig, build_config, load_config
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.model.tensor_names import NORM_NAMES
 from megatron_hybrid.testing import run_distributed
@@ -274,3 +274,12 @@ def test_a_checkpoint_of_megatron_lm(dense: Path, tmp_path: Path) -> None:
     with CheckpointReader(done.folder) as one, CheckpointReader(expected) as two:
         assert one.tensors.keys() == two.tensors.keys()
         assert all(torch.equal(one.read(name), two.read(name)) for name in one.tensors)
+
+
+def test_what_an_import_leaves_out_is_made_all_the_same(tmp_path: Path) -> None:
+    """Of a dense checkpoint without sums of its files comes one that has them, unless told so."""
+    dense = load_config(dense_words(tmp_path / "dense", "checkpoint.verify_integrity=false"))
+    request = Request(2, 1, 2, None, 0, True)
+    for words, writes in ([], True), (["checkpoint.verify_integrity=false"], False):
+        made = upcycled_config(dense, request, tmp_path / "moe", words)
+        assert made.checkpoint.verify_integrity is writes
