@@ -149,3 +149,50 @@ def test_sentencepiece_without_eos(tmp_path: Path) -> None:
         )
     with pytest.raises(DataError, match="no eos piece"):
         build_tokenizer("sentencepiece", path)
+
+
+UNIGRAM = {"type": "Unigram", "unk_id": None, "vocab": [["a", -1.0]]}
+STUMBLES: dict[str, tuple[dict[str, object], str]] = {
+    "no tokens": ({"type": "WordLevel", "vocab": {}, "unk_token": "?"}, "has no tokens"),
+    "no such unknown token": (
+        {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}, "cannot encode a text",
+    ),
+    "no unknown token": (UNIGRAM, "cannot encode a text"),
+    "an unknown token outside": (UNIGRAM | {"unk_id": 9}, r"is not a tokenizer\.json"),
+    "a merge that is no token": (
+        {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}, r"is not a tokenizer\.json",
+    ),
+    "an id of 32 bits": (
+        {"type": "WordLevel", "vocab": {"a": 0, "?": 2**32 - 1}, "unk_token": "?"},
+        "has the id 4294967295; it must have ids from 0 to at most 2147483646",
+    ),
+    "a negative id": (
+        {"type": "WordLevel", "vocab": {"a": 0, "?": -1}, "unk_token": "?"},
+        r"is not a tokenizer\.json",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STUMBLES)
+@pytest.mark.parametrize("way", ["text", "batch", "choice"])
+def test_what_the_library_stumbles_over_is_said_with_the_file(
+    name: str, way: str, tmp_path: Path
+) -> None:
+    """However a text comes to it, and though it is no Exception of Python's."""
+    model, problem = STUMBLES[name]
+    eod = {
+        "id": 2, "content": "</s>", "special": True, "single_word": False, "lstrip": False,
+        "rstrip": False, "normalized": False,
+    }  # fmt: skip
+    path = tmp_path / "tokenizer.json"
+    added = [] if name == "no tokens" else [eod]
+    path.write_text(json.dumps({"version": "1.0", "added_tokens": added, "model": model}))
+    with pytest.raises(DataError, match=f"^data.tokenizer_model={path} {problem}"):
+        opened = build_tokenizer("huggingface", path)
+        if way == "text":
+            opened.encode("a zebra")
+        elif way == "batch":
+            opened.encode_batch(["a", "a zebra"])
+        else:
+            opened.select_encoder("auto", ["a zebra"])
+            opened.encode("a zebra")

@@ -1,12 +1,14 @@
 """Hugging Face's `tokenizer.json`."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_hybrid.bounds import MOST_COUNT
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.indexed import token_dtype
 from megatron_hybrid.data.tokenizer.base import ENCODERS, Tokenizer, read_tokenizer_file
@@ -22,6 +24,24 @@ _COMPANIONS = (
 )  # fmt: skip
 # Asked, in this order of families, when no tokenizer_config.json names the end token.
 _COMMON_END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
+
+
+@contextmanager
+def _stumbling(path: Path, what: str) -> Iterator[None]:
+    """What the library, which is not Python's, stumbles over in a file is said with its name.
+
+    Raises:
+        DataError: with its own reason.
+    """
+    try:
+        yield
+    except (DataError, FastokensError, MemoryError):
+        raise
+    except BaseException as error:
+        # A panic of Rust's is no Exception, and has no name to be imported by.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"data.tokenizer_model={path} {what}: {error}") from error
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -49,18 +69,21 @@ class HuggingFaceTokenizer(Tokenizer):
             if (beside := path.with_name(name)).is_file():
                 files[name] = read_tokenizer_file(beside)
         super().__init__(files)
-        try:
+        with _stumbling(path, "is not a tokenizer.json"):
             self._tokenizer = tokenizers.Tokenizer.from_buffer(files[self.file_name])
-        except ValueError as error:
-            raise DataError(
-                f"data.tokenizer_model={path} is not a tokenizer.json: {error}"
-            ) from error
         # A file may carry the truncation and padding of its last use: both would lose or add text.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = not parse_special_tokens
         # Not the count of tokens: ids may have holes.
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = max(ids, default=-1) + 1
+        if not 1 <= self.vocab_size <= MOST_COUNT:
+            found = f"the id {self.vocab_size - 1}" if ids else "no tokens"
+            raise DataError(
+                f"data.tokenizer_model={path} has {found}; it must have ids from 0 to at most "
+                f"{MOST_COUNT - 1}"
+            )
         self.eod = self._find_eod(path)
         self._fast: FastEncoder | None = None
 
@@ -109,17 +132,19 @@ class HuggingFaceTokenizer(Tokenizer):
         return content
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        with _stumbling(self._path, "cannot encode a text"):
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[NDArray, NDArray[np.int32]]:
-        if self._fast is not None:
-            ids, lengths = self._fast.encode_batch(texts)
-        else:
-            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-            ids, lengths = joined([encoding.ids for encoding in encodings])
+        with _stumbling(self._path, "cannot encode a text"):
+            if self._fast is not None:
+                ids, lengths = self._fast.encode_batch(texts)
+            else:
+                encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+                ids, lengths = joined([encoding.ids for encoding in encodings])
         return ids.astype(token_dtype(self.vocab_size)), lengths
 
     def select_encoder(self, choice: str, sample: Sequence[str] = ()) -> str:
@@ -137,7 +162,8 @@ class HuggingFaceTokenizer(Tokenizer):
             fast = FastEncoder(self._files[self.file_name], self._tokenizer)
             added = self._tokenizer.get_added_tokens_decoder().values()
             texts = [*hard_texts([token.content for token in added]), *sample]
-            fast.check(texts)
+            with _stumbling(self._path, "cannot encode a text"):
+                fast.check(texts)
         except FastokensError as error:
             if choice == "fastokens":
                 raise DataError(
