@@ -7,8 +7,12 @@ from megatron_hybrid.checkpoint.inert_pickle import Opaque
 from megatron_hybrid.checkpoint.megatron_arguments import differences, run_values
 from megatron_hybrid.checkpoint.progress import is_ours
 from megatron_hybrid.checkpoint.reader import CheckpointReader
-from megatron_hybrid.checkpoint.saved_config import read_config
-from megatron_hybrid.config import ModelConfig, RunConfig, build_config, load_config
+from megatron_hybrid.checkpoint.saved_config import (
+    other_functions,
+    read_config,
+    refuse_other_model,
+)
+from megatron_hybrid.config import ModelConfig, RunConfig, build_config, load_config, rules
 from megatron_hybrid.config.tracker import CONFIG_FILE
 
 
@@ -21,24 +25,47 @@ def source_config(reader: CheckpointReader, source: str | None) -> RunConfig:
         source: a preset or YAML file that describes the model, where the checkpoint does not.
 
     Raises:
-        UserError: nothing describes it, or what does is wrong.
+        UserError: nothing describes it, or what does is wrong, or not what the checkpoint says.
     """
     if reader.config_file is None and is_ours(reader.common):
         raise CheckpointError(
             f"{reader.folder}/{CONFIG_FILE} is missing, which the run wrote: nothing says which "
             "model and tokenizer these weights are of"
         )
-    if source is not None:
-        return load_config([source], which=())
-    if reader.config_file is not None:
-        return read_config(reader.folder)
+    saved = None if reader.config_file is None else read_config(reader.folder)
     arguments = reader.common.get("args")
+    if source is not None:
+        return _described(reader, source, saved, arguments)
+    if saved is not None:
+        return saved
     if isinstance(arguments, Opaque):
         return build_config(run_values(vars(arguments)), which=())
     raise CheckpointError(
         f"{reader.folder} does not say which model it holds: it has neither a run_config.yaml "
         "nor Megatron-LM's arguments; --model names a preset or YAML file that does"
     )
+
+
+def _described(
+    reader: CheckpointReader, source: str, saved: RunConfig | None, arguments: object
+) -> RunConfig:
+    """What a preset or YAML file says of a checkpoint that may say something itself."""
+    config = load_config([source], which=rules.MODEL)
+    if config.model.vocab_size is None:
+        raise CheckpointError(
+            f"--model {source}: model.vocab_size is not set, and {reader.folder} is taken by its "
+            "tensors alone; it must be a whole number of at least 1"
+        )
+    if saved is None:
+        refuse_other_arguments(reader.folder, arguments, config.model)
+        return config
+    refuse_other_model(reader.folder, config.model, saved.model)
+    if found := other_functions(config.model, dict(saved.model)):
+        raise CheckpointError(
+            f"{reader.folder} holds another model than --model {source}: {', '.join(found)}; "
+            "allowed: no --model, as its run_config.yaml says which it is"
+        )
+    return config
 
 
 def refuse_other_arguments(folder: Path, arguments: object, model: ModelConfig) -> None:

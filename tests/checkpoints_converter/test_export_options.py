@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from checkpoints_converter.export import ExportOptions, export
@@ -192,3 +193,34 @@ def test_fields_of_the_wrong_kind(
     with pytest.raises(UserError) as caught:
         import_model(bad, tmp_path / "out", ImportOptions())
     assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({}, None),
+        ({"vocab_size": None}, "model.vocab_size is not set"),
+        ({"num_attention_heads": None}, "model.num_attention_heads is not set"),
+        ({"mamba_num_groups": 3}, "model.mamba_num_groups=3 must divide"),
+        ({"hidden_size": 8}, "holds another model:\n  - model.hidden_size=8, in the checkpoint"),
+        ({"layernorm_epsilon": 0.5}, r"holds another model than --model .*epsilon=0.5 \(there "),
+        ({"moe_router_topk_scaling_factor": 3.0}, "holds another model than --model .*factor=3.0"),
+    ],
+)
+def test_the_model_that_is_named_is_the_checkpoints(
+    change: dict[str, Any], problem: str | None, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Beside a checkpoint that says itself which model it holds, --model is held against that;
+    what it leaves open is no assertion's.
+    """
+    values = yaml.safe_load((pair[1] / "run_config.yaml").read_text())
+    values["model"] |= change
+    values["model"]["kv_channels"] = values["model"]["kv_channels"] or 8
+    named = tmp_path / "named.yaml"
+    named.write_text(yaml.safe_dump(values))
+    if problem is None:
+        export(pair[1], tmp_path / "out", ExportOptions(model=str(named)))
+        return
+    with pytest.raises(UserError, match=problem):
+        export(pair[1], tmp_path / "out", ExportOptions(model=str(named)))
+    assert not (tmp_path / "out").exists()
