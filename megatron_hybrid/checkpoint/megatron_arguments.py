@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_hybrid.checkpoint.errors import CheckpointError
-from megatron_hybrid.checkpoint.saved_config import SHAPE_FIELDS
+from megatron_hybrid.checkpoint.saved_config import FUNCTION_FIELDS, SHAPE_FIELDS
 from megatron_hybrid.config import ModelConfig
 
 _SAME_NAME = (
@@ -165,6 +165,22 @@ def differences(arguments: Mapping[str, Any], model: ModelConfig) -> list[str]:
     if isinstance(pattern, str) and pattern.replace("|", "") != layers:
         found.append(f"model.hybrid_layer_pattern={layers!r}, in the checkpoint {pattern!r}")
     return found + _without_counterpart(arguments)
+
+
+def function_values(arguments: Mapping[str, Any], layers: str) -> dict[str, Any]:
+    """Fields of our model section that leave its tensors what they are, as the arguments say them.
+
+    Args:
+        layers: symbols of the model's layers; of other kinds nothing is said.
+    """
+    names = [name for name in FUNCTION_FIELDS if name in (*_SAME_NAME, *_MOE_SAME_NAME)]
+    found = {
+        name: arguments[name]
+        for name in names
+        if arguments.get(name) is not None and set(_layers_of(name)) & set(layers)
+    }
+    epsilons = [arguments[name] for name in _EPSILON if arguments.get(name) is not None]
+    return found | ({"layernorm_epsilon": epsilons[0]} if epsilons else {})
 
 
 def _layers_of(name: str) -> str:

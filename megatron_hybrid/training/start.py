@@ -5,9 +5,10 @@ out what cannot run before it starts any rank, and every rank comes to the same 
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_hybrid.checkpoint import files as checkpoint_files
 from megatron_hybrid.checkpoint.carried import Carried, carried_on
@@ -198,11 +199,16 @@ def _refuse_other_arguments(config: RunConfig, folder: Path) -> None:
     """Of Megatron-LM's own checkpoints, its arguments alone say which model they hold."""
     if (folder / CONFIG_FILE).exists():
         return
+    from megatron_hybrid.checkpoint.inert_pickle import Opaque
+    from megatron_hybrid.checkpoint.megatron_arguments import function_values
     from megatron_hybrid.checkpoint.reader import CheckpointReader  # and torch
     from megatron_hybrid.checkpoint.source_model import refuse_other_arguments
 
     with CheckpointReader(folder) as reader:
-        refuse_other_arguments(folder, reader.common.get("args"), config.model)
+        arguments = reader.common.get("args")
+    refuse_other_arguments(folder, arguments, config.model)
+    if isinstance(arguments, Opaque):
+        _note(config, folder, function_values(vars(arguments), config.model.hybrid_layer_pattern))
 
 
 def _note_other_functions(config: RunConfig, folder: Path) -> None:
@@ -210,13 +216,17 @@ def _note_other_functions(config: RunConfig, folder: Path) -> None:
     saved = saved_config(folder)
     if saved is None:
         return
-    kept = {
+    said = {
         name: value
         for name, value in saved.model
         # A dense model's say nothing of experts.
         if MOE in saved.model.hybrid_layer_pattern or not name.startswith("moe_")
     }
-    if found := other_functions(config.model, kept):
+    _note(config, folder, said)
+
+
+def _note(config: RunConfig, folder: Path, said: Mapping[str, Any]) -> None:
+    if found := other_functions(config.model, said):
         logger.warning(
             "note: %s was trained as another function of the same weights: %s",
             folder, ", ".join(found),

@@ -7,7 +7,8 @@ from typing import Any, cast
 import pytest
 
 from megatron_hybrid.checkpoint.errors import CheckpointError
-from megatron_hybrid.checkpoint.megatron_arguments import differences, run_values
+from megatron_hybrid.checkpoint.megatron_arguments import differences, function_values, run_values
+from megatron_hybrid.checkpoint.saved_config import FUNCTION_FIELDS, other_functions
 from megatron_hybrid.checkpoint.source_model import source_config
 from megatron_hybrid.config import load_config, rules
 
@@ -51,3 +52,26 @@ def test_a_model_that_is_named_is_none_of_ours(common: dict[str, Any]) -> None:
     for source in ("tiny", None):
         with pytest.raises(CheckpointError, match=r"here/run_config\.yaml is missing, which"):
             source_config(reader, source)
+
+
+def test_what_megatron_lm_says_of_the_function() -> None:
+    """Every field that our models have and tensors do not show; of layers that there are."""
+    said = {
+        "position_embedding_type": "rope", "rotary_base": 500000, "rotary_percent": 0.5,
+        "normalization": "RMSNorm", "norm_epsilon": 1e-6, "moe_router_topk": 6,
+        "moe_router_score_function": "sigmoid", "moe_router_pre_softmax": True,
+        "moe_router_topk_scaling_factor": 2.5,
+    }  # fmt: skip
+    expected = {"layernorm_epsilon" if k == "norm_epsilon" else k: v for k, v in said.items()}
+    found = function_values(said, "M*E")
+    assert found == expected
+    assert found.keys() == set(FUNCTION_FIELDS) - {"window_size"}  # which is refused
+    dense = function_values(said, "M-")
+    assert not any(name.startswith("moe_") for name in dense)
+    model = load_config(
+        ["tiny", "data.tokenizer_type=null", "model.vocab_size=4096"], which=rules.NO_FILES
+    ).model
+    assert [text.partition("=")[0] for text in other_functions(model, found)][:3] == [
+        "model.position_embedding_type", "model.rotary_base", "model.rotary_percent",
+    ]  # fmt: skip
+    assert other_functions(model, function_values({}, "M*-")) == []
