@@ -21,6 +21,7 @@ LONG_S = 60  # a stand-in for a process that works until it is ended
 OTHERS = {
     "gpu/check.py": "the seconds of steps on a GPU, which it prints, and their limits",
     "gpu/speed.py": "how fast a GPU generates, which it prints",
+    "gpu_on_cpu/kernels_interpreted.py": "how long its many cases take, which it prints",
     "launchers/test_local.py": "a made-up clock, which must not race through its looks",
     "mutations/__main__.py": "how long its many cases will take yet, which it prints",
     "slurm/test_surviving.py": "the moment up to which a run's times are added up",

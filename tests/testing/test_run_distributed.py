@@ -209,11 +209,10 @@ def start_and_wait(folder: str) -> None:
     time.sleep(600)
 
 
-def test_ranks_end_with_a_killed_parent(tmp_path: Path) -> None:
+def test_ranks_end_with_a_killed_parent(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Killing the test run, which then cannot clean up, leaves no rank behind either."""
-    pids, remains = tmp_path / "pids", tmp_path / "remains"
-    pids.mkdir()
-    remains.mkdir()
+    # Of short names: what remains is a socket, whose path has room for a hundred letters.
+    pids, remains = tmp_path_factory.mktemp("pids"), tmp_path_factory.mktemp("remains")
     code = f"from {__name__} import *; run_distributed(start_and_wait, 2, {str(pids)!r})"
     parent = subprocess.Popen(
         [sys.executable, "-c", code], cwd=Path(__file__).parents[2], stderr=subprocess.PIPE,
