@@ -34,6 +34,7 @@ from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import file_errors
 from megatron_hybrid.platform.imports import importing
 from megatron_hybrid.platform.threads import spin_before_sleeping
+from megatron_hybrid.training.lasting_output import lasting_output
 
 app = App(
     help="Train hybrid Mamba-Transformer language models on megatron-core.",
@@ -91,7 +92,8 @@ def pretrain(
         with importing():
             from megatron_hybrid.training.pretrain import pretrain as run
 
-        run(config)
+        with lasting_output():
+            run(config)
         return
     _check_device(config, nproc)
     _check_files(config, nproc)
