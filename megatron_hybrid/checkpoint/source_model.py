@@ -1,10 +1,12 @@
 """Which model a distributed checkpoint holds: from the run's own config, or from what is typed."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_hybrid.checkpoint.errors import CheckpointError
 from megatron_hybrid.checkpoint.inert_pickle import Opaque
-from megatron_hybrid.checkpoint.megatron_arguments import differences, run_values
+from megatron_hybrid.checkpoint.megatron_arguments import differences, function_values, run_values
 from megatron_hybrid.checkpoint.progress import is_ours
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.saved_config import (
@@ -56,14 +58,21 @@ def _described(
             f"--model {source}: model.vocab_size is not set, and {reader.folder} is taken by its "
             "tensors alone; it must be a whole number of at least 1"
         )
-    if saved is None:
+    said: Mapping[str, Any] = {}
+    if saved is not None:
+        refuse_other_model(reader.folder, config.model, saved.model)
+        said = dict(saved.model)
+    elif isinstance(arguments, Opaque):
         refuse_other_arguments(reader.folder, arguments, config.model)
-        return config
-    refuse_other_model(reader.folder, config.model, saved.model)
-    if found := other_functions(config.model, dict(saved.model)):
+        said = function_values(vars(arguments), config.model.hybrid_layer_pattern)
+        said = {"vocab_size": vars(arguments).get("vocab_size"), **said}
+    found = other_functions(config.model, said)
+    if (words := said.get("vocab_size")) not in (None, config.model.vocab_size):
+        found.append(f"model.vocab_size={config.model.vocab_size}, in the checkpoint {words}")
+    if found:
         raise CheckpointError(
             f"{reader.folder} holds another model than --model {source}: {', '.join(found)}; "
-            "allowed: no --model, as its run_config.yaml says which it is"
+            "allowed: no --model, as the checkpoint itself says which it is"
         )
     return config
 

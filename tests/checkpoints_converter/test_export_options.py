@@ -200,6 +200,10 @@ def test_fields_of_the_wrong_kind(
     [
         ({}, None),
         ({"vocab_size": None}, "model.vocab_size is not set"),
+        (
+            {"vocab_size": 60, "make_vocab_size_divisible_by": 61},
+            r"holds another model than --model .*vocab_size=60, in the checkpoint 61",
+        ),
         ({"num_attention_heads": None}, "model.num_attention_heads is not set"),
         ({"mamba_num_groups": 3}, "model.mamba_num_groups=3 must divide"),
         ({"hidden_size": 8}, "holds another model:\n  - model.hidden_size=8, in the checkpoint"),
