@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass, field
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -140,10 +141,12 @@ def print_report(report: Report, console: Console) -> None:
     for text in report.texts:
         both = text.ours if text.verdict == "same" else f"{text.ours}\n{text.theirs}"
         where = "" if text.differs_at is None else f" at token {text.differs_at}"
-        texts.add_row(text.prompt, str(text.prompt_tokens), both, f"{text.verdict}{where}")
+        texts.add_row(
+            escape(text.prompt), str(text.prompt_tokens), escape(both), f"{text.verdict}{where}"
+        )
     console.print(texts)
     for problem in report.problems:
-        console.print(f"[red]{problem}[/]", highlight=False)
+        console.print(f"[red]{escape(problem)}[/]", highlight=False)
     if report.passed:
         console.print("[green]the same[/]")
     else:

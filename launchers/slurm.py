@@ -59,8 +59,9 @@ def job_name(environment: Mapping[str, str]) -> str | None:
     The last task of an array has the array's own id for its SLURM_JOB_ID: to name that is to name
     every task. `slurm/job.sh` takes away the variables that a job inherits from another's task.
     """
-    if task := environment.get("SLURM_ARRAY_TASK_ID"):
-        return f"{environment['SLURM_ARRAY_JOB_ID']}_{task}"
+    task, array = environment.get("SLURM_ARRAY_TASK_ID"), environment.get("SLURM_ARRAY_JOB_ID")
+    if task and array:  # the task alone is what one sets to try an array's script by hand
+        return f"{array}_{task}"
     return environment.get("SLURM_JOB_ID")
 
 

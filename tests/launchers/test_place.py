@@ -87,6 +87,7 @@ def test_a_task_of_an_array_names_itself() -> None:
     assert [slurm.job_name(each) for each in (STEP, last, other)] == ["4711", "4711_2", "4711_1"]
     assert slurm.attempt(last) == "4711_2.1.3"
     assert slurm.start_name(last) == "4711_2.1"
+    assert slurm.job_name({"SLURM_ARRAY_TASK_ID": "2"}) is None  # an array's script, by hand
     assert slurm.job_name({}) is None and slurm.start_name({}) is None
 
 
