@@ -5,6 +5,7 @@ copied there, or restored, is none of them. Only those are ever removed or repla
 """
 
 import json
+import re
 import uuid
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from megatron_hybrid.small_files import naming, read_json
 
 LIST_FILE = "checkpoints.json"
 STAMP_FILE = "stamp"
+_MARK = re.compile(r"[0-9a-f]{32}\n")
 
 
 def stamp(partial: Path) -> str:
@@ -27,7 +29,7 @@ def saved_here(save: Path) -> dict[str, str]:
     """Marks of the checkpoints that are there and were saved by the run of this folder, by name.
 
     Raises:
-        CheckpointError: the list is damaged.
+        CheckpointError: the list is damaged, or a mark.
     """
     path = save / LIST_FILE
     if not path.exists():
@@ -78,7 +80,14 @@ def _write(save: Path, listed: dict[str, str]) -> None:
 
 
 def _mark(folder: Path) -> str | None:
+    path = folder / STAMP_FILE
     try:
-        return (folder / STAMP_FILE).read_text(encoding="utf-8", errors="replace").strip()
+        text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
+    if not _MARK.fullmatch(text):
+        raise CheckpointError(
+            f"{path} is damaged: it must hold 32 hexadecimal digits and a line end; without the "
+            "file the checkpoint counts as somebody else's, and is kept"
+        )
+    return text.strip()

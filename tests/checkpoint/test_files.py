@@ -90,6 +90,18 @@ def test_only_its_own_are_removed(tmp_path: Path) -> None:
     assert saved_here(tmp_path).keys() == {"iter_0000006"}
 
 
+@pytest.mark.parametrize("damage", ["", "0", "\0" * 33, "0" * 31 + "\n", "0" * 33 + "\n"])
+def test_a_damaged_stamp(damage: str, tmp_path: Path) -> None:
+    """Told with the file; without one the checkpoint is somebody else's, as it says."""
+    save(tmp_path, 1, "own")
+    stamp = tmp_path / "iter_0000001" / "stamp"
+    stamp.write_text(damage)
+    with pytest.raises(UserError, match="iter_0000001/stamp is damaged"):
+        saved_here(tmp_path)
+    stamp.unlink()
+    assert saved_here(tmp_path) == {}
+
+
 def test_what_cannot_be_removed_ends_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
