@@ -8,6 +8,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TextIO, cast
 
 
@@ -32,17 +33,19 @@ class _Lasting:
 
 @contextlib.contextmanager
 def lasting_output() -> Iterator[None]:
-    """In the block, what cannot be written to stdout and stderr is left out: metrics have it."""
+    """In the block, what cannot be written to stdout and stderr is left out: metrics have it.
+
+    Python has None for a stream that was closed before it started.
+    """
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (cast(TextIO, _Lasting(stream)) for stream in streams)
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = streams
-        for stream in streams:
-            try:
-                stream.flush()
-            except OSError:  # what is left would be tried again, and fail, as Python ends
-                null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, stream.fileno())
-                os.close(null)
+    with Path(os.devnull).open("w") as nowhere:
+        sys.stdout, sys.stderr = (cast(TextIO, _Lasting(each or nowhere)) for each in streams)
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = streams
+            for stream in filter(None, streams):
+                try:
+                    stream.flush()
+                except OSError:  # what is left would be tried again, and fail, as Python ends
+                    os.dup2(nowhere.fileno(), stream.fileno())

@@ -5,15 +5,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from megatron_hybrid.training.attempts import read_attempts
 from tests.training.runs import words
 
 
-def test_a_reader_that_is_gone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stderr", ["gone", "closed"])
+def test_a_reader_that_is_gone(stderr: str, tmp_path: Path) -> None:
     """Neither a step's line nor the flush as Python ends fails the run."""
     command = [sys.executable, "-m", "megatron_hybrid.cli", "pretrain", *words(tmp_path)]
     reader, writer = os.pipe()
-    process = subprocess.Popen(command, stdout=writer, stderr=writer)
+    closed = "exec 2>&-; " if stderr == "closed" else "exec 2>&1; "
+    process = subprocess.Popen(
+        ["bash", "-c", f'{closed}exec "$@"', "bash", *command], stdout=writer
+    )
     os.close(writer)
     os.close(reader)
     assert process.wait(timeout=240) == 0
