@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hybrid.config import ModelConfig, RunConfig, load_config
+from megatron_hybrid.config.describe import shown
 from megatron_hybrid.config.pattern import ATTENTION
 from megatron_hybrid.config.phases import sequence_lengths
 from megatron_hybrid.config.rules import Rule
+from megatron_hybrid.config.rules.common import LENGTHS, values
 from megatron_hybrid.config.tracker import CONFIG_FILE
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.small_files import naming
@@ -33,6 +35,11 @@ FUNCTION_FIELDS = (
     "normalization", "layernorm_epsilon",
     "moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax",
     "moe_router_topk_scaling_factor",
+)  # fmt: skip
+
+# How many samples a run draws, and of those held out.
+_DRAWN = (
+    *LENGTHS, "training.global_batch_size", "training.eval_interval", "training.eval_iters",
 )  # fmt: skip
 
 
@@ -118,11 +125,53 @@ def refuse_other_data(folder: Path, config: RunConfig, saved: RunConfig, *, has_
     if not has_plan:
         lengths = [sorted(set(sequence_lengths(each))) for each in (config, saved)]
         fields["data.seq_length"] = (lengths[0], lengths[1])
+    if not has_plan and not config.data.mock_data:
+        fields["data.data_path"] = (_blend(config), _blend(saved))
+        if _shares(config) != _shares(saved):
+            fields["data.split"] = (config.data.split, saved.data.split)
+        fields["training.seed"] = (config.training.seed, saved.training.seed)
     differences = [
         f"  - {name}={ours}, in the checkpoint {theirs}"
         for name, (ours, theirs) in fields.items()
         if ours != theirs
     ]
     if differences:
-        head = f"{folder} has counted other samples (checkpoint.finetune=true starts anew):"
-        raise UserError("\n".join([head, *differences]))
+        raise _counted_others(folder, differences)
+
+
+def refuse_other_passes(
+    folder: Path, config: RunConfig, saved: RunConfig, passes: list[str]
+) -> None:
+    """The same where the length of a run alone makes megatron-core's order another one.
+
+    Args:
+        passes: as `data.datasets.other_passes`.
+
+    Raises:
+        UserError: with the fields that decide how many samples are drawn.
+    """
+    if passes:
+        theirs = values(saved, _DRAWN)
+        differences = [
+            f"  - {name}={shown(ours)}, in the checkpoint {shown(theirs[name])}"
+            for name, ours in values(config, _DRAWN).items()
+            if ours != theirs[name]
+        ]
+        raise _counted_others(folder, [*differences, *(f"  - {text}" for text in passes)])
+
+
+def _counted_others(folder: Path, differences: list[str]) -> UserError:
+    head = f"{folder} has counted other samples (checkpoint.finetune=true starts anew):"
+    return UserError("\n".join([head, *differences]))
+
+
+def _shares(config: RunConfig) -> list[float]:
+    """Those of the split, which need not sum to 1."""
+    shares = [float(share) for share in config.data.split.split(",")]
+    return [round(share / sum(shares), 9) for share in shares]
+
+
+def _blend(config: RunConfig) -> list[list[object]]:
+    """Weights, which need not sum to 1, and prefixes, in an order that decides among equals."""
+    total = sum(weight for weight, _ in config.data.data_path)
+    return [[round(weight / total, 9), prefix] for weight, prefix in config.data.data_path]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from megatron_hybrid.config.phases import batch_sizes, run_tokens
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.batches import Span, Steps, whole_batches
+from megatron_hybrid.data.megatron_blend import MegatronBlend
 from megatron_hybrid.data.mock import MockWindows
 from megatron_hybrid.data.plan import Plan, SourceUse
 from megatron_hybrid.data.planned_windows import PlannedWindows
@@ -71,13 +72,7 @@ def plan_data(config: RunConfig, tokenizer: Tokenizer, saved: SavedPlan | None) 
     if config.data.mock_data or config.data.sample_order == "megatron":
         if config.data.data_path:  # its files are held against their facts, as those of a plan
             open_run_sources(config, tokenizer.fingerprint, tokenizer.eod)
-        seq_length = config.data.seq_length
-        samples = whole_batches(sizes, 0, run_tokens(config), seq_length, reach=True)
-        eval_samples = training.eval_iters * training.global_batch_size
-        return RunData(
-            Steps([Span(0, samples, seq_length)], sizes),
-            _evaluations(config, (Span(0, eval_samples, seq_length),)),
-        )
+        return _without_plan(config)
     sources = open_run_sources(config, tokenizer.fingerprint, tokenizer.eod)
     if saved is None:
         plan = training_plan(config, sources)
@@ -89,6 +84,46 @@ def plan_data(config: RunConfig, tokenizer: Tokenizer, saved: SavedPlan | None) 
         return RunData(steps, None, plan, None, sources)
     valid_plan = validation_plan(config, sources, plan)
     return RunData(steps, _evaluations(config, valid_plan.spans), plan, valid_plan, sources)
+
+
+def _without_plan(config: RunConfig) -> RunData:
+    """The steps of a run whose samples no plan of ours names."""
+    training, seq_length, sizes = config.training, config.data.seq_length, batch_sizes(config)
+    samples = whole_batches(sizes, 0, run_tokens(config), seq_length, reach=True)
+    eval_samples = training.eval_iters * training.global_batch_size
+    return RunData(
+        Steps([Span(0, samples, seq_length)], sizes),
+        _evaluations(config, (Span(0, eval_samples, seq_length),)),
+    )
+
+
+def other_passes(config: RunConfig, saved: RunConfig) -> list[str]:
+    """Where megatron-core's order is another one for the length of a run alone.
+
+    Args:
+        config, saved: of one blend, seed and sequence length.
+
+    Returns:
+        A sentence for each source whose samples the engine shuffles otherwise.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
+    now, then = (
+        MegatronBlend.open(each, _sizes(_without_plan(each))).passes(each.data.seq_length)
+        for each in (config, saved)
+    )
+    return [
+        f"megatron-core's order shuffles {prefix} over {_passes(*ours)}, in the checkpoint over "
+        f"{_passes(*theirs)}, by the number of samples that the run takes"
+        for (_, prefix), ours, theirs in zip(config.data.data_path, now, then, strict=True)
+        if ours != theirs
+    ]
+
+
+def _passes(count: int, apart: bool) -> str:
+    shown = "1 pass" if count == 1 else f"{count} passes"
+    return f"{shown}, the last one apart" if apart else shown
 
 
 def _evaluations(config: RunConfig, spans: tuple[Span, ...]) -> Steps | None:
@@ -115,13 +150,18 @@ def open_windows(
         )
         assert train is not None
         return train, valid
-    sizes = (data.steps.samples, data.valid_steps.samples if data.valid_steps else 0)
+    sizes = _sizes(data)
     if not config.data.mock_data:
         from megatron_hybrid.data.megatron_order import build_windows  # torch and the engine
 
         return build_windows(config, tokenizer, sizes)
     made_up = [_mock(config, tokenizer, number, size) for number, size in enumerate(sizes)]
     return made_up[0], made_up[1] if sizes[1] else None
+
+
+def _sizes(data: RunData) -> tuple[int, int]:
+    """Samples to train and to validate on."""
+    return data.steps.samples, data.valid_steps.samples if data.valid_steps else 0
 
 
 def _mock(config: RunConfig, tokenizer: Tokenizer, number: int, size: int) -> MockWindows:

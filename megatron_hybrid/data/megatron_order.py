@@ -5,11 +5,7 @@ The train split holds exactly the samples of the run. The test share of `data.sp
 training and validation. Rank 0 builds the engine's index files, the others wait and then read them.
 """
 
-import hashlib
-import json
 import logging
-import math
-import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -27,14 +23,13 @@ from megatron_hybrid.claim import CLAIM_FILE, ClaimedError, claimed
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.index import Index
-from megatron_hybrid.data.indexed import IndexedFile, open_indexed
+from megatron_hybrid.data.megatron_blend import MegatronBlend
 from megatron_hybrid.data.tokenizer import Tokenizer
 from megatron_hybrid.data.windows import Windows
 from megatron_hybrid.fileio import write_atomic
 
 logger = logging.getLogger(__name__)
 
-_SPLITS = ("train", "valid")
 _COMPLETE_MARK = "complete"
 _LOOK_S = 1.0  # between looks for the indices that another run builds
 
@@ -52,7 +47,8 @@ def build_windows(
     Raises:
         DataError: a file is missing or damaged, or a source has nothing for a split.
     """
-    blend = _Blend.open(config, sizes)
+    blend = MegatronBlend.open(config, sizes)
+    blend.check_documents(config)
     train, valid = (
         _EngineWindows(dataset, size, tokenizer) if dataset is not None else None
         for dataset, size in zip(_build_with_engine(config, tokenizer, blend), sizes, strict=True)
@@ -61,107 +57,7 @@ def build_windows(
     return train, valid
 
 
-@dataclass(frozen=True)
-class _Blend:
-    """Sources, their weights (summing to 1) and what each split draws.
-
-    Attributes:
-        bounds: for each split, where its share of a source's documents begins and ends, in [0, 1].
-        sizes: for each split, samples to draw; 0: the split is not built.
-    """
-
-    sources: list[IndexedFile]
-    weights: list[float]
-    bounds: list[tuple[float, float]]
-    sizes: tuple[int, int]
-
-    @classmethod
-    def open(cls, config: RunConfig, sizes: tuple[int, int]) -> "_Blend":
-        if not config.data.data_path:
-            raise DataError("data.data_path is empty; name token files or set data.mock_data=true")
-        total = sum(weight for weight, _ in config.data.data_path)
-        weights = [weight / total for weight, _ in config.data.data_path]
-        sources = [open_indexed(Path(prefix)) for _, prefix in config.data.data_path]
-        shares = _parse_split(config.data.split)
-        ends = np.cumsum(shares).tolist()
-        bounds = list(zip([0.0, *ends[:-1]], ends, strict=True))
-        blend = cls(sources, weights, bounds[: len(_SPLITS)], sizes)
-        blend._check_documents(config)
-        return blend
-
-    def _check_documents(self, config: RunConfig) -> None:
-        """Refuse a split without text of some source, which the engine would wait for for ever."""
-        problems = []
-        for split, bounds, size in zip(_SPLITS, self.bounds, self.sizes, strict=True):
-            for source, weight in zip(self.sources, self.weights, strict=True):
-                documents = _documents_between(source.document_lengths, bounds)
-                tokens = int(documents.sum(dtype=np.int64))
-                if size and not tokens:
-                    problems.append(
-                        f"data.split={config.data.split} leaves nothing for {split} of the "
-                        f"{len(source.document_lengths)} documents of {source.prefix}"
-                    )
-                elif size:
-                    epochs = size * weight * config.data.seq_length / tokens
-                    logger.log(
-                        logging.WARNING if split == "valid" and epochs > 1 else logging.INFO,
-                        "%s: %d samples of %s, %.2f epochs of its %d tokens",
-                        *(split, round(size * weight), source.prefix, epochs, tokens),
-                    )
-        if problems:
-            raise DataError("\n".join(problems))
-
-    def surplus(self) -> float:
-        """How much more than its share the engine must index of each source.
-
-        It rounds each source's share up, so that the blend is up to one sample a source too long,
-        and its greedy choice runs ahead of a weight by less than two samples.
-        """
-        extra = [
-            (weight * len(self.sources) + 2) / math.ceil(size * weight)
-            for size in self.sizes
-            if size
-            for weight in self.weights
-        ]
-        return max(0.005, *extra)
-
-    def key(self, config: RunConfig) -> str:
-        """Names everything that decides the index files, the contents of the sources included."""
-        facts = {
-            "sources": [[str(source.prefix), source.index_sha256] for source in self.sources],
-            "weights": self.weights,
-            "bounds": self.bounds,
-            "sizes": self.sizes,
-            "seq_length": config.data.seq_length,
-            "seed": config.training.seed,
-        }
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-
-
-def _parse_split(split: str) -> list[float]:
-    """Shares of train, validation and test, summing to 1."""
-    parts = [part.strip() for part in split.split(",")]
-    number = re.compile(r"\d+(\.\d*)?|\.\d+")
-    if len(parts) > 3 or not all(number.fullmatch(part) for part in parts):
-        raise DataError(
-            f"data.split={split} must be up to three numbers >= 0 for train, validation and test, "
-            "such as 969,30,1"
-        )
-    shares = [float(part) for part in parts] + [0.0] * (3 - len(parts))
-    if not shares[0]:
-        raise DataError(f"data.split={split} leaves nothing to train on")
-    return [share / sum(shares) for share in shares]
-
-
-def _documents_between(
-    document_lengths: NDArray[np.int32], bounds: tuple[float, float]
-) -> NDArray[np.int32]:
-    """The documents that the engine, rounding so, gives to a split."""
-    begin, end = (round(bound * len(document_lengths)) for bound in bounds)
-    return document_lengths[begin:end]
-
-
-def _build_with_engine(config: RunConfig, tokenizer: Tokenizer, blend: _Blend) -> list[Any]:
+def _build_with_engine(config: RunConfig, tokenizer: Tokenizer, blend: MegatronBlend) -> list[Any]:
     """megatron-core's dataset of each split, or None where empty."""
     platform.initialize()
     try:
@@ -213,7 +109,7 @@ def _build_with_engine(config: RunConfig, tokenizer: Tokenizer, blend: _Blend) -
     return [train, valid]
 
 
-def _cache_folder(config: RunConfig, blend: _Blend) -> Path:
+def _cache_folder(config: RunConfig, blend: MegatronBlend) -> Path:
     """The folder of this blend's index files.
 
     The engine names index files after the paths of the sources, and takes what it finds; a folder

@@ -17,6 +17,7 @@ from megatron_hybrid.checkpoint.saved_config import (
     other_functions,
     refuse_other_data,
     refuse_other_model,
+    refuse_other_passes,
     saved_config,
 )
 from megatron_hybrid.checkpoint.saved_here import saved_here
@@ -26,7 +27,7 @@ from megatron_hybrid.config.pattern import MOE
 from megatron_hybrid.config.rules.common import LENGTHS, values
 from megatron_hybrid.config.tracker import CONFIG_FILE
 from megatron_hybrid.data.batches import Steps
-from megatron_hybrid.data.datasets import RunData, plan_data
+from megatron_hybrid.data.datasets import RunData, other_passes, plan_data
 from megatron_hybrid.data.saved_plan import SavedPlan, read_saved_plan
 from megatron_hybrid.data.tokenizer import (
     Tokenizer,
@@ -254,6 +255,8 @@ def _resumed_plan(
         if not upcycle:
             refuse_other_model(folder, config.model, saved.model)
         refuse_other_data(folder, config, saved, has_plan=saved_plan is not None)
+        if config.data.sample_order == "megatron" and not config.data.mock_data:
+            refuse_other_passes(folder, config, saved, other_passes(config, saved))
         its = load_tokenizer(folder)
         # A fingerprint is of the file with the vocabulary, which need not name the end token.
         if (its.fingerprint, its.eod) != (tokenizer.fingerprint, tokenizer.eod):

@@ -1,7 +1,9 @@
 """megatron-core's order: weights, splits, files that changed or were cut, and several ranks."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from numpy.typing import NDArray
 from megatron_hybrid.claim import CLAIM_FILE, claimed
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data import megatron_order
-from megatron_hybrid.data.datasets import open_windows, plan_data
+from megatron_hybrid.data.datasets import open_windows, other_passes, plan_data
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.tokenizer import build_tokenizer
 from megatron_hybrid.data.windows import Windows
@@ -126,6 +128,27 @@ def test_a_living_run_builds_them_for_others(
         train, _ = datasets(config)
     assert looks == [b"half"] * 3
     assert train is not None and len(_all(train)) == len(train)
+
+
+@pytest.mark.parametrize("others", [[], [[1, "b"]]], ids=["one source", "a blend"])
+def test_a_longer_run_that_begins_otherwise_is_told(
+    others: list[list[Any]], tmp_path: Path, make_config: MakeConfig
+) -> None:
+    """Of runs that differ in length alone, those that are called alike begin with the same samples,
+    and the others do not: the engine is asked."""
+    blend = [[1, corpus(tmp_path / "a", 0)]]
+    blend += [[weight, corpus(tmp_path / name, 500)] for weight, name in others]
+    runs = []
+    for steps in (10, 12, 15, 20, 25, 30, 40):
+        run = make_config({"data_path": blend, "split": "1,0,0"}, train_iters=steps)
+        train, _ = datasets(run)
+        runs.append((run, _all(train)[:80]))
+    alike = []
+    for (one, first), (other, second) in pairwise(runs):
+        told = other_passes(other, one)
+        assert (not told) == all((a == b).all() for a, b in zip(first, second, strict=True)), told
+        alike.append(not told)
+    assert 2 <= sum(alike) < len(alike)
 
 
 @pytest.mark.parametrize(

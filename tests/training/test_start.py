@@ -17,7 +17,7 @@ from megatron_hybrid.data.tokenizer import NullTokenizer
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.training import start
 from megatron_hybrid.training.batch_sizes import check_batch_sizes
-from tests.training.phased import corpora, phased_words
+from tests.training.phased import corpora, corpus, phased_words
 from tests.training.runs import words
 
 
@@ -145,6 +145,56 @@ def test_the_same_tensors_as_another_function(
     assert said.startswith(f"note: {folder} was trained as another function of the same weights: ")
     assert f"model.{name}={getattr(changed.model, name)!r} " in said
     assert f"(there {getattr(saved.model, name)!r})" in said
+
+
+# In megatron-core's order, of the fields that say which tokens come: a change that other samples
+# come of, and what is told; and those by which the same ones come, or that this order refuses.
+OTHER_SAMPLES = {
+    "data.data_path=[[1,{other}]]": "data.data_path=[[1.0, '{other}']], in the checkpoint [[",
+    "data.data_path=[[1,{same}],[1,{other}]]": "data.data_path=[[0.5, ",
+    "data.split=70,20,10": "data.split=70,20,10, in the checkpoint 80,20,0",
+    "data.seq_length=64": "data.seq_length=[64], in the checkpoint [32]",
+    "training.seed=7": "training.seed=7, in the checkpoint 1234",
+    "data.sample_order=plan": "data.sample_order=plan, in the checkpoint megatron",
+    "data.mock_data=true": "data.mock_data=true, in the checkpoint false",
+    "training.train_iters=150": "training.train_iters=150, in the checkpoint 20\n"
+    "  - megatron-core's order shuffles {same} over 4 passes, in the checkpoint over 1 pass, by",
+    "training.global_batch_size=64": "training.global_batch_size=64, in the checkpoint 4\n  - meg",
+}
+SAME_SAMPLES = {
+    "data.data_path=[[3,{same}]]", "data.split=8,2,0", "training.train_iters=24",
+    "training.global_batch_size=2", "training.eval_iters=3", "data.num_workers=1",
+    "data.data_cache_path=cache", "training.train_samples=90", "data.packed_documents=true",
+}  # fmt: skip
+# Sources, phases and caps have no place in this order; the tokenizer is compared by itself.
+ELSEWHERE = {
+    "data.sources", "data.phases", "data.max_epochs", "data.block_tokens", "data.tokenizer_type",
+    "data.tokenizer_model", "training.batch_size_schedule", "training.train_tokens",
+}  # fmt: skip
+
+
+def test_other_samples_in_megatron_s_order_are_refused(tmp_path: Path) -> None:
+    """As those of a plan are: every field that says which tokens come, with both values."""
+    paths = {name: corpus(tmp_path / name, number) for number, name in enumerate(["same", "other"])}
+    line = words(
+        tmp_path / "run", "data.mock_data=false", "data.sample_order=megatron",
+        f"data.data_path=[[1,{paths['same']}]]", "data.split=80,20,0", "training.train_iters=20",
+    )  # fmt: skip
+    (tmp_path / "run_config.yaml").write_text(load_config(line).to_yaml())
+    NullTokenizer(64).save_copy(tmp_path)
+
+    def resumed(change: str) -> None:
+        config = load_config([*line, change.format(**paths)], which=())
+        start._resumed_plan(config, NullTokenizer(64), tmp_path, upcycle=False)
+
+    for change in SAME_SAMPLES:
+        resumed(change)
+    for change, told in OTHER_SAMPLES.items():
+        with pytest.raises(UserError, match="has counted other samples") as refused:
+            resumed(change)
+        assert told.format(**paths) in str(refused.value)
+    named = {change.partition("=")[0] for change in {*OTHER_SAMPLES, *SAME_SAMPLES}} | ELSEWHERE
+    assert {name for name, effect in EFFECTS.items() if effect == "input"} <= named
 
 
 def test_a_field_that_nothing_reads_is_no_other_function(
