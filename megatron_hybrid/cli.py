@@ -12,7 +12,7 @@ from rich.console import Console
 
 from launchers import torchrun
 from launchers.environment import whole_number
-from launchers.errors import record_error, redirect_output
+from launchers.errors import ERROR_FILE, POSITION, record_error, redirect_output
 from launchers.local import launch
 from launchers.place import ATTEMPT, LOGS, Place, join, log_folder
 from megatron_hybrid import cli_text
@@ -31,7 +31,7 @@ from megatron_hybrid.commands.verdict import verdict
 from megatron_hybrid.config import TRACKER_FILE, RunConfig, load_config, rules, validate
 from megatron_hybrid.config.effects import differences
 from megatron_hybrid.errors import UserError
-from megatron_hybrid.fileio import file_errors
+from megatron_hybrid.fileio import file_errors, refusal
 from megatron_hybrid.platform.imports import importing
 from megatron_hybrid.platform.threads import spin_before_sleeping
 from megatron_hybrid.training.lasting_output import lasting_output
@@ -194,7 +194,10 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Run a command. Errors that a user can mend are printed as text; exit codes are 0, 1, 2."""
+    """Run a command. Errors that a user can mend are printed as text; exit codes are 0, 1, 2.
+
+    So is what the file system refuses: a folder that one may not search, a loop of links.
+    """
     global _place
     try:
         _place = join(os.environ)
@@ -204,7 +207,11 @@ def main() -> None:
         _end_with(f"{error.label}: {error}")
     except MemoryError as error:  # numpy's and Python's own
         _end_with(f"error: not enough memory: {error or 'Python asked for more'}")
-    except Exception:
+    except Exception as error:
+        refused = refusal(error)
+        # Of what stops a rank, or a run in its midst, the place in the code says more.
+        if refused and ERROR_FILE not in os.environ and POSITION.iteration is None:
+            _end_with(f"error: {refused}")
         if not record_error(traceback.format_exc()):
             raise
         sys.exit(1)

@@ -41,6 +41,31 @@ def file_errors(target: Path) -> Iterator[None]:
         raise UserError(f"{target} could not be written: {where}{reason}") from error
 
 
+def refusal(error: BaseException) -> str | None:
+    """What the file system refused, with the file's name, in a line; None: it is something else."""
+    if not isinstance(error, OSError) or error.filename is None or error.errno == errno.EPIPE:
+        return None
+    names = [error.filename, *([error.filename2] if error.filename2 is not None else [])]
+    where = " to ".join(os.fsdecode(each) if isinstance(each, bytes) else str(each)
+                        for each in names)  # fmt: skip
+    return f"{where}: {error.strerror or type(error).__name__}"
+
+
+@contextmanager
+def refusals_told() -> Iterator[None]:
+    """What the file system refuses is the user's to mend, in whichever file.
+
+    Raises:
+        UserError: as `refusal`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if text := refusal(error):
+            raise UserError(text) from error
+        raise
+
+
 def why_not_writable(folder: Path) -> str | None:
     """Why a folder cannot be made, or files in it: its nearest existing parent decides."""
     there = folder.absolute()

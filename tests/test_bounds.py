@@ -5,6 +5,7 @@ import ast
 import copy
 import inspect
 import json
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 import megatron_hybrid
+from launchers.errors import ERROR_FILE, read_error
 from megatron_hybrid import cli
 from megatron_hybrid.commands.app import App
 from megatron_hybrid.config import RunConfig, build_config, load_config, rules
@@ -24,7 +26,7 @@ from megatron_hybrid.config.base import Far
 from megatron_hybrid.config.describe import field_at, plain_type
 from megatron_hybrid.config.yaml_text import parse_yaml
 from megatron_hybrid.errors import ConfigError
-from megatron_hybrid.fileio import why_not_writable
+from megatron_hybrid.fileio import refusal, refusals_told, why_not_writable
 from megatron_hybrid.json_text import MOST_DEPTH, parse_json
 from tests.config import GOOD
 
@@ -257,6 +259,67 @@ def test_folders_that_cannot_be_made() -> None:
     assert "nothing can be made in /proc" in (why_not_writable(Path("/proc/x/y")) or "")
     with pytest.raises(ConfigError, match=r"run_dir=/proc/x: nothing can be made in /proc"):
         load_config([*GOOD, "run_dir=/proc/x"])
+
+
+# Every way to name a file that costs no more than the command line itself; {} is a folder in which
+# the system refuses to look, as it does below one that may not be searched.
+NOT_TO_BE_SEEN = (
+    "pretrain {}/run.yaml", "pretrain {}/run", "pretrain --load {}/run", "counts {}/run",
+    "pretrain tiny --mock-data --dry-run checkpoint.load={}/run",
+    "pretrain tiny --mock-data --dry-run run_dir={}/run",
+    "pretrain tiny --dry-run data.tokenizer_model={}/tokenizer.model data.data_path={}/web",
+    "data plan tiny --tokenizer-type null model.vocab_size=64 data.data_path={}/web",
+    "submit tiny --nodes 1 --template {}/pretrain.sbatch", "status {}", "status {}/run",
+    "data tokenize --input {}/web.jsonl --output web --tokenizer-type null --vocab-size 9",
+    "data tokenize --input x --output {}/web --tokenizer-type null --vocab-size 9",
+    "data tokenize --input x --output web --tokenizer-type huggingface --tokenizer-model {}/it",
+    "data tokenize --input x --output web --tokenizer-type sentencepiece --tokenizer-model {}/it",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("words", NOT_TO_BE_SEEN)
+def test_where_the_system_refuses_to_look(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One message with the path and the system's reason; nobody, not even root, may look there."""
+    place = tmp_path / "place"
+    place.symlink_to("x" * 300)
+    (tmp_path / "x").write_text('{"text": "1"}\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging.getLogger("megatron_hybrid"), "handlers", [])
+    monkeypatch.setattr("sys.argv", ["megatron-hybrid", *words.format(*[place] * 2).split()])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert said.startswith("error: ")
+    assert said.count("File name too long") == words.count("{}")
+    assert str(place) in said
+
+
+def test_a_rank_keeps_the_traceback_of_a_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes where the launcher finds it, whole."""
+    (tmp_path / "place").symlink_to("x" * 300)
+    monkeypatch.setattr(logging.getLogger("megatron_hybrid"), "handlers", [])
+    monkeypatch.setattr("sys.argv", ["megatron-hybrid", "status", str(tmp_path / "place")])
+    monkeypatch.setenv(ERROR_FILE, str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit):
+        cli.main()
+    error = read_error(tmp_path / "error.json")
+    assert error and error.text.startswith("Traceback ")
+    assert error.summary.startswith("OSError: [Errno 36] File name too long")
+
+
+def test_what_is_no_refusal_keeps_its_traceback() -> None:
+    """Of a closed pipe, of what has no file, of our own faults, the place in the code says more."""
+    for error in (BrokenPipeError(32, "Broken pipe", "x"), OSError("no file"), ValueError("x")):
+        assert refusal(error) is None
+        with pytest.raises(type(error)), refusals_told():
+            raise error
+    both = OSError(13, "Permission denied", "a", None, b"b")
+    assert refusal(both) == "a to b: Permission denied"
 
 
 def commands() -> dict[str, Any]:

@@ -28,6 +28,7 @@ from checkpoints_converter.inspection import (
 )
 from megatron_hybrid.config.pattern import KINDS
 from megatron_hybrid.errors import UserError
+from megatron_hybrid.fileio import refusals_told
 from megatron_hybrid.json_text import parse_json
 
 FILE_WIDTH = 160  # of tables that go to a file or a pipe
@@ -175,16 +176,17 @@ def main() -> int:
         parser.error("give one checkpoint, or two to compare")
     console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
     try:
-        opened = [open_any(path) for path in arguments.checkpoint]
-        if len(opened) == 2:
-            return int(print_differences(opened[0], opened[1], arguments, console))
-        contents = opened[0].contents
-        if arguments.json:
-            print(json.dumps(as_json(contents), indent=1, default=str))
-            return 0
-        print_contents(contents, console)
-        if arguments.tensors or arguments.optimizer:
-            print_tensors(contents, arguments.optimizer, console)
+        with refusals_told():
+            opened = [open_any(path) for path in arguments.checkpoint]
+            if len(opened) == 2:
+                return int(print_differences(opened[0], opened[1], arguments, console))
+            contents = opened[0].contents
+            if arguments.json:
+                print(json.dumps(as_json(contents), indent=1, default=str))
+                return 0
+            print_contents(contents, console)
+            if arguments.tensors or arguments.optimizer:
+                print_tensors(contents, arguments.optimizer, console)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from megatron_hybrid.errors import UserError
+from megatron_hybrid.fileio import refusals_told
 from megatron_hybrid.training.plot import plot_runs
 from megatron_hybrid.training.plot_experts import draw_expert_load
 from megatron_hybrid.training.plot_float8 import draw_float8
@@ -54,18 +55,24 @@ def main() -> int:
     if arguments.output is None and len(arguments.run_dir) > 1:
         parser.error("several runs in one picture: say where it goes with -o PNG")
     try:
-        if asked:
-            draw, name = OF_ONE_RUN[asked[0]]
-            output = arguments.output or arguments.run_dir[0] / name
-            draw(arguments.run_dir[0], output)
-        else:
-            output = arguments.output or arguments.run_dir[0] / "plot.png"
-            plot_runs(arguments.run_dir, output)
+        with refusals_told():
+            output = _draw(arguments, asked)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(output)
     return 0
+
+
+def _draw(arguments: argparse.Namespace, asked: list[str]) -> Path:
+    if asked:
+        draw, name = OF_ONE_RUN[asked[0]]
+        output: Path = arguments.output or arguments.run_dir[0] / name
+        draw(arguments.run_dir[0], output)
+    else:
+        output = arguments.output or arguments.run_dir[0] / "plot.png"
+        plot_runs(arguments.run_dir, output)
+    return output
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from megatron_hybrid.data.tokenizer import ENCODERS
 from megatron_hybrid.data.tokenizing import TokenizeSettings
 from megatron_hybrid.data.tokenizing.console import tokenize_on_console
 from megatron_hybrid.errors import UserError
+from megatron_hybrid.fileio import refusals_told
 
 TOKENIZER_TYPES: dict[str, TokenizerType] = {
     "sentencepiece": "sentencepiece",
@@ -47,7 +48,8 @@ NEEDLESS = {
 def main() -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:
-        tokenize_on_console(parse(sys.argv[1:]))
+        with refusals_told():
+            tokenize_on_console(parse(sys.argv[1:]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,6 +1,7 @@
 """Where a config comes from: a preset, then a YAML file, then what was typed."""
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -144,7 +145,7 @@ def _from_checkpoint(load: str, typed: Values, layers: _Layers) -> None:
         layers.whole = False
         return
     stored = latest_folder(Path(load)) / CONFIG_FILE
-    if stored.is_file():
+    if _may_be_there(stored):
         try:
             load_config([str(stored)], which=())
         except ConfigError as error:
@@ -165,10 +166,19 @@ def _from_checkpoint(load: str, typed: Values, layers: _Layers) -> None:
         )
 
 
+def _may_be_there(path: Path) -> bool:
+    """Whether a file is to be opened: also where the system does not let it be looked for, which is
+    then said of it."""
+    try:
+        return path.exists()
+    except OSError:
+        return True
+
+
 def _find_tokenizer(values: Values, checkpoint: Path) -> None:
     """Where the run's tokenizer is not, on another machine, take the copy in the checkpoint."""
     model = get_path(values, "data.tokenizer_model")
-    if not isinstance(model, str) or Path(model).exists():
+    if not isinstance(model, str) or os.path.exists(model):  # noqa: PTH110 (nowhere it may look)
         return
     for copy_ in (checkpoint / "tokenizer.model", checkpoint / "tokenizer.json"):
         if copy_.is_file():
@@ -181,7 +191,7 @@ def _layers_below(line: CommandLine, typed: Values) -> _Layers:
     preset, load = typed.get("preset"), get_path(typed, "checkpoint.load")
     if line.source is not None and line.source not in presets():
         path = Path(line.source)
-        if path.exists() or path.suffix in (".yaml", ".yml"):
+        if _may_be_there(path) or path.suffix in (".yaml", ".yml"):
             layers.values = _read_yaml(path, layers)
             preset = preset or layers.values.get("preset")
         else:

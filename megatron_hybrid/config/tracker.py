@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from megatron_hybrid.fileio import refusal
+
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 CONFIG_FILE = "run_config.yaml"
 FIRST_FOLDER = "iter_0000000"  # no run has trained yet: it was imported, or made from an import
@@ -25,6 +27,13 @@ def latest_folder(checkpoints: Path) -> Path:
 def load_problems(checkpoints: Path, field: str = "checkpoint.load") -> list[str]:
     """Why no checkpoint can be loaded from a folder that a field names; nothing where one can."""
     name = f"{field}={checkpoints}"
+    try:
+        return _load_problems(checkpoints, name)
+    except OSError as error:
+        return [f"{name} cannot be looked at: {refusal(error) or error}"]
+
+
+def _load_problems(checkpoints: Path, name: str) -> list[str]:
     if not checkpoints.is_dir():
         return [f"{name}: no such folder"]
     if not (checkpoints / TRACKER_FILE).is_file():

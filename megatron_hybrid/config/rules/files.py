@@ -7,7 +7,7 @@ from megatron_hybrid.config.rules.common import Facts, Problems, Rule, each
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.token_files import prefixes, restore
 from megatron_hybrid.config.tracker import load_problems
-from megatron_hybrid.fileio import why_not_writable
+from megatron_hybrid.fileio import refusal, why_not_writable
 
 
 def data_given(c: RunConfig, _: Facts) -> Problems:
@@ -44,15 +44,26 @@ def data_files(c: RunConfig, _: Facts) -> Problems:
 
     def check(place: str, source: SourceConfig) -> Problems:
         for path in source.path:
-            found = prefixes(path)
-            if not found:
-                yield f"{place}.path: {path!r} matches no token files (prefix.bin, prefix.idx)"
-            for prefix in found:
-                yield from _incomplete(f"{place}.path", prefix)
+            yield from _looked_at(f"{place}.path: {path!r}", of_path(f"{place}.path", path))
+
+    def of_path(name: str, path: str) -> Problems:
+        found = prefixes(path)
+        if not found:
+            yield f"{name}: {path!r} matches no token files (prefix.bin, prefix.idx)"
+        for prefix in found:
+            yield from _incomplete(name, prefix)
 
     for _weight, prefix in c.data.data_path:
-        yield from _incomplete("data.data_path", prefix)
+        yield from _looked_at(f"data.data_path: {prefix!r}", _incomplete("data.data_path", prefix))
     yield from each("data.sources", c.data.sources, check)
+
+
+def _looked_at(name: str, found: Problems) -> Problems:
+    """The problems of a path that a field names; that the system refuses to look there is one."""
+    try:
+        yield from found
+    except OSError as error:
+        yield f"{name} cannot be looked at: {refusal(error) or error}"
 
 
 def _incomplete(name: str, prefix: str) -> Problems:
@@ -65,8 +76,11 @@ def _incomplete(name: str, prefix: str) -> Problems:
 def tokenizer_file(c: RunConfig, _: Facts) -> Problems:
     """The tokenizer is on this machine."""
     path, kind = c.data.tokenizer_model, c.data.tokenizer_type
-    if path is None or kind == "null":
-        return
+    if path is not None and kind != "null":
+        yield from _looked_at(f"data.tokenizer_model={path}", _no_tokenizer(path, kind))
+
+
+def _no_tokenizer(path: Path, kind: str) -> Problems:
     if not path.exists():
         yield f"data.tokenizer_model={path}: no such file"
     elif kind == "sentencepiece" and not path.is_file():
