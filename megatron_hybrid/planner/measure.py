@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hybrid.config import RunConfig, build_config, rules
-from megatron_hybrid.config.pattern import parse_pattern
+from megatron_hybrid.config import RunConfig, build_config
+from megatron_hybrid.config.pattern import ATTENTION, MLP, MOE, parse_pattern
+from megatron_hybrid.config.phases import sequence_lengths
 from megatron_hybrid.planner.costs import EMBEDDING, OUTPUT, Cost, Costs
 
 LAYERS = 2  # of a kind at a time
 REPEATS = 5
+# In which layers the parts are that selective recomputation may name.
+_RECOMPUTED = {"core_attn": ATTENTION, "mlp": MLP, "moe": MOE, "shared_experts": MOE}
 
 
 def measure_costs(config: RunConfig) -> Costs:
@@ -33,16 +36,39 @@ def measure_costs(config: RunConfig) -> Costs:
 
 
 def one_rank(config: RunConfig, pattern: str) -> RunConfig:
-    """The same model and micro batch with other layers, on one rank."""
+    """The same layers and micro batch in another pattern, on one rank.
+
+    Nothing is left of the run around them, whose rules hold for its own pattern and length; nor of
+    what has no place in the pattern.
+    """
     values = config.model_dump(mode="json")
     values["model"]["hybrid_layer_pattern"] = pattern
     values["parallel"] = {}
-    values["training"]["global_batch_size"] = config.training.micro_batch_size
-    values["training"]["batch_size_schedule"] = []
-    if "E" not in pattern:
+    # The longest samples, as the planner reckons with.
+    values["data"] |= {"phases": [], "sources": {}, "seq_length": max(sequence_lengths(config))}
+    values["training"] |= {
+        "global_batch_size": config.training.micro_batch_size, "batch_size_schedule": [],
+    } | _recomputed(config, pattern)  # fmt: skip
+    # Whichever layers stay in bf16, those between them are timed.
+    values["precision"] |= {"num_layers_at_start_in_bf16": 0, "num_layers_at_end_in_bf16": 0}
+    left_out = ["overlap_p2p_comm", "align_param_gather", "cuda_graph_impl", "cuda_graph_modules"]
+    if MOE not in pattern:
+        left_out += [name for name in values["gpu"] if "moe" in name]
         moe = [name for name in values["model"] if "moe" in name]
         values["model"] = {k: v for k, v in values["model"].items() if k not in moe}
-    return build_config(values, which=rules.NO_FILES)
+    values["gpu"] = {k: v for k, v in values["gpu"].items() if k not in left_out}
+    return build_config(values, which=())
+
+
+def _recomputed(config: RunConfig, pattern: str) -> dict[str, Any]:
+    """What the backward pass of other layers computes again."""
+    training, layers = config.training, parse_pattern(pattern)
+    if training.recompute_num_layers is not None:
+        return {"recompute_num_layers": min(training.recompute_num_layers, layers.num_layers)}
+    modules = [name for name in training.recompute_modules if layers.has(_RECOMPUTED[name])]
+    if training.recompute_modules and not modules:
+        return {"recompute_granularity": None, "recompute_modules": []}
+    return {"recompute_modules": modules}
 
 
 def _model(config: RunConfig, kind: str) -> Any:

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from megatron_hybrid.cli import app
 from megatron_hybrid.config import load_config, rules
+from megatron_hybrid.config.precision import float8_layers
 from megatron_hybrid.errors import ConfigError, UserError
 
 MODEL = ["nemotron_h_8b", "data.tokenizer_type=null", "model.vocab_size=131072"]
@@ -70,6 +72,61 @@ def test_measured_costs() -> None:
     for kind in ("M", "*", "-", "E", "embedding", "output"):
         assert all(float(number) > 0 for number in rows[kind])
     assert "balanced  bubble" in text
+
+
+MEASURED = {
+    "window": ["model.window_size=[8,0]"],
+    "warm-up": ["optimizer.lr_warmup_samples=64", "training.train_iters=null",
+                "training.train_samples=128"],
+    "phases": ["data.phases=[{name: a, weights: {x: 1}, seq_length: 64}, "
+               "{name: b, start_tokens: 16384, weights: {x: 1}, seq_length: 128}]",
+               "data.sources={x: {path: x}}", "training.train_iters=null",
+               "training.train_tokens=65536"],
+    "batch sizes": ["training.batch_size_schedule=[[4096, 16]]", "training.train_iters=null",
+                    "training.train_tokens=65536"],
+    "full recomputation": ["training.recompute_granularity=full",
+                           "training.recompute_method=block", "training.recompute_num_layers=4"],
+    "selective recomputation": ["training.recompute_granularity=selective",
+                                "training.recompute_modules=[moe, mlp]"],
+    "float8": ["precision.recipe=fp8_blockwise", "precision.num_layers_at_start_in_bf16=1",
+               "precision.num_layers_at_end_in_bf16=1"],
+    "kernels": [
+                "gpu.moe_shared_expert_overlap=true", "gpu.overlap_p2p_comm=true",
+                "gpu.cuda_graph_impl=local", "gpu.cuda_graph_modules=[attn, mamba]",
+                "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true",
+                "gpu.align_param_gather=true"],
+    "experts": ["model.moe_router_score_function=sigmoid", "model.moe_expert_capacity_factor=2",
+                "parallel.expert_model_parallel_size=2"],
+    "another start": ["upcycling.from=x", "optimizer.restart_schedule=true"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_layers_of_any_valid_run_can_be_measured(name: str) -> None:
+    """What belongs to the run around them, or to layers of another kind, stands against nothing:
+    each kind alone is a config that megatron-core takes, on either backend, with its sizes."""
+    from megatron_hybrid.model.transformer_config import transformer_config
+    from megatron_hybrid.planner.measure import one_rank
+
+    line = [
+        "model.hybrid_layer_pattern=M*-E|M*-E|M*-E|M*-E", "model.hidden_size=128",
+        "model.num_attention_heads=4", "model.mamba_head_dim=16", "model.mamba_state_dim=8",
+        "model.mamba_num_groups=2", "model.vocab_size=64", "model.num_moe_experts=4",
+        "model.moe_shared_expert_intermediate_size=128", "data.tokenizer_type=null",
+        "data.seq_length=128", "training.global_batch_size=8", "training.micro_batch_size=2",
+        "training.train_iters=32", "optimizer.lr=1e-3", "backend=transformer_engine",
+        "parallel.pipeline_model_parallel_size=2",
+    ]  # fmt: skip
+    config = load_config([*line, *MEASURED[name]], which=rules.NO_FILES, world_size=4)
+    for kind in "M*-E":
+        single = one_rank(config, kind * 2)
+        # What the engine asks Transformer Engine for experts, it asks where that is installed.
+        for backend in ("torch", "transformer_engine") if kind != "E" else ("torch",):
+            made = transformer_config(single, backend, torch.device("meta"))
+            assert (made.num_layers, made.hidden_size) == (2, 128)
+        assert single.data.seq_length == 128
+        assert single.training.global_batch_size == single.training.micro_batch_size == 2
+        assert float8_layers(single) == ([1, 2] if name == "float8" else [])
 
 
 def test_asks_only_for_what_it_goes_by(tmp_path: Path) -> None:
