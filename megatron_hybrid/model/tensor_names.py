@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, parse_pattern
 
+# The vocabulary's matrices, whose rows beyond its words are padding; in the optimizer's state after
+# its own prefixes.
+VOCABULARY_WEIGHTS = ("embedding.word_embeddings.weight", "output_layer.weight")
 # With Transformer Engine (and in our own layers), a norm belongs to the linear that follows it.
 NORM_NAMES = {
     MAMBA: ("mixer.in_proj.layer_norm_weight", "norm.weight"),

@@ -12,9 +12,8 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_hybrid.errors import UserError
+from megatron_hybrid.model.tensor_names import VOCABULARY_WEIGHTS
 
-# The vocabulary's matrices; in the optimizer's state after its own prefixes.
-_VOCABULARY_WEIGHTS = ("embedding.word_embeddings.weight", "output_layer.weight")
 _EXTRA_STATE = "._extra_state"
 
 logger = logging.getLogger(__name__)
@@ -75,7 +74,7 @@ def refuse_fewer_words(present: dict[str, Any], words: int) -> None:
     Raises:
         UserError: naming what is too short.
     """
-    for key in _VOCABULARY_WEIGHTS:
+    for key in VOCABULARY_WEIGHTS:
         rows = present[key].global_shape[0] if key in present else words
         if rows < words:
             raise UserError(f"{key} has {rows} rows, fewer than model.vocab_size={words}")
@@ -94,7 +93,7 @@ def clear_padding(state: dict[Any, Any], loaded: dict[Any, Any], words: int) -> 
         words: `model.vocab_size`.
     """
     for wanted, tensor in _tensors(state, loaded):
-        if wanted.key.endswith(_VOCABULARY_WEIGHTS):
+        if wanted.key.endswith(VOCABULARY_WEIGHTS):
             tensor[max(words - wanted.global_offset[0], 0) :] = 0.0
 
 

@@ -78,9 +78,9 @@ class _Upcycle:
     def _part(self, made: Made, first: int, count: int) -> Tensor:
         """Indices of dim 0 of a tensor, with all that is behind them."""
         if made.kind == "copied":
-            reader = self._tensors.reader
-            rows = reader.tensors[made.source].matrix[0] // made.shape[0]
-            part = reader.read_rows(made.source, first * rows, (first + count) * rows)
+            info = self._tensors.reader.tensors[made.source]
+            rows = info.matrix[0] // info.shape[0]
+            part = self._tensors.copied(made, first * rows, (first + count) * rows)
             return part.view(count, *made.shape[1:])
         if made.kind != "experts":
             return self._tensors.whole(made)[first : first + count]

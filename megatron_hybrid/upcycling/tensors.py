@@ -20,7 +20,7 @@ from megatron_hybrid.config import UpcyclingConfig
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.pattern import parse_pattern
 from megatron_hybrid.model.counts import count_parameters
-from megatron_hybrid.model.tensor_names import NORM_NAMES
+from megatron_hybrid.model.tensor_names import NORM_NAMES, VOCABULARY_WEIGHTS
 from megatron_hybrid.upcycling.scheme import Scheme
 
 # States of layers (none of ours has any), of the optimizer and of generators: not weights.
@@ -94,7 +94,7 @@ class UpcycledTensors:
         made: dict[str, Made] = {}
         for name, info in weights.items():
             if not self._becomes_experts(name):
-                copied = Made("copied", info.shape, info.dtype, source=name)
+                copied = Made("copied", _shape(name, info.shape, moe), info.dtype, source=name)
                 made[renamed.get(name, name)] = copied
         for layer in scheme.layers:
             made |= self._layer(layer, weights[f"decoder.layers.{layer}.mlp.{FC1}.weight"].dtype)
@@ -128,6 +128,13 @@ class UpcycledTensors:
             add("shared", "shared_experts", FC1, (halves * shared, h))
             add("shared", "shared_experts", FC2, (h, shared))
         return made
+
+    def copied(self, made: Made, start: int, stop: int) -> Tensor:
+        """Rows of a copied tensor as a matrix: `[stop - start, width]`, those of padding 0."""
+        held, width = self.reader.tensors[made.source].matrix
+        end = max(start, min(stop, held))
+        rows = self.reader.read_rows(made.source, start, end)
+        return torch.cat([rows, rows.new_zeros(stop - end, width)]) if end < stop else rows
 
     def matrix(self, made: Made) -> Tensor:
         """What routed experts are cut from: the scaled matrix, `[f or 2f, h]` or `[h, f]`."""
@@ -208,6 +215,15 @@ class UpcycledTensors:
     def _generator(self, layer: int, what: str) -> torch.Generator:
         digest = hashlib.sha256(f"{self.seed}/layer {layer}/{what}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _shape(name: str, shape: tuple[int, ...], moe: ModelConfig) -> tuple[int, ...]:
+    """The shape of a copied tensor: a vocabulary may be padded otherwise."""
+    if name not in VOCABULARY_WEIGHTS:
+        return shape
+    rows = moe.padded_vocab_size
+    assert rows is not None, "resolved from the tokenizer before anything is made"
+    return (rows, *shape[1:])
 
 
 def _blocks(matrix: Tensor, nbytes: int) -> tuple[Tensor, ...]:

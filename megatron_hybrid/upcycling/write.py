@@ -204,7 +204,7 @@ def _write_tensors(
 
         def copy(part: tuple[str, Made, int, int], file: int) -> None:
             name, made, start, stop = part
-            rows = counted(_rows(tensors.reader, made, start, stop))
+            rows = counted(_rows(tensors, made, start, stop))
             writer.write_part(file, name, start, (stop - start, *made.shape[1:]), rows)
 
         in_threads(_parts(copied), copy, threads)
@@ -266,13 +266,14 @@ def _parts(tensors: list[tuple[str, Made]]) -> Iterator[tuple[str, Made, int, in
             yield name, made, start, min(start + step, length)
 
 
-def _rows(reader: CheckpointReader, made: Made, start: int, stop: int) -> Iterator[Tensor]:
-    """Indices of dim 0 of a dense checkpoint's tensor, some of its rows at a time."""
-    rows, width = reader.tensors[made.source].matrix
-    of_index = rows // made.shape[0]
+def _rows(tensors: UpcycledTensors, made: Made, start: int, stop: int) -> Iterator[Tensor]:
+    """Indices of dim 0 of a copied tensor, some of its rows at a time."""
+    info = tensors.reader.tensors[made.source]
+    rows, width = info.matrix
+    of_index = rows // info.shape[0]
     step = max(1, BLOCK_BYTES // (width * made.dtype.itemsize))
     for first in range(start * of_index, stop * of_index, step):
-        yield reader.read_rows(made.source, first, min(first + step, stop * of_index))
+        yield tensors.copied(made, first, min(first + step, stop * of_index))
 
 
 def _tokenizer(source: Path, config: RunConfig) -> Tokenizer:

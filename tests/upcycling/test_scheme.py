@@ -14,7 +14,7 @@ from megatron_hybrid.checkpoint.source_model import source_config
 from megatron_hybrid.checkpoint.writer import CheckpointWriter
 from megatron_hybrid.config import ModelConfig, UpcyclingConfig, build_config, load_config
 from megatron_hybrid.errors import UserError
-from megatron_hybrid.model.tensor_names import NORM_NAMES
+from megatron_hybrid.model.tensor_names import NORM_NAMES, VOCABULARY_WEIGHTS
 from megatron_hybrid.testing import run_distributed
 from megatron_hybrid.upcycling import tensors
 from megatron_hybrid.upcycling.request import Request, refuse_unsaid, upcycled_config
@@ -223,6 +223,22 @@ def test_vocabularies_are_compared_by_their_rows() -> None:
     other = into.model_copy(update={"make_vocab_size_divisible_by": 52})
     with pytest.raises(UserError, match="padded_vocab_size=52, in the dense checkpoint 64"):
         scheme_between(dense, other, scale_weights=True)
+
+
+def test_a_vocabulary_may_be_padded_otherwise(dense: Path, tmp_path: Path) -> None:
+    """To more rows, which are 0, and back to fewer: the words' rows are the dense run's."""
+    one = Request(2, 4, 4, layers=(2,))
+    upcycle(dense, tmp_path / "more", one, "model.make_vocab_size_divisible_by=48")
+    two = Request(2, 4, 4, layers=(4,))
+    upcycle(tmp_path / "more", tmp_path / "fewer", two, "model.make_vocab_size_divisible_by=32")
+    held = []
+    for folder in (dense, tmp_path / "more", tmp_path / "fewer"):
+        with CheckpointReader(find_checkpoint(folder)) as reader:
+            held.append([reader.read(name) for name in VOCABULARY_WEIGHTS])
+    for words, more, fewer in zip(*held, strict=True):
+        assert torch.equal(fewer, words)
+        assert torch.equal(more[: len(words)], words)
+        assert more.shape == (96, 32) and not more[len(words) :].any()
 
 
 def test_what_megatron_lm_does_not_say_must_be_typed(tmp_path: Path) -> None:
