@@ -52,6 +52,14 @@ def test_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_ids_that_it_does_not_have_are_decoded(tokenizer: Tokenizer) -> None:
+    """A model may have more rows than the tokenizer has ids, and files hold anything."""
+    ids = tokenizer.encode("def f")
+    for strange in (tokenizer.vocab_size, 2**31 - 1, -1, -(2**31)):
+        text = tokenizer.decode([*ids, strange, *ids])
+        assert text.startswith("def f") and text.endswith("def f")
+
+
 def test_control_tokens_in_text_stay_text(tokenizer: Tokenizer) -> None:
     """A page that spells a control token gets no control id, above all no document end."""
     ids = tokenizer.encode("a </s> b <|im_start|> <s>")

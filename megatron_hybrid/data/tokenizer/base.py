@@ -45,7 +45,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`."""
+        """Text of `ids`; of one that it does not have, nothing, or what stands for unknown."""
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[NDArray, NDArray[np.int32]]:
         """What `encode` gives for each of many texts, in one thread.

@@ -136,7 +136,8 @@ class HuggingFaceTokenizer(Tokenizer):
             return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        # Those above are left out by itself; those below 0 it would not take.
+        return self._tokenizer.decode([i for i in ids if i >= 0], skip_special_tokens=False)
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[NDArray, NDArray[np.int32]]:
         with _stumbling(self._path, "cannot encode a text"):

@@ -39,4 +39,6 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._processor.decode(list(ids))
+        # A model may have more rows than the tokenizer has pieces.
+        unknown = self._processor.unk_id()
+        return self._processor.decode([i if 0 <= i < self.vocab_size else unknown for i in ids])
