@@ -20,6 +20,7 @@ from checkpoints_converter.tokenizer_files import write_tokenizer
 from megatron_hybrid.checkpoint.carried import read_carried, write_files
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.pattern import KINDS, parse_pattern
+from megatron_hybrid.config.phases import sequence_lengths
 from megatron_hybrid.data.tokenizer import holds_tokenizer, load_tokenizer
 from megatron_hybrid.fileio import write_atomic
 
@@ -63,7 +64,9 @@ def write_small_files(
         # Releases of transformers differ in the name.
         "dtype": dtype,
         "torch_dtype": dtype,
-        "max_position_embeddings": _positions(source_config(carried), config.data.seq_length),
+        "max_position_embeddings": _positions(
+            source_config(carried), max(sequence_lengths(config))
+        ),
         "use_cache": True,
         **ids,
         **family.config(config.model),
@@ -78,6 +81,12 @@ def _positions(source: dict[str, Any], seq_length: int) -> int:
     """How many positions the model is for: as many as it came with, where it was for more."""
     said = source.get("max_position_embeddings")
     return max(said, seq_length) if type(said) is int else seq_length
+
+
+def _lengths(config: RunConfig) -> list[int]:
+    """The shortest samples of the run and the longest, where they differ."""
+    found = sorted(set(sequence_lengths(config)))
+    return [found[0], found[-1]] if len(found) > 1 else found
 
 
 def _json(values: dict[str, Any]) -> str:
@@ -111,7 +120,7 @@ def _card(
         "Steps": _count(contents.progress.get("steps")),
         "Samples seen": _count(contents.progress.get("samples")),
         "Tokens seen": _count(contents.progress.get("tokens")),
-        "Sequence length in training": config.data.seq_length,
+        "Sequence length in training": " to ".join(map(str, _lengths(config))),
         "Trained on ranks of": _layout(contents),
         "Tokenizer": tokenizer_note,
         "transformers": f"{oldest} or later: {why}",

@@ -11,6 +11,7 @@ from megatron_hybrid.config import RunConfig, presets
 from megatron_hybrid.config.describe import allowed, fields, items_of, plain_type, section_of
 from megatron_hybrid.config.flags import flags
 from megatron_hybrid.config.pattern import KINDS
+from megatron_hybrid.config.phases import sequence_lengths
 from megatron_hybrid.model.counts import count_parameters, flops_per_token
 
 _USAGE = """\
@@ -77,7 +78,7 @@ def _shown(value: object) -> str:
 
 def print_counts(config: RunConfig, console: Console) -> None:
     """Parameters and training FLOPs of a config's model, by kind of layer."""
-    model, seq_length = config.model, config.data.seq_length
+    model, seq_length = config.model, max(sequence_lengths(config))
     found, flops = count_parameters(model), flops_per_token(model, seq_length)
     table = Table("part")
     for title in ("layers", "parameters each", "parameters", "MFLOPs a token"):

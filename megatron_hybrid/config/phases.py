@@ -94,12 +94,12 @@ def sequence_lengths(config: RunConfig) -> tuple[int, ...]:
 
 
 def sequence_length_fields(config: RunConfig) -> dict[str, int]:
-    """The same by the fields that say so, each field once."""
+    """Those of training and of evaluations by the fields that say so, each field once."""
     found: dict[str, int] = {}
     for number, phase in enumerate(config.data.phases):
         if phase.seq_length is not None:
             found[f"data.phases[{number}].seq_length"] = phase.seq_length
-    if len(found) < max(len(config.data.phases), 1):
+    if len(found) < max(len(config.data.phases), 1) or config.training.eval_interval is not None:
         found["data.seq_length"] = config.data.seq_length
     return found
 

@@ -78,6 +78,17 @@ def test_what_is_said_of_a_shard() -> None:
     ]
 
 
+def test_float8_sees_the_length_of_evaluations() -> None:
+    """Which is data.seq_length, also where each phase has a length of its own; else it is free."""
+    config = values(tp=1, cp=1, split=False, micro=1, seq_length=36, phase=128)
+    config["precision"] = {"recipe": "mxfp8"}
+    config["data"]["phases"][0]["seq_length"] = 256
+    build_config(config, which=rules.NO_FILES)
+    config["training"]["eval_interval"] = 2
+    with pytest.raises(ConfigError, match=r"mxfp8: data.seq_length=36 \* .* must be a multiple of"):
+        build_config(config, which=rules.NO_FILES)
+
+
 def test_one_answer_for_rules_and_planner() -> None:
     """The planner's tokens are the rules', and a rank's shards make up the sequence."""
     for tp, cp, split in ((1, 1, False), (4, 1, False), (4, 1, True), (2, 2, True)):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_hybrid.config import build_config, load_config, presets, validate
+from megatron_hybrid.config import build_config, load_config, presets, rules, validate
 from megatron_hybrid.errors import ConfigError
 from tests.config import GOOD
 from tests.config.folder import make_folder
@@ -64,6 +64,50 @@ def test_wrong_config(typed: str, problems: list[str], folder: Path) -> None:
         for problem in problems
     ]
     assert caught.value.problems == expected
+
+
+OWN_LENGTHS = [f"data.phases[{number}].seq_length={256 << number // 2}" for number in range(3)]
+OWN_SPLITS = [f"data.sources.{name}.split=8,1,1" for name in ("web", "code", "math")]
+# Values that nothing reads, as they stand: of each, that it would be refused where it is read.
+UNREAD = {
+    "a length that each phase has": (
+        ["{tmp}/phases.yaml", *OWN_LENGTHS, "--context-parallel-size", "2",
+         "training.eval_interval=null", "data.seq_length=254"],
+        "training.eval_interval=9",
+    ),
+    "a split that each source has": (
+        ["{tmp}/phases.yaml", *OWN_SPLITS, "data.split=0,1,1"], "data.sources.web.split=null",
+    ),
+    "a split where the others are not read": (
+        ["{tmp}/phases.yaml", *OWN_SPLITS[:2], "data.split=0,1,1", "data.phases[1].weights.math=0",
+         "data.phases[2].weights.math=0"],
+        "data.phases[1].weights.math=2",
+    ),
+    "a split of a source that waits": (
+        ["{tmp}/phases.yaml", "data.sources.math.split=1,0,0", "data.phases[1].weights.math=0",
+         "data.phases[2].weights.math=0"],
+        "data.phases[1].weights.math=2",
+    ),
+    "a split of made-up tokens": (
+        [*GOOD, "data.split=1,0,0"], "data.mock_data=false",
+    ),
+    "channels that rotate, of no layer": (
+        [*GOOD, "model.hybrid_layer_pattern=MME", "model.position_embedding_type=rope",
+         "model.kv_channels=30", "model.rotary_percent=0.5"],
+        "model.hybrid_layer_pattern=M*E",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_what_nothing_reads_is_not_judged(name: str, folder: Path) -> None:
+    """A field in whose place others are read, and which would be refused where it is read."""
+    typed, reads = UNREAD[name]
+    line = [word.replace("{tmp}", str(folder)) for word in typed]
+    load_config(line, which=rules.NO_FILES, world_size=2)
+    with pytest.raises(ConfigError) as caught:
+        load_config([*line, reads], which=rules.NO_FILES, world_size=2)
+    assert len(caught.value.problems) == 1
 
 
 TP, PP, CP = (

@@ -120,17 +120,23 @@ def has_plan(c: RunConfig, _: Facts) -> Problems:
 
 
 def split(c: RunConfig, _: Facts) -> Problems:
-    """A split is three shares; what is evaluated must have one."""
+    """A split is three shares; what is read of a source, and evaluated, must have one."""
+    read = {name for phase in c.data.phases for name, weight in phase.weights.items() if weight}
+    # Made-up tokens are not split; nor by this one, where every source that is read has its own.
+    shared = not c.data.mock_data and not c.data.sources
+    for name, source in c.data.sources.items():
+        shared = shared or (name in read and source.split is None)
 
     def check(place: str, source: SourceConfig) -> Problems:
         if source.split is not None:
-            yield from _split_problems(c, f"{place}.split", source.split)
+            used = place.removeprefix("data.sources.") in read
+            yield from _split_problems(c, f"{place}.split", source.split, used=used)
 
-    yield from _split_problems(c, "data.split", c.data.split)
+    yield from _split_problems(c, "data.split", c.data.split, used=shared)
     yield from each("data.sources", c.data.sources, check)
 
 
-def _split_problems(c: RunConfig, name: str, text: str) -> Problems:
+def _split_problems(c: RunConfig, name: str, text: str, *, used: bool) -> Problems:
     try:
         shares = [float(part) for part in text.split(",")]
     except ValueError:
@@ -140,6 +146,8 @@ def _split_problems(c: RunConfig, name: str, text: str) -> Problems:
             f"{name}={text!r} must be three shares of at least 0, train,validation,test, "
             "such as 969,30,1"
         )
+    elif not used:
+        return
     elif shares[0] == 0:
         yield f"{name}={text!r} leaves nothing to train on; the first share must be above 0"
     elif shares[1] == 0 and c.training.eval_interval is not None:

@@ -53,6 +53,8 @@ def rotary_channels(c: RunConfig, _: Facts) -> Problems:
     channels = c.model.kv_channels
     if c.model.position_embedding_type != "rope" or channels is None:
         return
+    if ATTENTION not in c.model.hybrid_layer_pattern:
+        return
     rotating = int(channels * c.model.rotary_percent)
     if rotating < 2 or rotating % 2:
         yield (

@@ -3,6 +3,7 @@
 from math import prod
 
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, parse_pattern
+from megatron_hybrid.config.phases import sequence_length_fields
 from megatron_hybrid.config.ranks import (
     CP,
     EP,
@@ -20,7 +21,6 @@ from megatron_hybrid.config.rules.common import (
     Problems,
     Rule,
     divisors,
-    each,
     listing,
     must_be_multiple,
     must_divide,
@@ -60,19 +60,12 @@ def sequence_length(c: RunConfig, _: Facts) -> Problems:
     """CP gives a rank two equal chunks (zigzag); sequence parallelism cuts its part again."""
     cp, shared = c.parallel.context_parallel_size, sequence_ranks(c)
 
-    def check(name: str, seq_length: int | None) -> Problems:
-        if cp > 1 and seq_length is not None:
+    for name, seq_length in sequence_length_fields(c).items():
+        if cp > 1:
             yield from must_be_multiple(name, seq_length, f"2 * {CP}", 2 * cp)
-        if shared.get(TP, 1) > 1 and seq_length is not None:
+        if shared.get(TP, 1) > 1:
             of = prod(shared.values())
             yield from must_be_multiple(name, seq_length, f"{TP} * {CP}", of)
-
-    yield from check("data.seq_length", c.data.seq_length)
-    yield from each(
-        "data.phases",
-        c.data.phases,
-        lambda place, phase: check(f"{place}.seq_length", phase.seq_length),
-    )
 
 
 def mamba_context_parallel(c: RunConfig, _: Facts) -> Problems:
