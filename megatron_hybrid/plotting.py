@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import write_atomic
 
 INK, PALE_INK, GRID = "#1f2937", "#6b7280", "#e5e7eb"
@@ -52,7 +53,13 @@ def token_axis(panels: Sequence[Axes], end_tokens: float) -> None:
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Write a picture whole, in a folder that is made if it is not there."""
+    """Write a picture whole, in a folder that is made if it is not there.
+
+    Raises:
+        UserError: there is a folder of that name.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name the picture in it, such as {path / 'plot.png'}")
     image = io.BytesIO()
     figure.savefig(image, format="png")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_hybrid.commands.app import option_problem
 from megatron_hybrid.data.facts import TokenizerType
 from megatron_hybrid.data.tokenizer import ENCODERS
 from megatron_hybrid.data.tokenizing import TokenizeSettings
@@ -62,6 +63,10 @@ def main() -> int:
 def parse(words: list[str]) -> TokenizeSettings:
     parser = _parser()
     arguments = parser.parse_args(words)
+    for name, value in vars(arguments).items():
+        for each in value if isinstance(value, list) else [value]:
+            if problem := option_problem(each):
+                parser.error(f"--{name.replace('_', '-')}: {problem}")
     for flag, why in REFUSED.items():
         if vars(arguments)[_name(flag)]:
             parser.error(f"{flag} is not supported: {why}")

@@ -45,14 +45,14 @@ def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
         given = inspect.signature(function).bind(*args, **kwargs).arguments
         for name, value in given.items():
             for item in value if isinstance(value, list | tuple) else [value]:
-                if problem := _problem(item):
+                if problem := option_problem(item):
                     raise typer.BadParameter(problem, param_hint=_typed(function, name))
         return function(*args, **kwargs)
 
     return checked
 
 
-def _problem(value: object) -> str | None:
+def option_problem(value: object) -> str | None:
     """The sentence for a value beyond the bounds of its type."""
     problem = None
     if isinstance(value, int) and abs(value) > MOST_WHOLE:

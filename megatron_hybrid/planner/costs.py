@@ -13,6 +13,8 @@ from megatron_hybrid.json_text import parse_json
 EMBEDDING, OUTPUT = "embedding", "output"
 NAMES = (*KINDS, EMBEDDING, OUTPUT)
 _KEYS = ("forward_ms", "backward_ms")
+# A clock has no finer ticks, and nobody waits for more than a day; NaN is neither.
+_LEAST_MS, _MOST_MS = 1e-9, 1e8
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,24 @@ def read_costs(path: Path, kinds: str) -> Costs:
     found = {}
     for name, cost in given.items():
         pair = [cost.get(key) for key in _KEYS] if isinstance(cost, Mapping) else []
-        numbers = [float(n) for n in pair if isinstance(n, int | float) and n >= 0]
+        numbers = [float(n) for n in pair if n is not None and _is_cost(n)]
         if len(numbers) == len(_KEYS):
             found[name] = Cost(*numbers)
         else:
-            problems.append(f"{name!r} must have forward_ms and backward_ms, numbers from 0")
+            problems.append(
+                f"{name!r} must have forward_ms and backward_ms, numbers from 0 to {_MOST_MS:g}"
+            )
+    if not problems and not any(cost.total_ms for cost in found.values()):
+        problems.append("all milliseconds are 0; one must be above 0")
     if problems:
         raise UserError(f"--costs={path}: " + "; ".join(problems))
     return Costs(MappingProxyType(found))
+
+
+def _is_cost(number: object) -> bool:
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return False
+    return number == 0 or _LEAST_MS <= number <= _MOST_MS
 
 
 def costs_json(costs: Costs) -> str:

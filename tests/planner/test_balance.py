@@ -81,6 +81,15 @@ def test_costs_in_a_file(tmp_path: Path) -> None:
         read_costs(path, "M*")
     for text in ("'X' is no layer", "'*' is missing", "'M' must have forward_ms and backward_ms"):
         assert text in str(caught.value)
+    for strange in (float("nan"), 1e400, True, "1", 1e-300, None):
+        cost = {"forward_ms": strange, "backward_ms": 2}
+        path.write_text(json.dumps({"M": cost}))
+        with pytest.raises(UserError, match=r"'M' must have .*, numbers from 0 to 1e\+08"):
+            read_costs(path, "M")
+    for costs in ({}, {"M": {"forward_ms": 0, "backward_ms": 0}}):
+        path.write_text(json.dumps(costs))
+        with pytest.raises(UserError, match="all milliseconds are 0"):
+            read_costs(path, "".join(costs))
     path.write_text("[")
     with pytest.raises(UserError, match="cannot be read as JSON"):
         read_costs(path, "M")

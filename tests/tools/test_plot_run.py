@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import orjson
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from megatron_hybrid.errors import UserError
+from megatron_hybrid.plotting import save_png
 from megatron_hybrid.training.metrics import METRICS_FILE, MetricsWriter
 from megatron_hybrid.training.plot import load_run, plot_runs
 from megatron_hybrid.training.plot_experts import draw_expert_load
@@ -124,6 +126,15 @@ def test_nothing_to_draw_is_one_clear_line(
     assert message in str(error.value)
     assert str(run) in str(error.value)
     assert not (run / "plot.png").exists()
+
+
+def test_a_folder_in_place_of_a_picture(tmp_path: Path) -> None:
+    """Of any picture of ours: one sentence, and the folder stays."""
+    with pytest.raises(
+        UserError, match=r"is a folder; name the picture in it, such as .*plot\.png"
+    ):
+        save_png(Figure(), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_script_exits_with_the_error_and_no_traceback(tmp_path: Path) -> None:

@@ -69,3 +69,21 @@ def test_refused_flags(words: list[str], message: str, capsys: pytest.CaptureFix
         preprocess_data.parse(["--input", "a", "--output-prefix", "b", *NULL, *words])
     assert error.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_numbers_have_bounds(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every option that takes a number refuses each that nobody means, and is named; a float that
+    is too large is left to `check`, which knows this machine."""
+    options = [
+        action for action in preprocess_data._parser()._actions if action.type in (int, float)
+    ]
+    assert len(options) >= 7
+    for option in options:
+        whole = (str(10**30), str(-(10**30))) if option.type is int else ()
+        for word in ("nan", "inf", "-inf", "1e40", "1e-40", *whole):
+            flag = option.option_strings[0]
+            words = ["--input", "a", "--output-prefix", "b", *NULL, f"{flag}={word}"]
+            with pytest.raises(SystemExit) as error:
+                preprocess_data.parse(words)
+            assert error.value.code == 2
+            assert flag in capsys.readouterr().err

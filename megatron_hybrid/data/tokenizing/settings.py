@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 
+from megatron_hybrid.bounds import MOST_PROCESSES
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.facts import Facts, TokenizerType, facts_path
 from megatron_hybrid.data.indexed import indexed_paths
@@ -115,8 +116,10 @@ def check(settings: TokenizeSettings) -> tuple[Tokenizer, list[Input]]:
     problems = []
     if not settings.keys or "" in settings.keys:
         problems.append("--json-key must name at least one key, none of them empty")
-    if settings.workers < 1:
-        problems.append(f"--workers {settings.workers} must be at least 1")
+    if not 1 <= settings.workers <= MOST_PROCESSES:
+        problems.append(f"--workers {settings.workers} must be from 1 to {MOST_PROCESSES}")
+    if settings.shuffle_seed is not None and settings.shuffle_seed < 0:
+        problems.append(f"--shuffle-seed {settings.shuffle_seed} must be at least 0")
     memory = psutil.virtual_memory().total
     if not 0 < settings.shuffle_memory_bytes <= memory:
         gib = settings.shuffle_memory_bytes / 2**30

@@ -283,7 +283,7 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         problems,
         [
             "--json-key must name",
-            "--workers 0 must be at least 1",
+            "--workers 0 must be from 1 to 1024",
             "--shuffle-memory-gib 0 must be above 0",
             "--max-rejected-fraction 1 must be in [0, 1)",
             f"--input {tmp_path} is a folder; name its files, as in '{tmp_path}/*.jsonl'",
