@@ -15,6 +15,7 @@ from megatron_hybrid.config.base import (
     PositiveReal,
     Real,
     Section,
+    Text,
     Words,
 )
 
@@ -160,6 +161,10 @@ BatchSizes = Annotated[
 ]
 
 
+ClassNames = Annotated[
+    tuple[Text, ...], Strict(False), Words("names such as [mypackage.mymodule:MyCallback]")
+]
+
 Ranks = Annotated[tuple[Count, ...], Strict(False), Words("ranks such as [0, 8]")]
 
 
@@ -224,6 +229,11 @@ class TrainingConfig(Section):
     )
     profile_step_end: Positive = Field(default=12, description="steps that are done when it ends")
     profile_ranks: Ranks = Field(default=(0,), description="ranks that are recorded")
+    callbacks: ClassNames = Field(
+        default=(),
+        description="your own callbacks, as package.module:Class: what they do around steps, "
+        "evaluations and checkpoints",
+    )
     nonfinite_action: Literal["stop", "skip"] = Field(
         default="stop", description="what to do at a NaN or Inf in the loss or the gradients"
     )

@@ -83,11 +83,13 @@ class ExpertLoad:
 
 
 class ExpertLoads:
-    """The counts that this rank's routers leave behind in each step.
+    """A meter: the counts that this rank's routers leave behind in each step.
 
     Args:
         chunks: this rank's pipeline chunks.
     """
+
+    name = "expert_load"
 
     def __init__(self, model: ModelConfig, chunks: Sequence[torch.nn.Module]) -> None:
         pattern = parse_pattern(model.hybrid_layer_pattern).layers
@@ -100,7 +102,7 @@ class ExpertLoads:
             if isinstance(module, TopKRouter)
         ]
 
-    def take(self, like: Tensor) -> Tensor:
+    def take(self, micro_batches: int, like: Tensor) -> Tensor:
         """This rank's counts of the step, to be added up over ranks: `[l * (E + 1)]` as `like`.
 
         Each token is routed on one rank of its pipeline stage, so that the sum counts it once.
@@ -112,9 +114,7 @@ class ExpertLoads:
                 counts[self.layers.index(router.layer_number)] += load
         return counts.flatten()
 
-    def read(self, counts: Sequence[float]) -> ExpertLoad | None:
-        """What the sums over ranks say; None in a model without experts."""
-        if not self.layers:
-            return None
+    def read(self, counts: Sequence[float]) -> ExpertLoad:
+        """What the sums over ranks say."""
         table = np.asarray(counts, dtype=np.int64).reshape(len(self.layers), -1)
         return ExpertLoad(self.layers, table[:, :-1], table[:, -1])

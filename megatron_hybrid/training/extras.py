@@ -1,5 +1,7 @@
 """What the log shows beside loss and gradient: auxiliary losses of MoE layers, parameter norm."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -7,6 +9,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from torch import Tensor
 
 from megatron_hybrid.config import ModelConfig
 from megatron_hybrid.config.pattern import MOE
@@ -18,7 +21,9 @@ _Z_LOSS = "z_loss"
 
 
 class MoeLosses:
-    """The auxiliary losses that megatron-core's routers leave behind in each micro batch."""
+    """A meter: the auxiliary losses that the engine's routers leave behind in each micro batch."""
+
+    name = "moe_losses"
 
     def __init__(self, model: ModelConfig) -> None:
         self.names: list[str] = []  # the same on every rank, whether it has MoE layers or not
@@ -28,7 +33,7 @@ class MoeLosses:
         if self._layers and model.moe_z_loss_coeff:
             self.names.append(_Z_LOSS)
 
-    def take(self, micro_batches: int) -> list[float]:
+    def take(self, micro_batches: int, like: Tensor) -> Tensor:
         """This rank's share of each loss of the step, which is forgotten: the next begins at 0.
 
         Added up over all ranks, they are means over MoE layers, micro batches and data-parallel
@@ -36,6 +41,7 @@ class MoeLosses:
 
         Args:
             micro_batches: of the step, on one rank.
+            like: whose dtype and device the shares `[n]` get.
         """
         tracker = get_moe_metrics_tracker()
         shares = [
@@ -45,7 +51,11 @@ class MoeLosses:
             for name in self.names
         ]
         tracker.clear()
-        return shares
+        return like.new_tensor(shares)
+
+    def read(self, sums: Sequence[float]) -> dict[str, float]:
+        """Each loss by its name."""
+        return dict(zip(self.names, sums, strict=True))
 
     def _parts(self, name: str) -> int:
         """How many values there are in a micro batch for each one that the mean is made of."""

@@ -6,8 +6,7 @@ steps.
 """
 
 import gzip
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,72 +26,8 @@ from megatron_hybrid.training.optimizer import optimizer_parts
 from megatron_hybrid.training.spans import OTHER, Cause, EngineTimers, Spans
 from megatron_hybrid.training.step import Stepper
 
-FOLDER = "profile"
 FORWARD, BACKWARD, RECOMPUTED = "forward", "backward", "recomputed"
 EMBEDDING, OUTPUT, DATA = "embedding", "output and loss", "data"
-
-
-class StepProfiler:
-    """Records the steps that a config names, on the ranks that it names.
-
-    Args:
-        report: told one line when the files are written.
-    """
-
-    def __init__(
-        self, config: RunConfig, stepper: Stepper, report: Callable[[int, str], None]
-    ) -> None:
-        training = config.training
-        self._config, self._stepper, self._report = config, stepper, report
-        self._first = training.profile_step_start + 1
-        self._last = training.profile_step_end
-        self._here = training.profile and dist.get_rank() in training.profile_ranks
-        self._recording: Recording | None = None
-        self._steps: list[int] = []  # the first and the last of this start
-        self._recorded = not training.profile
-
-    def before(self, iteration: int, data: Iterator[Batch]) -> Iterator[Batch]:
-        """Before step `iteration` (from 1): its micro batches, whose reading is timed."""
-        self._steps = [*self._steps[:1], iteration]
-        self._recorded |= iteration == self._first and bool(self._config.training.profile_ranks)
-        if self._here and iteration == self._first:
-            self._recording = Recording(self._config, self._stepper)
-        return data if self._recording is None else self._recording.timed(data)
-
-    def after(self, iteration: int) -> None:
-        """After a step: where it was the last one, the files are written."""
-        if self._recording is not None and iteration >= self._last:
-            self._write(iteration)
-
-    def close(self, iteration: int) -> None:
-        """At the end of the run: steps that were recorded are not lost; that none was is said."""
-        if self._recording is not None:
-            self._write(iteration)
-        if not self._recorded and self._steps:
-            ranks = ", ".join(map(str, self._config.training.profile_ranks)) or "no rank"
-            self._report(
-                iteration,
-                f"no step was profiled: training.profile_step_start={self._first - 1} begins with "
-                f"step {self._first}, training.profile_ranks are {ranks}, and this start did steps "
-                f"{self._steps[0]} to {self._steps[-1]}",
-            )
-
-    def _write(self, iteration: int) -> None:
-        recording, self._recording = self._recording, None
-        assert recording is not None
-        steps = iteration - self._first + 1
-        table = recording.stop(steps)
-        from megatron_hybrid.training.plot_profile import draw_profile  # and matplotlib, slow
-
-        name = f"steps_{self._first}_{iteration}_rank_{dist.get_rank():05d}"
-        folder = self._config.run_dir / FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_trace(recording.profiler, folder / f"{name}.trace.json.gz")
-        write_atomic(folder / f"{name}.json", json.dumps(table, indent=1))
-        draw_profile(table, folder / f"{name}.png", self._config.run_dir.resolve().name)
-        self._report(
-            iteration, f"{as_text(table)}\nprofile: {folder / name}.json, .png, .trace.json.gz"
-        )
 
 
 class Recording:
@@ -220,7 +155,7 @@ def as_text(table: dict[str, Any]) -> str:
     return "\n".join([*lines, f"{'a step':63}{table['step_ms']:10.2f}"])
 
 
-def _write_trace(profiler: Any, path: Path) -> None:
+def write_trace(profiler: Any, path: Path) -> None:
     """The trace, whole or not at all, for Perfetto or chrome://tracing."""
     plain = path.with_name(f".{path.name}.plain")
     try:

@@ -1,6 +1,7 @@
 """Whether a run may go on after a step whose loss or gradient was not sound."""
 
 import math
+from collections.abc import Callable
 from types import TracebackType
 
 from megatron_hybrid.config import RunConfig
@@ -12,7 +13,6 @@ from megatron_hybrid.training.attempts import ATTEMPTS_FILE, AttemptLog, read_at
 from megatron_hybrid.training.checkpoint import Progress
 from megatron_hybrid.training.distributed import is_rank_zero
 from megatron_hybrid.training.findings import Diagnosis, unsound_steps
-from megatron_hybrid.training.metrics import MetricsWriter
 from megatron_hybrid.training.rerun import StepWatch
 from megatron_hybrid.training.step import Stepper, StepResult
 
@@ -84,6 +84,9 @@ class Soundness:
     """Looks at each step's result; where one was not finite in an earlier start, at its making too.
 
     All ranks use it together, as a context.
+
+    Args:
+        report: told what happened in a step: the iteration, a name, and a line.
     """
 
     def __init__(
@@ -91,11 +94,11 @@ class Soundness:
         config: RunConfig,
         stepper: Stepper,
         attempt: AttemptLog,
-        metrics: MetricsWriter,
+        report: Callable[[int, str, str], None],
         progress: Progress,
     ) -> None:
         self._config, self._stepper = config, stepper
-        self._attempt, self._metrics = attempt, metrics
+        self._attempt, self._report = attempt, report
         with naming(config.run_dir / ATTEMPTS_FILE):
             before = unsound_steps(read_attempts(config.run_dir))
         before = {step: found for step, found in before.items() if step > progress.iteration}
@@ -131,7 +134,7 @@ class Soundness:
             raise
         if watch is not None:
             if result.refusal is None and (text := watch.acquit(iteration)):
-                self._metrics.event(iteration, "watched", f"step {iteration}: {text}")
+                self._report(iteration, "watched", f"step {iteration}: {text}")
             if iteration >= watch.last_iteration:
                 self._end_watch()
 

@@ -34,8 +34,10 @@ from megatron_hybrid.data.tokenizer import (
     build_tokenizer,
     load_tokenizer,
 )
-from megatron_hybrid.errors import UserError
+from megatron_hybrid.errors import ConfigError, UserError
+from megatron_hybrid.extensions import load_class
 from megatron_hybrid.training.batch_sizes import check_batch_sizes
+from megatron_hybrid.training.callbacks import Callback
 from megatron_hybrid.upcycling.scheme import scheme_between
 
 logger = logging.getLogger(__name__)
@@ -92,15 +94,32 @@ def open_run(config: RunConfig, world_size: int | None) -> tuple[RunConfig, Toke
         The config with the size of the vocabulary, the tokenizer, and where the run starts.
 
     Raises:
-        UserError: the tokenizer, the checkpoint, the data or the sizes of the batches cannot be
-            used; every problem of the first of these that has any.
+        UserError: classes that the config names, the tokenizer, the checkpoint, the data or the
+            sizes of the batches cannot be used; every problem of the first of these that has any.
     """
+    _check_named(config)
     data = config.data
     tokenizer = build_tokenizer(
         data.tokenizer_type, data.tokenizer_model, vocab_size=config.model.vocab_size
     )
     config = config.with_vocab_size(tokenizer.vocab_size)
     return config, tokenizer, find_start(config, tokenizer, world_size)
+
+
+def _check_named(config: RunConfig) -> None:
+    """Classes that the config names are there, and of the right kind.
+
+    Raises:
+        ConfigError: each one that is not.
+    """
+    problems = []
+    for word in config.training.callbacks:
+        try:
+            load_class("training.callbacks", word, Callback)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError(problems)
 
 
 def find_start(config: RunConfig, tokenizer: Tokenizer, world_size: int | None) -> Start:

@@ -6,7 +6,7 @@ Legend: b micro batch, s sequence of this rank (with packed documents: one row o
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import tee
+from itertools import islice, tee
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +21,8 @@ from torch import Tensor
 
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.data.batch import Batch
-from megatron_hybrid.training.expert_load import ExpertLoad, ExpertLoads
-from megatron_hybrid.training.extras import MoeLosses
-from megatron_hybrid.training.float8_fit import Float8Steps
+from megatron_hybrid.model.float8 import end_step, float8_linears
+from megatron_hybrid.training.meters import build_meters
 from megatron_hybrid.training.optimizer import apply_gradients, gradient_norm
 from megatron_hybrid.training.rerun import StepWatch
 
@@ -47,18 +46,14 @@ class StepResult(NamedTuple):
         grad_norm: of the mean loss, before clipping; NaN where the loss was not finite.
         refusal: why the optimizer was not stepped ("nonfinite", "loss_spike"), or None.
         votes: sums over ranks of the flags that the caller handed in.
-        moe_losses: mean over the MoE layers of each auxiliary loss, by megatron-core's names.
-        expert_load: where the tokens went; None in a model without experts.
-        float8: how operands fit in emulated float8 (`float8_fit.summary`); None if not counted.
+        readings: of the meters of the model, by their names.
     """
 
     loss: float
     grad_norm: float
     refusal: str | None
     votes: list[float]
-    moe_losses: dict[str, float]
-    expert_load: ExpertLoad | None
-    float8: dict[str, Any] | None
+    readings: dict[str, Any]
 
 
 class Stepper:
@@ -84,9 +79,8 @@ class Stepper:
         self.device = device
         self.watch: StepWatch | None = None  # while a step is looked for that was not finite
         self._schedule = get_forward_backward_func()
-        self._moe_losses = MoeLosses(config.model)
-        self._expert_loads = ExpertLoads(config.model, model)
-        self.float8 = Float8Steps(model)
+        self._meters = build_meters(config.model, model)
+        self._float8_linears = float8_linears(model)
         self._expert_biases = [
             module.expert_bias
             for chunk in model
@@ -100,8 +94,6 @@ class Stepper:
         shape: BatchShape,
         spike_above: float,
         votes: list[float],
-        *,
-        count_float8: bool = False,
     ) -> StepResult:
         """One step of the optimizer on the next global batch.
 
@@ -112,7 +104,6 @@ class Stepper:
             data: micro batches of this rank, those of this global batch next.
             shape: of the global batch.
             votes: flags of this rank, summed over ranks on the way.
-            count_float8: find out how operands fit in emulated float8.
         """
         # The engine moves them with the backward pass, before anyone has seen the loss.
         expert_biases = [bias.clone() for bias in self._expert_biases]
@@ -121,14 +112,11 @@ class Stepper:
                 chunk.train()
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-            self.float8.begin(count_float8)
             _put_back(self._expert_biases, expert_biases)
             sums = self._run(micro_batches, shape, forward_only=False)
-            moe_shares = self._moe_losses.take(self._micro_batches(shape))
-            expert_loads = self._expert_loads.take(sums)
-        float8 = self.float8.end()
-        loss, added, loads = self._reduce(sums, [*votes, *moe_shares], expert_loads)
-        moe_losses = dict(zip(self._moe_losses.names, added[len(votes) :], strict=True))
+            shares = [meter.take(self._micro_batches(shape), sums) for meter in self._meters]
+        end_step(self._float8_linears)
+        loss, (agreed, *found) = self._reduce(sums, [sums.new_tensor(votes), *shares])
         grad_norm = gradient_norm(self.optimizer) if math.isfinite(loss) else math.nan
         if not math.isfinite(grad_norm) or (self.watch is not None and self.watch.findings):
             refusal = "nonfinite"
@@ -139,10 +127,10 @@ class Stepper:
             apply_gradients(self.optimizer, self.config.optimizer.clip_grad, grad_norm)
         if refusal is not None:
             _put_back(self._expert_biases, expert_biases)
-        return StepResult(
-            loss, grad_norm, refusal, added[: len(votes)], moe_losses,
-            self._expert_loads.read(loads), float8,
-        )  # fmt: skip
+        readings = {
+            meter.name: meter.read(sums) for meter, sums in zip(self._meters, found, strict=True)
+        }
+        return StepResult(loss, grad_norm, refusal, agreed, readings)
 
     @torch.no_grad()
     def evaluate(self, data: Iterator[Batch], shapes: Iterable[BatchShape]) -> float:
@@ -150,7 +138,7 @@ class Stepper:
         for chunk in self.model:
             chunk.eval()
         sums = [self._run(data, shape, forward_only=True) for shape in shapes]
-        loss, _, _ = self._reduce(torch.stack(sums).sum(dim=0), [], sums[0][:0])
+        loss, _ = self._reduce(torch.stack(sums).sum(dim=0), [])
         return loss
 
     def _micro_batches(self, shape: BatchShape) -> int:
@@ -202,23 +190,22 @@ class Stepper:
         )
         return losses, partial(_sum_of_losses, local["loss_mask"], watch=self.watch)
 
-    def _reduce(
-        self, sums: Tensor, others: list[float], counts: Tensor
-    ) -> tuple[float, list[float], list[float]]:
-        """Add up losses, tokens and other numbers over all ranks at once.
+    def _reduce(self, sums: Tensor, others: list[Tensor]) -> tuple[float, list[list[float]]]:
+        """Add up losses, tokens and other numbers `[n]` over all ranks at once.
 
         One reduction a step: it is also where the ranks agree.
 
         Returns:
-            The mean loss, and the sums of `others` and of `counts`.
+            The mean loss, and the sums of each of `others`.
         """
         # Only one TP rank of a replica counts; stages but the last have zeros already.
         if parallel_state.get_tensor_model_parallel_rank() > 0:
             sums = torch.zeros_like(sums)
-        packed = torch.cat([sums, sums.new_tensor(others), counts])
+        packed = torch.cat([sums, *others])
         dist.all_reduce(packed)
-        loss_sum, tokens, *added = packed.tolist()
-        return loss_sum / max(tokens, 1.0), added[: len(others)], added[len(others) :]
+        numbers = iter(packed.tolist())
+        loss_sum, tokens = islice(numbers, 2)
+        return loss_sum / max(tokens, 1.0), [list(islice(numbers, len(each))) for each in others]
 
 
 def packed_seq_params(batch: Batch, backend: str, device: torch.device) -> PackedSeqParams | None:

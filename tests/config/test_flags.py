@@ -25,6 +25,7 @@ TEXTS = {
     "training.recompute_modules": "[mlp, moe]",
     "training.batch_size_schedule": "[[1e6, 2]]",
     "training.profile_ranks": "[0, 1]",
+    "training.callbacks": "[package.module:Name]",
     "preset": "tiny",
 }
 

@@ -54,9 +54,9 @@ def step(layout: Layout, modules: tuple[str, ...] | None) -> tuple[list[Any], Co
             module.register_forward_hook(lambda *_, name=name: calls.update([name]))
         shape = BatchShape(GLOBAL_BATCH_SIZE, SEQ_LENGTH)
         result = stepper.train(batches_of_this_rank(False), shape, float("inf"), [])
-        assert result.expert_load is not None
+        loads, losses = result.readings["expert_load"], result.readings["moe_losses"]
         return [
-            result.loss, result.grad_norm, result.moe_losses, result.expert_load.tokens.tolist(),
+            result.loss, result.grad_norm, losses, loads.tokens.tolist(),
             *(p.main_grad.clone() for p in model[0].parameters()),
         ], calls  # fmt: skip
 

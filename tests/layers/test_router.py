@@ -72,7 +72,7 @@ def loads(
         shape = BatchShape(GLOBAL_BATCH_SIZE, SEQ_LENGTH)
         batches = batches_of_this_rank(packed=False)
         stepper.evaluate(batches_of_this_rank(packed=False), [shape])  # which must not count
-        load = stepper.train(batches, shape, float("inf"), []).expert_load
+        load = stepper.train(batches, shape, float("inf"), []).readings["expert_load"]
         left = [
             module.layer_number
             for chunk in chunks
@@ -196,7 +196,7 @@ def balance(layout: Layout, weights: Path, micro_batches: list[int]) -> list[Any
             data = iter([_packed_batch(part) for part in rows.split(size)])
             shape = BatchShape(GLOBAL_BATCH_SIZE, SEQ_LENGTH)
             step = stepper.train(data, shape, float("inf"), [])
-            results.append((step.moe_losses, gradient_parts(chunks)))
+            results.append((step.readings["moe_losses"], gradient_parts(chunks)))
     return results
 
 

@@ -13,10 +13,11 @@ from matplotlib.image import imread
 
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.plotting import save_png
-from megatron_hybrid.training.metrics import METRICS_FILE, MetricsWriter
+from megatron_hybrid.training.metrics import METRICS_FILE
 from megatron_hybrid.training.plot import load_run, plot_runs
 from megatron_hybrid.training.plot_experts import draw_expert_load
 from megatron_hybrid.training.step_metrics import StepMetrics
+from tests.training.reports import reports
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "plot_run.py"
 
@@ -25,9 +26,7 @@ def write_run(
     folder: Path, steps: int, nan_steps: range = range(0), phases: tuple[str, ...] = ()
 ) -> Path:
     """A run whose loss falls from 9 to 3, with four evaluations and phases of equal length."""
-    with MetricsWriter(
-        folder, enabled=True, tensorboard=False, resume_iteration=0, total_iterations=steps
-    ) as writer:
+    with reports(folder, total_iterations=steps) as writer:
         for i in range(1, steps + 1):
             loss = math.nan if i in nan_steps else 3 + 6 * math.exp(-6 * i / steps)
             rate = 3e-4 * min(1, i / 10)

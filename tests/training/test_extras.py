@@ -39,7 +39,7 @@ def extras(layout: Layout, weights: Path, balance: str) -> list[dict[str, float]
         data = batches_of_this_rank(packed=False)
         for _ in range(2):
             result = stepper.train(data, shape, math.inf, [])
-            found.append({**result.moe_losses, "params_norm": params_norm(optimizer)})
+            found.append({**result.readings["moe_losses"], "params_norm": params_norm(optimizer)})
             stepper.evaluate(batches_of_this_rank(packed=False), [shape])
     return found
 

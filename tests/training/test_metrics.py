@@ -5,6 +5,7 @@ import math
 import os
 import pty
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,11 +22,11 @@ from megatron_hybrid.training.console import (
 )
 from megatron_hybrid.training.metrics import (
     METRICS_FILE,
-    MetricsWriter,
     peak_memory_gib,
     read_records,
 )
 from megatron_hybrid.training.step_metrics import TIMING_FIELDS, StepMetrics
+from tests.training.reports import Reports, reports
 
 
 def step(iteration: int, step_ms: float = 812.0) -> StepMetrics:
@@ -48,11 +49,10 @@ def step(iteration: int, step_ms: float = 812.0) -> StepMetrics:
     )
 
 
-def open_writer(folder: Path, resume_iteration: int = 0, **options: bool) -> MetricsWriter:
-    settings = {"enabled": True, "tensorboard": False} | options
-    return MetricsWriter(
-        folder, resume_iteration=resume_iteration, total_iterations=200, **settings
-    )
+def open_writer(
+    folder: Path, resume_iteration: int = 0, **options: bool
+) -> AbstractContextManager[Reports]:
+    return reports(folder, resume_iteration=resume_iteration, total_iterations=200, **options)
 
 
 def write_run(folder: Path, first: int, last: int, step_ms: float = 812.0) -> None:
@@ -99,7 +99,7 @@ def test_damage_before_the_last_line_is_named_and_nothing_is_removed(tmp_path: P
     path.write_bytes(lines[0] + b"[1, 2]\n" + lines[1])
     before = path.read_bytes()
     with pytest.raises(UserError, match=r"metrics\.jsonl:2 is not a metrics record: '\[1, 2\]'"):
-        open_writer(tmp_path, resume_iteration=1)
+        open_writer(tmp_path, resume_iteration=1).__enter__()
     assert path.read_bytes() == before
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_hybrid.testing import run_distributed
-from megatron_hybrid.training.watchdog import Report, explain, locate
+from megatron_hybrid.training.whereabouts import Report, explain, locate
 
 
 def linger(arrived: threading.Event, event: threading.Event) -> None:

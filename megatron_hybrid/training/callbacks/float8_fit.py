@@ -1,45 +1,49 @@
-"""Emulated float8 around a step: delayed scaling's memory, and now and then how operands fit."""
+"""Emulated float8: now and then how the operands of each linear fit the format."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 
-from megatron_hybrid.model.float8 import end_step, float8_linears
+from megatron_hybrid.model.float8 import Float8Linear, float8_linears
 from megatron_hybrid.ops.float8 import ROLES, Fit
+from megatron_hybrid.training.callbacks.base import Callback, Step
+
+if TYPE_CHECKING:
+    from megatron_hybrid.training.trainer import Trainer
 
 
-class Float8Steps:
-    """What the ranks do together around each step of a model in emulated float8.
+class Float8Fit(Callback):
+    """Counts in one step of many, on all ranks.
 
     Args:
-        chunks: this rank's pipeline chunks.
+        interval: iterations between records.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
-        self.linears = float8_linears(chunks)
+    def __init__(self, interval: int) -> None:
+        self._interval = interval
+        self._linears: dict[str, Float8Linear] = {}
         self._counts = False
 
-    def begin(self, counts: bool) -> None:
-        """Before a step's forward pass, and again if it is run again.
+    def on_run_start(self, run: "Trainer") -> None:
+        self._linears = float8_linears(run.model)
 
-        Args:
-            counts: find out how operands fit their format; the same on all ranks.
-        """
-        self._counts = counts
-        for linear in self.linears.values():
-            linear.fit = Fit() if self._counts else None
+    def before_step(self, run: "Trainer") -> None:
+        self._counts = (run.progress.iteration + 1) % self._interval == 0
+        if self._counts:
+            for linear in self._linears.values():
+                linear.fit = Fit()
 
-    def end(self) -> dict[str, Any] | None:
-        """After the backward pass: what was counted, over all ranks; None in most steps."""
-        end_step(self.linears)
+    def after_step(self, run: "Trainer", step: Step) -> None:
         if not self._counts:
-            return None
-        own = {name: linear.fit for name, linear in self.linears.items()}
+            return
+        own = {name: linear.fit for name, linear in self._linears.items()}
         everywhere: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everywhere, own)
-        return summary(everywhere) if any(everywhere) else None
+        for linear in self._linears.values():
+            linear.fit = None
+        if any(everywhere):
+            run.record("float8", summary(everywhere))
 
 
 def summary(fits: Sequence[dict[str, Fit]]) -> dict[str, Any]:

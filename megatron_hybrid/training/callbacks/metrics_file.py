@@ -1,0 +1,73 @@
+"""`metrics.jsonl`: a line for everything that a run reports; `training/metrics.py` says which."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import orjson
+
+from megatron_hybrid.training.callbacks.base import Callback, Evaluation
+from megatron_hybrid.training.metrics import METRICS_FILE, truncate_after
+
+if TYPE_CHECKING:
+    from megatron_hybrid.training.step_metrics import StepMetrics
+    from megatron_hybrid.training.trainer import Trainer
+
+
+class MetricsFile(Callback):
+    """Appends to the file.
+
+    A run that was killed has steps in its file which are newer than its last checkpoint, and
+    possibly half a line. They are moved to REWOUND_FILE first, so that after the resumed run the
+    file holds what an uninterrupted run would have written (`TIMING_FIELDS` and events apart).
+    """
+
+    def __init__(self) -> None:
+        self._file: BinaryIO | None = None
+
+    def on_run_start(self, run: "Trainer") -> None:
+        """Open the file.
+
+        Raises:
+            UserError: the existing one is damaged before its last line.
+        """
+        folder = run.config.run_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / METRICS_FILE
+        truncate_after(path, run.progress.iteration)
+        # Unbuffered: a line is one write, which a killed process leaves whole or not at all.
+        self._file = path.open("ab", buffering=0)
+
+    def on_metrics(self, run: "Trainer", metrics: "StepMetrics") -> None:
+        values = {item.name: getattr(metrics, item.name) for item in fields(metrics)}
+        plain: dict[str, Any] = {
+            name: dict(value) for name, value in values.items() if isinstance(value, Mapping)
+        }
+        load = metrics.expert_load
+        plain["expert_load"] = None if load is None else load.summary()
+        self._write("train", values | plain)
+
+    def after_evaluation(self, run: "Trainer", evaluation: Evaluation) -> None:
+        record = {
+            "iteration": run.progress.iteration,
+            "consumed_samples": run.progress.consumed_samples,
+            "consumed_tokens": run.consumed_tokens(),
+            "loss": evaluation.loss,
+            "extra": dict(evaluation.extra),
+        }
+        self._write("validation", record)
+
+    def on_record(self, run: "Trainer", kind: str, record: Mapping[str, Any]) -> None:
+        self._write(kind, record)
+
+    def on_event(self, run: "Trainer", iteration: int, name: str, message: str) -> None:
+        self._write("event", {"iteration": iteration, "name": name, "message": message})
+
+    def on_run_end(self, run: "Trainer", reason: str | None) -> None:
+        assert self._file is not None
+        self._file.close()
+
+    def _write(self, kind: str, record: Mapping[str, Any]) -> None:
+        assert self._file is not None
+        line = {"kind": kind} | dict(record)
+        self._file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
