@@ -72,6 +72,9 @@ def pretrain(
     world_size = nproc or (whole_number(os.environ, "WORLD_SIZE", least=1) if launched else None)
     if dry_run:
         config = load_config(context.args, which=rules.DRY_RUN, world_size=world_size)
+        from megatron_hybrid.training.start import check_named
+
+        check_named(config)
         print(config.to_yaml(), end="")
         for difference in differences(config):
             logging.getLogger(__name__).warning("note: %s", difference)

@@ -52,6 +52,7 @@ _FIELDS: Mapping[Effect, str] = {
     """,
     "weights": """
         model.init_method_std model.moe_router_bias_update_rate training.seed
+        training.objective training.objective_options
         training.nonfinite_action training.loss_spike_factor training.loss_spike_action
         optimizer.lr optimizer.min_lr optimizer.lr_decay_style optimizer.lr_warmup_samples
         optimizer.lr_warmup_tokens optimizer.lr_warmup_fraction optimizer.lr_decay_samples

@@ -1,9 +1,9 @@
 """The sections of a run beside model and data: layout, precision, training, checkpoints, logs."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, Strict, create_model
+from pydantic import AfterValidator, BeforeValidator, Field, Strict, create_model
 
 from megatron_hybrid.config.base import (
     Amount,
@@ -11,6 +11,7 @@ from megatron_hybrid.config.base import (
     Duration,
     FilePath,
     Finite,
+    FrozenDict,
     Positive,
     PositiveReal,
     Real,
@@ -165,6 +166,10 @@ ClassNames = Annotated[
     tuple[Text, ...], Strict(False), Words("names such as [mypackage.mymodule:MyCallback]")
 ]
 
+Options = Annotated[
+    dict[str, Any], AfterValidator(FrozenDict), Words("options by name such as {mask_token: 7}")
+]
+
 Ranks = Annotated[tuple[Count, ...], Strict(False), Words("ranks such as [0, 8]")]
 
 
@@ -229,6 +234,13 @@ class TrainingConfig(Section):
     )
     profile_step_end: Positive = Field(default=12, description="steps that are done when it ends")
     profile_ranks: Ranks = Field(default=(0,), description="ranks that are recorded")
+    objective: Text = Field(
+        default="pretraining",
+        description="what a step minimises: pretraining, or your own as package.module:Class",
+    )
+    objective_options: Options = Field(
+        default=FrozenDict(), description="the objective's own fields, if it has any"
+    )
     callbacks: ClassNames = Field(
         default=(),
         description="your own callbacks, as package.module:Class: what they do around steps, "

@@ -4,7 +4,8 @@ Shapes: b samples of s tokens. Packed batches are one row, so there b = 1 and
 s = micro_batch_size * seq_length; n is the number of documents in that row.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +23,8 @@ class Batch:
         cu_seqlens: `[n + 1]` int32, from 0 to s: where documents start, or None: not packed.
         max_seqlen: tokens of the longest document, or None: not packed.
         seq_idx: `[1, s]` int32, the number of each token's document, or None: not packed.
+        samples: numbers of its samples in the run, one after the other; None: not known.
+        extra: `[b, s]` each, by name: what an objective adds for itself.
     """
 
     tokens: Tensor
@@ -31,6 +34,8 @@ class Batch:
     cu_seqlens: Tensor | None = None
     max_seqlen: int | None = None
     seq_idx: Tensor | None = None
+    samples: tuple[int, ...] | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, which copies to a GPU without waiting need."""

@@ -11,8 +11,8 @@ Shapes: b = micro_batch_size, s = seq_length; packed batches are one row, `[1, b
 
 import multiprocessing
 import signal
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from multiprocessing.util import Finalize
 from typing import Any
 
@@ -81,17 +81,21 @@ def build_iterator(
         # Torch draws a seed for its workers, by default from the model's own random numbers.
         generator=torch.Generator(),
     )
-    return _batches(loader, config.data.packed_documents)
+    return _batches(loader, micro_batches, config.data.packed_documents)
 
 
-def _batches(loader: DataLoader[Tensor | DataError], packed: bool) -> Iterator[Batch]:
+def _batches(
+    loader: DataLoader[Tensor | DataError], micro_batches: Iterable[list[int]], packed: bool
+) -> Iterator[Batch]:
     has_cuda = torch.cuda.is_available()
     at_exit = Finalize(None, _kill_workers, exitpriority=0)
     try:
-        for rows in loader:
+        # The loader has asked for samples ahead; here they are counted as they come.
+        for rows, samples in zip(loader, micro_batches, strict=True):
             if isinstance(rows, DataError):
                 raise rows
             batch = _packed_batch(rows) if packed else _plain_batch(rows)
+            batch = replace(batch, samples=tuple(samples))
             yield batch.pin_memory() if has_cuda else batch
     except GeneratorExit:  # nobody holds it; after any other error, a traceback does
         pass

@@ -36,6 +36,7 @@ from megatron_hybrid.data.tokenizer import (
 )
 from megatron_hybrid.errors import ConfigError, UserError
 from megatron_hybrid.extensions import load_class
+from megatron_hybrid.objectives.registry import objective_problems
 from megatron_hybrid.training.batch_sizes import check_batch_sizes
 from megatron_hybrid.training.callbacks import Callback
 from megatron_hybrid.upcycling.scheme import scheme_between
@@ -97,7 +98,7 @@ def open_run(config: RunConfig, world_size: int | None) -> tuple[RunConfig, Toke
         UserError: classes that the config names, the tokenizer, the checkpoint, the data or the
             sizes of the batches cannot be used; every problem of the first of these that has any.
     """
-    _check_named(config)
+    check_named(config)
     data = config.data
     tokenizer = build_tokenizer(
         data.tokenizer_type, data.tokenizer_model, vocab_size=config.model.vocab_size
@@ -106,18 +107,19 @@ def open_run(config: RunConfig, world_size: int | None) -> tuple[RunConfig, Toke
     return config, tokenizer, find_start(config, tokenizer, world_size)
 
 
-def _check_named(config: RunConfig) -> None:
-    """Classes that the config names are there, and of the right kind.
+def check_named(config: RunConfig) -> None:
+    """Classes that the config names are there and of the right kind, and the objective fits it.
 
     Raises:
-        ConfigError: each one that is not.
+        ConfigError: each one that is not, and why.
     """
-    problems = []
+    problems: list[str] = []
     for word in config.training.callbacks:
         try:
             load_class("training.callbacks", word, Callback)
         except UserError as error:
             problems.append(str(error))
+    problems += objective_problems(config)
     if problems:
         raise ConfigError(problems)
 

@@ -5,6 +5,8 @@ Legend: b micro batch, s sequence of this rank (with packed documents: one row o
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import islice, tee
 from typing import Any, NamedTuple
@@ -16,12 +18,14 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_batch_on_this_cp_rank
+from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 from torch import Tensor
 
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.data.batch import Batch
 from megatron_hybrid.model.float8 import end_step, float8_linears
+from megatron_hybrid.objectives.registry import build_objective
+from megatron_hybrid.training.callbacks.base import Evaluation
 from megatron_hybrid.training.meters import build_meters
 from megatron_hybrid.training.optimizer import apply_gradients, gradient_norm
 from megatron_hybrid.training.rerun import StepWatch
@@ -42,10 +46,11 @@ class StepResult(NamedTuple):
     """What a step found; the same on every rank.
 
     Attributes:
-        loss: mean cross-entropy over the tokens of the global batch, in nats.
+        loss: what was minimised, over the global batch.
         grad_norm: of the mean loss, before clipping; NaN where the loss was not finite.
         refusal: why the optimizer was not stepped ("nonfinite", "loss_spike"), or None.
         votes: sums over ranks of the flags that the caller handed in.
+        reports: what else the objective found.
         readings: of the meters of the model, by their names.
     """
 
@@ -53,6 +58,7 @@ class StepResult(NamedTuple):
     grad_norm: float
     refusal: str | None
     votes: list[float]
+    reports: dict[str, float]
     readings: dict[str, Any]
 
 
@@ -78,6 +84,7 @@ class Stepper:
         self.backend = backend
         self.device = device
         self.watch: StepWatch | None = None  # while a step is looked for that was not finite
+        self.objective = build_objective(config)
         self._schedule = get_forward_backward_func()
         self._meters = build_meters(config.model, model)
         self._float8_linears = float8_linears(model)
@@ -116,7 +123,7 @@ class Stepper:
             sums = self._run(micro_batches, shape, forward_only=False)
             shares = [meter.take(self._micro_batches(shape), sums) for meter in self._meters]
         end_step(self._float8_linears)
-        loss, (agreed, *found) = self._reduce(sums, [sums.new_tensor(votes), *shares])
+        (loss, reports), (agreed, *found) = self._reduce(sums, [sums.new_tensor(votes), *shares])
         grad_norm = gradient_norm(self.optimizer) if math.isfinite(loss) else math.nan
         if not math.isfinite(grad_norm) or (self.watch is not None and self.watch.findings):
             refusal = "nonfinite"
@@ -130,16 +137,16 @@ class Stepper:
         readings = {
             meter.name: meter.read(sums) for meter, sums in zip(self._meters, found, strict=True)
         }
-        return StepResult(loss, grad_norm, refusal, agreed, readings)
+        return StepResult(loss, grad_norm, refusal, agreed, reports, readings)
 
     @torch.no_grad()
-    def evaluate(self, data: Iterator[Batch], shapes: Iterable[BatchShape]) -> float:
-        """Mean loss in nats a token over the next global batches, of these shapes."""
+    def evaluate(self, data: Iterator[Batch], shapes: Iterable[BatchShape]) -> Evaluation:
+        """The loss over the next global batches, of these shapes."""
         for chunk in self.model:
             chunk.eval()
         sums = [self._run(data, shape, forward_only=True) for shape in shapes]
-        loss, _ = self._reduce(torch.stack(sums).sum(dim=0), [])
-        return loss
+        (loss, reports), _ = self._reduce(torch.stack(sums).sum(dim=0), [])
+        return Evaluation(loss, reports)
 
     def _micro_batches(self, shape: BatchShape) -> int:
         """Of a global batch, on each data-parallel rank."""
@@ -149,7 +156,8 @@ class Stepper:
         return count
 
     def _run(self, data: Iterator[Batch], shape: BatchShape, forward_only: bool) -> Tensor:
-        """All micro batches of a global batch -> `[2]` float64: sum of losses, number of tokens."""
+        """All micro batches of a global batch -> `[2 + n]` float64: sum of losses, what it is to be
+        divided by, and the n sums that the objective reports."""
         micro_batch_size = self.config.training.micro_batch_size
         row_of = micro_batch_size if self.config.data.packed_documents else 1
         iterators = [data] if len(self.model) == 1 else list(tee(data, len(self.model)))
@@ -163,40 +171,69 @@ class Stepper:
             forward_only=forward_only,
         )
         if not per_micro_batch:  # not the last pipeline stage
-            return torch.zeros(2, dtype=torch.float64, device=self.device)
+            sums = 2 + len(self.objective.reports)
+            return torch.zeros(sums, dtype=torch.float64, device=self.device)
         return torch.stack(per_micro_batch).sum(dim=0)
 
     def _forward(
         self, data: Iterator[Batch], model: torch.nn.Module
     ) -> tuple[Tensor, partial[tuple[Tensor, Tensor, Tensor]]]:
-        """The engine's forward_step_func: losses `[b, s]` and how to add them up."""
-        batch = next(data)
+        """The engine's forward_step_func: the output, and what the last stage makes of it."""
+        batch = self.objective.prepare(next(data))
+        local = self._local(batch)
+        wanted = self.objective.output
+        with _without_output_layer(model) if wanted == "hidden" else nullcontext():
+            output = model(
+                local.tokens,
+                local.position_ids,
+                None,
+                labels=local.labels if wanted == "losses" else None,
+                packed_seq_params=packed_seq_params(batch, self.backend, self.device),
+            )
+        return output, partial(self._add_up, local, model)
+
+    def _local(self, batch: Batch) -> Batch:
+        """A micro batch as this context parallel rank has it, on the device."""
+        whole = {
+            "tokens": batch.tokens,
+            "labels": batch.labels,
+            "loss_mask": batch.loss_mask,
+            "position_ids": batch.position_ids,
+            **batch.extra,
+        }
         local = get_batch_on_this_cp_rank(
-            {
-                "tokens": batch.tokens.to(self.device, non_blocking=True),
-                "labels": batch.labels.to(self.device, non_blocking=True),
-                "loss_mask": batch.loss_mask.to(self.device, non_blocking=True),
-                "position_ids": batch.position_ids.to(self.device, non_blocking=True),
-            },
+            {name: value.to(self.device, non_blocking=True) for name, value in whole.items()},
             is_hybrid_cp=False,
             cp_group=parallel_state.get_context_parallel_group(),
         )
-        losses = model(
-            local["tokens"],
-            local["position_ids"],
-            None,
-            labels=local["labels"],
-            packed_seq_params=packed_seq_params(batch, self.backend, self.device),
-        )
-        return losses, partial(_sum_of_losses, local["loss_mask"], watch=self.watch)
+        extra = {name: local.pop(name) for name in batch.extra}
+        return replace(batch, **local, extra=extra)
 
-    def _reduce(self, sums: Tensor, others: list[Tensor]) -> tuple[float, list[list[float]]]:
-        """Add up losses, tokens and other numbers `[n]` over all ranks at once.
+    def _add_up(
+        self, batch: Batch, model: torch.nn.Module, output: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The model's output -> the sum of losses, what it is to be divided by, and all sums for
+        the report. The engine divides the gradient by what all ranks count together.
+        """
+        found = self.objective.losses(output, batch, unwrap_model(model))
+        weights = found.weights.reshape(-1).float()
+        loss = (found.values.reshape(-1).float() * weights).sum()
+        if self.watch is not None:
+            self.watch.check_loss(loss)
+        count = weights.sum() if found.count is None else found.count
+        sums = [loss, count, *(found.sums[name] for name in self.objective.reports)]
+        report = torch.stack([each.detach().double() for each in sums])
+        return loss, count.to(torch.int), report
+
+    def _reduce(
+        self, sums: Tensor, others: list[Tensor]
+    ) -> tuple[tuple[float, dict[str, float]], list[list[float]]]:
+        """Add up what `_run` returns and other numbers `[n]` over all ranks at once.
 
         One reduction a step: it is also where the ranks agree.
 
         Returns:
-            The mean loss, and the sums of each of `others`.
+            The loss and the objective's report, and the sums of each of `others`.
         """
         # Only one TP rank of a replica counts; stages but the last have zeros already.
         if parallel_state.get_tensor_model_parallel_rank() > 0:
@@ -204,8 +241,9 @@ class Stepper:
         packed = torch.cat([sums, *others])
         dist.all_reduce(packed)
         numbers = iter(packed.tolist())
-        loss_sum, tokens = islice(numbers, 2)
-        return loss_sum / max(tokens, 1.0), [list(islice(numbers, len(each))) for each in others]
+        loss_sum, count, *reported = islice(numbers, len(sums))
+        found = loss_sum / max(count, 1.0), self.objective.report(reported, count)
+        return found, [list(islice(numbers, len(each))) for each in others]
 
 
 def packed_seq_params(batch: Batch, backend: str, device: torch.device) -> PackedSeqParams | None:
@@ -240,17 +278,12 @@ def _put_back(tensors: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
         tensor.copy_(before)
 
 
-def _sum_of_losses(
-    loss_mask: Tensor, losses: Tensor, *, watch: StepWatch | None
-) -> tuple[Tensor, Tensor, Any]:
-    """Losses `[b, s]` -> their sum, the number of tokens, and both for the report.
-
-    The engine divides the gradient by the number of tokens of the global batch.
-    """
-    mask = loss_mask.reshape(-1).float()
-    loss = (losses.reshape(-1).float() * mask).sum()
-    if watch is not None:
-        watch.check_loss(loss)
-    tokens = mask.sum()
-    report = torch.stack([loss.detach().double(), tokens.double()])
-    return loss, tokens.to(torch.int), report
+@contextmanager
+def _without_output_layer(model: torch.nn.Module) -> Iterator[None]:
+    """Within it, the model's output is its last hidden states."""
+    inner = unwrap_model(model)
+    had, inner.post_process = inner.post_process, False
+    try:
+        yield
+    finally:
+        inner.post_process = had

@@ -20,7 +20,7 @@ from megatron_hybrid.model.transformer_config import transformer_config
 from megatron_hybrid.platform import Platform
 from megatron_hybrid.training.attempts import AttemptLog
 from megatron_hybrid.training.batch_sizes import check_batch_sizes
-from megatron_hybrid.training.callbacks.base import Evaluation, Step
+from megatron_hybrid.training.callbacks.base import Step
 from megatron_hybrid.training.callbacks.ordered import build_callbacks
 from megatron_hybrid.training.checkpoint import Checkpointer
 from megatron_hybrid.training.distributed import is_rank_zero
@@ -167,8 +167,8 @@ class Trainer:
         assert windows is not None and steps is not None
         shape = BatchShape(steps.batch_size(0), steps.seq_length(0))
         shapes = [shape] * (steps.samples // shape.samples)
-        loss = self.stepper.evaluate(self._batches(windows, steps, 0), shapes)
-        self.callbacks.after_evaluation(self, Evaluation(loss))
+        found = self.stepper.evaluate(self._batches(windows, steps, 0), shapes)
+        self.callbacks.after_evaluation(self, found)
 
     def _save(self, checkpointer: Checkpointer, *, wait: bool) -> None:
         started = time.perf_counter()

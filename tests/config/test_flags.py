@@ -26,6 +26,7 @@ TEXTS = {
     "training.batch_size_schedule": "[[1e6, 2]]",
     "training.profile_ranks": "[0, 1]",
     "training.callbacks": "[package.module:Name]",
+    "training.objective_options": "{name: 1}",
     "preset": "tiny",
 }
 

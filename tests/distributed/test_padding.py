@@ -64,8 +64,8 @@ def first_step(layout: Layout, untied: bool, recipe: str, multiple: int) -> dict
         logits = _logits(model, multiple) if layout.ranks == 1 else None
         rows = _rows(model)
         return {
-            "losses": [evaluated, result.loss, again], "norms": norms, "gradients": gradients,
-            "logits": logits, "rows": rows,
+            "losses": [evaluated.loss, result.loss, again.loss], "norms": norms,
+            "gradients": gradients, "logits": logits, "rows": rows,
         }  # fmt: skip
 
 

@@ -158,7 +158,7 @@ def evaluations(layout: Layout, weights: Path) -> dict[str, list[float]]:
                 rows = torch.arange(GLOBAL_BATCH_SIZE * (SEQ_LENGTH + 1)) * 7 % VOCAB_SIZE
                 parts = rows.view(GLOBAL_BATCH_SIZE, -1).split(size)
                 shape = BatchShape(GLOBAL_BATCH_SIZE, SEQ_LENGTH)
-                loss = stepper.evaluate(iter([_plain_batch(part) for part in parts]), [shape])
+                loss = stepper.evaluate(iter([_plain_batch(part) for part in parts]), [shape]).loss
                 losses.setdefault(name, []).append(loss)
     return losses
 

@@ -52,5 +52,9 @@ class Figures(Callback):
             source_tokens={use.name: use.tokens for use in uses},
             source_epochs={use.name: use.epochs for use in uses},
             expert_load=result.readings.get("expert_load"),
-            extra={**result.readings.get("moe_losses", {}), **run.callbacks.metrics(run, step)},
+            extra={
+                **result.readings.get("moe_losses", {}),
+                **result.reports,
+                **run.callbacks.metrics(run, step),
+            },
         )

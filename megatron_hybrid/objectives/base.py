@@ -1,0 +1,118 @@
+"""What an objective is. The loop, schedules, evaluation, rerun and metrics know only this.
+
+Legend: b samples of the micro batch (with packed documents: one row), s tokens of this context
+parallel rank, h hidden size, v vocabulary of this tensor parallel rank.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from megatron_hybrid.config.base import Section
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from megatron_hybrid.config.run import RunConfig
+    from megatron_hybrid.data.batch import Batch
+
+
+@dataclass(frozen=True)
+class Losses:
+    """A micro batch's part of what a step minimises.
+
+    A step minimises sum(values * weights) / sum(count), both sums over the whole global batch, all
+    micro batches and ranks: however samples fall on them, it is the same function.
+
+    Attributes:
+        values: `[b, s]`, a loss a token; or `[b]`, one a sequence. Of any shape.
+        weights: of the shape of `values`; no gradient goes through them.
+        count: `[]`, what the sum is divided by: a whole number. None: the sum of the weights,
+            which must then be whole (as a mask's is).
+        sums: `[]` each, further sums for the report, by the names in `Objective.reports`.
+    """
+
+    values: "Tensor"
+    weights: "Tensor"
+    count: "Tensor | None" = None
+    sums: Mapping[str, "Tensor"] = field(default_factory=dict)
+
+
+class Objective:
+    """What a step minimises. A subclass is one file, and has `losses` and what else it needs.
+
+    Every rank makes one, within the process groups and before its first step. It has no state
+    that changes: what it computes of a sample is a function of the sample, so that resumed runs,
+    steps that are run again and all layouts agree.
+
+    What happens with a micro batch, in this order:
+
+    1. `prepare`, on the CPU, sees the whole of it, on every rank alike.
+    2. Its tensors `[b, s]` go to the device, cut to what this context parallel rank has.
+    3. The model runs on `tokens` and `position_ids`, stage by stage.
+    4. `losses` turns its output into losses: on the last pipeline stage only, on each of its
+       context and tensor parallel ranks. Stages before it need nothing of an objective.
+    5. Sums are reduced over all ranks, and `report` says what else the step found.
+
+    An evaluation does the same without gradients, on the held-out samples.
+
+    Attributes:
+        output: what `losses` gets of the model.
+            "losses": cross-entropy in nats of each of `batch.labels`, `[b, s]` fp32. The cheapest:
+            logits are not kept.
+            "logits": `[b, s, v]`, of this tensor parallel rank's part of the vocabulary.
+            "hidden": hidden states after the last norm, `[s, b, h]`, or `[s / TP, b, h]` with
+            sequence parallelism. The model's output layer (`model.output_layer`) does not run.
+        reports: names of what `Losses.sums` holds.
+        Options: the fields of `training.objective_options`, as a section of a config, with defaults
+            and descriptions; None: it has none.
+    """
+
+    output: ClassVar[Literal["losses", "logits", "hidden"]] = "losses"
+    reports: ClassVar[tuple[str, ...]] = ()
+    Options: ClassVar[type[Section] | None] = None
+
+    def __init__(self, config: "RunConfig", options: Any) -> None:
+        """Args: `options`, an `Options`, valid; None where the objective has none."""
+        self.config = config
+        self.options = options
+
+    @classmethod
+    def problems(cls, config: "RunConfig", options: Any) -> Iterator[str]:
+        """What a config asks for that this cannot do: a sentence each, with field, value, rule and
+        what is allowed. Called before any rank starts; should load no torch."""
+        yield from ()
+
+    def prepare(self, batch: "Batch") -> "Batch":
+        """The micro batch as this objective needs it, the whole row, on the CPU.
+
+        `batch.samples` are the numbers of its samples in the run (in an evaluation: in the held-out
+        split): what is drawn at random must be drawn from them and `training.seed`. Tensors of its
+        own, `[b, s]`, go into `batch.extra`, and are moved and cut like the others.
+        """
+        return batch
+
+    def losses(self, output: "Tensor", batch: "Batch", model: "nn.Module") -> Losses:
+        """The losses of a micro batch, on the last pipeline stage.
+
+        Where a loss is of a whole sequence, which context parallel ranks hold in parts, its sum
+        over tokens must be reduced over the context parallel group here, and `count` be given on
+        one of these ranks alone, or a part of it on each.
+
+        Args:
+            output: as `Objective.output` says.
+            batch: as `prepare` left it, tensors `[b, s]` on the device and of this rank.
+            model: the last chunk, megatron-core's HybridModel.
+        """
+        raise NotImplementedError
+
+    def report(self, sums: Sequence[float], count: float) -> dict[str, float]:
+        """What else a step found, for `extra` of its record, by name; the same on every rank.
+
+        Args:
+            sums: over the global batch, in the order of `reports`.
+            count: what the loss was divided by.
+        """
+        return {
+            name: total / max(count, 1.0) for name, total in zip(self.reports, sums, strict=True)
+        }

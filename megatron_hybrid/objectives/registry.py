@@ -1,0 +1,86 @@
+"""Which objective a config names: one of ours by its name, or a class as `package.module:Class`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_hybrid.config.base import Section
+from megatron_hybrid.config.describe import allowed, nearest, shown
+from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.errors import ConfigError, UserError
+from megatron_hybrid.extensions import load_class
+from megatron_hybrid.objectives.base import Objective
+
+FIELD = "training.objective"
+# Imported on use.
+OBJECTIVES = {"pretraining": "megatron_hybrid.objectives.pretraining:Pretraining"}
+
+
+def find_objective(name: str) -> type[Objective]:
+    """The class that `training.objective` names.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if ":" not in name and name not in OBJECTIVES:
+        guess = nearest(name, OBJECTIVES)
+        raise UserError(
+            f"{FIELD}={name} is not an objective; {f'did you mean {guess}? ' if guess else ''}"
+            f"allowed: {', '.join(OBJECTIVES)}, or your own as package.module:Class"
+        )
+    return load_class(FIELD, OBJECTIVES.get(name, name), Objective)
+
+
+def objective_problems(config: RunConfig) -> list[str]:
+    """Why a config's objective cannot be used; nothing where it can."""
+    try:
+        kind = find_objective(config.training.objective)
+    except UserError as error:
+        return [str(error)]
+    try:
+        options = _options(kind, config)
+    except ConfigError as error:
+        return error.problems
+    return list(kind.problems(config, options))
+
+
+def build_objective(config: RunConfig) -> Objective:
+    """The objective of a config that has no `objective_problems`.
+
+    Raises:
+        UserError: it has some.
+    """
+    kind = find_objective(config.training.objective)
+    return kind(config, _options(kind, config))
+
+
+def _options(kind: type[Objective], config: RunConfig) -> Section | None:
+    values, name = config.training.objective_options, config.training.objective
+    section = kind.Options
+    if section is None:
+        if values:
+            raise ConfigError(
+                [f"{FIELD}_options={shown(dict(values))}: {FIELD}={name} has no options"]
+            )
+        return None
+    try:
+        return section(**values)
+    except ValidationError as error:
+        places = [str(each["loc"][0]) for each in error.errors() if each["loc"]]
+        raise ConfigError(
+            [_option_problem(section, place, values, name) for place in dict.fromkeys(places)]
+        ) from error
+
+
+def _option_problem(
+    section: type[Section], name: str, values: Mapping[str, Any], objective: str
+) -> str:
+    known, path = section.model_fields, f"{FIELD}_options.{name}"
+    if name not in known:
+        guess = nearest(name, known)
+        hint = f"did you mean {guess}? " if guess else ""
+        return f"{path} is not an option of {objective}; {hint}allowed: {', '.join(known)}"
+    if name not in values:
+        return f"{path} is not set; it must be {allowed(known[name])}"
+    return f"{path}={shown(values[name])} must be {allowed(known[name], values[name])}"

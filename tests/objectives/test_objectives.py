@@ -1,0 +1,109 @@
+"""An objective of a user's own: one file, named in a config, trained, evaluated and resumed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_hybrid.config import load_config
+from megatron_hybrid.errors import ConfigError
+from megatron_hybrid.objectives.registry import objective_problems
+from megatron_hybrid.testing import run_distributed
+from megatron_hybrid.training.start import check_named
+from tests.training.runs import GLOBAL_BATCH_SIZE, losses, outcomes, records, trainer, words
+
+OWN = "tests.objectives.own"
+WEIGHTED = [f"training.objective={OWN}:Weighted", "training.objective_options.small=0.01"]
+
+
+def by_hand(line: list[str]) -> tuple[float, float]:
+    """On a rank: what `Weighted` minimises and reports on the held-out samples, by hand."""
+    from megatron_hybrid.data.datasets import open_windows
+
+    with trainer(line) as run:
+        run.run()
+        _, valid = open_windows(run.config, run.tokenizer, run.data)
+        assert valid is not None
+        loss = small = 0.0
+        for number in range(GLOBAL_BATCH_SIZE):
+            window = torch.from_numpy(valid.__getitems__([number]))
+            with torch.no_grad():
+                places = torch.arange(window.shape[1] - 1)[None]
+                logits = run.model[0](window[:, :-1], places, None)[0]
+            square = logits.logsumexp(-1).square().mean()
+            cross_entropy = F.cross_entropy(logits, window[0, 1:])
+            loss += float(cross_entropy + 0.01 * square) * (1 + number % 3)
+            small += float(square)
+        return loss / GLOBAL_BATCH_SIZE, small / GLOBAL_BATCH_SIZE
+
+
+def all_runs(lines: list[list[str]], evaluated: list[str]) -> tuple[list[str], Any]:
+    """On a rank: how several runs end, and `by_hand` of one more."""
+    return outcomes(lines), by_hand(evaluated)
+
+
+def test_one_file_is_enough(tmp_path: Path) -> None:
+    """From hidden states, pre-training's losses to the bit. By sequence from logits, with weights
+    of the samples' own: what a plain loop says; the same in micro batches of any size, and to the
+    bit after a resume."""
+    names = ("plain", "hidden", "micro", "resumed")
+    plain, hidden, micro, resumed = (tmp_path / name for name in names)
+    evaluation = ["training.eval_interval=4", "training.eval_iters=1"]
+    found, expected = run_distributed(
+        all_runs,
+        1,
+        [
+            words(plain),
+            words(hidden, f"training.objective={OWN}:NextByHidden"),
+            words(micro, *WEIGHTED, "training.micro_batch_size=2"),
+            words(resumed, *WEIGHTED, "training.exit_interval=2"),
+            words(resumed, *WEIGHTED),
+        ],
+        words(tmp_path / "whole", *WEIGHTED, *evaluation),
+    )[0]
+    assert found == ["finished"] * 3 + ["exit_interval", "finished"]
+    assert losses(hidden) == losses(plain)
+    whole = losses(tmp_path / "whole")
+    assert losses(micro) == pytest.approx(whole, rel=1e-6)
+    assert losses(resumed) == whole
+    assert whole[-1] < whole[0]
+    [logged] = records(tmp_path / "whole", "validation")
+    assert (logged["loss"], logged["extra"]["small"]) == pytest.approx(expected, rel=1e-6)
+    assert logged["extra"]["samples"] == GLOBAL_BATCH_SIZE
+    for record in records(resumed):  # of step i samples 4 (i - 1) to 4 i - 1
+        first = 4 * (record["iteration"] - 1)
+        mean = sum(1 + sample % 3 for sample in range(first, first + 4)) / 4
+        assert record["extra"]["mean_factor"] == pytest.approx(mean)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["objective=pretrianing"], "training.objective=pretrianing is not an objective; "
+         "did you mean pretraining? allowed: pretraining"),
+        ([f"objective={OWN}:NoObjective"], "is not a subclass of megatron_hybrid.objectives."
+         "Objective"),
+        (["objective_options={small: 1}"], "training.objective=pretraining has no options"),
+        ([f"objective={OWN}:Weighted"], "training.objective_options.small is not set; it must be a "
+         "number above 0"),
+        ([f"objective={OWN}:Weighted", "objective_options={smal: 1.0, small: -1}"],
+         f"objective_options.smal is not an option of {OWN}:Weighted; did you mean small?"),
+        ([f"objective={OWN}:Weighted", "objective_options.small=-1"],
+         "training.objective_options.small=-1 must be a number above 0"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(options: list[str], problem: str, tmp_path: Path) -> None:
+    """Names, options and layouts that it cannot have, in one message, before any rank starts."""
+    config = load_config(words(tmp_path, *(f"training.{option}" for option in options)))
+    assert problem in "\n".join(objective_problems(config))
+
+
+def test_all_at_once(tmp_path: Path) -> None:
+    """An objective says what of a config it cannot do, beside what else is wrong with names."""
+    line = words(tmp_path, *WEIGHTED, "training.callbacks=[no:One]")
+    config = load_config([*line, "parallel.tensor_model_parallel_size=2"])
+    with pytest.raises(ConfigError) as caught:
+        check_named(config)
+    assert len(caught.value.problems) == 2
