@@ -32,7 +32,7 @@ from megatron_hybrid.checkpoint.reader import CheckpointReader, find_checkpoint
 from megatron_hybrid.checkpoint.source_model import source_config
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.pattern import parse_pattern
-from megatron_hybrid.config.sections import ParallelConfig, PrecisionConfig
+from megatron_hybrid.config.sections import GpuConfig, ParallelConfig, PrecisionConfig
 from megatron_hybrid.data.tokenizer import (
     NullTokenizer,
     Tokenizer,
@@ -115,6 +115,7 @@ def _alone_in_fp32(config: RunConfig) -> RunConfig:
     return config.model_copy(
         update={
             "parallel": ParallelConfig(expert_tensor_parallel_size=1),
+            "gpu": GpuConfig(),
             "precision": PrecisionConfig(recipe="fp32"),
             "training": config.training.model_copy(update=no_recompute),
         }

@@ -15,6 +15,7 @@ from megatron_hybrid.checkpoint.saved_config import read_config
 from megatron_hybrid.config import TRACKER_FILE, load_config, rules
 from megatron_hybrid.config.describe import fields
 from megatron_hybrid.config.ranks import model_ranks
+from megatron_hybrid.config.sections import GpuConfig
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.generation import ONE_RANK, Sampling, choose, generate_text
 from megatron_hybrid.testing import run_distributed
@@ -29,6 +30,32 @@ from tests.distributed.layouts import (
 )
 
 TWO_STAGES = next(layout for layout in LAYOUTS if layout.name == "TP2xPP2")
+
+
+# What the GPUs' section has of a forward pass, which is that of training.
+OF_A_FORWARD_PASS = {
+    "cp_comm_type", "attention_backend", "apply_rope_fusion", "bias_activation_fusion",
+    "bias_dropout_fusion", "moe_permute_fusion", "moe_router_fusion",
+}  # fmt: skip
+# Of no account where nothing is learned.
+OF_A_LOSS = {"cross_entropy_loss_fusion", "cross_entropy_fusion_impl", "cuda_graph_warmup_steps"}
+
+
+def test_nothing_of_training_s_schedule_is_left() -> None:
+    """Graphs, overlaps and fused gradients of a run's ranks are none of one that generates; the
+    config of such a run is one that a single rank takes."""
+    put_off = {word.partition("=")[0] for word in ONE_RANK}
+    known = {f"gpu.{name}" for name in OF_A_FORWARD_PASS | OF_A_LOSS}
+    assert {f"gpu.{name}" for name in GpuConfig.model_fields} == known | {
+        name for name in put_off if name.startswith("gpu.")
+    }
+    run = ["gpu.cuda_graph_impl=local", "gpu.cuda_graph_modules=[attn, mamba]",
+           "gpu.gradient_accumulation_fusion=true", "gpu.align_param_gather=true",
+           "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true",
+           "backend=transformer_engine"]  # fmt: skip
+    config = load_config([*GOOD, *run], which=rules.NO_FILES)
+    alone = load_config(list(ONE_RANK), base=config.model_dump(mode="json"), which=rules.NO_FILES)
+    assert alone.gpu == GpuConfig()
 
 
 def save_checkpoint(weights: Path, save: Path) -> None:
