@@ -1,5 +1,6 @@
 """Start and stop the ranks' process groups: torch.distributed and megatron-core's on top of it."""
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,12 +9,15 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megatron_hybrid.bounds import MOST_SECONDS
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.platform import Platform
 from megatron_hybrid.platform.noise import silence_warnings
 
 COLLECTIVE_TIMEOUT_MINUTES = 30
+# By which the watchdog comes first: it says more.
+_WATCHDOG_MINUTES = 5
 STAGE_SEED_STEP = 100
 
 
@@ -56,6 +60,14 @@ def select_device() -> None:
         torch.cuda.set_device(local_rank)
 
 
+def collective_timeout_minutes(config: RunConfig) -> int:
+    """How long ranks wait for each other, which `training.hang_timeout_s` may ask to be longer."""
+    hang_s = config.training.hang_timeout_s
+    if hang_s is None:  # never
+        return int(MOST_SECONDS // 60)
+    return max(COLLECTIVE_TIMEOUT_MINUTES, math.ceil(hang_s / 60) + _WATCHDOG_MINUTES)
+
+
 @contextmanager
 def process_groups(config: RunConfig, platform: Platform, *, alone: bool = False) -> Iterator[None]:
     """torch.distributed, and the engine's model-parallel groups on top, for the time of the block.
@@ -66,7 +78,7 @@ def process_groups(config: RunConfig, platform: Platform, *, alone: bool = False
     Args:
         alone: this process is the only rank, whatever the environment says.
     """
-    timeout = timedelta(minutes=COLLECTIVE_TIMEOUT_MINUTES)
+    timeout = timedelta(minutes=collective_timeout_minutes(config))
     if "RANK" in os.environ and not alone:
         dist.init_process_group(platform.distributed_backend, timeout=timeout)
     else:
@@ -101,7 +113,7 @@ def model_parallel_groups(config: RunConfig, platform: Platform) -> Iterator[Non
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-        distributed_timeout_minutes=COLLECTIVE_TIMEOUT_MINUTES,
+        distributed_timeout_minutes=collective_timeout_minutes(config),
         # On the CPU the groups are gloo's already.
         create_gloo_process_groups=platform.has_cuda,
     )

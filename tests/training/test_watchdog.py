@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_hybrid.config import load_config
 from megatron_hybrid.testing import run_distributed
+from megatron_hybrid.training.distributed import (
+    COLLECTIVE_TIMEOUT_MINUTES,
+    collective_timeout_minutes,
+)
 from megatron_hybrid.training.whereabouts import Report, explain, locate
+from tests.config import GOOD
 
 
 def linger(arrived: threading.Event, event: threading.Event) -> None:
@@ -85,3 +92,17 @@ def test_silent_ranks_are_named() -> None:
         "rank 2-3 did not arrive, and does not answer: stopped, swapping, or its node is gone",
         "rank 0-1 waits in all_reduce of ranks 0-3, called by core/x.py:1 f",
     ]
+
+
+def test_ranks_wait_longer_than_the_watchdog() -> None:
+    """It says where they are, so it must come first; and without it nobody gives up."""
+
+    def minutes(hang_s: str) -> int:
+        line = [*GOOD, f"training.hang_timeout_s={hang_s}"]
+        return collective_timeout_minutes(load_config(line, which=()))
+
+    assert minutes("1200") == minutes("1") == COLLECTIVE_TIMEOUT_MINUTES
+    for hang_s in (1799, 1801, 7200, 10**9):
+        assert 60 * minutes(str(hang_s)) > hang_s + 60
+    assert minutes("null") > 365 * 24 * 60
+    assert timedelta(minutes=minutes("1e9")).total_seconds() * 1e9 < 2**62  # of nanoseconds
