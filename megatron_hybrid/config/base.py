@@ -1,5 +1,6 @@
 """What every section of the config stands on: strict fields, and the few types they share."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -71,9 +72,14 @@ def _whole(value: Any) -> Any:
     return value
 
 
-FilePath = Annotated[Path, Strict(False), Far(bounds.path_problem)]
+def _at_home(value: Any) -> Any:
+    """`~` as the shell has it, which leaves `run_dir=~/x` and a YAML file as they are."""
+    return os.path.expanduser(value) if isinstance(value, str) else value  # noqa: PTH111
+
+
+FilePath = Annotated[Path, Strict(False), BeforeValidator(_at_home), Far(bounds.path_problem)]
 # A path, or a glob, as text.
-PathText = Annotated[str, Field(min_length=1), Far(bounds.path_problem)]
+PathText = Annotated[str, BeforeValidator(_at_home), Field(min_length=1), Far(bounds.path_problem)]
 Text = Annotated[str, Far(bounds.text_problem)]
 _COUNTED = Far(partial(_at_most, bounds.MOST_COUNT))
 Whole = Annotated[int, _COUNTED]

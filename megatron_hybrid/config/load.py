@@ -200,7 +200,7 @@ def _layers_below(line: CommandLine, typed: Values) -> _Layers:
     elif line.source is not None:
         preset = line.source
     elif preset is None and load is not None:
-        _from_checkpoint(load, typed, layers)
+        _from_checkpoint(os.path.expanduser(load), typed, layers)  # noqa: PTH111 (text, as typed)
     elif preset is None and get_path(typed, "model.hybrid_layer_pattern") is None:
         layers.fail(f"no preset or YAML file is given; presets: {', '.join(presets())}")
     if preset is not None:

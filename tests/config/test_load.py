@@ -1,5 +1,6 @@
 """Where a config comes from and what wins: presets, files, typed words, checkpoints."""
 
+import json
 import os
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from megatron_hybrid.config import (
     presets,
     rules,
 )
+from megatron_hybrid.config.describe import fields, plain_type
 from megatron_hybrid.config.tracker import FIRST_FOLDER
 from megatron_hybrid.errors import ConfigError
 from tests.config import GOOD
@@ -263,3 +265,21 @@ def test_yaml_round_trip(run_dir: str, prefixes, lr: float, window, tokens: int)
     from megatron_hybrid.config.yaml_text import parse_yaml
 
     assert build_config(parse_yaml(config.to_yaml()), which=rules.NO_FILES) == config
+
+
+def test_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`~` is what the shell means by it, in a file and in `field=~/x`, which no shell expands."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = [name for name, field in fields().items() if plain_type(field) is Path]
+    assert len(paths) >= 6
+    typed = [f"{name}=~/x" for name in paths if name not in ("checkpoint.load", "upcycling.from")]
+    for more in ("data.data_path=[[1, ~/a]]", "checkpoint.load=~/x", "upcycling.from=~/x"):
+        values = load_config([*GOOD, *typed, more], which=()).model_dump(mode="json")
+        told = json.dumps(values)
+        assert "~" not in told
+        assert told.count(f'"{tmp_path}/') == len(typed) + 1
+    source = write(tmp_path / "run.yaml", "data: {sources: {web: {path: [~/a, ~/b_*]}}}")
+    config = load_config([source, *GOOD[1:], "preset=tiny"], which=())
+    assert config.data.sources["web"].path == (f"{tmp_path}/a", f"{tmp_path}/b_*")
+    with pytest.raises(ConfigError, match=f"checkpoint.load={tmp_path}/x: no such folder"):
+        load_config(["--load", "~/x"])
