@@ -136,7 +136,8 @@ def print_report(report: Report, console: Console) -> None:
         )  # fmt: skip
     console.print(table)
     if report.arbiter_left_out is not None:
-        console.print(f"without the arbiter: {report.arbiter_left_out}", highlight=False)
+        left_out = f"without the arbiter: {report.arbiter_left_out}"
+        console.print(left_out, highlight=False, markup=False)
     texts = Table("prompt", "tokens", "greedy continuation", "")
     for text in report.texts:
         both = text.ours if text.verdict == "same" else f"{text.ours}\n{text.theirs}"

@@ -174,7 +174,9 @@ def report(findings: list[Finding], console: Console) -> bool:
     table = Table("", "found", "status", "note")
     for item in findings:
         style = _STYLE[item.status]
-        table.add_row(item.what, item.found, f"[{style}]{item.status}[/]", escape(item.note))
+        table.add_row(
+            item.what, escape(item.found), f"[{style}]{item.status}[/]", escape(item.note)
+        )
     console.print(table)
     broken = [item.what for item in findings if item.status == "broken"]
     if broken:

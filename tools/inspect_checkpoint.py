@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from checkpoints_converter.inspection import (
     DISTRIBUTED,
@@ -60,7 +61,7 @@ def as_json(contents: Contents) -> dict[str, Any]:
 
 def print_contents(contents: Contents, console: Console) -> None:
     """Kind, pattern, origin, progress and sizes."""
-    console.print(f"[bold]{contents.kind}[/] {contents.folder}", highlight=False)
+    console.print(Text(contents.kind, "bold"), contents.folder, highlight=False)
     console.print(f"pattern   {contents.pattern or 'no layers'}", highlight=False)
     if contents.kind == DISTRIBUTED:
         layout = contents.layout
@@ -93,10 +94,10 @@ def print_parts(contents: Contents, console: Console) -> None:
         )
     table.add_section()
     table.add_row(
-        "[bold]model[/]",
+        Text("model", "bold"),
         f"{sum(part.layers for part in parts.values()):,}",
         f"{len(contents.tensors):,}",
-        f"[bold]{sum(part.parameters for part in parts.values()):,}[/]",
+        Text(f"{sum(part.parameters for part in parts.values()):,}", "bold"),
         f"{sum(part.bytes for part in parts.values()) / 1e6:,.1f}",
     )
     if contents.optimizer:
@@ -174,7 +175,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if len(arguments.checkpoint) > 2:
         parser.error("give one checkpoint, or two to compare")
-    console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+    # Names of folders, sources and tensors are shown as they are, whatever brackets they hold.
+    console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH, markup=False)
     try:
         with refusals_told():
             opened = [open_any(path) for path in arguments.checkpoint]

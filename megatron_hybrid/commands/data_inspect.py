@@ -99,7 +99,7 @@ def stats(
     from megatron_hybrid.data.part_file import writing
 
     lengths = read_lengths(find_prefixes(prefixes))
-    console = Console()
+    console = Console(markup=False)  # of names of files
     # Wide enough for every column, where the output is a file too.
     console.width = max(console.width, _TABLE_WIDTH)
     console.print(lengths_table(lengths))

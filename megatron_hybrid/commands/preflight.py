@@ -75,13 +75,14 @@ def preflight(
 
 def _report(checks: "Sequence[Check]") -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("check", "result", "what was found", box=None, padding=(0, 2, 0, 0))
     for check in checks:
         good = "[yellow]not checked[/]" if check.skipped else "[green]good[/]"
         result = f"[red]{len(check.problems)} wrong[/]" if check.problems else good
-        table.add_row(check.name, result, check.found)
+        table.add_row(check.name, result, escape(check.found))
     console = Console()
     console.print(table)
     for problem in (problem for check in checks for problem in check.problems):

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.plotting import COLORS, INK, PALE_INK, STYLE, save_png, title, token_axis
+from megatron_hybrid.small_files import naming
 from megatron_hybrid.training.metrics import METRICS_FILE, read_records
 
 # From the busiest expert's even share (white) up.
@@ -29,6 +30,13 @@ def draw_expert_load(run_dir: Path, output: Path) -> None:
         UserError: there is no such file, it is damaged, or its run has no experts.
     """
     path = run_dir / METRICS_FILE
+    with naming(path):
+        figure = _figure(path, run_dir.resolve().name)
+    save_png(figure, output)
+
+
+def _figure(path: Path, name: str) -> Figure:
+    """The picture of a metrics file."""
     records = read_records(path)
     steps = [r for r in records if r["kind"] == "train" and r.get("expert_load")]
     if not steps:
@@ -48,8 +56,8 @@ def draw_expert_load(run_dir: Path, output: Path) -> None:
         _draw_busy(panels[0], layers, tokens, busy)
         if shares:
             _draw_shares(panels[1], layers, shares)
-        _write_heading(figure, run_dir.resolve().name, steps, busy)
-        save_png(figure, output)
+        _write_heading(figure, name, steps, busy)
+    return figure
 
 
 def _draw_busy(axes: Axes, layers: Sequence[int], tokens: np.ndarray, busy: np.ndarray) -> None:

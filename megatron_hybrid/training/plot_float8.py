@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.plotting import COLORS, INK, PALE_INK, STYLE, save_png, token_axis
+from megatron_hybrid.small_files import naming
 from megatron_hybrid.training.metrics import METRICS_FILE, read_records
 
 ROLES = ("input", "weight", "gradient")
@@ -33,6 +34,13 @@ def draw_float8(run_dir: Path, output: Path) -> None:
         UserError: there is no such file, it is damaged, or its run counted nothing.
     """
     path = run_dir / METRICS_FILE
+    with naming(path):
+        figure = _figure(path, run_dir.resolve().name)
+    save_png(figure, output)
+
+
+def _figure(path: Path, name: str) -> Figure:
+    """The picture of a metrics file."""
     found = [record for record in read_records(path) if record["kind"] == "float8"]
     if not found:
         raise UserError(
@@ -58,8 +66,8 @@ def draw_float8(run_dir: Path, output: Path) -> None:
         for axes in panels[:, 0]:
             axes.tick_params(axis="y", length=0, labelsize=7)
         token_axis(list(panels[2]), float(found[-1]["consumed_tokens"]))
-        _write_heading(figure, run_dir.resolve().name, found)
-        save_png(figure, output)
+        _write_heading(figure, name, found)
+    return figure
 
 
 def _draw_panel(axes: Axes, found: Sequence[dict[str, Any]], role: str, measure: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from sentencepiece import SentencePieceTrainer
 
+from megatron_hybrid.commands.preflight import _report
 from megatron_hybrid.config.rules import Facts
 from megatron_hybrid.preflight.checks import Check
 from megatron_hybrid.preflight.files import check_files
@@ -21,6 +22,13 @@ from megatron_hybrid.smoke.layouts import LAYOUTS, Layout, pretrain_words
 from tests.training.runs import words
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_names_in_brackets_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder may be called what is markup elsewhere."""
+    _report([Check("disk space", "runs/[web] and [/red]", problems=("[bold]x",))])
+    printed = capsys.readouterr().out
+    assert "runs/[web] and [/red]" in printed and "[bold]x" in printed
 
 
 def command(*line: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -3,7 +3,9 @@
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
@@ -16,6 +18,7 @@ from megatron_hybrid.plotting import save_png
 from megatron_hybrid.training.metrics import METRICS_FILE
 from megatron_hybrid.training.plot import load_run, plot_runs
 from megatron_hybrid.training.plot_experts import draw_expert_load
+from megatron_hybrid.training.plot_float8 import draw_float8
 from megatron_hybrid.training.step_metrics import StepMetrics
 from tests.training.reports import reports
 
@@ -176,3 +179,17 @@ def test_draws_the_load_of_experts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no load of experts"):
         draw_expert_load(tmp_path, tmp_path / "again.png")
     assert not (tmp_path / "again.png").exists()
+
+
+@pytest.mark.parametrize("draw", [draw_expert_load, draw_float8])
+@pytest.mark.parametrize("record", [{"expert_load": {}}, {"expert_load": 3}, {"linears": 3}, {}])
+def test_a_record_of_another_shape_is_named(
+    draw: Callable[[Path, Path], None], record: dict[str, Any], tmp_path: Path
+) -> None:
+    """Lines that other hands have edited: the file is said, and there is no picture."""
+    kinds = [{"kind": kind, "iteration": 1} | record for kind in ("train", "float8")]
+    metrics = tmp_path / METRICS_FILE
+    metrics.write_bytes(b"".join(orjson.dumps(each) + b"\n" for each in kinds))
+    with pytest.raises(UserError, match=r"metrics\.jsonl (is damaged|holds no)"):
+        draw(tmp_path, tmp_path / "it.png")
+    assert not (tmp_path / "it.png").exists()
