@@ -28,8 +28,8 @@ from megatron_hybrid.commands.status import status
 from megatron_hybrid.commands.submit import submit
 from megatron_hybrid.commands.upcycle import upcycle
 from megatron_hybrid.commands.verdict import verdict
-from megatron_hybrid.config import TRACKER_FILE, RunConfig, load_config, rules, validate
-from megatron_hybrid.config.effects import differences
+from megatron_hybrid.config import RunConfig, load_config, rules, validate
+from megatron_hybrid.config.notes import notes
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import file_errors, refusal
 from megatron_hybrid.platform.imports import importing
@@ -76,8 +76,8 @@ def pretrain(
 
         check_named(config)
         print(config.to_yaml(), end="")
-        for difference in differences(config):
-            logging.getLogger(__name__).warning("note: %s", difference)
+        for note in notes(config):
+            logging.getLogger(__name__).warning("note: %s", note)
         return
     if nproc and launched:
         raise typer.BadParameter(
@@ -152,7 +152,9 @@ app.command("smoke-test")(smoke_test)
 
 @app.command()
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="folder of a run or of its checkpoints")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="a run's folder, its checkpoints', or one of them")
+    ],
     prompt: Annotated[str, typer.Option(help="text to continue")],
     max_new_tokens: Annotated[
         int, typer.Option(min=1, max=MOST_NEW_TOKENS, help="tokens to add at most")
@@ -166,11 +168,9 @@ def generate(
     """Continue a text with a trained model."""
     from megatron_hybrid.generation import Sampling, generate_text
 
-    inner = checkpoint / "checkpoints"
-    folder = inner if (inner / TRACKER_FILE).is_file() else checkpoint
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     pieces = generate_text(
-        folder, prompt, max_new_tokens, sampling, parse_special_tokens=parse_special_tokens
+        checkpoint, prompt, max_new_tokens, sampling, parse_special_tokens=parse_special_tokens
     )
     # The prompt not before the model is loaded: an error would follow half a line.
     first = next(pieces, "")

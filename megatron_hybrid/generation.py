@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from megatron_hybrid.bounds import LEAST_REAL, MOST_REAL, real_problem
-from megatron_hybrid.checkpoint import files as checkpoint_files
-from megatron_hybrid.checkpoint.reader import INDEX_FILE
+from megatron_hybrid.checkpoint.reader import find_checkpoint
 from megatron_hybrid.checkpoint.saved_config import read_config
 from megatron_hybrid.config import RunConfig, rules
 from megatron_hybrid.config.precision import FLOAT8_RECIPES
 from megatron_hybrid.config.sections import PrecisionConfig
-from megatron_hybrid.config.tracker import TRACKER_FILE
 from megatron_hybrid.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.platform import initialize
@@ -188,18 +186,13 @@ def open_checkpoint(checkpoint: Path, *, parse_special_tokens: bool = False) -> 
     """Load the newest checkpoint under a folder, saved by any layout, for the time of the block.
 
     Args:
-        checkpoint: the folder with `latest_checkpointed_iteration.txt`, or one `iter_…` of it.
+        checkpoint: as for `find_checkpoint`.
         parse_special_tokens: the tokenizer lets the text of a special token become its id.
 
     Raises:
         UserError: there is no whole checkpoint, or it cannot be loaded.
     """
-    if not checkpoint.is_dir():
-        raise UserError(f"{checkpoint} does not exist: give the folder of a run's checkpoints")
-    is_one = (checkpoint / INDEX_FILE).exists()
-    folder = checkpoint if is_one else checkpoint_files.latest_checkpoint(checkpoint)
-    if folder is None:
-        raise UserError(f"{checkpoint} holds no checkpoint: it has no {TRACKER_FILE}")
+    folder = find_checkpoint(checkpoint)
     config = read_config(folder, *ONE_RANK, which=rules.NO_FILES)
     tokenizer = load_tokenizer(folder, parse_special_tokens=parse_special_tokens)
     with open_model(config, folder, tokenizer) as generator:

@@ -165,8 +165,18 @@ def test_missing_checkpoint_is_named(tmp_path: Path) -> None:
     """A folder without a checkpoint is refused with its name."""
     from megatron_hybrid.generation import open_checkpoint
 
-    with pytest.raises(UserError, match="holds no checkpoint"), open_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="is no checkpoint: it has"), open_checkpoint(tmp_path):
         pass
+    # Of a run, as of its checkpoints: there are some, and nothing says which is the latest.
+    (tmp_path / "checkpoints" / "iter_0000004").mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "checkpoints"):
+        with (
+            pytest.raises(
+                UserError, match=rf"checkpoints holds iter_0000004, and no {TRACKER_FILE}"
+            ),
+            open_checkpoint(folder),
+        ):
+            pass
 
 
 def test_a_special_token_in_a_prompt_is_characters_or_its_id(

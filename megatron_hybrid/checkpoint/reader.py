@@ -24,6 +24,7 @@ from megatron_hybrid.checkpoint.errors import CheckpointError
 from megatron_hybrid.checkpoint.files import (
     INDEX_MODULES,
     INDEX_NAMES,
+    checkpoints_in,
     latest_checkpoint,
 )
 from megatron_hybrid.checkpoint.inert_pickle import read_pickle
@@ -81,7 +82,7 @@ def find_checkpoint(path: Path) -> Path:
     """The folder of one checkpoint: `path` itself, or the newest of a run or of its checkpoints.
 
     Raises:
-        UserError: there is none, or the folder that should name it is broken.
+        UserError: there is none, the file that should name it is broken, or nothing says which.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist: give a checkpoint, its folder, or its run's")
@@ -89,7 +90,7 @@ def find_checkpoint(path: Path) -> Path:
         return path
     # A run's own are in checkpoints/; what it started from may lie beside them.
     for folder in (path / "checkpoints", path):
-        if (folder / TRACKER_FILE).is_file():
+        if (folder / TRACKER_FILE).is_file() or checkpoints_in(folder):
             found = latest_checkpoint(folder)
             assert found is not None
             return found

@@ -108,11 +108,16 @@ def search(
             found.append((step_time(changed, world_size, gpu), changed, memory))
     found.sort(key=lambda each: -each[0].tokens_per_s)
     offers: list[Offer] = []
+    refused: ConfigError | None = None
     for time, changed, memory in found:
         if len(offers) == count:
             break
-        if (valid := _valid(changed, world_size)) is not None:
-            offers.append(Offer(valid, memory, time))
+        try:
+            offers.append(Offer(_valid(changed, world_size), memory, time))
+        except ConfigError as error:
+            refused = refused or error
+    if not offers and refused is not None:
+        raise UserError(f"--gpus={world_size}: no layout is a valid run; the fastest: {refused}")
     if not offers:
         allowed = f"{gpu.memory_gib:g} GiB of a {gpu.name} less {RESERVE_GIB:g} GiB"
         wanted = "no layout divides the model" if least == float("inf") else (
@@ -200,10 +205,11 @@ def _balanced(config: RunConfig, world_size: int, gpu: Gpu, stages: int, chunks:
     return Balancer(layers, costs, stages, chunks, 1).quick().pattern
 
 
-def _valid(config: RunConfig, world_size: int) -> RunConfig | None:
-    """The config as a run would get it; None where a rule does not hold."""
+def _valid(config: RunConfig, world_size: int) -> RunConfig:
+    """The config as a run would get it.
+
+    Raises:
+        ConfigError: a rule does not hold.
+    """
     values = config.model_dump(mode="json")
-    try:
-        return build_config(values, which=rules.NO_FILES, world_size=world_size, has_cuda=True)
-    except ConfigError:
-        return None
+    return build_config(values, which=rules.NO_FILES, world_size=world_size, has_cuda=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_hybrid.config import RunConfig, load_config
-from megatron_hybrid.config.effects import differences
+from megatron_hybrid.config.notes import notes
 from megatron_hybrid.config.phases import sources
 from megatron_hybrid.config.token_files import prefixes
 from megatron_hybrid.data.facts import facts_path
@@ -47,7 +47,7 @@ def check_files(
     unknown = "every rule holds but those about the number of ranks: --world-size tells it"
     known = f"every rule holds, for {world_size} ranks"
     found = unknown if world_size is None else known
-    checks = [Check("config", found, notes=tuple(differences(config)))]
+    checks = [Check("config", found, notes=tuple(notes(config)))]
     tokenizer, named = _tokenizer(config)
     checks += [named, *_data(config, tokenizer, hash_s)]
     if tokenizer is None:

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 from megatron_hybrid.claim import claimed
 from megatron_hybrid.config import RunConfig, validate
-from megatron_hybrid.config.effects import differences
+from megatron_hybrid.config.notes import notes
 from megatron_hybrid.platform import initialize
 from megatron_hybrid.platform.backend import probe, resolve_backend
 from megatron_hybrid.platform.imports import importing
@@ -48,8 +48,8 @@ def pretrain(config: RunConfig) -> str:
         if is_rank_zero():
             ranks = f"{launched_world_size()} ranks on {platform.device}, backend {backend}"
             print(ranks, flush=True)
-            for difference in differences(config):
-                print(f"note: {difference}", flush=True)
+            for note in notes(config):
+                print(f"note: {note}", flush=True)
             _draw_plan(config, start)
         with process_groups(config, platform):
             with importing():

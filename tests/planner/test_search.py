@@ -52,6 +52,21 @@ def test_nothing_fits() -> None:
         search(config, 1, GPUS["h100"], 1)
 
 
+def test_what_fits_and_is_no_valid_run() -> None:
+    """Later batches that three ranks cannot share: the rule is said, and not that memory lacks."""
+    line = [
+        "tiny", *DATA, "training.global_batch_size=18", "training.micro_batch_size=1",
+        "training.train_iters=null", "training.train_tokens=1e9",
+        "training.batch_size_schedule=[[1e6, 16]]",
+    ]  # fmt: skip
+    config = load_config(line, which=rules.NO_FILES)
+    with pytest.raises(UserError) as caught:
+        search(config, 3, GPUS["h100"], 1)
+    said = str(caught.value)
+    assert said.startswith("--gpus=3: no layout is a valid run; the fastest: 1 problem")
+    assert "training.batch_size_schedule[0]: size=16 must be a multiple of" in said
+
+
 def test_a_tighter_gpu_gets_other_layouts() -> None:
     """What does not fit an A100's half is not offered on it."""
     config = load_config(["nemotron_h_8b", *DATA], which=rules.NO_FILES)
