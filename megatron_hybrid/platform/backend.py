@@ -155,6 +155,7 @@ def _resolve_auto() -> Backend:
     return found.backend
 
 
+@cache  # asked for with each part of a model that is built, and the answer is read from files
 def check_engine_version() -> None:
     """Raise UserError if the installed megatron-core is not a release this code was made for."""
     version = _version("megatron-core")
