@@ -16,14 +16,16 @@ from megatron_hybrid.config import RunConfig, build_config
 from megatron_hybrid.data.batch import Batch
 from megatron_hybrid.data.packing import pack_documents
 
-STEPS = 3
+STEPS = 2  # the second is of updated weights; more of them: test_resharding
 SEQ_LENGTH = 64
 GLOBAL_BATCH_SIZE = 4
 VOCAB_SIZE = 75  # of 96 rows
 LABELS = 3
 EOD = 0
-DENSE = "M-M*-M*-"
-MOE = "M-M*EM*E"
+# As many layers as the finest cut has stages: what a layout adds is between and in layers, of which
+# each kind is there, and experts in either half.
+DENSE = "M-*M"
+MOE = "ME*E"
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,16 @@ def save_weights(layers: str, folder: Path) -> None:
             low, high = next((r for part, r in ranges.items() if part in name), (-0.2, 0.2))
             parameter.data.uniform_(low, high)
         dist_checkpointing.save(model_state(model, tensor_layout()), str(folder))
+
+
+def train_variants(
+    layout: Layout, layers: str, weights: Path, variants: list[tuple[bool, bool]]
+) -> list[list[tuple[float, float, dict[str, Any]]]]:
+    """On a rank: `train_steps` with each of several (packed, recompute), for one start of ranks."""
+    return [
+        train_steps(layout, layers, weights, packed=packed, recompute=recompute)
+        for packed, recompute in variants
+    ]
 
 
 def train_steps(

@@ -11,7 +11,6 @@ from megatron_hybrid.testing import run_distributed
 from tests.distributed.layouts import (
     GLOBAL_BATCH_SIZE,
     LAYOUTS,
-    MOE,
     ONE_RANK,
     SEQ_LENGTH,
     Layout,
@@ -20,6 +19,7 @@ from tests.distributed.layouts import (
     layout_config,
 )
 
+LAYERS = "M-*E"
 TP2 = next(layout for layout in LAYOUTS if layout.name == "TP2+SP")
 # Modules, and by the end of their names how often what is computed twice is called.
 VARIANTS: dict[tuple[str, ...], tuple[str, ...]] = {
@@ -47,7 +47,7 @@ def step(layout: Layout, modules: tuple[str, ...] | None) -> tuple[list[Any], Co
     """On a rank: what a step found, its gradients, and how often each module was called."""
     from megatron_hybrid.training.step import BatchShape
 
-    config = with_modules(layout_config(layout, MOE, packed=False, recompute=False), modules)
+    config = with_modules(layout_config(layout, LAYERS, packed=False, recompute=False), modules)
     calls: Counter[str] = Counter()
     with built(config) as (model, _, stepper):
         for name, module in model[0].named_modules():
