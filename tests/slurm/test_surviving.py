@@ -20,9 +20,10 @@ from megatron_hybrid.training.attempts import read_attempts
 from megatron_hybrid.training.run_time import run_time
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import ROOT, command, scenario
+from tests.slurm.pace import HIT
 from tests.training.runs import words
 
-STEPS, INTERVAL, HIT = 160, 40, 50  # what happens, happens at step HIT
+STEPS, INTERVAL = 24, 8
 HANG_S = 20
 pytestmark = pytest.mark.timeout(1200)  # a job may wait for others
 
@@ -43,7 +44,7 @@ class Run:
         self.cluster, self.run_dir = cluster, folder / "run"
         printed = command(
             "submit", *line(self.run_dir, *more), "--nodes", str(size), "--ranks-per-node", "1",
-            f"--option=--nodelist={nodes}",
+            f"--option=--nodelist={nodes}", "training.callbacks=[tests.slurm.pace:Slow]",
             environment=cluster.environment,
         )  # fmt: skip
         self.job = printed.split()[1]
