@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -14,7 +15,10 @@ from megatron_hybrid.data.tokenizer import (
     build_tokenizer,
     load_tokenizer,
 )
-from tests.data.conftest import TEXTS
+from megatron_hybrid.data.tokenizer.losses import Losses
+from megatron_hybrid.data.tokenizing.chunks import Lines
+from megatron_hybrid.data.tokenizing.encoder import Encoder
+from tests.data.conftest import TEXTS, write_jsonl
 
 SPECIAL = ["</s>", "<|im_start|>"]
 
@@ -50,6 +54,64 @@ def tokenizer(
 def test_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
     """decode(encode(text)) is text: nothing normalised, cut (truncation) or added (padding)."""
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+ALPHABET = pre_tokenizers.ByteLevel.alphabet()
+BYTES = [f"<0x{byte:02X}>" for byte in range(0xF5)]  # beyond are none of UTF-8
+# Vocabulary, what the model has besides, how texts are cut; whether anything can be lost.
+BYTE_PAIRS: dict[str, tuple[list[str], dict[str, Any], Any, bool]] = {
+    "characters": (list("ab c"), {}, None, True),
+    "an unknown token": (["a", "b", "?"], {"unk_token": "?"}, None, False),
+    "bytes": (["a", *BYTES], {"byte_fallback": True}, None, False),
+    "some bytes": (["a", *BYTES[:99]], {"byte_fallback": True}, None, True),
+    "cut into bytes": (
+        [each for each in ALPHABET if each not in "ÀÁõ÷ÿ"], {},
+        pre_tokenizers.ByteLevel(add_prefix_space=False), False,
+    ),
+    "cut into some bytes": (
+        ALPHABET[:99], {}, pre_tokenizers.ByteLevel(add_prefix_space=False), True,
+    ),
+    "words": (["a", "b</w>", "a</w>", "b"], {"end_of_word_suffix": "</w>"},
+              pre_tokenizers.Whitespace(), True),
+    "a mark for blanks": (list("ab▁"), {}, pre_tokenizers.Metaspace(), True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BYTE_PAIRS)
+def test_characters_without_ids_are_found(name: str) -> None:
+    """Where, and only where, the library leaves out a part of the text, and with each of them."""
+    vocabulary, options, cut, loses = BYTE_PAIRS[name]
+    ids = {token: number for number, token in enumerate(vocabulary)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(ids, [], **options))
+    tokenizer.pre_tokenizer = cut or pre_tokenizers.Split("\0", "isolated")
+    losses = Losses.find(tokenizer)
+    assert (losses is not None) == loses
+    for text in ("ab", "a b", "ax b", "é", "日 a", "abé"):
+        kept = [token.removesuffix("</w>") for token in tokenizer.encode(text).tokens]
+        pieces = [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        if losses is not None:
+            problem = losses.problem(text)
+            assert (problem is None) == ("".join(kept) == "".join(pieces)), text
+            assert problem is None or all(repr(each) in problem for each in set("xé日") & set(
+                "".join(pieces)))  # fmt: skip
+
+
+def test_a_text_that_would_lose_characters_is_rejected(tmp_path: Path) -> None:
+    """It goes to the rejected lines, with the characters; added tokens are found whole."""
+    tokenizer = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    ours = build_tokenizer("huggingface", tmp_path)
+    ids, lengths = ours.encode_batch(["ab", "a<tool>b"])
+    assert (ids.tolist(), lengths.tolist()) == ([0, 1, 0, 3, 1], [2, 3])
+    for text in ("aéb", "a</s>"):
+        with pytest.raises(DataError, match=r"has no ids for .*: they would be left out"):
+            ours.encode_batch(["ab", text])
+    path = write_jsonl(tmp_path / "in.jsonl", ["ab", "aéb", "b"])
+    encoded = Encoder(ours, ["text"], append_eod=True).encode(Lines(path.read_bytes()))
+    assert [rejected.line for rejected in encoded.rejected] == [2]
+    assert encoded.documents[0].lengths.tolist() == [3, 2]
 
 
 def test_ids_that_it_does_not_have_are_decoded(tokenizer: Tokenizer) -> None:

@@ -14,6 +14,7 @@ from megatron_hybrid.data.indexed import token_dtype
 from megatron_hybrid.data.tokenizer.base import ENCODERS, Tokenizer, read_tokenizer_file
 from megatron_hybrid.data.tokenizer.fast import FastEncoder, FastokensError, joined, use_one_thread
 from megatron_hybrid.data.tokenizer.hard_texts import hard_texts
+from megatron_hybrid.data.tokenizer.losses import Losses
 from megatron_hybrid.json_text import parse_json
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class HuggingFaceTokenizer(Tokenizer):
             )
         self.eod = self._find_eod(path)
         self._fast: FastEncoder | None = None
+        self._losses = Losses.find(self._tokenizer)
 
     def _find_eod(self, path: Path) -> int:
         special = {
@@ -140,6 +142,14 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._tokenizer.decode([i for i in ids if i >= 0], skip_special_tokens=False)
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[NDArray, NDArray[np.int32]]:
+        """As `Tokenizer.encode_batch`.
+
+        Raises:
+            DataError: a text holds characters that would be left out.
+        """
+        for text in texts if self._losses is not None else ():
+            if self._losses is not None and (problem := self._losses.problem(text)):
+                raise DataError(problem)
         with _stumbling(self._path, "cannot encode a text"):
             if self._fast is not None:
                 ids, lengths = self._fast.encode_batch(texts)
