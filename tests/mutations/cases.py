@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from megatron_hybrid.checkpoint.integrity import INTEGRITY_FILE
+from megatron_hybrid.checkpoint.saved_here import STAMP_FILE
 from tests.mutations.changes import NASTY, change_bytes, change_value
 from tests.mutations.good import CONFIG, UPCYCLED, Good, copy, same_result
 from tests.mutations.outcome import Found
@@ -162,7 +163,10 @@ def _checkpoint(draws: random.Random, good: Good, folder: Path) -> Case:
     inside = path.parent == saved
     # A manifest may be written otherwise and say the same.
     same = path.name == INTEGRITY_FILE and _json(path) == _json(good.run / path.relative_to(run))
-    damaged = inside and not same and command[0] != "status"
+    # A stamp says whose a checkpoint is, and nothing of what it holds: with another one, or none,
+    # it is somebody else's, which anybody may load and the run never removes.
+    other = path.name == STAMP_FILE
+    damaged = inside and not same and not other and command[0] != "status"
     makes = {"convert": good.model, "upcycle": good.upcycled}.get(command[0])
     return Case(
         f"checkpoint: {path.relative_to(run)}: {change}", list(map(str, command)), damaged,
