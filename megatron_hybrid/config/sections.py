@@ -167,7 +167,7 @@ ClassNames = Annotated[
 ]
 
 Options = Annotated[
-    dict[str, Any], AfterValidator(FrozenDict), Words("options by name such as {mask_token: 7}")
+    dict[Text, Any], AfterValidator(FrozenDict), Words("options by name such as {mask_token: 7}")
 ]
 
 Ranks = Annotated[tuple[Count, ...], Strict(False), Words("ranks such as [0, 8]")]
