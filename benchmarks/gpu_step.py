@@ -109,7 +109,7 @@ def build(config: RunConfig, side: str, backend: str, device: torch.device) -> A
     if side == "engine":
         from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 
-        builder.hybrid_stack_spec = lambda _: hybrid_stack_spec
+        builder.hybrid_stack_spec = lambda *_: hybrid_stack_spec
     try:
         torch.manual_seed(1)
         chunks = builder.build_model_chunks(config, engine_config, backend)

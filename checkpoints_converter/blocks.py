@@ -68,6 +68,10 @@ def cannot_hold_blocks(model: ModelConfig, second: str) -> list[str]:
         problems.append(f"model.activation={model.activation} must be swiglu: its MLPs have a gate")
     if model.add_bias_linear:
         problems.append("model.add_bias_linear=true must be false: its linears have no biases")
+    if model.attn_mask_type != "causal":
+        problems.append(
+            f"model.attn_mask_type={model.attn_mask_type} must be causal: its attention is"
+        )
     if ATTENTION in pattern and model.window_size is not None:
         problems.append(
             f"model.window_size={list(model.window_size)} must be null: its attention has no window"

@@ -32,6 +32,7 @@ def cannot_hold(model: ModelConfig) -> list[str]:
         allowed["layernorm_epsilon"] = (GATED_NORM_EPSILON, "the gated norm has the same epsilon")
     if kinds.has(ATTENTION):
         allowed["position_embedding_type"] = ("none", "its attention has no positions")
+        allowed["attn_mask_type"] = ("causal", "its attention is causal")
         allowed["window_size"] = (None, "its attention has no window")
     if kinds.has(MOE):
         allowed["moe_router_score_function"] = ("sigmoid", "its router has no softmax")

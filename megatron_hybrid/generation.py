@@ -194,6 +194,11 @@ def open_checkpoint(checkpoint: Path, *, parse_special_tokens: bool = False) -> 
     """
     folder = find_checkpoint(checkpoint)
     config = read_config(folder, *ONE_RANK, which=rules.NO_FILES)
+    if config.model.attn_mask_type != "causal":
+        raise UserError(
+            f"{folder} has model.attn_mask_type={config.model.attn_mask_type}: each of its tokens "
+            "sees all others, so that it cannot write one after the other; allowed: causal"
+        )
     tokenizer = load_tokenizer(folder, parse_special_tokens=parse_special_tokens)
     with open_model(config, folder, tokenizer) as generator:
         yield generator

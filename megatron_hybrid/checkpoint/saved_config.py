@@ -31,7 +31,7 @@ SHAPE_FIELDS = (
 
 # The rest of what a model is: with other values the same tensors load, and compute something else.
 FUNCTION_FIELDS = (
-    "window_size", "position_embedding_type", "rotary_base", "rotary_percent",
+    "window_size", "attn_mask_type", "position_embedding_type", "rotary_base", "rotary_percent",
     "normalization", "layernorm_epsilon",
     "moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax",
     "moe_router_topk_scaling_factor",
@@ -99,7 +99,7 @@ def other_functions(model: ModelConfig, said: Mapping[str, Any]) -> list[str]:
         for name in FUNCTION_FIELDS
         if name in said and (ours := getattr(model, name)) != said[name]
         if rotates or not name.startswith("rotary_")
-        if attends or not name.startswith(("rotary_", "position_", "window_"))
+        if attends or not name.startswith(("rotary_", "position_", "window_", "attn_"))
     ]
 
 

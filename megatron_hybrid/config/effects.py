@@ -26,6 +26,7 @@ _FIELDS: Mapping[Effect, str] = {
     "function": """
         model.hybrid_layer_pattern model.hidden_size model.ffn_hidden_size model.activation
         model.num_attention_heads model.num_query_groups model.kv_channels model.window_size
+        model.attn_mask_type
         model.position_embedding_type model.rotary_base model.rotary_percent
         model.mamba_num_heads model.mamba_head_dim model.mamba_state_dim model.mamba_num_groups
         model.normalization model.layernorm_epsilon model.vocab_size

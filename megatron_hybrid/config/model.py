@@ -49,6 +49,10 @@ class ModelConfig(Section):
     window_size: Window | None = Field(
         default=None, description="sliding attention: [tokens seen to the left, 0]; null: all"
     )
+    attn_mask_type: Literal["causal", "no_mask"] = Field(
+        default="causal",
+        description="what a token of an attention layer sees: those up to its own, or all",
+    )
     position_embedding_type: Literal["none", "rope"] = Field(
         default="none", description="positions in attention layers"
     )

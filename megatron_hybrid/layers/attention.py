@@ -1,4 +1,4 @@
-"""Core attention of the torch backend: causal, grouped queries, windows, documents, CP.
+"""Core attention of the torch backend: causal or not, grouped queries, windows, documents, CP.
 
 Legend: s sequence of this rank, l whole sequence (keys), b batch, n query heads and k key/value
 heads of this TP rank, d head size.
@@ -15,7 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_hybrid.layers.context_parallel import gather_sequence, local_chunks
-from megatron_hybrid.ops.attention import causal_attention
+from megatron_hybrid.ops.attention import causal_attention, full_attention
 
 
 class DotProductAttention(MegatronModule):
@@ -37,7 +37,9 @@ class DotProductAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config=config)
-        assert attention_type == "self" and attn_mask_type == AttnMaskType.causal
+        assert attention_type == "self"
+        assert attn_mask_type in (AttnMaskType.causal, AttnMaskType.no_mask)
+        self.causal = attn_mask_type == AttnMaskType.causal
         assert pg_collection is not None
         self.cp_group = pg_collection.cp
         self.softmax_scale = softmax_scale
@@ -55,19 +57,20 @@ class DotProductAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Attend to all tokens up to one's own.
+        """Attend to all tokens up to one's own, or to all.
 
         Args:
             query: `[s, b, n, d]`.
             key: `[s, b, k, d]`; when generating, the whole cache `[l, b, k, d]`, of which the
                 queries are the last s tokens.
             value: as the key.
-            attention_mask: not used, as `attn_mask_type` and `attention_bias`: always causal.
+            attention_mask: not used, as `attn_mask_type` and `attention_bias`: the layer's own.
             packed_seq_params: its `seq_idx [b, l]` numbers the documents; none sees another.
 
         Returns:
             `[s, b, n * d]`, dtype of the query.
         """
+        seq_idx = None if packed_seq_params is None else packed_seq_params.seq_idx
         key = gather_sequence(key, self.cp_group)
         value = gather_sequence(value, self.cp_group)
         length = key.shape[0]
@@ -79,13 +82,18 @@ class DotProductAttention(MegatronModule):
         # Each TP rank has other heads, and draws for them from a generator of its own.
         own_draws = get_cuda_rng_tracker().fork() if dropout else nullcontext()
         with own_draws:
+            if not self.causal:
+                return full_attention(
+                    query, key, value, chunks=chunks, seq_idx=seq_idx, dropout=dropout,
+                    scale=self.softmax_scale,
+                )  # fmt: skip
             return causal_attention(
                 query,
                 key,
                 value,
                 chunks=chunks,
                 window=self.window,
-                seq_idx=None if packed_seq_params is None else packed_seq_params.seq_idx,
+                seq_idx=seq_idx,
                 dropout=dropout,
                 scale=self.softmax_scale,
             )

@@ -40,7 +40,7 @@ def build_model(
     )
     built = layer_classes(backend).model(
         config=engine_config,
-        hybrid_stack_spec=hybrid_stack_spec(backend),
+        hybrid_stack_spec=hybrid_stack_spec(backend, model.attn_mask_type),
         vocab_size=rows,
         max_sequence_length=max(sequence_lengths(config)),
         hybrid_layer_pattern=pattern.engine_text(pp_group.size()),

@@ -168,8 +168,10 @@ def count_parameters(model: ModelConfig) -> Counts:
 def mean_keys(model: ModelConfig, seq_length: int) -> float:
     """Keys that a query sees on average: (L+1)/2, or fewer within a window of w to the left.
 
-    Query j (from 0) sees min(j, w) + 1 keys.
+    Query j (from 0) sees min(j, w) + 1 keys; all L where attention has no mask.
     """
+    if model.attn_mask_type == "no_mask":
+        return seq_length
     left = seq_length - 1
     if model.window_size is not None:
         left = min(left, model.window_size[0])
@@ -203,7 +205,7 @@ def flops_per_token(model: ModelConfig, seq_length: int) -> Flops:
 
     The backward pass counts twice the forward pass. Counted are matrix products, the convolution
     and the SSM recurrence; norms, activations and what recomputation repeats are not. Attention
-    counts the keys that a causal query sees; packed documents are taken for one.
+    counts the keys that a query sees; packed documents are taken for one.
 
     Raises:
         ConfigError: `model.vocab_size` is null.

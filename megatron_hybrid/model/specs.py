@@ -200,7 +200,7 @@ def layer_classes(backend: str) -> LayerClasses:
     )
 
 
-def hybrid_stack_spec(backend: str) -> ModuleSpec:
+def hybrid_stack_spec(backend: str, attn_mask_type: str = "causal") -> ModuleSpec:
     """The stack of layers for megatron-core's HybridModel."""
     classes = layer_classes(backend)
     mamba = ModuleSpec(
@@ -221,7 +221,7 @@ def hybrid_stack_spec(backend: str) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             self_attention=ModuleSpec(
                 module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
+                params={"attn_mask_type": AttnMaskType[attn_mask_type]},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=classes.norm_and_column_linear,
                     core_attention=classes.core_attention,

@@ -14,7 +14,10 @@ from megatron_hybrid.objectives.base import Objective
 
 FIELD = "training.objective"
 # Imported on use.
-OBJECTIVES = {"pretraining": "megatron_hybrid.objectives.pretraining:Pretraining"}
+OBJECTIVES = {
+    "pretraining": "megatron_hybrid.objectives.pretraining:Pretraining",
+    "masked_diffusion": "megatron_hybrid.objectives.masked_diffusion:MaskedDiffusion",
+}
 
 
 def find_objective(name: str) -> type[Objective]:

@@ -1,4 +1,4 @@
-"""Causal attention on any device by torch's SDPA: windows, documents and parts of a sequence.
+"""Attention on any device by torch's SDPA: windows, documents and parts of a sequence.
 
 SDPA is fast where the mask is exactly causal and slow where it is given as a tensor. So the queries
 are cut in blocks for which the keys form one range, most of them exactly causal; the rest get a
@@ -8,6 +8,7 @@ Legend: s queries, l keys, b batch, n query heads, k key/value heads, d head siz
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -64,6 +65,59 @@ def causal_attention(
         for row, starts in zip(rows, documents, strict=True)
     ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def full_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    chunks: Sequence[tuple[int, int]],
+    seq_idx: Tensor | None = None,
+    dropout: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention of each query to all keys of its document; as `causal_attention` else."""
+    if seq_idx is None:
+        rows = [slice(None)]
+        ranges = [[(query.shape[0], 0, key.shape[0])]]
+    else:
+        rows = [slice(i, i + 1) for i in range(query.shape[1])]
+        ranges = [
+            _document_ranges([*_document_starts(row), key.shape[0]], chunks) for row in seq_idx
+        ]
+    outputs = []
+    for row, parts in zip(rows, ranges, strict=True):
+        # SDPA: [batch, heads, tokens, head size]
+        q, k, v = (t[:, row].permute(1, 2, 0, 3) for t in (query, key, value))
+        attend = _attend_through_fp32 if through_fp32(q) else F.scaled_dot_product_attention
+        attended = [
+            attend(
+                queries, k[:, :, first:stop], v[:, :, first:stop],
+                dropout_p=dropout, scale=scale, enable_gqa=q.shape[1] != k.shape[1],
+            )
+            for queries, (_, first, stop) in zip(
+                q.split([size for size, _, _ in parts], dim=2), parts, strict=True
+            )
+        ]  # fmt: skip
+        outputs.append(torch.cat(attended, dim=2).permute(2, 0, 1, 3).flatten(2))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _document_ranges(
+    ends: list[int], chunks: Sequence[tuple[int, int]]
+) -> list[tuple[int, int, int]]:
+    """For each document's part of each chunk: its queries, and the first and last + 1 key.
+
+    Args:
+        ends: first token of each document, and the length of the text.
+    """
+    return [
+        (min(stop, end) - max(start, first), first, end)
+        for start, stop in chunks
+        for first, end in pairwise(ends)
+        if first < stop and end > start
+    ]
 
 
 def _document_starts(seq_idx: Tensor) -> list[int]:

@@ -15,7 +15,7 @@ from collections.abc import Collection
 
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE
-from megatron_hybrid.ops.attention_blocks import plan_blocks
+from megatron_hybrid.ops.attention_blocks import Block, plan_blocks
 from megatron_hybrid.planner.layout import Layout
 
 CHUNK_TOKENS = 64  # of ops.ssd: states are kept before each chunk
@@ -155,6 +155,9 @@ def _attention_core(model: ModelConfig, layout: Layout, e: int, *, fused: bool) 
             chunks, [0], layout.seq_length,
             None if model.window_size is None else model.window_size[0] + 1,
         )  # fmt: skip
+        if model.attn_mask_type == "no_mask":  # all queries at once, with every key and no mask
+            queries, keys = sum(stop - start for start, stop in chunks), layout.seq_length
+            blocks = [Block(keys - queries, keys, 0, exactly_causal=True)]
         pairs = [(b.stop - b.start) * (b.stop - b.key_start) for b in blocks]
         masks = sum(
             size for size, block in zip(pairs, blocks, strict=True) if not block.exactly_causal

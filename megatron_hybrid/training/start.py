@@ -95,15 +95,15 @@ def open_run(config: RunConfig, world_size: int | None) -> tuple[RunConfig, Toke
         The config with the size of the vocabulary, the tokenizer, and where the run starts.
 
     Raises:
-        UserError: classes that the config names, the tokenizer, the checkpoint, the data or the
+        UserError: the tokenizer, what the config names, the checkpoint, the data or the
             sizes of the batches cannot be used; every problem of the first of these that has any.
     """
-    check_named(config)
     data = config.data
     tokenizer = build_tokenizer(
         data.tokenizer_type, data.tokenizer_model, vocab_size=config.model.vocab_size
     )
     config = config.with_vocab_size(tokenizer.vocab_size)
+    check_named(config)
     return config, tokenizer, find_start(config, tokenizer, world_size)
 
 

@@ -184,6 +184,11 @@ NOT_EXPORTED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("bamba", BASE, {"activation": "squared_relu"}, "model.activation=squared_relu"),
     ("bamba", BASE, {"add_bias_linear": True}, "model.add_bias_linear=true"),
     ("bamba", BASE, {"window_size": (8, 0)}, "model.window_size=[8, 0]"),
+    ("bamba", BASE, {"attn_mask_type": "no_mask"}, "model.attn_mask_type=no_mask"),
+    (
+        "nemotron_h", BASE | {"position_embedding_type": "none", "activation": "squared_relu"},
+        {"attn_mask_type": "no_mask"}, "model.attn_mask_type='no_mask'",
+    ),
     ("bamba", BASE, {"layernorm_epsilon": 1e-6}, "model.layernorm_epsilon=1e-06"),
     ("granitemoehybrid", EXPERTS, {"rotary_percent": 0.5}, "model.rotary_percent=0.5"),
     ("granitemoehybrid", EXPERTS, {"hybrid_layer_pattern": "ME*-"}, "one kind of MLP"),

@@ -26,6 +26,7 @@ EOD = 0
 # each kind is there, and experts in either half.
 DENSE = "M-*M"
 MOE = "ME*E"
+DIFFUSION = "*E-*"  # trained by masked diffusion
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def layout_config(layout: Layout, layers: str, *, packed: bool, recompute: bool)
                 "mamba_num_groups": 2,
                 "vocab_size": VOCAB_SIZE,
                 "make_vocab_size_divisible_by": 32,
+                "attn_mask_type": "no_mask" if layers == DIFFUSION else "causal",
                 **(moe if "E" in layers else {}),
             },
             "parallel": {
@@ -109,6 +111,8 @@ def layout_config(layout: Layout, layers: str, *, packed: bool, recompute: bool)
             "training": {
                 "global_batch_size": GLOBAL_BATCH_SIZE,
                 "train_iters": STEPS,
+                "objective": "masked_diffusion" if layers == DIFFUSION else "pretraining",
+                "objective_options": {"mask_token_id": EOD} if layers == DIFFUSION else {},
                 "recompute_granularity": "full" if recompute else None,
                 "recompute_method": "uniform" if recompute else None,
                 "recompute_num_layers": 1 if recompute else None,
@@ -138,11 +142,11 @@ def sample(index: int, packed: bool) -> Batch:
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:] % LABELS
     if not packed:
         positions = torch.arange(SEQ_LENGTH)[None]
-        return Batch(inputs, labels, torch.ones(1, SEQ_LENGTH), positions)
+        return Batch(inputs, labels, torch.ones(1, SEQ_LENGTH), positions, samples=(index,))
     packing = pack_documents(inputs == EOD)
     return Batch(
         inputs, labels, packing.loss_mask, packing.position_ids,
-        packing.cu_seqlens, packing.max_seqlen, packing.seq_idx,
+        packing.cu_seqlens, packing.max_seqlen, packing.seq_idx, (index,),
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_hybrid.testing import run_distributed
 from tests.distributed.layouts import (
     DENSE,
+    DIFFUSION,
     LAYOUTS,
     MOE,
     ONE_RANK,
@@ -28,7 +29,7 @@ Steps = list[tuple[float, float, dict[str, Tensor]]]
 def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A checkpoint by one rank for each model."""
     folders = {}
-    for layers in (DENSE, MOE):
+    for layers in (DENSE, MOE, DIFFUSION):
         folders[layers] = tmp_path_factory.mktemp("weights")
         run_distributed(save_weights, 1, layers, folders[layers])
     return folders
@@ -49,16 +50,25 @@ def steps_of(layout: Layout, layers: str, weights: Path) -> dict[tuple[bool, boo
     }
 
 
+def trained(layout: Layout, layers: str) -> bool:
+    """Whether a layout is tried with a model; another objective meets no other code than that of
+    single dimensions."""
+    if layers == DIFFUSION:
+        return layout.name in ("TP2+SP", "PP2", "CP2", "EP2")
+    return layers == MOE or not layout.needs_moe
+
+
+NAMES = {DENSE: "dense", MOE: "moe", DIFFUSION: "diffusion"}
 CASES = [
     pytest.param(
         layout, layers, packed, recompute,
-        id=f"{layout.name}-{'moe' if layers == MOE else 'dense'}"
+        id=f"{layout.name}-{NAMES[layers]}"
         f"{'-packed' if packed else ''}{'-recompute' if recompute else ''}",
     )
     for layout in (ONE_RANK, *LAYOUTS)
-    for layers in (DENSE, MOE)
+    for layers in NAMES
     for packed, recompute in VARIANTS
-    if (layers == MOE or not layout.needs_moe) and (layout != ONE_RANK or recompute)
+    if trained(layout, layers) and (layout != ONE_RANK or recompute)
 ]  # fmt: skip
 
 

@@ -94,7 +94,14 @@ def test_flops_of_matrices_are_six_a_parameter() -> None:
 
 
 def test_flops_of_attention_count_what_a_query_sees() -> None:
-    """Causal: the mean over queries of the keys before and at them, also within a window."""
+    """Causal: the mean over queries of the keys before and at them, also within a window; all
+    keys where there is no mask."""
+    open_config = model(
+        "nemotron_h_8b", "--hybrid-layer-pattern", "*", "--attn-mask-type", "no_mask"
+    )
+    causal = model("nemotron_h_8b", "--hybrid-layer-pattern", "*")
+    more = flops_per_token(open_config, 64).by_kind["*"] - flops_per_token(causal, 64).by_kind["*"]
+    assert more == pytest.approx(3 * 4 * 32 * 128 * (64 - 65 / 2))
     for window, length in ((None, 64), (10, 64), (1, 5), (200, 64)):
         words = ("--window-size", f"{window},0") if window else ()
         config = model("nemotron_h_8b", "--hybrid-layer-pattern", "*", *words)

@@ -9,19 +9,25 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_hybrid.ops import attention
-from megatron_hybrid.ops.attention import causal_attention
+from megatron_hybrid.ops.attention import causal_attention, full_attention
 from megatron_hybrid.ops.attention_blocks import plan_blocks
 
 
 def naive_attention(
-    query: Tensor, key: Tensor, value: Tensor, places: Tensor, window: int | None, seq_idx: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    places: Tensor,
+    window: int | None,
+    seq_idx: Tensor,
+    causal: bool = True,
 ) -> Tensor:
     """softmax(q k / sqrt d) v with one dense mask; `places` are the queries' in the text."""
     repeats = query.shape[2] // key.shape[2]
     key, value = (t.repeat_interleave(repeats, dim=2) for t in (key, value))
     logits = torch.einsum("sbnd,lbnd->bnsl", query, key) / query.shape[-1] ** 0.5
     distance = places[:, None] - torch.arange(key.shape[0])
-    mask = distance >= 0
+    mask = (distance >= 0) | (not causal)
     if window is not None:
         mask = mask & (distance < window)
     mask = mask[None] & (seq_idx[:, places, None] == seq_idx[:, None, :])
@@ -120,6 +126,31 @@ def test_parts_of_a_sequence(packed: bool) -> None:
     places = torch.cat([torch.arange(*chunk) for chunk in chunks])
     part = causal_attention(query[places], key, value, chunks=chunks, seq_idx=seq_idx)
     torch.testing.assert_close(part, whole[places], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [64, 508])
+@pytest.mark.parametrize("mean_document", [None, 3, 60])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_without_a_mask(length: int, mean_document: int | None, parts: int) -> None:
+    """Outputs and gradients where each query sees all keys of its document, for the whole text and
+    for two of four chunks of it."""
+    torch.manual_seed(0)
+    size = length // 4
+    chunks = [(0, length)] if parts == 1 else [(size, 2 * size), (2 * size, 3 * size)]
+    places = torch.cat([torch.arange(*chunk) for chunk in chunks])
+    query, key, value = (
+        torch.randn(tokens, 2, n, 8, dtype=torch.float64, requires_grad=True)
+        for tokens, n in ((len(places), 4), (length, 2), (length, 2))
+    )
+    seq_idx = None if mean_document is None else documents(2, length, mean_document)
+    same_document = torch.zeros(2, length) if seq_idx is None else seq_idx
+    output = full_attention(query, key, value, chunks=chunks, seq_idx=seq_idx)
+    expected = naive_attention(query, key, value, places, None, same_document, causal=False)
+    upstream = torch.randn_like(output)
+    actual = (output, *torch.autograd.grad(output, (query, key, value), upstream))
+    wanted = (expected, *torch.autograd.grad(expected, (query, key, value), upstream))
+    for got, want in zip(actual, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
 def test_last_token_sees_all() -> None:

@@ -48,6 +48,28 @@ def attention_window(c: RunConfig, _: Facts) -> Problems:
         )
 
 
+def attention_mask(c: RunConfig, _: Facts) -> Problems:
+    """Where every token sees every other, no layer may read from left to right."""
+    if c.model.attn_mask_type == "causal":
+        return
+    pattern = c.model.hybrid_layer_pattern
+    if MAMBA in pattern:
+        yield (
+            "model.attn_mask_type=no_mask needs a pattern without 'M' layers, as Mamba-2 reads "
+            f"from left to right; model.hybrid_layer_pattern={pattern!r}; allowed: causal"
+        )
+    elif ATTENTION not in pattern:
+        yield (
+            "model.attn_mask_type=no_mask needs a '*' layer in "
+            f"model.hybrid_layer_pattern={pattern!r}; allowed: causal"
+        )
+    if c.model.window_size is not None:
+        yield (
+            f"model.window_size={list(c.model.window_size)} looks back only; with "
+            "model.attn_mask_type=no_mask, allowed: null"
+        )
+
+
 def rotary_channels(c: RunConfig, _: Facts) -> Problems:
     """Channels rotate in pairs."""
     channels = c.model.kv_channels
@@ -144,6 +166,7 @@ def moe_shared_bias(c: RunConfig, _: Facts) -> Problems:
 MODEL: tuple[Rule, ...] = (
     attention_heads,
     attention_window,
+    attention_mask,
     rotary_channels,
     mamba_heads,
     moe_only_with_moe_layers,
