@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_hybrid.config import build_config, load_config, presets, rules, validate
+from megatron_hybrid.config.rules.files import writable
 from megatron_hybrid.errors import ConfigError
 from tests.config import GOOD
 from tests.config.folder import make_folder
@@ -88,6 +89,10 @@ UNREAD = {
          "data.phases[2].weights.math=0"],
         "data.phases[1].weights.math=2",
     ),
+    "a cache that is not written": (
+        ["{tmp}/blend.yaml", "data.data_cache_path={tmp}/web.idx/x"],
+        "data.sample_order=megatron",
+    ),
     "a split of made-up tokens": (
         [*GOOD, "data.split=1,0,0"], "data.mock_data=false",
     ),
@@ -104,9 +109,10 @@ def test_what_nothing_reads_is_not_judged(name: str, folder: Path) -> None:
     """A field in whose place others are read, and which would be refused where it is read."""
     typed, reads = UNREAD[name]
     line = [word.replace("{tmp}", str(folder)) for word in typed]
-    load_config(line, which=rules.NO_FILES, world_size=2)
+    which = (*rules.NO_FILES, writable)
+    load_config(line, which=which, world_size=2)
     with pytest.raises(ConfigError) as caught:
-        load_config([*line, reads], which=rules.NO_FILES, world_size=2)
+        load_config([*line, reads], which=which, world_size=2)
     assert len(caught.value.problems) == 1
 
 

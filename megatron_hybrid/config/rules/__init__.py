@@ -22,4 +22,6 @@ PLAN: tuple[Rule, ...] = (*NO_FILES, has_plan, data_given, *DATA_FILES)
 DRY_RUN: tuple[Rule, ...] = (*NO_FILES, *FILES)
 ALL: tuple[Rule, ...] = (*DRY_RUN, *INPUTS)
 
-__all__ = ["ALL", "DRY_RUN", "NO_FILES", "PLAN", "REPLACED", "REPLACED_INSIDE", "Facts", "Rule"]
+__all__ = [
+    "ALL", "DRY_RUN", "MODEL", "NO_FILES", "PLAN", "REPLACED", "REPLACED_INSIDE", "Facts", "Rule",
+]  # fmt: skip

@@ -101,8 +101,9 @@ def writable(c: RunConfig, _: Facts) -> Problems:
     outputs = {
         "run_dir": c.run_dir,
         "checkpoint.save": c.checkpoint.save,
-        "data.data_cache_path": c.data.data_cache_path,
     }
+    if c.data.sample_order == "megatron" and not c.data.mock_data:
+        outputs["data.data_cache_path"] = c.data.data_cache_path
     for name, path in outputs.items():
         inside = name != "run_dir" and path is not None and path.is_relative_to(c.run_dir)
         if path is not None and not inside and (why := why_not_writable(path)):
