@@ -312,6 +312,21 @@ def test_a_rank_keeps_the_traceback_of_a_refusal(
     assert error.summary.startswith("OSError: [Errno 36] File name too long")
 
 
+def test_the_home_folder_in_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shell expands `--output=~/x`; where there is no such user, it is a name like any other."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen: list[Path] = []
+    app = App()
+
+    @app.command()
+    def draw(output: Path) -> None:
+        seen.append(output)
+
+    for word in ("~/x", "~", "~nobody-of-that-name/x", "a/~/x"):
+        assert CliRunner().invoke(app, [word]).exit_code == 0
+    assert seen == [tmp_path / "x", tmp_path, Path("~nobody-of-that-name/x"), Path("a/~/x")]
+
+
 def test_what_is_no_refusal_keeps_its_traceback() -> None:
     """Of a closed pipe, of what has no file, of our own faults, the place in the code says more."""
     for error in (BrokenPipeError(32, "Broken pipe", "x"), OSError("no file"), ValueError("x")):

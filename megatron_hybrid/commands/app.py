@@ -3,6 +3,7 @@
 import functools
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -34,7 +35,7 @@ class App(typer.Typer):
 
 
 def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The command, called with what lies within the bounds only.
+    """The command, called with what lies within the bounds only, and by name, as typer does.
 
     Raises:
         typer.BadParameter: names the option, its value and what is allowed.
@@ -47,6 +48,8 @@ def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
             for item in value if isinstance(value, list | tuple) else [value]:
                 if problem := option_problem(item):
                     raise typer.BadParameter(problem, param_hint=_typed(function, name))
+            if isinstance(value, Path):  # the shell leaves --output=~/x as it is
+                kwargs[name] = Path(os.path.expanduser(value))  # noqa: PTH111 (or leaves it)
         return function(*args, **kwargs)
 
     return checked

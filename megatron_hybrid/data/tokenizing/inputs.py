@@ -62,7 +62,7 @@ def find_inputs(patterns: Sequence[str], keys: Sequence[str]) -> tuple[list[Inpu
     seen: set[tuple[int, int]] = set()
     if not patterns:
         problems.append("--input must name a file")
-    for pattern in patterns:
+    for pattern in map(os.path.expanduser, patterns):  # the shell leaves --input=~/x as it is
         names = [pattern]
         if not os.path.lexists(pattern) and glob.has_magic(pattern):
             # Not Path.glob, which takes neither an absolute pattern nor one with a `..`.
