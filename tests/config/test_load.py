@@ -249,6 +249,9 @@ tricky = st.sampled_from(
 def test_yaml_round_trip(run_dir: str, prefixes, lr: float, window, tokens: int) -> None:  # type: ignore[no-untyped-def]
     """Whatever the values, the YAML of a config reads back to an equal config."""
     base = load_config(["tiny"], which=rules.NO_FILES)
+    # As a config holds them: a `~` that is the home folder is in none.
+    run_dir = os.path.expanduser(run_dir)  # noqa: PTH111
+    prefixes = [(weight, os.path.expanduser(prefix)) for weight, prefix in prefixes]  # noqa: PTH111
     config = base.model_copy(
         update={
             "run_dir": Path(run_dir),
