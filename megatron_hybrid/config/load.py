@@ -37,6 +37,9 @@ _BEGINNINGS = (
     "optimizer.restart_schedule", "upcycling",
 )  # fmt: skip
 
+# What can name code, and how a run goes on without.
+_NAMED_CODE = {"training.callbacks": "[]", "training.objective": "pretraining"}
+
 
 @dataclass
 class _Layers:
@@ -159,11 +162,27 @@ def _from_checkpoint(load: str, typed: Values, layers: _Layers) -> None:
         made = ("checkpoint.verify_integrity",) if stored.parent.name == FIRST_FOLDER else ()
         for path in (*_BEGINNINGS, *made):
             drop_path(layers.values, path)
+        _refuse_named_code(load, typed, layers)
     elif get_path(typed, "model.hybrid_layer_pattern") is None:
         layers.fail(
             f"checkpoint.load={load}: there is no {stored}; name a preset or a YAML file that "
             "describes the model"
         )
+
+
+def _refuse_named_code(load: str, typed: Values, layers: _Layers) -> None:
+    """Code of the user's own is not run because a checkpoint names it: it must be typed again."""
+    for path, without in _NAMED_CODE.items():
+        value = get_path(layers.values, path)
+        names = ", ".join(value) if isinstance(value, list) else str(value)
+        if ":" not in names or get_path(typed, path) is not None:
+            continue
+        text = f"{path}=[{names}]" if isinstance(value, list) else f"{path}={names}"
+        layers.problems.append(
+            f"checkpoint.load={load} is of a run with {text}, which a checkpoint does not bring, "
+            f"as it is code; type {text} to go on so, or {path}={without}"
+        )
+        drop_path(layers.values, path)
 
 
 def _may_be_there(path: Path) -> bool:

@@ -245,6 +245,9 @@ def _note_other_functions(config: RunConfig, folder: Path) -> None:
         if MOE in saved.model.hybrid_layer_pattern or not name.startswith("moe_")
     }
     _note(config, folder, said)
+    was, now = saved.training.objective, config.training.objective
+    if was != now:
+        logger.warning("note: %s minimised %s; training.objective=%s", folder, was, now)
 
 
 def _note(config: RunConfig, folder: Path, said: Mapping[str, Any]) -> None:

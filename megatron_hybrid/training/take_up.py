@@ -6,6 +6,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_hybrid.checkpoint.progress import Progress
+from megatron_hybrid.checkpoint.saved_config import saved_config
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.data.datasets import RunData
 from megatron_hybrid.data.saved_plan import DATA_PLAN_FILE
@@ -54,6 +55,9 @@ def take_up(
             f"{folder}/{DATA_PLAN_FILE} is not of this checkpoint: it says that "
             f"{start.saved_plan.consumed_samples} samples were read, the checkpoint {consumed}"
         )
+    saved = saved_config(folder)
+    if saved is not None and saved.training.objective != config.training.objective:
+        progress.loss_average = None  # of other losses
     if is_rank_zero():
         done = "upcycled" if upcycle else "loaded"
         print(f"{done} {folder}: step {progress.iteration}", flush=True)

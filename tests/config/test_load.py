@@ -153,6 +153,30 @@ def test_checkpoint_describes_the_run(tmp_path: Path) -> None:
     assert config.model == stored.model
 
 
+def test_code_that_a_checkpoint_names_is_typed_again(tmp_path: Path) -> None:
+    """Callbacks and an objective of the user's own are not taken from a stored config; one of ours
+    is, with its options."""
+    own = ["training.callbacks=[a.b:C]", "training.objective=a.b:D"]
+    store_checkpoint(tmp_path, load_config([*GOOD, *own]))
+    load = ["--load", str(tmp_path)]
+    with pytest.raises(ConfigError) as caught:
+        load_config(load)
+    kept = "which a checkpoint does not bring, as it is code; type"
+    assert caught.value.problems == [
+        f"checkpoint.load={tmp_path} is of a run with training.callbacks=[a.b:C], {kept} "
+        "training.callbacks=[a.b:C] to go on so, or training.callbacks=[]",
+        f"checkpoint.load={tmp_path} is of a run with training.objective=a.b:D, {kept} "
+        "training.objective=a.b:D to go on so, or training.objective=pretraining",
+    ]
+    assert load_config([*load, *own]).training.callbacks == ("a.b:C",)
+    assert not load_config([*load, "training.callbacks=[]", own[1]]).training.callbacks
+    ours = ["training.objective=masked_diffusion", "training.objective_options.mask_token_id=3"]
+    store_checkpoint(tmp_path, load_config([*GOOD, *ours]))
+    config = load_config(load)
+    assert config.training.objective == "masked_diffusion"
+    assert config.training.objective_options == {"mask_token_id": 3}
+
+
 def test_a_run_that_begins_with_an_import_writes_sums(tmp_path: Path) -> None:
     """from-hf writes none of whole files; that is no choice of the run's, as one of a run is."""
     stored = load_config([*GOOD, "checkpoint.verify_integrity=false"])

@@ -60,11 +60,20 @@ def test_one_file_is_enough(tmp_path: Path) -> None:
             words(micro, *WEIGHTED, "training.micro_batch_size=2"),
             words(resumed, *WEIGHTED, "training.exit_interval=2"),
             words(resumed, *WEIGHTED),
+            # Its losses are no spikes beside those of pre-training.
+            words(
+                tmp_path / "other",
+                *WEIGHTED,
+                f"checkpoint.load={plain}/checkpoints",
+                "training.train_iters=5",
+                "training.loss_spike_factor=1.01",
+            ),
         ],
         words(tmp_path / "whole", *WEIGHTED, *evaluation),
     )[0]
-    assert found == ["finished"] * 3 + ["exit_interval", "finished"]
+    assert found == ["finished"] * 3 + ["exit_interval", "finished", "finished"]
     assert losses(hidden) == losses(plain)
+    assert losses(tmp_path / "other")[0] > 1.5 * losses(plain)[-1]
     whole = losses(tmp_path / "whole")
     assert losses(micro) == pytest.approx(whole, rel=1e-6)
     assert losses(resumed) == whole

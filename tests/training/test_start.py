@@ -104,9 +104,9 @@ def test_files_of_a_tokenizer_that_is_none_of_ours(tmp_path: Path) -> None:
 
 
 CHANGED: dict[str, str] = {
-    "window_size": "[8,0]", "position_embedding_type": "rope", "rotary_base": "20000",
-    "rotary_percent": "0.5", "normalization": "LayerNorm", "layernorm_epsilon": "1e-3",
-    "moe_router_topk": "1", "moe_router_score_function": "sigmoid",
+    "window_size": "[8,0]", "attn_mask_type": "no_mask", "position_embedding_type": "rope",
+    "rotary_base": "20000", "rotary_percent": "0.5", "normalization": "LayerNorm",
+    "layernorm_epsilon": "1e-3", "moe_router_topk": "1", "moe_router_score_function": "sigmoid",
     "moe_router_pre_softmax": "true", "moe_router_topk_scaling_factor": "2.5",
 }  # fmt: skip
 
@@ -145,6 +145,10 @@ def test_the_same_tensors_as_another_function(
     assert said.startswith(f"note: {folder} was trained as another function of the same weights: ")
     assert f"model.{name}={getattr(changed.model, name)!r} " in said
     assert f"(there {getattr(saved.model, name)!r})" in said
+    caplog.clear()
+    with caplog.at_level("WARNING", "megatron_hybrid"):
+        start._note_other_functions(load_config([*line, "training.objective=a:B"]), folder)
+    assert caplog.messages == [f"note: {folder} minimised pretraining; training.objective=a:B"]
 
 
 # In megatron-core's order, of the fields that say which tokens come: a change that other samples
