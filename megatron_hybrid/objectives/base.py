@@ -64,12 +64,15 @@ class Objective:
             "hidden": hidden states after the last norm, `[s, b, h]`, or `[s / TP, b, h]` with
             sequence parallelism. The model's output layer (`model.output_layer`) does not run.
         reports: names of what `Losses.sums` holds.
+        is_cross_entropy: whether the loss is the mean cross-entropy of tokens, in nats, so that its
+            exponential is a perplexity.
         Options: the fields of `training.objective_options`, as a section of a config, with defaults
             and descriptions; None: it has none.
     """
 
     output: ClassVar[Literal["losses", "logits", "hidden"]] = "losses"
     reports: ClassVar[tuple[str, ...]] = ()
+    is_cross_entropy: ClassVar[bool] = False
     Options: ClassVar[type[Section] | None] = None
 
     def __init__(self, config: "RunConfig", options: Any) -> None:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 class Pretraining(Objective):
     """Mean cross-entropy over the tokens whose next token is of the same document."""
 
+    is_cross_entropy = True
+
     @classmethod
     def problems(cls, config: "RunConfig", options: Any) -> Iterator[str]:
         """Where a token sees the next one, there is nothing to predict."""

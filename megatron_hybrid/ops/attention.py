@@ -100,7 +100,8 @@ def full_attention(
                 q.split([size for size, _, _ in parts], dim=2), parts, strict=True
             )
         ]  # fmt: skip
-        outputs.append(torch.cat(attended, dim=2).permute(2, 0, 1, 3).flatten(2))
+        output = attended[0] if len(attended) == 1 else torch.cat(attended, dim=2)
+        outputs.append(output.permute(2, 0, 1, 3).flatten(2))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from megatron_hybrid.human import human_count, human_duration
+from megatron_hybrid.training.callbacks.base import Evaluation
 from megatron_hybrid.training.step_metrics import StepMetrics
 
 
@@ -73,12 +74,14 @@ class RunConsole:
                 refresh=True,
             )
 
-    def validation(self, iteration: int, consumed_tokens: int, loss: float) -> None:
-        """Print a validation loss, and the perplexity that it means."""
-        perplexity = math.exp(loss) if loss < 700 else math.inf
+    def validation(self, iteration: int, consumed_tokens: int, found: Evaluation) -> None:
+        """Print a validation loss, and the perplexity where it means one."""
+        loss, perplexity = found.loss, ""
+        if found.is_cross_entropy:
+            perplexity = f" | perplexity {math.exp(loss) if loss < 700 else math.inf:.2f}"
         self.line(
             f"step {iteration}/{self._total} | tokens {human_count(consumed_tokens)} | "
-            f"validation loss {loss:.4f} | perplexity {perplexity:.2f}"
+            f"validation loss {loss:.4f}{perplexity}"
         )
 
     def line(self, text: str) -> None:

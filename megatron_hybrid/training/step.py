@@ -146,7 +146,7 @@ class Stepper:
             chunk.eval()
         sums = [self._run(data, shape, forward_only=True) for shape in shapes]
         (loss, reports), _ = self._reduce(torch.stack(sums).sum(dim=0), [])
-        return Evaluation(loss, reports)
+        return Evaluation(loss, self.objective.is_cross_entropy, reports)
 
     def _micro_batches(self, shape: BatchShape) -> int:
         """Of a global batch, on each data-parallel rank."""

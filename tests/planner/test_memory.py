@@ -203,6 +203,11 @@ VARIANTS = {
     "attention dropout in a window": [
         ATTENTION_ONLY, "model.attention_dropout=0.1", "model.window_size=[128,0]",
     ],
+    "no mask": [ATTENTION_ONLY, "model.attn_mask_type=no_mask", "data.seq_length=2048"],
+    "CP2, attention dropout without a mask": [
+        ATTENTION_ONLY, "model.attn_mask_type=no_mask", "model.attention_dropout=0.1",
+        "parallel.context_parallel_size=2",
+    ],
     "rope, selective": [
         ATTENTION_ONLY, "model.position_embedding_type=rope", "model.window_size=[128,0]",
         "training.recompute_granularity=selective",

@@ -34,7 +34,7 @@ class Reports:
     def validation(self, iteration: int, samples: int, tokens: int, loss: float) -> None:
         self.run.progress = SimpleNamespace(iteration=iteration, consumed_samples=samples)
         self.run.consumed_tokens = lambda: tokens
-        self.callbacks.after_evaluation(self.run, Evaluation(loss))
+        self.callbacks.after_evaluation(self.run, Evaluation(loss, is_cross_entropy=True))
 
     def event(self, iteration: int, name: str, message: str) -> None:
         self.callbacks.on_event(self.run, iteration, name, message)

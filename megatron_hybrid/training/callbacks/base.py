@@ -32,9 +32,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Attributes: `loss`, the mean on the held-out samples; `extra`, what else was found there."""
+    """What an evaluation found.
+
+    Attributes:
+        loss: on the held-out samples.
+        is_cross_entropy: of tokens, in nats: its exponential is the perplexity.
+        extra: what else was found there.
+    """
 
     loss: float
+    is_cross_entropy: bool
     extra: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -25,7 +25,7 @@ class Console(Callback):
 
     def after_evaluation(self, run: "Trainer", evaluation: Evaluation) -> None:
         assert self._console is not None
-        self._console.validation(run.progress.iteration, run.consumed_tokens(), evaluation.loss)
+        self._console.validation(run.progress.iteration, run.consumed_tokens(), evaluation)
 
     def on_event(self, run: "Trainer", iteration: int, name: str, message: str) -> None:
         assert self._console is not None
