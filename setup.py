@@ -8,6 +8,7 @@ CORE = [
     "torch==2.13.0",
     "megatron-core>=0.19,<0.20",
     "einops>=0.8",  # megatron-core imports it and does not ask for it
+    "Jinja2>=3.1.6",  # chat templates; earlier ones have known ways out of the sandbox
     "fastokens>=0.3.5",  # byte-pair encoding, checked against tokenizers before it is used
     "numpy>=1.26",
     "matplotlib>=3.9",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
+    from megatron_hybrid.data.inspection.show import Document
     from megatron_hybrid.data.inspection.verdict import Verdict
     from megatron_hybrid.data.tokenizer import Tokenizer
 
@@ -45,7 +46,7 @@ def verify(
     with its file and place, and the exit code is 1 if there is one. Files without facts, as
     Megatron-LM writes them, are checked for what can be.
     """
-    from megatron_hybrid.data.indexed import indexed_paths
+    from megatron_hybrid.data.indexed import indexed_paths, mask_path
     from megatron_hybrid.data.inspection.prefixes import find_prefixes
     from megatron_hybrid.data.inspection.verify import Expected
     from megatron_hybrid.data.inspection.verify import verify as verify_pair
@@ -53,7 +54,7 @@ def verify(
 
     found = find_prefixes(prefixes)
     tokenizer = _open_tokenizer(tokenizer_model, tokenizer_type, vocab_size, found)
-    files = [path for prefix in found for path in indexed_paths(prefix)]
+    files = [path for prefix in found for path in (*indexed_paths(prefix), mask_path(prefix))]
     total, done = sum(path.stat().st_size for path in files if path.is_file()), 0
     with show_progress("verify") as on_progress:
 
@@ -112,6 +113,14 @@ def show(
     prefix: Annotated[str, typer.Argument(help="the files' path without .bin and .idx")],
     numbers: Annotated[list[int], typer.Argument(metavar="N...", help="documents, from 0")],
     tokens: Annotated[bool, typer.Option("--tokens", help="ids instead of text")] = False,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="of conversations, tokens coloured by whether they are learnt; between "
+            "⟦ and ⟧ are the learnt ones where there are no colours",
+        ),
+    ] = False,
     tokenizer_model: TokenizerModel = None,
     tokenizer_type: TokenizerType = None,
     vocab_size: Annotated[
@@ -126,17 +135,53 @@ def show(
     if len(found) > 1:
         raise typer.BadParameter(f"{prefix} matches {len(found)} prefixes; name one")
     documents = read_documents(found[0], numbers)
+    if chat and documents[0].learnt is None:
+        raise typer.BadParameter(
+            f"{found[0]} holds no conversations of `data tokenize --chat`", param_hint="--chat"
+        )
     tokenizer = None
     if not tokens:
         given = _open_tokenizer(tokenizer_model, tokenizer_type, vocab_size, found)
         tokenizer = tokenizer_of(found[0], given)
     for document in documents:
+        if chat:
+            _print_conversation(document, tokenizer)
+            continue
         if tokenizer is None:
             text = " ".join(map(str, document.ids.tolist()))
         else:
             text = as_text(document, tokenizer)
         print(f"document {document.number}: {len(document.ids):,} tokens", file=sys.stderr)
         print(_harmless(text) if sys.stdout.isatty() else text)
+
+
+def _print_conversation(document: "Document", tokenizer: "Tokenizer | None") -> None:
+    """A conversation, its learnt tokens apart from the others; as ids without a tokenizer."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from megatron_hybrid.data.inspection.show import check_ids
+
+    assert document.learnt is not None
+    if tokenizer is not None:
+        check_ids(document, tokenizer)
+    console = Console(soft_wrap=True, highlight=False)
+    coloured = console.is_terminal and not console.no_color
+    shown = Text()
+    for ids, learnt in document.stretches():
+        words = ids.tolist()
+        text = tokenizer.decode(words) if tokenizer else " ".join(map(str, words)) + " "
+        text = _harmless(text) if console.is_terminal else text
+        if coloured:
+            shown.append(text, "bold green" if learnt else "dim")
+        else:
+            shown.append(f"⟦{text}⟧" if learnt else text)
+    learnt_tokens = int(document.learnt.sum())
+    print(
+        f"conversation {document.number}: {len(document.ids):,} tokens, {learnt_tokens:,} learnt",
+        file=sys.stderr,
+    )
+    console.print(shown)
 
 
 def _harmless(text: str) -> str:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 OLD = ".old.part"
+_REST = (".meta.json", ".mask", ".bin")  # of a pair, beside the .idx
 
 
 def prefixes(path: str) -> list[str]:
@@ -39,7 +40,7 @@ def restore(prefix: str) -> None:
 
 def set_aside(prefix: str) -> None:
     """Move an older pair away from its place: first what makes it load."""
-    for end in (".idx", ".meta.json", ".bin"):
+    for end in (".idx", *_REST):
         with suppress(FileNotFoundError):
             Path(f"{prefix}{end}").rename(f"{prefix}{end}{OLD}")
 
@@ -49,11 +50,12 @@ def put_back(prefix: str) -> None:
 
     The caller holds the writer's lock.
     """
-    aside = {end: Path(f"{prefix}{end}{OLD}") for end in (".idx", ".meta.json", ".bin")}
+    aside = {end: Path(f"{prefix}{end}{OLD}") for end in (".idx", *_REST)}
     if aside[".idx"].exists() and not Path(f"{prefix}.idx").exists():
-        if aside[".bin"].exists():  # all three were aside: facts that are there are the new pair's
-            Path(f"{prefix}.meta.json").unlink(missing_ok=True)
-        for end in (".meta.json", ".bin", ".idx"):  # last what makes it load
+        if aside[".bin"].exists():  # all were aside: facts and masks there are the new pair's
+            for end in (".meta.json", ".mask"):
+                Path(f"{prefix}{end}").unlink(missing_ok=True)
+        for end in (*_REST, ".idx"):  # last what makes it load
             with suppress(FileNotFoundError):
                 aside[end].rename(f"{prefix}{end}")
     for path in aside.values():

@@ -1,4 +1,4 @@
-"""The third file of an indexed pair, `<prefix>.meta.json`: checksums, counts, what made it."""
+"""The file beside an indexed pair, `<prefix>.meta.json`: checksums, counts, what made it."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -69,6 +69,9 @@ class Facts:
         highest_token: the highest id in the `.bin`.
         append_eod: whether every document ends with the tokenizer's `eod`.
         shuffle_seed: the seed of the documents' order; None for the order of the input.
+        mask: of the `.mask` beside the pair; None: its documents are no conversations.
+        learnt_tokens: those that the mask names.
+        chat_template: SHA-256 of the template that made text of the conversations.
     """
 
     bin: FileFacts
@@ -82,6 +85,9 @@ class Facts:
     append_eod: bool
     shuffle_seed: int | None
     input: InputFacts
+    mask: FileFacts | None = None
+    learnt_tokens: Count | None = None
+    chat_template: Sha256 | None = None
 
     def to_json(self) -> str:
         """The content of the file, which `read_facts` reads."""

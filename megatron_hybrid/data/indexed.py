@@ -4,6 +4,9 @@ The `.idx` holds, little-endian: the magic, version (u64), dtype code (u8), the 
 n (u64), the number of document marks n + 1 (u64), n lengths (i32, tokens), n offsets (i64, bytes),
 n + 1 marks (i64). Written here without the engine, so that preprocessing starts in no time, and
 byte for byte as `megatron.core.datasets.indexed_dataset.IndexedDatasetBuilder` writes it.
+
+Conversations have a file more, `.mask`: a byte for each token of the `.bin`, 1 where a model is to
+learn it, else 0.
 """
 
 import hashlib
@@ -35,6 +38,11 @@ _DTYPE_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """Megatron's choice: uint16 below 65,500 ids, else int32."""
     return np.dtype("<u2") if vocab_size < 65_500 else np.dtype("<i4")
+
+
+def masked_dtype(vocab_size: int) -> np.dtype[Any]:
+    """A token of a conversation on its way to the files: its id, and its byte of the mask."""
+    return np.dtype([("id", token_dtype(vocab_size)), ("learnt", "u1")])
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,11 @@ def indexed_paths(prefix: Path) -> tuple[Path, Path]:
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
 
 
+def mask_path(prefix: Path) -> Path:
+    """The `.mask` of a prefix, where its documents are conversations."""
+    return Path(f"{prefix}.mask")
+
+
 @dataclass(frozen=True)
 class Written:
     """What an `IndexedFileWriter` wrote; the fields are those of `facts.Facts`."""
@@ -118,41 +131,57 @@ class Written:
     tokens: int
     longest_document_tokens: int
     highest_token: int
+    mask: FileFacts | None
+    learnt_tokens: int | None
 
 
 class IndexedFileWriter:
-    """Writes one pair, and the facts beside it, so that they appear whole or not at all.
+    """Writes one pair, and what is beside it, so that they appear whole or not at all.
 
     Bytes go to `.part` files. `finish` makes the pair durable, `attach` the facts; `publish` moves
     them into place. Until then, and after a failure, what was published before is untouched.
     Holds 4 bytes of memory a document.
     """
 
-    def __init__(self, prefix: Path, vocab_size: int) -> None:
+    def __init__(self, prefix: Path, vocab_size: int, *, with_mask: bool = False) -> None:
         """Raises DataError if another process is writing this prefix, or no file can be made."""
         self.prefix = prefix
         self.token_count = 0
+        self._learnt = 0
         self._dtype = token_dtype(vocab_size)
+        self._masked = masked_dtype(vocab_size)
         self._lengths: list[NDArray[np.int32]] = []
         self._highest = 0
         paths = indexed_paths(prefix)
         with writing(prefix):
             # The lock is on the file that is moved last, so it covers the whole of publish().
             self._idx = PartFile(paths[1], locked=True)
+            self._bin: PartFile | None = None
+            self._mask: PartFile | None = None
+            self._facts: PartFile | None = None
             try:
                 put_back(str(prefix))  # of a kill while it was replaced
                 self._bin = PartFile(paths[0])
+                self._mask = PartFile(mask_path(prefix)) if with_mask else None
             except OSError:
-                self._idx.discard()
+                self.discard()
                 raise
-        self._facts: PartFile | None = None
 
     def add_documents(self, tokens: bytes | memoryview, lengths: NDArray[np.int32]) -> None:
         """Append documents: their ids in the file's dtype, end to end, and their lengths.
 
+        With a mask, in place of ids: tokens of `masked_dtype`.
+
         Raises:
             DataError: the file cannot be written, as on a full disk.
         """
+        assert self._bin is not None
+        if self._mask is not None:
+            masked = np.frombuffer(tokens, dtype=self._masked)
+            learnt, tokens = masked["learnt"], masked["id"].tobytes()
+            self._learnt += int(learnt.sum(dtype=np.int64))
+            with writing(self.prefix):
+                self._mask.write(learnt.tobytes())
         ids = np.frombuffer(tokens, dtype=self._dtype)
         assert len(ids) == int(lengths.sum(dtype=np.int64))
         if len(ids):
@@ -163,11 +192,12 @@ class IndexedFileWriter:
         self.token_count += len(ids)
 
     def finish(self) -> Written:
-        """Write the index and make both `.part` files durable.
+        """Write the index and make the `.part` files durable.
 
         Raises:
             DataError: a file cannot be written.
         """
+        assert self._bin is not None
         lengths = np.concatenate([np.empty(0, dtype="<i4"), *self._lengths])
         with writing(self.prefix):
             for block in _index_blocks(lengths, self._dtype):
@@ -180,6 +210,8 @@ class IndexedFileWriter:
                 tokens=self.token_count,
                 longest_document_tokens=int(lengths.max(initial=0)),
                 highest_token=self._highest,
+                mask=None if self._mask is None else self._mask.sync(),
+                learnt_tokens=None if self._mask is None else self._learnt,
             )
 
     def attach(self, facts: Facts) -> None:
@@ -203,7 +235,7 @@ class IndexedFileWriter:
             with suppress(OSError):
                 put_back(str(self.prefix))
         # The index last: it holds the lock.
-        for part in (self._facts, self._bin, self._idx):
+        for part in (self._facts, self._mask, self._bin, self._idx):
             if part is not None:
                 part.discard()
 
@@ -211,9 +243,9 @@ class IndexedFileWriter:
         set_aside(str(self.prefix))
 
     def _move_tokens(self) -> None:
-        self._bin.publish()
-        if self._facts is not None:
-            self._facts.publish()
+        for part in (self._bin, self._mask, self._facts):
+            if part is not None:
+                part.publish()
 
     def _move_index(self) -> None:
         self._idx.publish()

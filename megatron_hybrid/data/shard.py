@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.facts import Facts, facts_path, read_facts
-from megatron_hybrid.data.indexed import HEADER_BYTES, indexed_paths, read_header
+from megatron_hybrid.data.indexed import HEADER_BYTES, indexed_paths, mask_path, read_header
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Shard:
         prefix: path without `.bin` or `.idx`.
         dtype: of the ids in the `.bin`, uint16 or int32, little-endian.
         tokens: in the `.bin`.
-        digest: hex, of the count of tokens and the checksum that the facts give for the `.bin`;
-            without facts, of the size and the first and last entries of the `.idx`. Paths have no
-            part in it, so data may move.
+        digest: hex, of the count of tokens and the checksums that the facts give for the `.bin` and
+            the `.mask`; without facts, of the size and the first and last entries of the `.idx`.
+            Paths have no part in it, so data may move.
         facts: what is recorded beside it; None: nothing.
         file: device and inode of the `.bin`, the same for all its paths and links.
         sequences: in the `.idx`.
@@ -57,9 +57,19 @@ class Shard:
         return self.facts is not None and self.facts.append_eod
 
     @property
+    def has_mask(self) -> bool:
+        """Whether its documents are conversations, of whose tokens some are to be learnt."""
+        return self.facts is not None and self.facts.mask is not None
+
+    @property
     def bin_path(self) -> Path:
         """The file of its ids."""
         return indexed_paths(self.prefix)[0]
+
+    @property
+    def mask_path(self) -> Path:
+        """The file that says which of them are to be learnt, where `has_mask`."""
+        return mask_path(self.prefix)
 
 
 def open_shard(prefix: Path) -> Shard:
@@ -93,8 +103,10 @@ def open_shard(prefix: Path) -> Shard:
         content = header + ends + struct.pack("<q", idx_bytes)
         digest = hashlib.sha256(content).hexdigest()
     else:
-        digest = hashlib.sha256(f"{tokens} {facts.bin.sha256}".encode()).hexdigest()
+        sums = [facts.bin.sha256, *([facts.mask.sha256] if facts.mask is not None else [])]
+        digest = hashlib.sha256(" ".join([str(tokens), *sums]).encode()).hexdigest()
         _compare(prefix, facts, bin=bin_bytes, idx=idx_bytes, dtype=dtype, documents=sequences)
+        _check_mask(prefix, facts, tokens)
     marks = (idx_bytes - HEADER_BYTES - 12 * sequences) // 8
     return Shard(
         prefix, dtype, tokens, digest, facts, real_file, sequences, max(0, marks - 1), idx_bytes
@@ -129,3 +141,19 @@ def _compare(
     ]
     if wrong:
         raise DataError(f"{facts_path(prefix)} is of other files: {'; '.join(wrong)}")
+
+
+def _check_mask(prefix: Path, facts: Facts, tokens: int) -> None:
+    """Raises DataError where the facts speak of a mask, and there is none for these tokens."""
+    if facts.mask is None:
+        return
+    path = mask_path(prefix)
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    if not found == facts.mask.bytes == tokens:
+        raise DataError(
+            f"{path} has {found} bytes, {facts_path(prefix).name} says {facts.mask.bytes}; it must "
+            f"have one for each of the {tokens} tokens"
+        )

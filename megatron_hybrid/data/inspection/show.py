@@ -19,10 +19,19 @@ class Document:
 
     Attributes:
         ids: `[n]`, with the end token if it has one.
+        learnt: `[n]`, which of them are to be learnt; None: it is no conversation.
     """
 
     number: int
     ids: NDArray
+    learnt: NDArray[np.bool_] | None = None
+
+    def stretches(self) -> list[tuple[NDArray, bool]]:
+        """Its ids in parts of which all, or none, are to be learnt."""
+        assert self.learnt is not None
+        cuts = np.flatnonzero(np.diff(self.learnt)) + 1
+        parts = zip(np.split(self.ids, cuts), np.split(self.learnt, cuts), strict=True)
+        return [(ids, bool(learnt[0])) for ids, learnt in parts if len(ids)]
 
 
 def read_documents(prefix: Path, numbers: list[int]) -> list[Document]:
@@ -43,7 +52,11 @@ def read_documents(prefix: Path, numbers: list[int]) -> list[Document]:
                 f"{offset} of {bin_bytes}; `megatron-hybrid data verify` says more"
             )
         ids = np.fromfile(shard.bin_path, dtype=shard.dtype, count=length, offset=offset)
-        documents.append(Document(number, ids))
+        learnt = None
+        if shard.has_mask:
+            first = offset // shard.dtype.itemsize
+            learnt = np.fromfile(shard.mask_path, np.uint8, count=length, offset=first) > 0
+        documents.append(Document(number, ids, learnt))
     return documents
 
 
@@ -74,12 +87,8 @@ def _described(facts: Facts) -> str:
     return f"{facts.tokenizer.type} with the fingerprint {facts.tokenizer.fingerprint[:12]}…"
 
 
-def as_text(document: Document, tokenizer: Tokenizer) -> str:
-    """The text, without the end token at its end.
-
-    Raises:
-        DataError: an id is not the tokenizer's.
-    """
+def check_ids(document: Document, tokenizer: Tokenizer) -> None:
+    """Raises DataError for an id that is not the tokenizer's."""
     ids = document.ids
     outside = np.flatnonzero((ids < 0) | (ids >= tokenizer.vocab_size))
     if len(outside):
@@ -88,6 +97,16 @@ def as_text(document: Document, tokenizer: Tokenizer) -> str:
             f"document {document.number}, token {place}: id {ids[place]} is outside the "
             f"tokenizer's vocabulary (0 … {tokenizer.vocab_size - 1})"
         )
+
+
+def as_text(document: Document, tokenizer: Tokenizer) -> str:
+    """The text, without the end token at its end.
+
+    Raises:
+        DataError: an id is not the tokenizer's.
+    """
+    check_ids(document, tokenizer)
+    ids = document.ids
     if len(ids) and ids[-1] == tokenizer.eod:
         ids = ids[:-1]
     return tokenizer.decode(ids.tolist())

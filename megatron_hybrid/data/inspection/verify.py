@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.facts import Facts, FileFacts, facts_path, read_facts
 from megatron_hybrid.data.index import Index
-from megatron_hybrid.data.indexed import indexed_paths
+from megatron_hybrid.data.indexed import indexed_paths, mask_path
 from megatron_hybrid.data.inspection.check_index import IndexSums, check_index
 from megatron_hybrid.data.inspection.check_tokens import TokenCheck
 from megatron_hybrid.data.inspection.verdict import Verdict
@@ -65,6 +65,7 @@ def verify(prefix: Path, expected: Expected, on_bytes: OnBytes) -> Verdict:
     _check_sizes(verdict, contents)
     if facts is not None:
         _check_facts(verdict, facts, contents)
+        _check_mask(verdict, facts, on_bytes)
     if expected.tokenizer is not None and facts is not None:
         _check_tokenizer(verdict, expected.tokenizer, facts)
     return verdict
@@ -154,15 +155,8 @@ def _check_facts(verdict: Verdict, facts: Facts, contents: _Contents) -> None:
         (bin_path, contents.bin, facts.bin),
         (idx_path, contents.idx, facts.idx),
     ):
-        if found is None or found == said:
-            continue
-        if found.bytes != said.bytes:
-            verdict.problems.append(f"{path} has {found.bytes} bytes; {about} says {said.bytes}")
-        else:
-            verdict.problems.append(
-                f"{path} has SHA-256 {found.sha256[:12]}…; {about} says {said.sha256[:12]}…: its "
-                "content has changed since it was written"
-            )
+        if found is not None:
+            _compare(verdict, path, found, said)
     counts: dict[str, tuple[object, object]] = {}
     if contents.index is not None and contents.sums is not None:
         counts["dtype"] = (contents.index.dtype.name, facts.dtype)
@@ -182,6 +176,50 @@ def _check_facts(verdict: Verdict, facts: Facts, contents: _Contents) -> None:
         verdict.problems.append(
             f"{about} says input.lines={read.lines}; it must be the sum of documents="
             f"{facts.documents}, input.empty={read.empty} and input.rejected={read.rejected}"
+        )
+
+
+def _check_mask(verdict: Verdict, facts: Facts, on_bytes: OnBytes) -> None:
+    """What is beside conversations: a byte for each token, 0 or 1."""
+    about = facts_path(verdict.prefix).name
+    if facts.mask is None:
+        if facts.learnt_tokens is not None:
+            verdict.problems.append(
+                f"{about} says learnt_tokens={facts.learnt_tokens}, and no mask"
+            )
+        return
+    path, learnt, others = mask_path(verdict.prefix), 0, 0
+
+    def take(content: bytes) -> None:
+        nonlocal learnt, others
+        ones = content.count(1)
+        learnt, others = learnt + ones, others + len(content) - ones - content.count(0)
+
+    found = _hash(verdict, path, on_bytes, take)
+    if found is None:
+        return
+    _compare(verdict, path, found, facts.mask)
+    if facts.mask.bytes != facts.tokens:
+        verdict.problems.append(
+            f"{about} says mask.bytes={facts.mask.bytes}; it must be tokens={facts.tokens}"
+        )
+    if others:
+        verdict.problems.append(f"{path} has {others} bytes that are neither 0 nor 1")
+    if learnt != facts.learnt_tokens:
+        verdict.problems.append(
+            f"{about} says learnt_tokens={facts.learnt_tokens}; the files have {learnt}"
+        )
+
+
+def _compare(verdict: Verdict, path: Path, found: FileFacts, said: FileFacts) -> None:
+    """A file against what its facts say of it."""
+    about = facts_path(verdict.prefix).name
+    if found.bytes != said.bytes:
+        verdict.problems.append(f"{path} has {found.bytes} bytes; {about} says {said.bytes}")
+    elif found != said:
+        verdict.problems.append(
+            f"{path} has SHA-256 {found.sha256[:12]}…; {about} says {said.sha256[:12]}…: its "
+            "content has changed since it was written"
         )
 
 

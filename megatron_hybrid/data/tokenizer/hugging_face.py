@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,25 +118,81 @@ class HuggingFaceTokenizer(Tokenizer):
         token = self._token_of_config(self._path, name)
         return None if token is None else self._tokenizer.token_to_id(token)
 
-    def _token_of_config(self, path: Path, name: str) -> str | None:
-        if self.config_name not in self._files:
-            return None
-        beside = path.with_name(self.config_name)
+    @property
+    def special_tokens(self) -> list[str]:
+        """The texts of tokens that control, rather than say, something."""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return [token.content for token in added if token.special]
+
+    def named_tokens(self) -> dict[str, str]:
+        """Tokens by the names that chat templates know them by, such as "bos_token"."""
+        said: dict[str, Any] = {}
+        for file in ("special_tokens_map.json", self.config_name):
+            found = self._json(file)
+            said |= {name: token for name, token in found.items() if name.endswith("_token")}
+            more = found.get("extra_special_tokens")
+            said |= more if isinstance(more, dict) else {}
+        contents = {
+            name: token.get("content") if isinstance(token, dict) else token
+            for name, token in said.items()
+        }
+        return {name: text for name, text in contents.items() if isinstance(text, str)}
+
+    def chat_templates(self) -> dict[str, str]:
+        """Chat templates by name, of which the usual one is "default"; as transformers finds them.
+
+        Raises:
+            DataError: they are of no known form.
+        """
+        if (own := self._files.get("chat_template.jinja")) is not None:
+            with _stumbling(self._path, "has a chat_template.jinja beside it that is no text"):
+                return {"default": own.decode()}
+        said = self._json(self.config_name).get("chat_template")
+        if said is None:
+            return {}
+        if isinstance(said, str):
+            return {"default": said}
+        with _stumbling(self._path, f"has no chat template in its {self.config_name} as is known"):
+            return {str(each["name"]): str(each["template"]) for each in said}
+
+    def _json(self, name: str) -> dict[str, Any]:
+        """The object in one of its files; empty without that file."""
+        if name not in self._files:
+            return {}
+        beside = self._path.with_name(name)
         try:
-            token = parse_json(self._files[self.config_name]).get(name)
-        except (ValueError, AttributeError) as error:
+            content = parse_json(self._files[name])
+        except ValueError as error:
             raise DataError(f"{beside} is not a JSON object: {error}") from error
+        if not isinstance(content, dict):
+            raise DataError(f"{beside} is not a JSON object")
+        return content
+
+    def _token_of_config(self, path: Path, name: str) -> str | None:
+        token = self._json(self.config_name).get(name)
         content = token.get("content") if isinstance(token, dict) else token
         if not isinstance(content, str) and token is not None:
             raise DataError(
-                f"{name}={token!r:.60} in {beside} must be a text, or an object whose content is "
-                "one"
+                f"{name}={token!r:.60} in {path.with_name(self.config_name)} must be a text, or an "
+                "object whose content is one"
             )
         return content
 
     def encode(self, text: str) -> list[int]:
         with _stumbling(self._path, "cannot encode a text"):
             return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """What `encode` gives, and the characters `[begin, end)` of `text` that each id is of.
+
+        Raises:
+            DataError: the text holds characters that would be left out.
+        """
+        if self._losses is not None and (problem := self._losses.problem(text)):
+            raise DataError(problem)
+        with _stumbling(self._path, "cannot encode a text"):
+            found = self._tokenizer.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
 
     def decode(self, ids: Sequence[int]) -> str:
         # Those above are left out by itself; those below 0 it would not take.

@@ -31,9 +31,13 @@ def _exit(number: int, frame: FrameType | None) -> None:
 
 def _print_report(settings: TokenizeSettings, report: TokenizeReport, seconds: float) -> None:
     for key, facts in report.facts.items():
+        kind, learnt = "documents", ""
+        if facts.learnt_tokens is not None:
+            share = facts.learnt_tokens / facts.tokens
+            kind, learnt = "conversations", f" ({facts.learnt_tokens:,} learnt, {share:.0%})"
         print(
-            f"{settings.outputs[key]}.bin: {facts.documents:,} documents, {facts.tokens:,} tokens, "
-            f"{facts.input.empty:,} empty lines left out"
+            f"{settings.outputs[key]}.bin: {facts.documents:,} {kind}, {facts.tokens:,} tokens"
+            f"{learnt}, {facts.input.empty:,} empty lines left out"
         )
     megabytes = report.input_bytes / 1e6
     print(

@@ -1,15 +1,23 @@
 """The texts of a chunk to ids, with the end of each document."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_hybrid.data.chat import ChatEncoder
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.tokenizer import Tokenizer
 from megatron_hybrid.data.tokenizing.chunks import ByteRange, Lines, Rows
-from megatron_hybrid.data.tokenizing.records import Records, Rejected, read_records
+from megatron_hybrid.data.tokenizing.records import (
+    Records,
+    Rejected,
+    read_objects,
+    read_records,
+)
+from megatron_hybrid.data.tokenizing.settings import TokenizeSettings
 
 
 @dataclass(frozen=True)
@@ -17,7 +25,8 @@ class Documents:
     """The documents of one key of a chunk.
 
     Attributes:
-        tokens: their ids end to end, in the dtype of the indexed file.
+        tokens: their ids end to end, in the dtype of the indexed file; of conversations, tokens of
+            `masked_dtype`.
         lengths: `[n]` int32, tokens of each document, at least 1.
         empty: lines whose text has no token.
     """
@@ -87,3 +96,42 @@ class Encoder:
         records.numbers = [records.numbers[index] for index in good]
         records.texts = [[texts[index] for index in good] for texts in records.texts]
         records.rejected.sort(key=lambda rejected: rejected.line)
+
+
+class ConversationEncoder:
+    """Turns chunks of JSONL into documents that are conversations, of tokens with a mask."""
+
+    def __init__(self, chat: ChatEncoder) -> None:
+        self._chat = chat
+
+    def encode(self, payload: ByteRange | Lines | Rows) -> Encoded:
+        """Encode what a chunk holds.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+        records, objects = read_objects(payload)
+        rows = []
+        for number, record in zip(records.numbers, objects, strict=True):
+            try:
+                rows.append(self._chat.encode(record))
+            except DataError as error:
+                start = json.dumps(record, ensure_ascii=False)
+                records.reject(number, str(error), start.encode(errors="backslashreplace"))
+        records.rejected.sort(key=lambda rejected: rejected.line)
+        lengths = np.fromiter(map(len, rows), dtype=np.int32, count=len(rows))
+        tokens = b"".join(row.tobytes() for row in rows)
+        return Encoded(records.lines, records.rejected, [Documents(tokens, lengths, records.blank)])
+
+
+def build_encoder(
+    settings: TokenizeSettings, tokenizer: Tokenizer
+) -> Encoder | ConversationEncoder:
+    """The encoder of what the settings name.
+
+    Raises:
+        DataError: the tokenizer has no chat template that can be used.
+    """
+    if settings.chat:
+        return ConversationEncoder(settings.open_chat(tokenizer))
+    return Encoder(tokenizer, settings.keys, settings.append_eod)

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Callable
 
 from megatron_hybrid.data.facts import Facts, InputFacts, TokenizerFacts
-from megatron_hybrid.data.indexed import IndexedFileWriter, token_dtype
+from megatron_hybrid.data.indexed import IndexedFileWriter, masked_dtype, token_dtype
 from megatron_hybrid.data.part_file import writing
 from megatron_hybrid.data.tokenizer import Tokenizer
 from megatron_hybrid.data.tokenizing.encoder import Documents
@@ -29,14 +29,15 @@ class Output:
         prefix = settings.outputs[key]
         self._settings = settings
         self._tokenizer = tokenizer
-        self.writer = IndexedFileWriter(prefix, tokenizer.vocab_size)
+        self.writer = IndexedFileWriter(prefix, tokenizer.vocab_size, with_mask=settings.chat)
+        token = (masked_dtype if settings.chat else token_dtype)(tokenizer.vocab_size)
         runs = shuffle_folder(prefix)
         shutil.rmtree(runs, ignore_errors=True)  # a killed run's: the writer holds the lock
         self._shuffler: DocumentShuffler | None = None
         if settings.shuffle_seed is not None:
             self._shuffler = DocumentShuffler(
                 runs,
-                token_dtype(tokenizer.vocab_size).itemsize,
+                token.itemsize,
                 settings.shuffle_seed,
                 settings.shuffle_memory_bytes // len(settings.outputs),
             )
@@ -82,6 +83,7 @@ class Output:
             append_eod=settings.append_eod,
             shuffle_seed=settings.shuffle_seed,
             input=make_input_facts(self.empty),
+            chat_template=settings.open_chat(tokenizer).sha256 if settings.chat else None,
         )
         self.writer.attach(facts)
         return facts

@@ -42,10 +42,13 @@ def tokenize(settings: TokenizeSettings, on_progress: OnProgress | None = None) 
     """
     tokenizer, inputs = check(settings)
     on_progress = on_progress or (lambda stage, done, total: None)
-    sample = sample_texts(inputs, settings.keys)
-    with naming_flags():
-        chosen = tokenizer.select_encoder(settings.encoder, sample)
-    settings = replace(settings, encoder=chosen)
+    if settings.chat:  # where tokens are in the text, only tokenizers tells
+        settings = replace(settings, encoder="tokenizers")
+    else:
+        sample = sample_texts(inputs, settings.keys)
+        with naming_flags():
+            chosen = tokenizer.select_encoder(settings.encoder, sample)
+        settings = replace(settings, encoder=chosen)
     with ExitStack() as undo:
         quarantine, outputs = _open_outputs(settings, tokenizer, undo)
         lines = _encode(settings, tokenizer, inputs, outputs, quarantine, on_progress)
@@ -121,9 +124,11 @@ def _judge(
         )
     for key, output in zip(settings.keys, outputs, strict=True):
         if not output.documents:
+            sought = "conversation" if settings.chat else "document"
+            where = "" if settings.chat else f", for --json-key {key}"
             raise DataError(
-                f"--input {' '.join(settings.inputs)}: no document in {lines} lines, for "
-                f"--json-key {key}; nothing was published"
+                f"--input {' '.join(settings.inputs)}: no {sought} in {lines} lines{where}; "
+                "nothing was published"
             )
 
 

@@ -7,6 +7,7 @@ surrogate in a field that nobody asked for must not cost the document.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import orjson
 
@@ -70,21 +71,12 @@ def read_records(payload: ByteRange | Lines | Rows, keys: Sequence[str]) -> Reco
     """
     if isinstance(payload, Rows):
         return _read_rows(payload.columns, keys)
-    if isinstance(payload, Lines):
-        return _read_lines(payload.content, keys)
-    with reading(payload.path), payload.path.open("rb") as file:
-        file.seek(payload.begin)
-        content = file.read(payload.end - payload.begin)
-        if len(content) < payload.end - payload.begin:
-            raise EOFError("it became shorter while it was read")
-    return _read_lines(content, keys)
+    return _read_lines(_content(payload), keys)
 
 
 def _read_lines(content: bytes, keys: Sequence[str]) -> Records:
     """The records of whole lines of JSON, one object with every one of `keys` a line."""
-    lines = content.split(b"\n")
-    if not lines[-1]:  # after the last line break
-        lines.pop()
+    lines = _lines_of(content)
     records = Records(len(lines), texts=[[] for _ in keys])
     taken = records.numbers
     rows: list[list[str]] = []
@@ -133,14 +125,77 @@ def _read_rows(columns: Sequence[Sequence[bytes | None]], keys: Sequence[str]) -
     return records
 
 
+def read_objects(payload: ByteRange | Lines | Rows) -> tuple[Records, list[dict[str, Any]]]:
+    """The objects that the lines of a chunk hold, for each of the records' `numbers`.
+
+    Raises:
+        DataError: its file cannot be read.
+    """
+    assert not isinstance(payload, Rows), "refused before any work"
+    content = _content(payload)
+    lines = _lines_of(content)
+    records, objects = Records(len(lines)), []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = orjson.loads(line)
+        except ValueError:
+            record = None
+        try:
+            if not isinstance(record, dict):
+                record = _read_odd_object(line)
+        except DataError as error:
+            records.reject(number, str(error), line)
+            continue
+        if record is None:
+            records.blank += 1
+            continue
+        records.numbers.append(number)
+        objects.append(record)
+    _explain_last_line(content, records)
+    return records, objects
+
+
+def _content(payload: ByteRange | Lines) -> bytes:
+    if isinstance(payload, Lines):
+        return payload.content
+    with reading(payload.path), payload.path.open("rb") as file:
+        file.seek(payload.begin)
+        content = file.read(payload.end - payload.begin)
+        if len(content) < payload.end - payload.begin:
+            raise EOFError("it became shorter while it was read")
+    return content
+
+
+def _lines_of(content: bytes) -> list[bytes]:
+    lines = content.split(b"\n")
+    if not lines[-1]:  # after the last line break
+        lines.pop()
+    return lines
+
+
 def _read_odd_line(line: bytes, keys: Sequence[str]) -> list[str]:
     """The texts of a line; none for a blank one; DataError says what is wrong with it."""
+    record = _read_odd_object(line)
+    if record is None:
+        return []
+    for key in keys:
+        if key not in record:
+            raise DataError(f"key {key!r} is missing")
+        if not isinstance(record[key], str):
+            kind = _JSON_TYPES[type(record[key]).__name__]
+            raise DataError(f"key {key!r} is {kind}, not a string")
+        _refuse_half_characters(key, record[key])
+    return [record[key] for key in keys]
+
+
+def _read_odd_object(line: bytes) -> dict[str, Any] | None:
+    """The object of a line; None for a blank one; DataError says what is wrong with it."""
     try:
         text = line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{_bad_utf8(error)} of the line") from error
     if not text.strip():
-        return []
+        return None
     try:
         record = json.loads(text)
     except RecursionError as error:
@@ -151,21 +206,18 @@ def _read_odd_line(line: bytes, keys: Sequence[str]) -> list[str]:
         raise DataError(f"malformed JSON: {error}") from error
     if not isinstance(record, dict):
         raise DataError(f"not a JSON object but {_JSON_TYPES[type(record).__name__]}")
-    for key in keys:
-        if key not in record:
-            raise DataError(f"key {key!r} is missing")
-        if not isinstance(record[key], str):
-            kind = _JSON_TYPES[type(record[key]).__name__]
-            raise DataError(f"key {key!r} is {kind}, not a string")
-        try:
-            record[key].encode()
-        except UnicodeEncodeError as error:
-            code = f"\\u{ord(error.object[error.start]):04x}"
-            raise DataError(
-                f"key {key!r} holds half a character, the lone surrogate {code}, "
-                f"at character {error.start}"
-            ) from error
-    return [record[key] for key in keys]
+    return record
+
+
+def _refuse_half_characters(key: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = f"\\u{ord(error.object[error.start]):04x}"
+        raise DataError(
+            f"key {key!r} holds half a character, the lone surrogate {code}, "
+            f"at character {error.start}"
+        ) from error
 
 
 def _bad_utf8(error: UnicodeDecodeError) -> str:

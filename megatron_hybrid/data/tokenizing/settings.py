@@ -8,9 +8,10 @@ from pathlib import Path
 import psutil
 
 from megatron_hybrid.bounds import MOST_PROCESSES
+from megatron_hybrid.data.chat import ChatEncoder
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.facts import Facts, TokenizerType, facts_path
-from megatron_hybrid.data.indexed import indexed_paths
+from megatron_hybrid.data.indexed import indexed_paths, mask_path
 from megatron_hybrid.data.part_file import part_path
 from megatron_hybrid.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_hybrid.data.tokenizing.inputs import Input, find_inputs
@@ -57,6 +58,8 @@ class TokenizeSettings:
         shuffle_memory_bytes: held while shuffling, shared by the outputs; more goes to disk.
         workers: processes that encode; the result does not depend on it.
         max_rejected_fraction: rejected lines per line above which nothing is published.
+        chat: lines are conversations, of which a mask says what is to be learnt.
+        chat_template: file of a template in place of the tokenizer's own.
     """
 
     inputs: tuple[str, ...]
@@ -72,6 +75,8 @@ class TokenizeSettings:
     shuffle_memory_bytes: int = 2 << 30
     workers: int = 1
     max_rejected_fraction: float = 0.001
+    chat: bool = False
+    chat_template: Path | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -88,8 +93,18 @@ class TokenizeSettings:
                 self.tokenizer_type,
                 self.tokenizer_model,
                 vocab_size=self.vocab_size,
-                parse_special_tokens=self.parse_special_tokens,
+                # Templates write special tokens as text.
+                parse_special_tokens=self.parse_special_tokens
+                or (self.chat and self.tokenizer_type == "huggingface"),
             )
+
+    def open_chat(self, tokenizer: Tokenizer) -> ChatEncoder:
+        """What encodes conversations.
+
+        Raises:
+            DataError: the tokenizer has no chat template that can be used.
+        """
+        return ChatEncoder(tokenizer, self.chat_template, self.parse_special_tokens)
 
 
 @dataclass(frozen=True)
@@ -134,17 +149,37 @@ def check(settings: TokenizeSettings) -> tuple[Tokenizer, list[Input]]:
     if not 0 <= settings.max_rejected_fraction < 1:
         fraction = settings.max_rejected_fraction
         problems.append(f"--max-rejected-fraction {fraction:g} must be in [0, 1)")
-    inputs, input_problems = find_inputs(settings.inputs, settings.keys)
+    inputs, input_problems = find_inputs(settings.inputs, () if settings.chat else settings.keys)
     problems += input_problems + _output_problems(settings, inputs)
+    if settings.chat:
+        problems += _chat_problems(settings, inputs)
     tokenizer = None
     try:
         tokenizer = settings.open_tokenizer()
+        if settings.chat:
+            settings.open_chat(tokenizer)
     except DataError as error:
         problems.append(str(error))
     if problems:
         raise DataError("\n".join(problems) if len(problems) == 1 else _listed(problems))
     assert tokenizer is not None
     return tokenizer, inputs
+
+
+def _chat_problems(settings: TokenizeSettings, inputs: list[Input]) -> list[str]:
+    problems = [
+        f"--input {item.path} is parquet; --chat reads JSONL, plain, in gzip or zstd"
+        for item in inputs
+        if item.format == "parquet"
+    ]
+    if settings.append_eod:
+        problems.append("--append-eod: with --chat, the chat template says what ends a turn")
+    if settings.encoder == "fastokens":
+        problems.append(
+            "--encoder fastokens does not tell the places of tokens, which --chat goes by; "
+            "allowed: auto, tokenizers"
+        )
+    return problems
 
 
 def _listed(problems: list[str]) -> str:
@@ -174,7 +209,7 @@ def _is_written(settings: TokenizeSettings, path: Path) -> bool:
     """Whether a run writes, or removes, a file of that name."""
     files, folders = [settings.rejected_path], []
     for prefix in settings.outputs.values():
-        files += [*indexed_paths(prefix), facts_path(prefix)]
+        files += [*indexed_paths(prefix), mask_path(prefix), facts_path(prefix)]
         folders.append(shuffle_folder(prefix).resolve())
     written = {each.resolve() for file in files for each in (file, part_path(file))}
     return path in written or any(path.is_relative_to(folder) for folder in folders)

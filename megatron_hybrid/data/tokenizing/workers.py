@@ -13,7 +13,12 @@ from multiprocessing.connection import wait
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.tokenizer import Tokenizer
 from megatron_hybrid.data.tokenizing.chunks import CHUNK_BYTES, ByteRange, Chunk, Lines, Rows
-from megatron_hybrid.data.tokenizing.encoder import Encoded, Encoder
+from megatron_hybrid.data.tokenizing.encoder import (
+    ConversationEncoder,
+    Encoded,
+    Encoder,
+    build_encoder,
+)
 from megatron_hybrid.data.tokenizing.settings import TokenizeSettings
 
 # Text that is being encoded or waits: enough to keep workers busy, and a bound on memory.
@@ -29,7 +34,7 @@ def encode_in_order(
         DataError: a chunk cannot be encoded at all, or a worker process died.
     """
     if settings.workers == 1:
-        encoder = Encoder(tokenizer, settings.keys, settings.append_eod)
+        encoder = build_encoder(settings, tokenizer)
         for chunk in chunks:
             yield chunk, encoder.encode(chunk.payload)
         return
@@ -68,7 +73,7 @@ def _submit_ahead(
 
 _settings: TokenizeSettings
 _fingerprint: str
-_encoder: Encoder | None = None
+_encoder: Encoder | ConversationEncoder | None = None
 
 
 def _start_worker(settings: TokenizeSettings, fingerprint: str) -> None:
@@ -97,5 +102,5 @@ def _encode_in_worker(payload: ByteRange | Lines | Rows) -> Encoded:
                 "nothing was published"
             )
         tokenizer.select_encoder(_settings.encoder)
-        _encoder = Encoder(tokenizer, _settings.keys, _settings.append_eod)
+        _encoder = build_encoder(_settings, tokenizer)
     return _encoder.encode(payload)

@@ -1,0 +1,214 @@
+"""Which tokens of a conversation are learnt: as transformers says, and by hand."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_hybrid.data.chat import ChatEncoder
+from megatron_hybrid.data.errors import DataError
+from megatron_hybrid.data.tokenizer import Tokenizer
+from tests.data.chat.templates import (
+    CHATML,
+    LLAMA,
+    MARKED_CHATML,
+    MARKED_LLAMA,
+    MARKED_NEMOTRON,
+    NEMOTRON,
+    tokenizer_folder,
+    tokenizer_for_chats,
+)
+
+
+def turns(*contents: str, system: str | None = None) -> list[dict[str, Any]]:
+    """User and assistant in turns."""
+    roles = ("user", "assistant")
+    said = [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
+    return ([{"role": "system", "content": system}] if system else []) + said
+
+
+CALL = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "é"}}}]
+TOOLS = [{"type": "function", "function": {"name": "add", "description": '<b>Sums</b> "two"'}}]
+CONVERSATIONS: list[dict[str, Any]] = [
+    {"messages": turns("Hello", "Hi there!", "  1+1?\n", " 2 ", system="Be brief")},
+    {"messages": turns("naïve 東京 🙂?", "🙂 café\n\n東京 👩‍👩‍👧", "more", "x")},
+    {"messages": turns("def f(x):", "    return x\n")},
+]
+WITH_TOOLS = {
+    "tools": TOOLS,
+    "messages": [
+        {"role": "user", "content": "1 + é?"},
+        {"role": "assistant", "content": None, "reasoning": "It sums.", "tool_calls": CALL},
+        {"role": "tool", "content": "1é", "name": None},
+        {"role": "assistant", "content": "It is 1é."},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tokenizer_folder(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Tokenizer:
+    return tokenizer_for_chats(folder)
+
+
+def encoder(tokenizer: Tokenizer, template: str, folder: Path) -> ChatEncoder:
+    (folder / "given.jinja").write_text(template)
+    return ChatEncoder(tokenizer, folder / "given.jinja")
+
+
+@pytest.mark.parametrize(
+    ("template", "more"),
+    [(MARKED_CHATML, [WITH_TOOLS]), (MARKED_LLAMA, []), (MARKED_NEMOTRON, [])],
+    ids=["chatml", "llama", "nemotron"],
+)
+def test_marked_templates(
+    template: str, more: list[dict[str, Any]], tokenizer: Tokenizer, folder: Path, tmp_path: Path
+) -> None:
+    """Ids and masks are those of transformers, whatever is said, called and thought."""
+    from transformers import PreTrainedTokenizerFast
+
+    peer = PreTrainedTokenizerFast.from_pretrained(folder)
+    ours = encoder(tokenizer, template, tmp_path)
+    for record in [*CONVERSATIONS, *more]:
+        found = ours.encode(record)
+        expected = peer.apply_chat_template(
+            record["messages"], tools=record.get("tools"), chat_template=template,
+            return_dict=True, return_assistant_tokens_mask=True,
+        )  # fmt: skip
+        assert found["id"].tolist() == expected["input_ids"]
+        assert found["learnt"].tolist() == expected["assistant_masks"]
+        assert 0 < found["learnt"].sum() < len(found)
+
+
+def learnt_texts(found: Any, tokenizer: Tokenizer) -> list[str]:
+    """The stretches that are learnt, as text."""
+    parts: list[list[int]] = []
+    before = False
+    for token, learnt in zip(found["id"].tolist(), found["learnt"].tolist(), strict=True):
+        if learnt and not before:
+            parts.append([])
+        if learnt:
+            parts[-1].append(token)
+        before = learnt
+    return [tokenizer.decode(part) for part in parts]
+
+
+THOUGHT = turns("1+1?", "<think>Easy</think>2", "<b>?", "<table>")
+GIVEN = {"prompt": turns("a", "b", "c"), "completion": "d"}
+
+
+@pytest.mark.parametrize(
+    ("template", "record", "learnt"),
+    [
+        (CHATML, CONVERSATIONS[0], ["Hi there!<|im_end|>\n", " 2 <|im_end|>\n"]),
+        (CHATML, {"messages": turns("a", "b", system="s")}, ["b<|im_end|>\n"]),
+        (CHATML, {"messages": [*turns("a", "b"), *turns("", "c")[1:]]},  # one after the other
+         ["b<|im_end|>\n", "c<|im_end|>\n"]),
+        (CHATML, {"prompt": "a", "completion": "b"}, ["b<|im_end|>\n"]),
+        (CHATML, GIVEN, ["d<|im_end|>\n"]),
+        (MARKED_CHATML, GIVEN, ["d<|im_end|>"]),
+        (LLAMA, CONVERSATIONS[0], ["Hi there!</s>", "2</s>"]),
+        # The prompt goes on with <think>, which no turn does: what follows the same beginning.
+        (NEMOTRON, {"messages": THOUGHT}, ["2\n<|im_end|>\n", "<table>\n<|im_end|>\n"]),
+        (NEMOTRON, {"messages": turns("a /no_think", "b")}, ["b\n<|im_end|>\n"]),
+    ],
+)  # fmt: skip
+def test_by_hand(
+    template: str, record: dict[str, Any], learnt: list[str], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Without marks: from the end of what a turn begins with, to the end of the turn. Of a prompt
+    nothing is learnt, though the assistant speaks in it."""
+    found = encoder(tokenizer, template, tmp_path).encode(record)
+    assert learnt_texts(found, tokenizer) == learnt
+
+
+# The last turn alone has an end; so the first is rendered in two ways.
+ENDS_ONCE = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}{{ eos_token }}"
+ONE = turns("a", "b")
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "other keys": ({"text": "a"}, "there is no key 'messages', nor 'prompt' and 'completion'"),
+    "no list": ({"messages": "a"}, "'messages' is a string, not a list of messages"),
+    "empty": ({"messages": []}, r"'messages' must be a list of messages; it is \[\]"),
+    "no object": ({"messages": ["a"]}, r"messages\[0\] must be an object .*; it is a string"),
+    "no role": ({"messages": [{"content": "a"}]}, r"messages\[0\].role is missing; allowed: syst"),
+    "unknown role": (
+        {"messages": [*ONE, {"role": "bot", "content": "c"}]},
+        r"messages\[2\].role is \"bot\"; allowed: system, user, assistant, tool",
+    ),
+    "no content": ({"messages": [{"role": "user"}]}, r"messages\[0\] \(user\) has no content"),
+    "a number": ({"messages": [{"role": "user", "content": 5}]}, "must be a string or a list"),
+    "no assistant": ({"messages": ONE[:1]}, "it has no assistant turn: there is nothing to learn"),
+    "empty turn": ({"messages": turns("a", " \n")}, r"messages\[1\] is an empty assistant turn"),
+    "empty completion": ({"prompt": "a", "completion": ""}, "completion is an empty assistant"),
+    "no completion": ({"prompt": "a", "completion": turns("b")}, "has no assistant turn"),
+    "tools": ({"messages": ONE, "tools": "{"}, "'tools' is a text, and no JSON"),
+    "settings": ({"messages": ONE, "chat_template_kwargs": [1]}, "must be an object; it is a list"),
+    "special": ({"messages": turns("a</s>", "b")}, "a text holds '</s>', a special token"),
+    "refused": ({"messages": [*ONE, ONE[1]]}, "the chat template refuses it: Roles must alternate"),
+    "fails": (
+        {"messages": [*turns("a", "b"), {"role": "user", "content": [{"text": "c"}]}]},
+        "the chat template cannot render it: TypeError: can only concatenate str",
+    ),
+}
+
+
+@pytest.mark.parametrize(("record", "reason"), REFUSED.values(), ids=REFUSED)
+def test_what_is_refused(
+    record: dict[str, Any], reason: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Of which nothing could be learnt, or not what it says: a reason each."""
+    template = MARKED_LLAMA if "alternate" in reason else CHATML
+    with pytest.raises(DataError, match=reason):
+        encoder(tokenizer, template, tmp_path).encode(record)
+
+
+def test_turns_that_are_rendered_otherwise_later(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """What prefixes cannot tell is refused, not guessed; of one turn they can."""
+    once = encoder(tokenizer, ENDS_ONCE, tmp_path)
+    with pytest.raises(DataError, match=r"message 1 .* rendered otherwise .* --chat-template"):
+        once.encode({"messages": turns("a", "b", "c", "d")})
+
+
+def test_special_texts_can_be_let(tokenizer: Tokenizer, folder: Path) -> None:
+    """With --parse-special-tokens, the text of a special token in a message is its id."""
+    record = {"messages": turns("a</s>", "b")}
+    assert tokenizer.eod in ChatEncoder(tokenizer, None, True).encode(record)["id"]
+
+
+@pytest.mark.parametrize(
+    ("template", "what"),
+    [
+        ("{{ messages.__class__.__mro__ }}", "refuses it: access to attribute '__class__'"),
+        ("{% set _ = messages.append(1) %}", "refuses it: .*append"),
+        ("{% set n = namespace() %}{% set n.__class__ = 1 %}", "refuses it: a namespace has no"),
+        ("{% for i in range(10000000) %}{% endfor %}", "cannot render it: OverflowError"),
+    ],
+)
+def test_sandbox(template: str, what: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """A template reaches neither into Python nor into what it is given, nor runs for ever."""
+    with pytest.raises(DataError, match=what):
+        encoder(tokenizer, template, tmp_path).encode({"messages": ONE})
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({}, "--chat needs a chat template: .* allowed: --chat-template FILE"),
+        ({"chat_template": [{"name": "rag", "template": "a"}]}, "config.json; it has rag; allowed"),
+        ({"chat_template": "{% for %}"}, "default is no Jinja template: "),
+        ({"chat_template": 5}, "has no chat template in its tokenizer_config.json as is known"),
+    ],
+)
+def test_no_template(config: dict[str, Any], problem: str, folder: Path, tmp_path: Path) -> None:
+    """A tokenizer without a template, or with one that is none, is refused before any line."""
+    import json
+
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    named = {"eos_token": "</s>", **config}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    with pytest.raises(DataError, match=problem):
+        ChatEncoder(tokenizer_for_chats(tmp_path))
