@@ -12,6 +12,7 @@ import typer
 if TYPE_CHECKING:
     from megatron_hybrid.config import RunConfig
     from megatron_hybrid.data.saved_plan import SavedPlan
+    from megatron_hybrid.objectives import Objective
 
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,8 @@ def plan(
         config = scale_config(config, parse_scale(scale))
     saved = _saved_plan(config)
     consumed = saved.consumed_samples if saved else 0
-    sources = open_run_sources(config, fingerprint=None)
+    objective = _objective(config)
+    sources = open_run_sources(config, fingerprint=None, conversations=objective.conversations)
     made = training_plan(config, sources, saved.plan if saved else None, consumed)
     report = report_plan(config, made, consumed)
     if as_json:
@@ -71,6 +73,20 @@ def plan(
     if write is not None:
         with _writing(write):
             write_atomic(write, config.to_yaml())
+
+
+def _objective(config: "RunConfig") -> "type[Objective]":
+    """What the run minimises says what its samples are.
+
+    Raises:
+        ConfigError: why it cannot be used.
+    """
+    from megatron_hybrid.errors import ConfigError
+    from megatron_hybrid.objectives.registry import find_objective, objective_problems
+
+    if problems := objective_problems(config):
+        raise ConfigError(problems)
+    return find_objective(config.training.objective)
 
 
 @contextmanager

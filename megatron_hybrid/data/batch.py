@@ -18,7 +18,8 @@ class Batch:
     Attributes:
         tokens: `[b, s]` int64.
         labels: `[b, s]` int64, the token after each.
-        loss_mask: `[b, s]` float32; 0 where the label belongs to the next document.
+        loss_mask: `[b, s]` float32; 0 where the label belongs to the next document, and in
+            conversations where it is not to be learnt.
         position_ids: `[b, s]` int64; restarts with each document when packed.
         cu_seqlens: `[n + 1]` int32, from 0 to s: where documents start, or None: not packed.
         max_seqlen: tokens of the longest document, or None: not packed.

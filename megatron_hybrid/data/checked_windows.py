@@ -15,14 +15,16 @@ from numpy.typing import NDArray
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.windows import Windows
 
+LEARNT = 1 << 32  # above any id
+
 
 class CheckedWindows:
     """Windows whose ids are held against the vocabulary, wherever they come from.
 
     Args:
         windows: of a plan, of megatron-core's order, or made up.
-        mark_ends: give the last token of a document as its complement, `~id`, which is below 0: so
-            one tensor tells both.
+        mark_ends: give the last token of a document as its complement, `~id`, which is below 0, and
+            one of a conversation that is to be learnt as `id + LEARNT`: so one tensor tells all.
     """
 
     def __init__(self, windows: Windows, *, mark_ends: bool) -> None:
@@ -42,7 +44,11 @@ class CheckedWindows:
             rows = self._windows.__getitems__(indices)
             self._check(rows, indices)
             if self._mark_ends:
-                is_end = self._windows.document_ends(indices) | (rows == self._windows.eod)
+                is_end = self._windows.document_ends(indices)
+                if self._windows.conversations:
+                    rows = rows + LEARNT * self._windows.learnt(indices)
+                else:
+                    is_end |= rows == self._windows.eod
                 rows = np.where(is_end, ~rows, rows)
         except DataError as error:
             return error

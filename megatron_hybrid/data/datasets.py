@@ -56,13 +56,20 @@ class RunData:
         return () if self.plan is None else self.plan.consumed(samples)
 
 
-def plan_data(config: RunConfig, tokenizer: Tokenizer, saved: SavedPlan | None) -> RunData:
+def plan_data(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    saved: SavedPlan | None,
+    *,
+    conversations: bool = False,
+) -> RunData:
     """Settle which samples a run reads, and in which steps.
 
     Args:
         config: `data` and `training` of a valid config.
         tokenizer: the one the files were made with.
         saved: the plan of the checkpoint that the run goes on from; None: it starts anew.
+        conversations: samples are rows of whole conversations, with masks of what is learnt.
 
     Raises:
         DataError: a file is missing or damaged, a source has too little text or too low a cap, or
@@ -73,7 +80,9 @@ def plan_data(config: RunConfig, tokenizer: Tokenizer, saved: SavedPlan | None) 
         if config.data.data_path:  # its files are held against their facts, as those of a plan
             open_run_sources(config, tokenizer.fingerprint, tokenizer.eod)
         return _without_plan(config)
-    sources = open_run_sources(config, tokenizer.fingerprint, tokenizer.eod)
+    sources = open_run_sources(
+        config, tokenizer.fingerprint, tokenizer.eod, conversations=conversations
+    )
     if saved is None:
         plan = training_plan(config, sources)
     else:

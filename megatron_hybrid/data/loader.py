@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Sampler
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.batch import Batch
 from megatron_hybrid.data.batches import Steps
-from megatron_hybrid.data.checked_windows import CheckedWindows
+from megatron_hybrid.data.checked_windows import LEARNT, CheckedWindows
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.packing import pack_documents
 from megatron_hybrid.data.permutation import derive, permute
@@ -81,11 +81,14 @@ def build_iterator(
         # Torch draws a seed for its workers, by default from the model's own random numbers.
         generator=torch.Generator(),
     )
-    return _batches(loader, micro_batches, config.data.packed_documents)
+    return _batches(loader, micro_batches, config.data.packed_documents, dataset.conversations)
 
 
 def _batches(
-    loader: DataLoader[Tensor | DataError], micro_batches: Iterable[list[int]], packed: bool
+    loader: DataLoader[Tensor | DataError],
+    micro_batches: Iterable[list[int]],
+    packed: bool,
+    conversations: bool,
 ) -> Iterator[Batch]:
     has_cuda = torch.cuda.is_available()
     at_exit = Finalize(None, _kill_workers, exitpriority=0)
@@ -94,7 +97,7 @@ def _batches(
         for rows, samples in zip(loader, micro_batches, strict=True):
             if isinstance(rows, DataError):
                 raise rows
-            batch = _packed_batch(rows) if packed else _plain_batch(rows)
+            batch = _packed_batch(rows, conversations) if packed else _plain_batch(rows)
             batch = replace(batch, samples=tuple(samples))
             yield batch.pin_memory() if has_cuda else batch
     except GeneratorExit:  # nobody holds it; after any other error, a traceback does
@@ -117,16 +120,18 @@ def _plain_batch(rows: Tensor) -> Batch:
     )
 
 
-def _packed_batch(marked: Tensor) -> Batch:
+def _packed_batch(marked: Tensor, conversations: bool) -> Batch:
     """From windows `[b, s + 1]` with marks at the ends of documents; one row of `b*s`."""
     is_end = marked < 0
     rows = torch.where(is_end, ~marked, marked)
+    learnt = rows >= LEARNT if conversations else torch.ones_like(is_end)
+    rows = torch.where(learnt, rows - LEARNT, rows) if conversations else rows
     tokens = rows[:, :-1].contiguous()
     packing = pack_documents(is_end[:, :-1])
     return Batch(
         tokens=tokens.view(1, -1),
         labels=rows[:, 1:].reshape(1, -1),
-        loss_mask=packing.loss_mask,
+        loss_mask=packing.loss_mask * learnt[:, 1:].reshape(1, -1),
         position_ids=packing.position_ids,
         cu_seqlens=packing.cu_seqlens,
         max_seqlen=packing.max_seqlen,

@@ -165,6 +165,8 @@ class _EngineTokenizer:
 class _EngineWindows:
     """The first `size` samples of one of megatron-core's datasets, as windows."""
 
+    conversations = False
+
     def __init__(self, dataset: Any, size: int, tokenizer: Tokenizer) -> None:
         assert len(dataset) >= size
         self.eod = tokenizer.eod
@@ -177,6 +179,9 @@ class _EngineWindows:
 
     def __getitems__(self, indices: Sequence[int]) -> NDArray[np.int64]:
         return np.stack([self._window(index) for index in indices])
+
+    def learnt(self, indices: Sequence[int]) -> NDArray[np.bool_]:
+        raise NotImplementedError
 
     def document_ends(self, indices: Sequence[int]) -> NDArray[np.bool_]:
         """By the engine, which puts documents together; see `Windows`."""

@@ -16,6 +16,8 @@ class MockWindows:
     Window i depends on `seed` (any integers >= 0) and i alone.
     """
 
+    conversations = False
+
     def __init__(
         self, *, size: int, seq_length: int, vocab_size: int, eod: int, seed: tuple[int, ...]
     ) -> None:
@@ -33,6 +35,9 @@ class MockWindows:
 
     def document_ends(self, indices: Sequence[int]) -> NDArray[np.bool_]:
         return np.zeros((len(indices), self._seq_length + 1), dtype=np.bool_)
+
+    def learnt(self, indices: Sequence[int]) -> NDArray[np.bool_]:
+        raise NotImplementedError
 
     def describe(self, index: int, token: int) -> str:
         return f"window {index} of made-up tokens, token {token}"

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_hybrid.data.conversations import ConversationSource
 from megatron_hybrid.data.plan import Plan
 from megatron_hybrid.data.source import Source
 from megatron_hybrid.data.tokenizer import Tokenizer
@@ -27,6 +28,7 @@ class PlannedWindows:
         self.vocab_size = tokenizer.vocab_size
         self._plan = plan
         self._sources = [sources[source.name] for source in plan.sources]
+        self.conversations = all(isinstance(each, ConversationSource) for each in self._sources)
         self._places: dict[int, tuple[list[int], list[int], list[int]]] = {}  # by chunk
 
     def __len__(self) -> int:
@@ -56,6 +58,20 @@ class PlannedWindows:
         for (source, offset, _), row in zip(places, ends, strict=True):
             row[self._sources[source].document_ends(offset, len(row))] = True
         return ends
+
+    def learnt(self, indices: Sequence[int]) -> NDArray[np.bool_]:
+        """By the files' masks; see `megatron_hybrid.data.windows.Windows`.
+
+        Raises:
+            DataError: as `__getitems__`.
+        """
+        places = [self._place(index) for index in indices]
+        found = np.zeros((len(places), places[0][2] + 1), dtype=np.bool_)
+        for (number, offset, _), row in zip(places, found, strict=True):
+            source = self._sources[number]
+            assert isinstance(source, ConversationSource)
+            source.read_learnt(offset, row)
+        return found
 
     def describe(self, index: int, token: int) -> str:
         """Where a window's token comes from: source, file, document, and byte."""

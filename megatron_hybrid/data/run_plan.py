@@ -4,10 +4,12 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from fractions import Fraction
 
 from megatron_hybrid.config.phases import Phase, batch_sizes, exact, phases, sources
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.continue_plan import continue_plan
+from megatron_hybrid.data.conversations import conversation_sources
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.layout import default_block_tokens, make_plan
 from megatron_hybrid.data.plan import Plan
@@ -21,7 +23,11 @@ _TRAIN, _VALID = 0, 1  # shares of a split
 
 
 def open_run_sources(
-    config: RunConfig, fingerprint: str | None, eod: int | None = None
+    config: RunConfig,
+    fingerprint: str | None,
+    eod: int | None = None,
+    *,
+    conversations: bool = False,
 ) -> dict[str, Source]:
     """Open the sources of a run, all that its config names.
 
@@ -29,12 +35,16 @@ def open_run_sources(
         config: of the run.
         fingerprint: `Tokenizer.fingerprint`; None: any.
         eod: `Tokenizer.eod`; None: any.
+        conversations: samples are rows of whole conversations, not windows of text.
 
     Raises:
         DataError: with every file that cannot be used.
     """
     paths = {name: source.path for name, source in sources(config).items()}
-    return open_sources(paths, fingerprint, eod)
+    opened = open_sources(paths, fingerprint, eod)
+    if conversations:
+        return {**conversation_sources(opened, config.data.seq_length)}
+    return opened
 
 
 def training_plan(
@@ -62,7 +72,7 @@ def training_plan(
     planned = []
     for name, source in sources(config).items():
         split = source.split or config.data.split
-        region = _region(opened[name].tokens, split, _TRAIN)
+        region = _region(opened[name], split, _TRAIN)
         planned.append(_planned(opened[name], region, block_tokens, source.fraction))
     if saved is None:
         return make_plan(blend, planned, sizes, seed)
@@ -123,7 +133,7 @@ def validation_plan(config: RunConfig, opened: Mapping[str, Source], plan: Plan)
     weights = {name: weight for name, weight in weights.items() if weight}
     held_out = []
     for name, source in sources(config).items():
-        region = _region(opened[name].tokens, source.split or config.data.split, _VALID)
+        region = _region(opened[name], source.split or config.data.split, _VALID)
         held_out.append(_planned(opened[name], region, seq_length))
     samples = training.eval_iters * training.global_batch_size
     phase = Phase("validation", 0, samples * seq_length, weights, seq_length)
@@ -140,11 +150,11 @@ def validation_plan(config: RunConfig, opened: Mapping[str, Source], plan: Plan)
     return valid
 
 
-def _region(tokens: int, split: str, part: int) -> tuple[int, int]:
+def _region(source: Source, split: str, part: int) -> tuple[int, int]:
     """The tokens of one share of a split, a valid one such as "969,30,1"."""
     shares = [exact(float(share)) for share in split.split(",")]
-    ends = [math.floor(tokens * sum(shares[:count]) / sum(shares)) for count in (part, part + 1)]
-    return ends[0], ends[1]
+    begin, end = (Fraction(sum(shares[:count])) / sum(shares) for count in (part, part + 1))
+    return source.share(begin, end)
 
 
 def _planned(

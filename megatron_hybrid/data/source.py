@@ -1,9 +1,11 @@
 """A source of tokens: one or more shards, read as one long row of ids."""
 
 import logging
+import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -51,13 +53,24 @@ class Source:
         Raises:
             DataError: a file cannot be read, or has another size than when it was opened.
         """
-        assert offset >= 0 and offset + len(out) <= self.tokens
-        number = bisect_right(self._ends, offset)
-        while len(out):
-            shard, end = self.shards[number], self._ends[number]
-            count = min(len(out), end - offset)
-            out[:count] = self._read_shard(shard, offset - (end - shard.tokens), count)
-            out, offset, number = out[count:], offset + count, number + 1
+        for shard, first, count, place in self._pieces(offset, len(out)):
+            out[place : place + count] = self._read_shard(shard, first, count)
+
+    def mask(self, offset: int, count: int) -> NDArray[np.bool_]:
+        """Which of `count` tokens from `offset` on are to be learnt, by the shards' masks.
+
+        Raises:
+            DataError: as `read`.
+        """
+        found = np.empty(count, dtype=np.uint8)
+        for shard, first, here, place in self._pieces(offset, count):
+            part = memoryview(found)[place : place + here]
+            self.files.read(shard.mask_path, shard.tokens, first, part)
+        return found.astype(np.bool_)
+
+    def share(self, begin: Fraction, end: Fraction) -> tuple[int, int]:
+        """The tokens between two shares of it, of which windows and their last labels are."""
+        return math.floor(self.tokens * begin), math.floor(self.tokens * end)
 
     def document_ends(self, offset: int, count: int) -> list[int]:
         """Which of `count` tokens from `offset` on are the last of a document, by the files' index.
@@ -68,15 +81,10 @@ class Source:
             DataError: an index cannot be read, or has another size than when it was opened.
         """
         found: list[int] = []
-        number, done = bisect_right(self._ends, offset), 0
-        while done < count:
-            shard, end = self.shards[number], self._ends[number]
-            first = offset + done - (end - shard.tokens)
-            here = min(count - done, shard.tokens - first)
+        for shard, first, here, place in self._pieces(offset, count):
             if not shard.has_end_tokens:
                 ends = DocumentStarts(shard, self.files).ends(first, here)
-                found += [done + token - first for token in ends]
-            number, done = number + 1, done + here
+                found += [place + token - first for token in ends]
         return found
 
     def describe(self, token: int) -> str:
@@ -85,6 +93,17 @@ class Source:
         shard = self.shards[number]
         place = token - (self._ends[number] - shard.tokens)
         return f"source {self.name}: {Index(shard.prefix).describe(place)}"
+
+    def _pieces(self, offset: int, count: int) -> Iterator[tuple[Shard, int, int, int]]:
+        """Where tokens are: shard, the first of them in it, how many, and their place among all."""
+        number, done = bisect_right(self._ends, offset), 0
+        assert offset >= 0 and offset + count <= self._ends[-1]
+        while done < count:
+            shard, end = self.shards[number], self._ends[number]
+            first = offset + done - (end - shard.tokens)
+            here = min(count - done, shard.tokens - first)
+            yield shard, first, here, done
+            number, done = number + 1, done + here
 
     def _read_shard(self, shard: Shard, first: int, count: int) -> NDArray[Any]:
         """Ids `[first, first + count)` of a shard."""
@@ -175,7 +194,8 @@ def _foreign_ends(name: str, shards: Sequence[Shard], eod: int) -> list[str]:
     A tokenizer's fingerprint is of the file with its vocabulary, which need not name the end token.
     """
     facts = [(shard.prefix, shard.facts) for shard in shards if shard.facts is not None]
-    without = sum(not about.append_eod for _, about in facts)
+    # The turns of conversations have ends of their own.
+    without = sum(not about.append_eod and about.mask is None for _, about in facts)
     if without:
         logger.warning(
             "source %s: %d of %d shards were written without end tokens (append_eod is false): "

@@ -17,10 +17,13 @@ class Windows(Protocol):
     Attributes:
         eod: the id that ends a document.
         vocab_size: ids lie in `[0, vocab_size)`.
+        conversations: whether they are rows of whole conversations: then `document_ends` alone says
+            where one ends, `eod` may stand within it, and `learnt` says what is to be learnt.
     """
 
     eod: int
     vocab_size: int
+    conversations: bool
 
     def __len__(self) -> int: ...
 
@@ -38,6 +41,14 @@ class Windows(Protocol):
 
         Returns:
             `[len(indices), seq_length + 1]`; where a document ends with `eod`, either value.
+        """
+        ...
+
+    def learnt(self, indices: Sequence[int]) -> NDArray[np.bool_]:
+        """Which tokens of windows of conversations are to be learnt.
+
+        Returns:
+            `[len(indices), seq_length + 1]`.
         """
         ...
 

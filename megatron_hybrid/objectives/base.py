@@ -66,6 +66,9 @@ class Objective:
         reports: names of what `Losses.sums` holds.
         is_cross_entropy: whether the loss is the mean cross-entropy of tokens, in nats, so that its
             exponential is a perplexity.
+        conversations: what a sample is. False: a window of text. True: a row of whole
+            conversations, of `data tokenize --chat`, with a `loss_mask` of 1 where the label is to
+            be learnt.
         Options: the fields of `training.objective_options`, as a section of a config, with defaults
             and descriptions; None: it has none.
     """
@@ -73,6 +76,7 @@ class Objective:
     output: ClassVar[Literal["losses", "logits", "hidden"]] = "losses"
     reports: ClassVar[tuple[str, ...]] = ()
     is_cross_entropy: ClassVar[bool] = False
+    conversations: ClassVar[bool] = False
     Options: ClassVar[type[Section] | None] = None
 
     def __init__(self, config: "RunConfig", options: Any) -> None:

@@ -16,6 +16,7 @@ FIELD = "training.objective"
 # Imported on use.
 OBJECTIVES = {
     "pretraining": "megatron_hybrid.objectives.pretraining:Pretraining",
+    "sft": "megatron_hybrid.objectives.sft:SupervisedFineTuning",
     "masked_diffusion": "megatron_hybrid.objectives.masked_diffusion:MaskedDiffusion",
 }
 

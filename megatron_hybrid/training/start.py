@@ -36,7 +36,7 @@ from megatron_hybrid.data.tokenizer import (
 )
 from megatron_hybrid.errors import ConfigError, UserError
 from megatron_hybrid.extensions import load_class
-from megatron_hybrid.objectives.registry import objective_problems
+from megatron_hybrid.objectives.registry import find_objective, objective_problems
 from megatron_hybrid.training.batch_sizes import check_batch_sizes
 from megatron_hybrid.training.callbacks import Callback
 from megatron_hybrid.upcycling.scheme import scheme_between
@@ -147,7 +147,8 @@ def find_start(config: RunConfig, tokenizer: Tokenizer, world_size: int | None) 
         saved_plan = _resumed_plan(config, tokenizer, origin.folder, upcycle=origin.upcycle)
         # Without a plan, the state in the checkpoint alone knows how far it has read.
         consumed = saved_plan.consumed_samples if saved_plan is not None else None
-    data = plan_data(config, tokenizer, saved_plan)
+    conversations = find_objective(config.training.objective).conversations
+    data = plan_data(config, tokenizer, saved_plan, conversations=conversations)
     if progress is not None:
         consumed = progress.consumed_samples
         _refuse_nothing_left(config, origin, data.steps, consumed)

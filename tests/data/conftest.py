@@ -11,7 +11,9 @@ from hypothesis import settings
 from sentencepiece import SentencePieceTrainer
 
 from megatron_hybrid.config.run import RunConfig
-from megatron_hybrid.data.indexed import IndexedFileWriter, token_dtype
+from megatron_hybrid.data.facts import Facts, InputFacts, TokenizerFacts
+from megatron_hybrid.data.indexed import IndexedFileWriter, masked_dtype, token_dtype
+from megatron_hybrid.data.tokenizer import NullTokenizer
 
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("no-deadline", deadline=None)
@@ -62,6 +64,30 @@ def write_corpus(prefix: Path, documents: Sequence[Sequence[int]], vocab: int = 
             np.array([len(document)], dtype=np.int32),
         )
     writer.finish()
+    writer.publish()
+    return str(prefix)
+
+
+def write_conversations(
+    prefix: Path, conversations: Sequence[tuple[Sequence[int], Sequence[bool]]], vocab: int
+) -> str:
+    """Write conversations, each of ids and which of them are learnt, as an indexed file whose facts
+    name the tokenizer of ids written as text; gives its prefix as text."""
+    writer = IndexedFileWriter(prefix, vocab, with_mask=True)
+    for ids, learnt in conversations:
+        tokens = np.zeros(len(ids), dtype=masked_dtype(vocab))
+        tokens["id"], tokens["learnt"] = ids, learnt
+        writer.add_documents(tokens.tobytes(), np.array([len(ids)], dtype=np.int32))
+    tokenizer = NullTokenizer(vocab)
+    writer.attach(
+        Facts(
+            **vars(writer.finish()),
+            tokenizer=TokenizerFacts("null", tokenizer.fingerprint, vocab, tokenizer.eod),
+            append_eod=False,
+            shuffle_seed=None,
+            input=InputFacts((), len(conversations), 0, 0),
+        )
+    )
     writer.publish()
     return str(prefix)
 

@@ -93,7 +93,7 @@ class Numbers:
     Samples from 42 on are twice as long.
     """
 
-    eod, vocab_size = EOD, VOCAB_SIZE
+    eod, vocab_size, conversations = EOD, VOCAB_SIZE, False
 
     def __len__(self) -> int:
         return 80
@@ -269,6 +269,8 @@ def test_ids_outside_the_vocabulary(
 
 class _Damaged:
     """Windows with a wrong id."""
+
+    conversations = False
 
     def __init__(self, windows: Windows, bad: int) -> None:
         self.vocab_size, self.eod = VOCAB_SIZE, EOD

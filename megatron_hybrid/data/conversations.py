@@ -1,0 +1,150 @@
+"""A source of conversations, read as rows of whole ones: a plan sees a source like any other.
+
+Its tokens are numbered as if the rows stood one after the other, each of `seq_length` tokens, with
+one token more behind the last, so that a window and its last label, of `seq_length + 1` tokens, lie
+in the source. What no conversation fills is the end token, a document of its own, of which nothing
+is learnt.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_hybrid.data.errors import DataError
+from megatron_hybrid.data.index import Index
+from megatron_hybrid.data.rows import Rows, pack_rows
+from megatron_hybrid.data.source import Source
+
+logger = logging.getLogger(__name__)
+
+
+class _Part(NamedTuple):
+    """Tokens of a conversation in a row: the first of them in the source, how many, and the place
+    in the row."""
+
+    first: int
+    tokens: int
+    place: int
+
+
+@dataclass(frozen=True)
+class ConversationSource(Source):
+    """Conversations of a source in rows of `seq_length` tokens.
+
+    A longer one is cut behind `seq_length` tokens, or left out where nothing in them is learnt.
+
+    Attributes:
+        rows: which conversations each row holds.
+        starts: `[n + 1]`, the first token of each conversation in the files.
+        eod: what fills rows up.
+    """
+
+    seq_length: int = field(kw_only=True)
+    eod: int = field(kw_only=True)
+    rows: Rows = field(kw_only=True, repr=False, compare=False)
+    starts: NDArray[np.int64] = field(kw_only=True, repr=False, compare=False)
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows, and the one behind them."""
+        return len(self.rows) * self.seq_length + 1
+
+    def share(self, begin: Fraction, end: Fraction) -> tuple[int, int]:
+        """As `Source.share`, of whole rows."""
+        first, last = (int(len(self.rows) * part) for part in (begin, end))
+        return first * self.seq_length, last * self.seq_length + 1
+
+    def read(self, offset: int, out: NDArray[np.int64]) -> None:
+        """As `Source.read`, of one row and the token behind it."""
+        out[:] = self.eod
+        for first, count, place in self._parts(offset):
+            super().read(first, out[place : place + count])
+
+    def document_ends(self, offset: int, count: int) -> list[int]:
+        """As `Source.document_ends`; end tokens of turns, within a conversation, end none."""
+        return [part.place + part.tokens - 1 for part in self._parts(offset)]
+
+    def read_learnt(self, offset: int, out: NDArray[np.bool_]) -> None:
+        """Fill `out` `[seq_length + 1]` with which tokens of a row are to be learnt."""
+        out[:] = False
+        for first, count, place in self._parts(offset):
+            out[place : place + count] = self.mask(first, count)
+
+    def describe(self, token: int) -> str:
+        """As `Source.describe`."""
+        for first, count, place in self._parts(token - token % self.seq_length):
+            if place <= token % self.seq_length < place + count:
+                return super().describe(first + token % self.seq_length - place)
+        return f"source {self.name}: the end of a row, which no conversation fills"
+
+    def _parts(self, offset: int) -> Iterator[_Part]:
+        row, inside = divmod(offset, self.seq_length)
+        assert inside == 0, "windows are rows"
+        place = 0
+        for document in self.rows[row]:
+            first, end = self.starts[document : document + 2].tolist()
+            count = min(end - first, self.seq_length)
+            yield _Part(first, count, place)
+            place += count
+
+
+def conversation_sources(
+    sources: Mapping[str, Source], seq_length: int
+) -> dict[str, ConversationSource]:
+    """Sources whose samples are rows of whole conversations; what that costs is logged.
+
+    Raises:
+        DataError: with every source that has files without a mask.
+    """
+    problems = [
+        f"source {source.name}: {shard.prefix} has no mask of what is to be learnt (.mask); "
+        "`megatron-hybrid data tokenize --chat` makes such files"
+        for source in sources.values()
+        for shard in source.shards
+        if not shard.has_mask
+    ]
+    if problems:
+        raise DataError("\n".join(problems))
+    return {name: _in_rows(source, seq_length) for name, source in sources.items()}
+
+
+def _in_rows(source: Source, seq_length: int) -> ConversationSource:
+    blocks = [block for shard in source.shards for block in Index(shard.prefix).lengths()]
+    lengths = np.concatenate([np.empty(0, dtype=np.int32), *blocks]).astype(np.int64)
+    starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+    fitting = np.minimum(lengths, seq_length)
+    cut = np.flatnonzero(lengths > seq_length).tolist()
+    lost = 0
+    for document in cut:
+        # Nothing is predicted of the first.
+        learnt = source.mask(int(starts[document]), int(lengths[document]))[1:]
+        kept = int(learnt[: seq_length - 1].sum())
+        lost += int(learnt.sum()) - kept
+        fitting[document] = seq_length if kept else 0
+    rows = pack_rows(fitting, seq_length)
+    filled = int(fitting.sum()) / max(1, len(rows) * seq_length)
+    logger.info(
+        "source %s: %s conversations in %s rows of %s tokens, which are %.1f%% full",
+        source.name, f"{np.count_nonzero(fitting):,}", f"{len(rows):,}", f"{seq_length:,}",
+        100 * filled,
+    )  # fmt: skip
+    if cut:
+        left_out = int(np.count_nonzero(lengths) - np.count_nonzero(fitting))
+        logger.warning(
+            "source %s: %s of %s conversations are longer than data.seq_length=%s and are cut, "
+            "which loses %s learnt tokens; %s of them are left out, as nothing in their first %s "
+            "tokens is learnt",
+            source.name, f"{len(cut):,}", f"{len(lengths):,}", seq_length, f"{lost:,}",
+            f"{left_out:,}", seq_length,
+        )  # fmt: skip
+    facts = source.shards[0].facts
+    assert facts is not None, "of the mask"
+    return ConversationSource(
+        source.name, source.shards, source.files,
+        seq_length=seq_length, eod=facts.tokenizer.eod, rows=rows, starts=starts,
+    )  # fmt: skip
