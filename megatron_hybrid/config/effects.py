@@ -80,6 +80,8 @@ _FIELDS: Mapping[Effect, str] = {
         checkpoint.verify_integrity
         logging.tensorboard logging.log_params_norm logging.float8_interval
         logging.expert_load_interval
+        logging.wandb_project logging.wandb_entity logging.wandb_exp_name logging.wandb_save_dir
+        logging.mlflow_experiment logging.mlflow_run_name logging.mlflow_tracking_uri
     """,
     "training": """
         model.hidden_dropout model.attention_dropout model.moe_expert_capacity_factor

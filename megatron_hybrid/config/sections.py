@@ -347,6 +347,29 @@ class LoggingConfig(Section):
         default=10,
         description="MoE: iterations between records of each expert's share of tokens; null: none",
     )
+    wandb_project: Text | None = Field(
+        default=None, description="project of Weights & Biases that gets the metrics; null: none"
+    )
+    wandb_entity: Text | None = Field(
+        default=None, description="user or team of the project; null: the account's own"
+    )
+    wandb_exp_name: Text | None = Field(
+        default=None, description="the run's name there; null: that of run_dir"
+    )
+    wandb_save_dir: FilePath | None = Field(
+        default=None, description="folder for wandb's own files; null: run_dir"
+    )
+    mlflow_experiment: Text | None = Field(
+        default=None, description="experiment of MLflow that gets the metrics; null: none"
+    )
+    mlflow_run_name: Text | None = Field(
+        default=None, description="the run's name there; null: that of run_dir"
+    )
+    mlflow_tracking_uri: Text | None = Field(
+        default=None,
+        description="MLflow's server, database or folder; null: MLFLOW_TRACKING_URI, or "
+        "run_dir/mlruns",
+    )
 
 
 class _Upcycling(Section):

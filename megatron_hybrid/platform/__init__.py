@@ -59,11 +59,20 @@ def _initialize_once() -> Platform:
 
 
 def _import_and_patch() -> Platform:
-    import torch
-
+    from megatron_hybrid.platform.imports import hidden
     from megatron_hybrid.platform.noise import silence
 
     silence()
+    # The engine's timers import it if it is there, which costs every start a second.
+    with hidden("wandb"):
+        platform = _platform()
+        import megatron.core.timers  # noqa: F401
+    return platform
+
+
+def _platform() -> Platform:
+    import torch
+
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
         return Platform(device=device, distributed_backend="nccl", has_cuda=True)

@@ -107,3 +107,16 @@ def hide_gpu_modules() -> None:
     """
     for name in GPU_MODULES:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+
+
+@contextmanager
+def hidden(name: str) -> Iterator[None]:
+    """Within it a module that is not imported yet is as if it were not installed."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]

@@ -1,5 +1,7 @@
 """Callbacks as a user has them: outside of the package, named in a config."""
 
+import os
+import signal
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,3 +55,11 @@ class Fails(Callback):
 
 class NoCallback:
     """Something else."""
+
+
+class Killed(Callback):
+    """kill -9 before step 6, once step 5 is written."""
+
+    def before_step(self, run: Any) -> None:
+        if run.progress.iteration == 5:
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -1,5 +1,6 @@
 """Rules of what a run reads and writes: data, tokenizer, checkpoint and folders."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_hybrid.config.data import SourceConfig
@@ -110,7 +111,22 @@ def writable(c: RunConfig, _: Facts) -> Problems:
             yield f"{name}={path}: {why}"
 
 
+# By the fields of `logging` that ask for them, what trackers need.
+_TRACKERS = {"wandb_project": ("wandb", "wandb"), "mlflow_experiment": ("mlflow", "mlflow")}
+
+
+def trackers(c: RunConfig, _: Facts) -> Problems:
+    """The library of a tracker is installed where the run starts."""
+    for field, (module, extra) in _TRACKERS.items():
+        value = getattr(c.logging, field)
+        if value is not None and find_spec(module) is None:
+            yield (
+                f"logging.{field}={value} needs the package {module}; allowed: null, or "
+                f"pip install 'megatron-hybrid[{extra}]'"
+            )
+
+
 # Whether inputs are named at all; a config may be looked at before they are.
-INPUTS: tuple[Rule, ...] = (data_given, tokenizer_given)
+INPUTS: tuple[Rule, ...] = (data_given, tokenizer_given, trackers)
 DATA_FILES: tuple[Rule, ...] = (data_files,)
 FILES: tuple[Rule, ...] = (*DATA_FILES, tokenizer_file, load_folder, writable)

@@ -8,6 +8,7 @@ import torch
 
 from launchers.place import log_folder
 from megatron_hybrid.config import RunConfig
+from megatron_hybrid.config.trackers import targets
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.extensions import load_class
 from megatron_hybrid.training.callbacks.attempts import Attempts
@@ -20,6 +21,7 @@ from megatron_hybrid.training.callbacks.metrics_file import MetricsFile
 from megatron_hybrid.training.callbacks.params_norm import ParamsNorm
 from megatron_hybrid.training.callbacks.profile import Profile
 from megatron_hybrid.training.callbacks.tensorboard import TensorBoard
+from megatron_hybrid.training.callbacks.trackers import Trackers
 from megatron_hybrid.training.callbacks.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -35,7 +37,8 @@ class CallbackError(RuntimeError):
 
 def reporters(config: RunConfig) -> list[Callback]:
     """Those that write down what a run reports, on the one rank that does."""
-    return [MetricsFile(), *([TensorBoard()] if config.logging.tensorboard else []), Console()]
+    board = [TensorBoard()] if config.logging.tensorboard else []
+    return [MetricsFile(), *board, *([Trackers()] if targets(config) else []), Console()]
 
 
 def built_in(config: RunConfig, *, reports: bool) -> list[Callback]:

@@ -1,0 +1,49 @@
+"""Weights & Biases and MLflow: each has a process that copies `metrics.jsonl` there."""
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+from megatron_hybrid.config.trackers import targets
+from megatron_hybrid.trackers.base import Target
+from megatron_hybrid.trackers.follow import PREFIX, start_line
+from megatron_hybrid.training.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from megatron_hybrid.training.trainer import Trainer
+
+_PATIENCE_S = 60.0  # at the end of a run, for what has not been sent
+
+
+class Trackers(Callback):
+    """Starts the processes, and tells them of the end. Must come after `MetricsFile`."""
+
+    def __init__(self) -> None:
+        self._processes: list[tuple[Target, subprocess.Popen[bytes]]] = []
+
+    def on_run_start(self, run: "Trainer") -> None:
+        for target in targets(run.config):
+            process = subprocess.Popen(
+                [sys.executable, "-m", "megatron_hybrid.trackers.follow"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for the run
+            )
+            assert process.stdin is not None
+            process.stdin.write(start_line(target))
+            process.stdin.flush()
+            self._processes.append((target, process))
+
+    def on_run_end(self, run: "Trainer", reason: str | None) -> None:
+        last = f"{PREFIX}{reason}\n" if reason else ""
+        for target, process in self._processes:
+            try:
+                process.communicate(last.encode(), timeout=_PATIENCE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                print(
+                    f"warning: {target.kind} has not got everything after {_PATIENCE_S:g} s; "
+                    f"`megatron-hybrid track {target.run_dir}` sends the rest",
+                    file=sys.stderr,
+                )

@@ -1,0 +1,195 @@
+"""W&B without a network, and MLflow in a folder: the real ones, held against metrics.jsonl."""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_hybrid.commands.track import track
+from megatron_hybrid.config import load_config, rules
+from megatron_hybrid.config.trackers import targets
+from megatron_hybrid.errors import ConfigError, UserError
+from megatron_hybrid.testing import RankError, run_distributed
+from megatron_hybrid.trackers import follow
+from megatron_hybrid.trackers.base import Target
+from megatron_hybrid.trackers.rows import Row, Rows, scalars
+from megatron_hybrid.trackers.wandb import _log_records
+from megatron_hybrid.training.metrics import read_records
+from tests.training.runs import outcomes, words
+
+TRACKERS = [
+    "logging.wandb_project=hybrids", "logging.mlflow_experiment=hybrids",
+    "logging.mlflow_run_name=a [name]",
+]  # fmt: skip
+EVALUATED = ["training.eval_interval=2", "training.eval_iters=1"]
+
+
+@pytest.fixture(autouse=True)
+def without_a_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where wandb, imported, has folders
+    for name in ("MLFLOW_TRACKING_URI", "WANDB_DIR", "WANDB_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+
+def expected(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """{tag: [(step, value)]} of metrics.jsonl."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for record in read_records(run_dir / "metrics.jsonl"):
+        for tag, value in scalars(record).items():
+            found.setdefault(tag, []).append((record["iteration"], value))
+    return found
+
+
+def in_mlflow(run_dir: Path) -> tuple[dict[str, list[tuple[int, float]]], Any]:
+    """What MLflow's folder has of the only run there, and the run."""
+    from mlflow import MlflowClient
+
+    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    client = MlflowClient((run_dir / "mlruns").absolute().as_uri())
+    experiment = client.get_experiment_by_name("hybrids")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    found = {
+        key: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, key)]
+        for key in run.data.metrics
+    }
+    return {key: sorted(values) for key, values in found.items()}, run
+
+
+def in_wandb(run_dir: Path) -> tuple[dict[str, list[tuple[int, float]]], set[str]]:
+    """What the files of all starts have, in their order, and the runs' ids."""
+    from wandb.proto import wandb_internal_pb2
+
+    messages: Any = wandb_internal_pb2
+    found: dict[str, list[tuple[int, float]]] = {}
+    ids = set()
+    for file in sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb")):
+        ids.add(file.stem)
+        for data in _log_records(file.read_bytes()):
+            values = {
+                item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                for item in messages.Record.FromString(data).history.item
+            }
+            for tag in values.keys() - {"_step", "_timestamp", "_runtime"}:
+                found.setdefault(tag, []).append((values["_step"], values[tag]))
+    return found, ids
+
+
+def test_killed_and_resumed(tmp_path: Path) -> None:
+    """kill -9 after step 5, on from the checkpoint of step 4: both trackers have one run with every
+    number of metrics.jsonl, and no step twice; a start without anything to do adds nothing.
+    """
+    line = words(
+        tmp_path / "run", *TRACKERS, *EVALUATED, "training.train_iters=6",
+        "checkpoint.save_interval=2",
+    )  # fmt: skip
+    with pytest.raises(RankError, match="SIGKILL"):
+        run_distributed(
+            outcomes, 1, [[*line, "training.callbacks=[tests.training.own_callbacks:Killed]"]]
+        )
+    assert run_distributed(outcomes, 1, [line, line])[0] == ["finished", "finished"]
+    metrics = expected(tmp_path / "run")
+    assert [step for step, _ in metrics["train/loss"]] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in metrics["validation/loss"]] == [2, 4, 6]
+    found, run = in_mlflow(tmp_path / "run")
+    steady = [tag for tag in metrics if not tag.startswith(("throughput", "memory"))]
+    assert found.keys() == metrics.keys()
+    assert {tag: found[tag] for tag in steady} == {tag: metrics[tag] for tag in steady}
+    assert [len(found[tag]) for tag in metrics] == [len(metrics[tag]) for tag in metrics]
+    assert (run.info.run_name, run.info.status) == ("a [name]", "FINISHED")
+    assert run.data.params["model.hidden_size"] == "32"
+    copies, ids = in_wandb(tmp_path / "run")
+    assert len(ids) == 1
+    assert {tag: copies[tag] for tag in steady} == {tag: metrics[tag] for tag in steady}
+
+
+def mlflow_target(folder: Path, **options: Any) -> Target:
+    """The target of a run whose metrics are written by hand."""
+    line = words(folder, "logging.mlflow_experiment=hybrids")
+    line += [f"logging.mlflow_{name}={value}" for name, value in options.items()]
+    (target,) = targets(load_config(line))
+    return target
+
+
+def write(folder: Path, *steps: int) -> None:
+    with (folder / "metrics.jsonl").open("a") as file:
+        for step in steps:
+            file.write(
+                json.dumps({"kind": "validation", "iteration": step, "loss": step / 2}) + "\n"
+            )
+
+
+def ends(*answers: tuple[bool, str | None]) -> Callable[[float], tuple[bool, str | None]]:
+    left = iter(answers)
+    return lambda _: next(left)
+
+
+def test_a_service_that_is_away(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a warning, once; when it is back it gets everything; `track` sends the rest."""
+    monkeypatch.setattr(follow, "_FIRST_RETRY_S", 0.0)
+    away = mlflow_target(tmp_path, tracking_uri="http://127.0.0.1:9")
+    write(tmp_path, 1, 2)
+    follow.follow(follow.Copy(away), ends((True, None)))
+    assert "warning: mlflow cannot be reached: " in capsys.readouterr().err
+    target = mlflow_target(tmp_path)
+    answers = [ConnectionError("no route"), ConnectionError("no route"), None]
+
+    def make(target: Target) -> Any:
+        if (error := answers.pop(0)) is not None:
+            raise error
+        return follow.make_tracker(target)
+
+    follow.follow(follow.Copy(target, make), ends((False, None), (False, None), (True, "SIGTERM")))
+    error = capsys.readouterr().err
+    assert error.count("warning: mlflow cannot be reached: no route") == 1
+    assert "mlflow: has everything again" in error
+    found, run = in_mlflow(tmp_path)
+    assert (found, run.info.status) == ({"validation/loss": [(1, 0.5), (2, 1.0)]}, "KILLED")
+    write(tmp_path, 3)
+    (tmp_path / "attempts.jsonl").write_text('{"event": "end", "reason": "finished"}\n')
+    track(tmp_path)
+    found, run = in_mlflow(tmp_path)
+    assert found["validation/loss"] == [(1, 0.5), (2, 1.0), (3, 1.5)]
+    assert run.info.status == "FINISHED"
+    with follow.alone(target, wait=False), pytest.raises(UserError, match="by its run"):
+        track(tmp_path)
+    with pytest.raises(UserError, match="has no trackers"):
+        track(tmp_path / "other")
+
+
+def test_rows_of_a_growing_file(tmp_path: Path) -> None:
+    """A row is given out once it is whole, half a line waits, what is not a number is left out."""
+    path = tmp_path / "metrics.jsonl"
+    rows = Rows(path)
+    assert list(rows.read(last=False)) == []
+    train = {"kind": "train", "loss": 2.0, "grad_norm": None, "extra": {"z": 1}, "iteration": 1}
+    text = json.dumps(train) + "\n"
+    path.write_text(text + '{"kind": "validat')
+    assert list(rows.read(last=False)) == []
+    path.write_text(
+        text + json.dumps({"kind": "validation", "iteration": 1, "loss": 3.0}) + "\n"
+        + json.dumps(train | {"iteration": 2}) + "\n"
+    )  # fmt: skip
+    one = {"train/loss": 2.0, "train/z": 1.0}
+    assert list(rows.read(last=False)) == [Row(1, {**one, "validation/loss": 3.0})]
+    assert list(rows.read(last=True)) == [Row(2, one)]
+    assert list(rows.read(last=True)) == []
+    assert all(math.isfinite(value) for value in one.values())
+
+
+def test_a_library_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any work, with what to install; a config may be looked at without it."""
+    monkeypatch.setattr("megatron_hybrid.config.rules.files.find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as error:
+        load_config(words(tmp_path, *TRACKERS))
+    assert "logging.wandb_project=hybrids needs the package wandb; allowed: null, or" in str(error)
+    assert "megatron-hybrid[mlflow]" in str(error)
+    load_config(words(tmp_path, *TRACKERS), which=rules.NO_FILES)

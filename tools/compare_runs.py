@@ -1,0 +1,135 @@
+"""Train two configs, or two commits of this repository, for some steps, and say where they part.
+
+python tools/compare_runs.py base.yaml other.yaml --steps 50
+python tools/compare_runs.py HEAD~1 . --config tiny --steps 20 --nproc 2 data.mock_data=true
+python tools/compare_runs.py runs/a runs/b
+
+Two words that are files or presets are configs; two folders with metrics are runs that are there
+already; else they are commits, `.` being this tree as it is, and --config says what they train.
+Further words (section.field=value) are for both. Both start from the same seed, in the schedule
+of the whole run. The pictures and metrics are left in the folder of --output.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from megatron_hybrid.config.load import presets
+from megatron_hybrid.errors import UserError
+from megatron_hybrid.fileio import refusals_told
+from megatron_hybrid.training.comparison import Comparison, compare, draw_comparison
+from megatron_hybrid.training.metrics import METRICS_FILE
+
+HERE = Path(__file__).resolve().parents[1]
+PICTURE = "comparison.png"
+
+
+def main() -> int:
+    """Parse the command line, train, compare, draw. Exit code 1: an error; 2: too far apart."""
+    parser = argparse.ArgumentParser(
+        description="Train two configs or two commits for some steps, and say where they part."
+    )
+    parser.add_argument("first", help="a config, a commit, or a run's folder")
+    parser.add_argument("second", help="another")
+    parser.add_argument("words", nargs="*", help="section.field=value, for both")
+    parser.add_argument("--config", help="what two commits train: a preset or a file")
+    parser.add_argument("--steps", type=_positive, default=20, help="default: 20")
+    parser.add_argument("--nproc", type=_positive, default=1, help="ranks; default: 1")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("comparison"), metavar="FOLDER",
+        help="new folder for both runs and the picture; default: comparison",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tolerance", type=float, metavar="X",
+        help="exit code 2 if a step's losses are more than this apart, relatively",
+    )  # fmt: skip
+    arguments = parser.parse_intermixed_args()
+    try:
+        with refusals_told():
+            found = _found(arguments)
+            draw_comparison(found, arguments.output / PICTURE)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("\n".join([*found.lines(), str(arguments.output / PICTURE)]))
+    return 2 if arguments.tolerance is not None and found.worst > arguments.tolerance else 0
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= 10**9:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number from 1 to 10^9")
+    return number
+
+
+def _found(arguments: argparse.Namespace) -> Comparison:
+    names = (arguments.first, arguments.second)
+    if all((Path(name) / METRICS_FILE).is_file() for name in names):
+        return compare(Path(names[0]), Path(names[1]), names)
+    if arguments.output.exists():
+        raise UserError(f"--output={arguments.output} is there already; name a new folder")
+    configs = [_is_config(name) for name in names]
+    if all(configs):
+        if arguments.config is not None:
+            raise UserError(f"--config={arguments.config} is for two commits; these are configs")
+        sides = [(HERE, name) for name in names]
+    elif any(configs) or arguments.config is None:
+        raise UserError(
+            f"{names[0]} and {names[1]} must be two configs, two folders with {METRICS_FILE}, or "
+            "two commits with --config"
+        )
+    else:
+        sides = []
+    with ExitStack() as stack:
+        if not sides:
+            trees = [stack.enter_context(_tree(name)) for name in names]
+            sides = [(tree, arguments.config) for tree in trees]
+        folders = [arguments.output / side for side in ("a", "b")]
+        for (tree, config), folder in zip(sides, folders, strict=True):
+            _train(tree, config, folder, arguments)
+    return compare(folders[0], folders[1], names)
+
+
+def _is_config(word: str) -> bool:
+    return word in presets() or Path(word).is_file()
+
+
+@contextmanager
+def _tree(commit: str) -> Iterator[Path]:
+    """The code of a commit, in a folder of its own; this tree for `.`."""
+    if commit == ".":
+        yield HERE
+        return
+    done = subprocess.run(
+        ["git", "-C", str(HERE), "archive", "--", commit], capture_output=True, check=False
+    )
+    if done.returncode:
+        raise UserError(f"{commit} is no config, no run's folder, and no commit of {HERE}")
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["tar", "-x", "-C", folder], input=done.stdout, check=True)
+        yield Path(folder)
+
+
+def _train(tree: Path, config: str, folder: Path, arguments: argparse.Namespace) -> None:
+    words: Sequence[str] = [
+        "pretrain", config, *arguments.words, f"run_dir={folder}", "training.log_interval=1",
+        f"training.exit_interval={arguments.steps}", "checkpoint.save_interval=null",
+        *(["--nproc", str(arguments.nproc)] if arguments.nproc > 1 else []),
+    ]  # fmt: skip
+    path = os.pathsep.join([str(tree), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_hybrid.cli", *words],
+        env=os.environ | {"PYTHONPATH": path},
+        check=False,
+    )
+    if done.returncode:
+        raise UserError(f"the training of {config} with the code in {tree} has failed")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
