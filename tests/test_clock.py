@@ -24,6 +24,7 @@ OTHERS = {
     "gpu_on_cpu/kernels_interpreted.py": "how long its many cases take, which it prints",
     "launchers/test_local.py": "a made-up clock, which must not race through its looks",
     "mutations/__main__.py": "how long its many cases will take yet, which it prints",
+    "slurm/pace.py": "a run that is hit by what comes from outside, and waits for it",
     "slurm/test_surviving.py": "the moment up to which a run's times are added up",
     "training/runs.py": "when a run started, which its Trainer asks for",
 }
