@@ -210,7 +210,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     parent = os.getppid()
-    facts = json.loads(sys.stdin.readline())
+    facts = parse_json(sys.stdin.readline())
     target = Target(**{**facts, "run_dir": Path(facts["run_dir"])})
     with alone(target, wait=True), own_temp_folder():
         follow(Copy(target), _run_ended(parent))
