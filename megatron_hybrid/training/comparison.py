@@ -116,7 +116,7 @@ def draw_comparison(found: Comparison, output: Path) -> None:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11, 8), dpi=160, facecolor="white")
         grid = figure.add_gridspec(
-            2, 2, left=0.062, right=0.965, top=0.86, bottom=0.075, hspace=0.42, wspace=0.2
+            2, 2, left=0.062, right=0.965, top=0.845, bottom=0.075, hspace=0.42, wspace=0.2
         )
         panels = [figure.add_subplot(grid[place // 2, place % 2]) for place in range(4)]
         for panel, field, name, unit in (
@@ -132,8 +132,10 @@ def draw_comparison(found: Comparison, output: Path) -> None:
             panel.set_xlabel("step")
             panel.tick_params(length=3)
         for index, name in enumerate(found.names):
-            figure.text(0.062 + 0.3 * index, 0.955, name, color=COLORS[index], fontweight="bold")
-        figure.text(0.062, 0.92, "; ".join(found.lines()), color=PALE_INK, fontsize=9)
+            figure.text(0.062 + 0.45 * index, 0.962, name, color=COLORS[index], fontweight="bold")
+        *lines, last = found.lines()
+        text = "\n".join(filter(None, ["; ".join(lines[:2]), "; ".join([*lines[2:], last])]))
+        figure.text(0.062, 0.945, text, color=PALE_INK, fontsize=9, va="top", linespacing=1.4)
         save_png(figure, output)
 
 
@@ -149,5 +151,5 @@ def _draw_difference(axes: Axes, found: Comparison) -> None:
         axes.plot(found.steps, values, color=color, linewidth=1.6, label=name)
     axes.set_yscale("log")
     axes.set_ylim(_FLOOR / 2, None)
-    axes.legend(frameon=False, loc="upper left")
+    axes.legend(frameon=False, loc="lower right")
     title(axes, "How far apart", f"relative; the lowest line: equal, or below {_FLOOR:g}")

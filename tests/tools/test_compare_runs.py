@@ -1,0 +1,89 @@
+"""Two runs held against each other: where they part, and what cannot be compared."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import orjson
+import pytest
+from matplotlib.image import imread
+
+from megatron_hybrid.errors import UserError
+from megatron_hybrid.training.comparison import compare, draw_comparison
+from tests.training.runs import records, words
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "compare_runs.py"
+NAMES = ("a", "b")
+
+
+def write(run_dir: Path, losses: list[float | None], first: int = 1, tokens: int = 64) -> Path:
+    run_dir.mkdir()
+    lines = [
+        {
+            "kind": "train", "iteration": step, "consumed_tokens": step * tokens, "loss": loss,
+            "grad_norm": 1.0, "step_ms": 100.0 * (1 + len(losses) % 2),
+        }
+        for step, loss in enumerate(losses, first)
+    ]  # fmt: skip
+    (run_dir / "metrics.jsonl").write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
+    return run_dir
+
+
+def test_where_two_runs_part(tmp_path: Path) -> None:
+    """The first step that differs at all, and those from which it is more than 1e-6 and 1e-3; a
+    loss that is not finite in both is no difference, in one it is the largest.
+    """
+    one = write(tmp_path / "one", [4.0, 3.0, None, 2.0, 1.0])
+    other = write(tmp_path / "other", [4.0, 3.0, None, 2.0 + 2e-7, 1.0 + 1e-4, 9.0])
+    found = compare(one, other, NAMES)
+    assert found.steps.tolist() == [1, 2, 3, 4, 5]
+    assert [found.parts_at(above) for above in (0, 1e-6, 1e-3)] == [4, 5, None]
+    assert found.worst == pytest.approx(1e-4)
+    assert found.time_ratio == pytest.approx(0.5)
+    assert found.lines()[0] == "the same numbers up to step 3; they part at step 4"
+    same = compare(one, one, NAMES)
+    assert same.lines()[0] == "the same numbers in all 5 steps, to the last bit"
+    draw_comparison(found, tmp_path / "comparison.png")
+    assert imread(tmp_path / "comparison.png").shape[:2] == (1280, 1760)
+    broken = write(tmp_path / "broken", [4.0, None])
+    assert compare(one, broken, NAMES).parts_at(1e-3) == 2
+
+
+def test_what_cannot_be_compared(tmp_path: Path) -> None:
+    """Runs without a common step, or of other batches."""
+    one = write(tmp_path / "one", [4.0, 3.0])
+    with pytest.raises(UserError, match="no training step in common"):
+        compare(one, write(tmp_path / "later", [2.0], first=3), NAMES)
+    with pytest.raises(UserError, match="step 1 comes after 64 tokens in a and after 128 in b"):
+        compare(one, write(tmp_path / "larger", [2.0], tokens=128), NAMES)
+
+
+def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, SCRIPT, *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+
+
+def test_two_configs_are_trained(tmp_path: Path) -> None:
+    """For so many steps, from the same seed: only the weight decay is another, from step 2 on."""
+    for name, decay in zip(NAMES, (0.1, 0.2), strict=True):
+        fields = [word.split("=") for word in words(tmp_path, f"optimizer.weight_decay={decay}")]
+        sections: dict[str, dict[str, str]] = {}
+        for path, value in fields:
+            section, _, field = path.rpartition(".")
+            if section:
+                sections.setdefault(section, {})[field] = value
+        text = "".join(
+            f"{section}:\n" + "".join(f"  {k}: {v!s}\n" for k, v in values.items())
+            for section, values in sections.items()
+        ).replace("tokenizer_type: null", 'tokenizer_type: "null"')
+        (tmp_path / f"{name}.yaml").write_text(text)
+    done = run("a.yaml", "b.yaml", "--steps", 3, "--tolerance", 1e-9, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "the same numbers up to step 1; they part at step 2" in done.stdout
+    assert (tmp_path / "comparison" / "comparison.png").exists()
+    assert len(records(tmp_path / "comparison" / "a")) == 3
+    again = run("a.yaml", "b.yaml", cwd=tmp_path)
+    assert again.returncode == 1
+    assert again.stderr == "error: --output=comparison is there already; name a new folder\n"
