@@ -39,6 +39,7 @@ _SWITCHES: dict[str, tuple[str, Any]] = {
     "--disable-bias-linear": ("model.add_bias_linear", False),
     "--bf16": ("precision.recipe", "bf16"),
     "--reset-attention-mask": ("data.packed_documents", True),
+    "--sft": ("training.objective", "sft"),
 }
 _MEGATRON_VALUES: dict[str, Mapping[str, str]] = {
     megatron_fp8.RECIPE: megatron_fp8.RECIPES,

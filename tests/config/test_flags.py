@@ -88,6 +88,7 @@ def test_every_flag_sets_its_field(flag: Any) -> None:
         ),
         ("--bf16", "precision.recipe", "bf16"),
         ("--reset-attention-mask", "data.packed_documents", True),
+        ("--sft", "training.objective", "sft"),
         ("--tokenizer-type GPTSentencePieceTokenizer", "data.tokenizer_type", "sentencepiece"),
         ("--tokenizer-type HuggingFaceTokenizer", "data.tokenizer_type", "huggingface"),
         ("data.tokenizer_type=null", "data.tokenizer_type", "null"),

@@ -3,11 +3,11 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_hybrid.data.chat import ChatEncoder
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.tokenizer import Tokenizer
 from megatron_hybrid.data.tokenizing.chunks import ByteRange, Lines, Rows
@@ -18,6 +18,9 @@ from megatron_hybrid.data.tokenizing.records import (
     read_records,
 )
 from megatron_hybrid.data.tokenizing.settings import TokenizeSettings
+
+if TYPE_CHECKING:
+    from megatron_hybrid.data.chat import ChatEncoder
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Encoder:
 class ConversationEncoder:
     """Turns chunks of JSONL into documents that are conversations, of tokens with a mask."""
 
-    def __init__(self, chat: ChatEncoder) -> None:
+    def __init__(self, chat: "ChatEncoder") -> None:
         self._chat = chat
 
     def encode(self, payload: ByteRange | Lines | Rows) -> Encoded:

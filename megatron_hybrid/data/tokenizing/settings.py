@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from megatron_hybrid.bounds import MOST_PROCESSES
-from megatron_hybrid.data.chat import ChatEncoder
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.facts import Facts, TokenizerType, facts_path
 from megatron_hybrid.data.indexed import indexed_paths, mask_path
@@ -17,6 +17,9 @@ from megatron_hybrid.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_hybrid.data.tokenizing.inputs import Input, find_inputs
 from megatron_hybrid.data.tokenizing.shuffle import shuffle_folder
 from megatron_hybrid.fileio import why_not_writable
+
+if TYPE_CHECKING:
+    from megatron_hybrid.data.chat import ChatEncoder
 
 MOST_IDS = 2**31 - 1  # token files hold int32
 
@@ -98,12 +101,14 @@ class TokenizeSettings:
                 or (self.chat and self.tokenizer_type == "huggingface"),
             )
 
-    def open_chat(self, tokenizer: Tokenizer) -> ChatEncoder:
+    def open_chat(self, tokenizer: Tokenizer) -> "ChatEncoder":
         """What encodes conversations.
 
         Raises:
             DataError: the tokenizer has no chat template that can be used.
         """
+        from megatron_hybrid.data.chat import ChatEncoder  # and Jinja
+
         return ChatEncoder(tokenizer, self.chat_template, self.parse_special_tokens)
 
 
