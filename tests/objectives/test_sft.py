@@ -1,5 +1,6 @@
 """Supervised fine-tuning: packed as alone, in any layout as on one rank, from another's weights."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from typer.testing import CliRunner
 
+from megatron_hybrid.cli import app
 from megatron_hybrid.config import load_config
 from megatron_hybrid.objectives.registry import objective_problems
 from megatron_hybrid.testing import run_distributed
@@ -136,6 +139,20 @@ def test_runs(blend: list[str], tmp_path: Path) -> None:
             expected = [record[name] for record in records(whole)]
             figures = [record[name] for record in records(folder)]
             assert figures == pytest.approx(expected, rel=1e-5), (folder.name, name)
+
+
+def test_plan(blend: list[str], tmp_path: Path) -> None:
+    """`data plan` plans rows, of whole ones, as the run reads them; and says what a run would."""
+    line = words(tmp_path, *[word for word in SFT if "finetune" not in word], *blend)
+    found = CliRunner().invoke(app, ["data", "plan", *line, "--json"])
+    assert found.exit_code == 0, found.output
+    planned = json.loads(found.stdout)
+    assert planned["steps"] == 4
+    for source in planned["sources"]:
+        assert source["epoch_tokens"] % SEQ_LENGTH == source["held_out"] % SEQ_LENGTH == 0
+        assert source["tokens"] == source["held_out"] + source["epoch_tokens"] + 1
+    refused = CliRunner().invoke(app, ["data", "plan", *line, "data.packed_documents=false"])
+    assert "data.packed_documents must be true" in str(refused.exception)
 
 
 @pytest.mark.parametrize(

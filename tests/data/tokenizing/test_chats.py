@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from megatron_hybrid.cli import app
+from megatron_hybrid.config.token_files import restore
 from megatron_hybrid.data.chat import ChatEncoder
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.facts import read_facts
@@ -145,3 +146,25 @@ def test_texts_in_place_of_conversations(folder: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.glob("out*")) == [
         "out.bin", "out.idx", "out.meta.json",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("chats", [True, False], ids=["of chats", "of texts"])
+def test_an_older_pair_is_put_back(chats: bool, folder: Path, tmp_path: Path) -> None:
+    """Killed at each step of replacing a pair by conversations, it comes back with its own mask,
+    or with none."""
+    prefix = tmp_path / "out"
+    if chats:
+        tokenize(chat_settings(tmp_path, folder, [line(1)]))
+    else:
+        (tmp_path / "text.jsonl").write_text('{"text": "1 2"}\n')
+        tokenize(settings_in(tmp_path, tmp_path / "text.jsonl"))
+    old = {path.name: path.read_bytes() for path in tmp_path.glob("out.*")}
+    assert len(old) == (4 if chats else 3)
+    aside, moved = [".idx", ".meta.json", *([".mask"] * chats), ".bin"], (".bin", ".mask")
+    for step in range(1, len(aside) + len(moved) + 2):
+        for end in aside[:step]:
+            Path(f"{prefix}{end}").rename(f"{prefix}{end}.old.part")
+        for end in (*moved, ".meta.json")[: max(0, step - len(aside))]:
+            Path(f"{prefix}{end}").write_bytes(b"new")
+        restore(str(prefix))
+        assert {path.name: path.read_bytes() for path in tmp_path.glob("out.*")} == old
