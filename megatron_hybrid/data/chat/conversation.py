@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_hybrid.data.errors import DataError
+from megatron_hybrid.json_text import TOO_DEEP, is_too_deep
 
 ROLES = ("system", "user", "assistant", "tool")
 # What a message says, each by itself enough; reasoning has gone by several names.
@@ -47,6 +48,8 @@ def parse(record: Mapping[str, Any]) -> Conversation:
     Raises:
         DataError: it holds none, or one of which nothing can be learnt.
     """
+    if is_too_deep(record):
+        raise DataError(TOO_DEEP)
     if "messages" in record:
         given, messages = 0, _messages("messages", record["messages"], "user")
     elif "prompt" in record and "completion" in record:

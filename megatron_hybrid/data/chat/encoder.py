@@ -21,6 +21,7 @@ from megatron_hybrid.data.indexed import masked_dtype
 from megatron_hybrid.data.tokenizer import Tokenizer
 from megatron_hybrid.data.tokenizer.hugging_face import HuggingFaceTokenizer
 
+_HALF = re.compile(r"[\ud800-\udfff]")
 _PROBE = "\ufdd0"  # as a content: begins as no other does
 
 
@@ -71,6 +72,10 @@ class ChatEncoder:
         """
         conversation = parse(record)
         for text in texts_of([conversation.messages, conversation.tools, conversation.settings]):
+            if half := _HALF.search(text):
+                raise DataError(
+                    f"a text holds half a character, the lone surrogate \\u{ord(half.group()):04x}"
+                )
             if found := self._special.search(text):
                 raise DataError(
                     f"a text holds {found.group()!r}, a special token of the tokenizer, which "

@@ -1,5 +1,6 @@
 """Which tokens of a conversation are learnt: as transformers says, and by hand."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no completion": ({"prompt": "a", "completion": turns("b")}, "has no assistant turn"),
     "tools": ({"messages": ONE, "tools": "{"}, "'tools' is a text, and no JSON"),
     "settings": ({"messages": ONE, "chat_template_kwargs": [1]}, "must be an object; it is a list"),
+    "too deep": ({"messages": ONE, "x": json.loads("[" * 500 + "]" * 500)}, "nested more than 64"),
+    "half": ({"messages": turns("a\ud83d", "b")}, r"half a character, the lone surrogate \\ud83d"),
     "special": ({"messages": turns("a</s>", "b")}, "a text holds '</s>', a special token"),
     "refused": ({"messages": [*ONE, ONE[1]]}, "the chat template refuses it: Roles must alternate"),
     "fails": (
@@ -205,8 +208,6 @@ def test_sandbox(template: str, what: str, tokenizer: Tokenizer, tmp_path: Path)
 )
 def test_no_template(config: dict[str, Any], problem: str, folder: Path, tmp_path: Path) -> None:
     """A tokenizer without a template, or with one that is none, is refused before any line."""
-    import json
-
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     named = {"eos_token": "</s>", **config}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
