@@ -33,6 +33,7 @@ from megatron_hybrid.config import RunConfig, load_config, rules, validate
 from megatron_hybrid.config.notes import notes
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import file_errors, refusal
+from megatron_hybrid.log import JSON, LEVEL, Level, show_log
 from megatron_hybrid.platform.imports import importing
 from megatron_hybrid.platform.threads import spin_before_sleeping
 from megatron_hybrid.training.lasting_output import lasting_output
@@ -48,6 +49,19 @@ app.add_typer(convert_commands.app, name="convert")
 _place: Place | None = None  # of this process among the ranks of a job
 # Words that are ours to read: presets, section.field=value, Megatron-LM's flags.
 _CONFIG_WORDS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.callback()
+def log_options(
+    log_level: Annotated[
+        Level, typer.Option(envvar=LEVEL, help="the least that is shown of the log, on stderr")
+    ] = Level.INFO,
+    log_json: Annotated[
+        bool, typer.Option(envvar=JSON, help="the log as JSON, an object a line")
+    ] = False,
+) -> None:
+    """Train hybrid Mamba-Transformer language models on megatron-core."""
+    show_log(log_level, as_json=log_json)
 
 
 def _show_pretrain_help(asked: bool) -> None:
@@ -206,7 +220,6 @@ def main() -> None:
     global _place
     try:
         _place = join(os.environ)
-        _show_log()
         app(prog_name="megatron-hybrid")
     except UserError as error:
         _end_with(f"{error.label}: {error}")
@@ -227,16 +240,6 @@ def _end_with(text: str) -> NoReturn:
     if not record_error(text):
         print(text, file=sys.stderr)
     sys.exit(1)
-
-
-def _show_log() -> None:
-    """Choices made automatically go to stderr, from rank 0; the engine's own log stays quiet."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger = logging.getLogger("megatron_hybrid")
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
 
 
 if __name__ == "__main__":
