@@ -9,7 +9,7 @@
 set -euo pipefail
 
 case "${1-}" in
-    "" | -* | convert | counts | data | doctor | generate | plan | preflight | pretrain | \
+    "" | -* | config | convert | counts | data | doctor | generate | plan | preflight | pretrain | \
         smoke-test | status | submit | track | upcycle | verdict)
         set -- megatron-hybrid "$@"
         ;;

@@ -20,6 +20,7 @@ from megatron_hybrid.bounds import MOST_NEW_TOKENS, MOST_PROCESSES
 from megatron_hybrid.commands import convert as convert_commands
 from megatron_hybrid.commands import data as data_commands
 from megatron_hybrid.commands.app import App
+from megatron_hybrid.commands.config import config as config_command
 from megatron_hybrid.commands.options import ParseSpecialTokens
 from megatron_hybrid.commands.plan import UNNEEDED, plan
 from megatron_hybrid.commands.preflight import preflight
@@ -164,6 +165,7 @@ app.command(context_settings=_CONFIG_WORDS, hidden=True)(verdict)
 app.command()(status)
 app.command()(track)
 app.command("smoke-test")(smoke_test)
+app.command("config", no_args_is_help=True)(config_command)
 
 
 @app.command()

@@ -51,7 +51,7 @@ def print_pretrain_help(console: Console) -> None:
         if name != section:
             section = name
             console.print(f"[bold]{section}[/]")
-        default = "required" if info.is_required() else f"default {_shown(info.default)}"
+        default = "required" if info.is_required() else f"default {default_of(info)}"
         kind = "" if plain_type(info) is bool else f"  {allowed(info)}"
         console.print(f"  {', '.join(by_path[path])}{escape(kind)}", highlight=False)
         console.print(f"      {escape(f'{info.description} ({default})')}", highlight=False)
@@ -69,11 +69,14 @@ def _print_inner_fields(path: str, info: FieldInfo, console: Console) -> None:
         console.print(f"        {escape(line)}", highlight=False)
 
 
-def _shown(value: object) -> str:
-    """A default as YAML would say it."""
+def default_of(info: FieldInfo) -> str:
+    """A field's default as YAML would say it."""
+    value = info.default
     if isinstance(value, bool):
         return str(value).lower()
-    return "null" if value in (None, (), {}) else str(value)
+    if isinstance(value, tuple | dict) and not value:
+        return "{}" if isinstance(value, dict) else "[]"
+    return "null" if value is None else str(list(value) if isinstance(value, tuple) else value)
 
 
 def print_counts(config: RunConfig, console: Console) -> None:

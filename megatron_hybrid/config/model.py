@@ -23,7 +23,7 @@ Window = Annotated[tuple[Whole, Whole], Strict(False), Words("two whole numbers 
 
 
 class ModelConfig(Section):
-    """Sizes and layer kinds; null sizes are derived where they apply (see derive.py)."""
+    """Sizes and layer kinds; null sizes are derived where they apply."""
 
     hybrid_layer_pattern: LayerPattern = Field(
         description="one symbol a layer: M Mamba-2, * attention, - MLP, E MoE; "

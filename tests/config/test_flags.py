@@ -11,6 +11,7 @@ from megatron_hybrid.config.describe import allowed, fields, plain_type
 from megatron_hybrid.config.flags import flags, parse_command_line
 from megatron_hybrid.config.megatron_flags import explained, meaning
 from megatron_hybrid.config.megatron_fp8 import FLAGS
+from megatron_hybrid.reference import is_megatrons
 from tests.config import GOOD
 
 # A value that fits each field whose type alone does not tell one.
@@ -235,9 +236,11 @@ def megatron_flags() -> set[str]:
 
 def test_every_flag_of_megatron_is_taken_or_explained() -> None:
     """Each flag of Megatron-LM's parser sets a field, or has a sentence that says what to use or
-    why there is nothing; what is suggested exists; and no sentence is of a flag that is not."""
+    why there is nothing; what is suggested exists; and no sentence is of a flag that is not. The
+    reference tells flags of Megatron-LM's from others."""
     theirs = megatron_flags()
     assert len(theirs) > 800
+    assert {name for name in flags() if is_megatrons(name)} == theirs & {*flags()}
     left = theirs - {*flags(), *FLAGS}
     assert {f"--{name}" for name in explained()} == left
     for sentence in set(explained().values()):
