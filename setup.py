@@ -27,7 +27,7 @@ CORE = [
 ]
 
 EXTRAS = {
-    # Compiled against the torch that is there, by the commands in README.md:
+    # Compiled against the torch that is there, by the commands in docs/install.md:
     # pip's isolated builds would take the newest. Attention is Transformer Engine's (cuDNN's).
     "gpu": [
         # megatron-core 0.19 imports transformer_engine.pytorch.fp8, which is deprecated.

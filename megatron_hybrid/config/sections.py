@@ -236,7 +236,7 @@ class TrainingConfig(Section):
     profile_ranks: Ranks = Field(default=(0,), description="ranks that are recorded")
     objective: Text = Field(
         default="pretraining",
-        description="what a step minimises: pretraining, masked_diffusion, or your own as "
+        description="what a step minimises: pretraining, sft, masked_diffusion, or your own as "
         "package.module:Class",
     )
     objective_options: Options = Field(

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -131,11 +131,17 @@ def init_model_parallel(seed: int = 1234, **sizes: int) -> None:
     model_parallel_cuda_manual_seed(seed)
 
 
-def _start(number: int, world_size: int, folder: Path) -> _Rank:
-    """Start one rank, which waits for its work on the other end of a pipe."""
+def warm_context() -> ForkServerContext:
+    """What makes processes that have imported torch, megatron.core and the trainer."""
     context = multiprocessing.get_context("forkserver")
     preload = ["megatron_hybrid.testing.preload"]
     context.set_forkserver_preload(preload + [m for m in ("pytest",) if m in sys.modules])
+    return context
+
+
+def _start(number: int, world_size: int, folder: Path) -> _Rank:
+    """Start one rank, which waits for its work on the other end of a pipe."""
+    context = warm_context()
     here, there = context.Pipe()
     output = folder / f"rank{number}.txt"
     process = context.Process(

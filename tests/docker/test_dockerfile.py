@@ -155,7 +155,7 @@ def test_the_pins_fit_setup(extra: str) -> None:
 
 def test_packages_for_gpus_have_caps_and_no_flash_attn() -> None:
     """Of each kernel's package it is said which release is too new; nothing here imports
-    flash-attn, whose build ends the installation; and the README installs all that is pinned.
+    flash-attn, whose build ends the installation; docs/install.md installs all that is pinned.
     """
     core = requirements("wanted", "setup.py").stdout.splitlines()
     lines = requirements("wanted", "setup.py", "--extra", "gpu").stdout.splitlines()
@@ -164,8 +164,8 @@ def test_packages_for_gpus_have_caps_and_no_flash_attn() -> None:
     for each in added:
         if each.name != "transformers":
             assert any(part.operator == "<" for part in each.specifier), each
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (block,) = [text for text in readme.split("```") if "transformer-engine-torch" in text]
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    (block,) = [text for text in page.split("```") if "transformer-engine-torch" in text]
     commands = re.sub(r"\\\n\s*", "", block)
     installs = [line for line in commands.splitlines() if "pip install --no-deps" in line]
     named = {word for line in installs for word in line.split("pip install")[1].split()}
