@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import sys
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
@@ -227,7 +228,9 @@ def test_one_prefix_may_hold_blanks() -> None:
 
 def megatron_flags() -> set[str]:
     """Every flag of the installed Megatron-LM's parser."""
-    arguments = pytest.importorskip("megatron.training.arguments")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", None)  # which it imports, and which leaves folders
+        arguments = pytest.importorskip("megatron.training.arguments")
     parser = argparse.ArgumentParser(allow_abbrev=False)
     arguments.add_megatron_arguments(parser)
     names = {name for action in parser._actions for name in action.option_strings}
