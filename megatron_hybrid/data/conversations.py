@@ -135,12 +135,12 @@ def _in_rows(source: Source, seq_length: int) -> ConversationSource:
     )  # fmt: skip
     if cut:
         left_out = int(np.count_nonzero(lengths) - np.count_nonzero(fitting))
+        whole = f"; {left_out:,} of these whole, with no answer in the first {seq_length}"
         logger.warning(
-            "source %s: %s of %s conversations are longer than data.seq_length=%s and are cut, "
-            "which loses %s learnt tokens; %s of them are left out, as nothing in their first %s "
-            "tokens is learnt",
-            source.name, f"{len(cut):,}", f"{len(lengths):,}", seq_length, f"{lost:,}",
-            f"{left_out:,}", seq_length,
+            "source %s: of %s conversations %s have more than data.seq_length=%s tokens, and what "
+            "is behind is left out, %s learnt tokens%s",
+            source.name, f"{len(lengths):,}", f"{len(cut):,}", seq_length, f"{lost:,}",
+            whole if left_out else "",
         )  # fmt: skip
     facts = source.shards[0].facts
     assert facts is not None, "of the mask"

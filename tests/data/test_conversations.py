@@ -84,9 +84,8 @@ def test_rows_of_a_source(
         f"{100 * tokens / (len(source.rows) * ROW):.1f}% full"
     )
     assert warning == (
-        "source chat: 2 of 30 conversations are longer than data.seq_length=16 and are cut, which "
-        "loses 7 learnt tokens; 1 of them are left out, as nothing in their first 16 tokens is "
-        "learnt"
+        "source chat: of 30 conversations 2 have more than data.seq_length=16 tokens, and what is "
+        "behind is left out, 7 learnt tokens; 1 of these whole, with no answer in the first 16"
     )
 
 
