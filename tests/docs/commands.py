@@ -188,4 +188,4 @@ def _read_ours(words: list[str]) -> None:
         line = parse_command_line(context.args)
         assert not line.problems, line.problems
         if line.source in presets():
-            load_config(context.args, which=rules.DRY_RUN, stand_in=UNNEEDED)
+            load_config(context.args, which=rules.NO_FILES, stand_in=UNNEEDED)
