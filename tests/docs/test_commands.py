@@ -12,11 +12,13 @@ from pydoc_data.topics import topics
 import pytest
 from sentencepiece import SentencePieceTrainer
 
+from tests.data.chat.templates import tokenizer_folder
 from tests.docs import LANGUAGES, Block, blocks, pages
 from tests.docs.commands import Walker, commands, read
 
 # What a page's commands read, pages before it have made.
 ORDER = ("getting-started", "data", "train", "cluster", "resume", "convert", "upcycle")
+CHAT = {"prompt": "1+1?", "completion": "2"}
 BLOCKS = [block for page in pages() for block in blocks(page)]
 COMMANDS = [block for block in BLOCKS if block.language == "bash"]
 RUN = [block for block in COMMANDS if not block.not_run]
@@ -37,6 +39,8 @@ def walker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walker]:
         (folder / name).parent.mkdir()
         with opener(folder / name, "wt", encoding="utf-8") as file:
             file.writelines(json.dumps({"text": text}) + "\n" for text in texts[start:40:2])
+    (folder / "chats.jsonl").write_text(20 * f"{json.dumps(CHAT)}\n", encoding="utf-8")
+    tokenizer_folder(folder / "models" / "mine")
     for block in BLOCKS:
         first = block.text.partition("\n")[0].removeprefix("# ")
         if block.language in ("python", "yaml") and first.endswith((".py", ".yaml")):
