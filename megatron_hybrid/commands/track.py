@@ -27,6 +27,8 @@ def track(run: Annotated[Path, typer.Argument(help="folder of a run")]) -> None:
             try:
                 copy.advance(last=True)
                 copy.close(reason)
+            except UserError:  # of a file of ours
+                raise
             except Exception as error:
                 raise UserError(f"{target.kind} cannot be reached: {error}") from error
         print(f"{target.kind} has the metrics of {target.name}")

@@ -23,6 +23,7 @@ from typing import Any
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import write_atomic
 from megatron_hybrid.json_text import parse_json
+from megatron_hybrid.small_files import naming, read_json
 from megatron_hybrid.trackers.base import Target, Tracker
 from megatron_hybrid.trackers.rows import Row, Rows
 
@@ -132,10 +133,21 @@ def _known(target: Target) -> str | None:
     path = _place(target)
     if not path.exists():
         return None
-    found = parse_json(path.read_text(encoding="utf-8"))
+    found = _read(path)
     if _identity(found["options"]) != _identity(target.options):
         return None
     return str(found["run"])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What `_remember` wrote: the run's id there, its name and the options."""
+    found = read_json(path, fields=("run", "name", "options"))
+    with naming(path):
+        return {
+            "run": str(found["run"]),
+            "name": str(found["name"]),
+            "options": dict(found["options"]),
+        }
 
 
 def _remember(target: Target, run: str) -> None:
@@ -148,7 +160,7 @@ def known_targets(run_dir: Path) -> list[Target]:
     """The targets that a run's starts have had; their configs are there already."""
     found = []
     for path in sorted((run_dir / FOLDER).glob("*.json")):
-        facts = parse_json(path.read_text(encoding="utf-8"))
+        facts = _read(path)
         found.append(Target(path.stem, run_dir, facts["name"], facts["options"], {}))
     return found
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import orjson
 
+from megatron_hybrid.small_files import naming
+
 # As TensorBoard has them.
 TAGS = {
     "loss": "train/loss",
@@ -43,7 +45,8 @@ class Rows:
     def read(self, *, last: bool) -> Iterator[Row]:
         """The rows that have become whole; `last`: and the one that has not."""
         for record in self._records():
-            values = scalars(record)
+            with naming(self._path):
+                values = scalars(record)
             if not values:
                 continue
             if record["iteration"] != self._row.step:
@@ -68,7 +71,9 @@ class Rows:
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
         for line in whole.splitlines():
-            yield orjson.loads(line)
+            with naming(self._path):
+                record = orjson.loads(line)
+            yield record
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:

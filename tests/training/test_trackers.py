@@ -161,6 +161,9 @@ def test_a_service_that_is_away(
         track(tmp_path)
     with pytest.raises(UserError, match="has no trackers"):
         track(tmp_path / "other")
+    (tmp_path / "trackers" / "mlflow.json").write_text('{"run": "4", "opt')
+    with pytest.raises(UserError, match=r"trackers/mlflow.json is damaged: not JSON"):
+        track(tmp_path)
 
 
 def test_rows_of_a_growing_file(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_hybrid.data.errors import DataError
-from megatron_hybrid.json_text import TOO_DEEP, is_too_deep
+from megatron_hybrid.json_text import TOO_DEEP, is_too_deep, parse_json
 
 ROLES = ("system", "user", "assistant", "tool")
 # What a message says, each by itself enough; reasoning has gone by several names.
@@ -122,7 +122,7 @@ def _tools(record: Mapping[str, Any]) -> list[Any] | None:
     tools = record.get("tools")
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools) if tools.strip() else None
+            tools = parse_json(tools) if tools.strip() else None
         except ValueError as error:
             raise DataError(f"'tools' is a text, and no JSON: {error}") from error
     if tools is not None and not isinstance(tools, list):
