@@ -180,7 +180,9 @@ def function_values(arguments: Mapping[str, Any], layers: str) -> dict[str, Any]
         if arguments.get(name) is not None and set(_layers_of(name)) & set(layers)
     }
     epsilons = [arguments[name] for name in _EPSILON if arguments.get(name) is not None]
-    return found | ({"layernorm_epsilon": epsilons[0]} if epsilons else {})
+    # Megatron-LM trains such models with no other mask, and has no argument for it.
+    mask = {"attn_mask_type": "causal"} if "*" in layers else {}
+    return found | mask | ({"layernorm_epsilon": epsilons[0]} if epsilons else {})
 
 
 def _layers_of(name: str) -> str:
