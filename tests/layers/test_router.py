@@ -193,7 +193,7 @@ def balance(layout: Layout, weights: Path, micro_batches: list[int]) -> list[Any
         }
         with built(config.model_copy(update=sections)) as (chunks, optimizer, stepper):
             load_checkpoint(config, weights, chunks, optimizer, weights_only=True)
-            data = iter([_packed_batch(part) for part in rows.split(size)])
+            data = iter([_packed_batch(part, conversations=False) for part in rows.split(size)])
             shape = BatchShape(GLOBAL_BATCH_SIZE, SEQ_LENGTH)
             step = stepper.train(data, shape, float("inf"), [])
             results.append((step.readings["moe_losses"], gradient_parts(chunks)))

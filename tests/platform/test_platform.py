@@ -68,6 +68,7 @@ def test_another_engine_is_refused(version: str | None, monkeypatch: pytest.Monk
         return version
 
     monkeypatch.setattr(metadata, "version", installed)
+    backend.check_engine_version.cache_clear()
     with pytest.raises(UserError, match=r"megatron-core.*allowed: >=0\.19,<0\.20"):
         platform.initialize()
 

@@ -28,13 +28,16 @@ def submit(cluster: Cluster, node: str, *more: str) -> list[str]:
     return [text.split()[1] for text in printed.splitlines() if text.startswith("job ")]
 
 
-SWEEP = (2, 240, 160)  # steps of each task
+SWEEP = (2, 12, 30)  # steps of each task
 
 
 @scenario
 def sweep_data_and_conversion(cluster: Cluster, nodes: str, folder: Path) -> Path:
     node = hostnames(nodes)[0]
-    line = words(folder / "sweep", "backend=torch", "training.log_interval=1")
+    line = words(
+        folder / "sweep", "backend=torch", "training.log_interval=1",
+        "training.callbacks=[tests.slurm.pace:Slow]",
+    )  # fmt: skip
     lengths = ",".join(map(str, SWEEP))
     array = ("--array", f"training.train_iters={lengths}", "--option=--exclusive=user")
     (sweep,) = submit(cluster, node, *line, *array)

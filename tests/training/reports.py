@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from megatron_hybrid.config.sections import LoggingConfig
 from megatron_hybrid.training.callbacks.base import Evaluation
 from megatron_hybrid.training.callbacks.ordered import Callbacks, reporters
 from megatron_hybrid.training.step_metrics import StepMetrics
@@ -18,7 +19,7 @@ class Reports:
         self, folder: Path, *, enabled: bool, tensorboard: bool, resumed: int, total: int
     ) -> None:
         config: Any = SimpleNamespace(
-            run_dir=folder, logging=SimpleNamespace(tensorboard=tensorboard)
+            run_dir=folder, logging=LoggingConfig(tensorboard=tensorboard)
         )
         self.run: Any = SimpleNamespace(
             config=config,

@@ -99,8 +99,9 @@ def test_all_at_once(folder: Path, tmp_path: Path) -> None:
         tokenize(null)
 
 
-def test_looked_at(folder: Path, tmp_path: Path) -> None:
+def test_looked_at(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`show --chat` tells learnt tokens from others; `verify` finds a mask that was changed."""
+    monkeypatch.setenv("COLUMNS", "1000")  # a path in a message is not cut into lines
     tokenize(chat_settings(tmp_path, folder, [line(1)]))
     prefix = tmp_path / "out"
 
