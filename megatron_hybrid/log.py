@@ -7,8 +7,10 @@ settings go on to ranks in the environment.
 import json
 import logging
 import os
+import sys
 from datetime import UTC, datetime
 from enum import StrEnum
+from typing import TextIO
 
 from launchers.errors import POSITION
 
@@ -36,16 +38,28 @@ def show_log(level: Level, *, as_json: bool) -> None:
     least = logging.getLevelNamesMapping()[level.upper()]
     if rank and level is not Level.DEBUG:
         least = max(least, logging.WARNING)
-    handler = logging.StreamHandler()
+    handler = _Stderr()
     handler.setFormatter(_Json(rank) if as_json else _Text(rank))
     ours = logging.getLogger(OURS)
     ours.setLevel(least)
-    shown = logging.getLogger() if as_json else ours
-    for old in [each for each in shown.handlers if getattr(each, OURS, False)]:
-        shown.removeHandler(old)
-    setattr(handler, OURS, True)
-    shown.addHandler(handler)
+    root = logging.getLogger()
+    for each in (root, ours):
+        for old in [handler for handler in each.handlers if isinstance(handler, _Stderr)]:
+            each.removeHandler(old)
+    (root if as_json else ours).addHandler(handler)
     logging.captureWarnings(as_json)
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """To stderr as it is at that moment: a run outlives the one that it was started with."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: TextIO) -> None:
+        """The base class has one of its own, of the beginning."""
 
 
 class _Text(logging.Formatter):
