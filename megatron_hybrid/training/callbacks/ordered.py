@@ -8,7 +8,6 @@ import torch
 
 from launchers.place import log_folder
 from megatron_hybrid.config import RunConfig
-from megatron_hybrid.config.trackers import targets
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.extensions import load_class
 from megatron_hybrid.training.callbacks.attempts import Attempts
@@ -23,6 +22,7 @@ from megatron_hybrid.training.callbacks.profile import Profile
 from megatron_hybrid.training.callbacks.tensorboard import TensorBoard
 from megatron_hybrid.training.callbacks.trackers import Trackers
 from megatron_hybrid.training.callbacks.watchdog import Watchdog
+from megatron_hybrid.training.trackers.targets import targets
 
 if TYPE_CHECKING:
     from megatron_hybrid.training.step_metrics import StepMetrics
@@ -87,23 +87,18 @@ class Callbacks:
             yield
 
     def before_step(self, run: "Trainer") -> None:
-        for callback in self._having["before_step"]:
-            self._call(callback, "before_step", run)
+        self._tell("before_step", run)
 
     def after_step(self, run: "Trainer", step: Step) -> None:
-        for callback in self._having["after_step"]:
-            self._call(callback, "after_step", run, step)
+        self._tell("after_step", run, step)
         if step.result.refusal is not None:
-            for callback in self._having["on_bad_step"]:
-                self._call(callback, "on_bad_step", run, step)
+            self._tell("on_bad_step", run, step)
 
     def after_evaluation(self, run: "Trainer", evaluation: Evaluation) -> None:
-        for callback in self._having["after_evaluation"]:
-            self._call(callback, "after_evaluation", run, evaluation)
+        self._tell("after_evaluation", run, evaluation)
 
     def after_save(self, run: "Trainer", seconds: float) -> None:
-        for callback in self._having["after_save"]:
-            self._call(callback, "after_save", run, seconds)
+        self._tell("after_save", run, seconds)
 
     def metrics(self, run: "Trainer", step: Step) -> dict[str, float]:
         """What all add to a step's figures."""
@@ -113,16 +108,17 @@ class Callbacks:
         return found
 
     def on_metrics(self, run: "Trainer", metrics: "StepMetrics") -> None:
-        for callback in self._having["on_metrics"]:
-            self._call(callback, "on_metrics", run, metrics)
+        self._tell("on_metrics", run, metrics)
 
     def on_record(self, run: "Trainer", kind: str, record: Mapping[str, Any]) -> None:
-        for callback in self._having["on_record"]:
-            self._call(callback, "on_record", run, kind, record)
+        self._tell("on_record", run, kind, record)
 
     def on_event(self, run: "Trainer", iteration: int, name: str, message: str) -> None:
-        for callback in self._having["on_event"]:
-            self._call(callback, "on_event", run, iteration, name, message)
+        self._tell("on_event", run, iteration, name, message)
+
+    def _tell(self, hook: str, run: "Trainer", *arguments: Any) -> None:
+        for callback in self._having[hook]:
+            self._call(callback, hook, run, *arguments)
 
     def _end(self, callback: Callback, run: "Trainer") -> None:
         self._call(callback, "on_run_end", run, run.reason)
