@@ -14,6 +14,7 @@ from megatron_hybrid.config.phases import sequence_lengths
 from megatron_hybrid.config.rules import Rule
 from megatron_hybrid.config.rules.common import LENGTHS, values
 from megatron_hybrid.config.tracker import CONFIG_FILE
+from megatron_hybrid.data.megatron_blend import parse_split
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.small_files import naming
 
@@ -166,9 +167,8 @@ def _counted_others(folder: Path, differences: list[str]) -> UserError:
 
 
 def _shares(config: RunConfig) -> list[float]:
-    """Those of the split, which need not sum to 1."""
-    shares = [float(share) for share in config.data.split.split(",")]
-    return [round(share / sum(shares), 9) for share in shares]
+    """Those of the split, whatever they sum to."""
+    return [round(share, 9) for share in parse_split(config.data.split)]
 
 
 def _blend(config: RunConfig) -> list[list[object]]:

@@ -52,7 +52,7 @@ class MegatronBlend:
         total = sum(weight for weight, _ in config.data.data_path)
         weights = [weight / total for weight, _ in config.data.data_path]
         sources = [open_indexed(Path(prefix)) for _, prefix in config.data.data_path]
-        shares = _parse_split(config.data.split)
+        shares = parse_split(config.data.split)
         ends = np.cumsum(shares).tolist()
         bounds = list(zip([0.0, *ends[:-1]], ends, strict=True))
         return cls(sources, weights, bounds[: len(_SPLITS)], sizes)
@@ -128,7 +128,7 @@ class MegatronBlend:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def _parse_split(split: str) -> list[float]:
+def parse_split(split: str) -> list[float]:
     """Shares of train, validation and test, summing to 1."""
     parts = [part.strip() for part in split.split(",")]
     number = re.compile(r"\d+(\.\d*)?|\.\d+")
