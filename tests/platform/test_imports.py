@@ -13,6 +13,7 @@ import pytest
 
 from megatron_hybrid.platform import imports
 from megatron_hybrid.platform.imports import GPU_MODULES, import_errors
+from megatron_hybrid.testing import run_distributed
 
 BROKEN = "raise FileNotFoundError('Could not find shared object file')"
 # For those that ask in the engine alone; others look for some of them too, in their own way.
@@ -141,6 +142,16 @@ def test_modules_are_those_that_this_process_would_import(
     assert import_errors(["yaml"]) == {}
     monkeypatch.syspath_prepend(str(tmp_path))
     assert import_errors(["yaml"]) == {"yaml": "RuntimeError: a checkout"}
+
+
+def wandb() -> tuple[bool, bool]:
+    """On a rank: whether wandb is imported, and whether it can be found."""
+    return "wandb" in sys.modules, find_spec("wandb") is not None
+
+
+def test_a_start_does_not_import_wandb() -> None:
+    """The engine would, a second a rank; whoever wants it later finds it."""
+    assert run_distributed(wandb, 1) == [(False, True)]
 
 
 def test_what_takes_too_long_is_not_called_broken(monkeypatch: pytest.MonkeyPatch) -> None:
