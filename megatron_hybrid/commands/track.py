@@ -10,14 +10,14 @@ from megatron_hybrid.errors import UserError
 
 def track(run: Annotated[Path, typer.Argument(help="folder of a run")]) -> None:
     """Send to Weights & Biases or MLflow what a run's metrics have and they have not."""
-    from megatron_hybrid.trackers.follow import Copy, alone, known_targets, own_temp_folder
     from megatron_hybrid.training.attempts import read_attempts
+    from megatron_hybrid.training.trackers.follow import Copy, alone, known_targets, own_temp_folder
 
     targets = known_targets(run.absolute())
     if not targets:
         raise UserError(
-            f"{run} has no trackers: no run there has reached one. "
-            "logging.wandb_project and logging.mlflow_experiment name them"
+            f"{run} has no trackers; logging.wandb_project and logging.mlflow_experiment of a run "
+            "name them"
         )
     ends = [event for event in read_attempts(run) if event["event"] in ("start", "end")]
     reason = ends[-1].get("reason") if ends else None

@@ -59,16 +59,6 @@ class ExpertLoad:
             "dead": self.dead.tolist(),
         }
 
-    def scalars(self) -> dict[str, float]:
-        """The summary under a name for each layer, for TensorBoard."""
-        values = self.summary()
-        numbers = values.pop("layers")
-        return {
-            f"expert_load/{name}/layer_{number}": float(value)
-            for name, each in values.items()
-            for number, value in zip(numbers, each, strict=True)
-        }
-
     def line(self) -> str:
         """The worst of the layers, for the console."""
         worst = int(np.argmax(self.max_over_mean))

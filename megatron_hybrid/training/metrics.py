@@ -15,7 +15,7 @@ can be compared bit for bit; NaN and infinities, which JSON does not have, are w
 import os
 import resource
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,18 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 REWOUND_FILE = "metrics_rewound.jsonl"  # steps that were done again, as they were before
 TENSORBOARD_FOLDER = "tensorboard"
+
+# Under which names TensorBoard and trackers have the figures of a step.
+_TAGS = {
+    "loss": "train/loss",
+    "learning_rate": "train/learning_rate",
+    "grad_norm": "train/grad_norm",
+    "consumed_tokens": "progress/consumed_tokens",
+    "tokens_per_s": "throughput/tokens_per_s",
+    "model_tflops_per_rank": "throughput/model_tflops_per_rank",
+    "step_ms": "throughput/step_ms",
+    "peak_memory_gib": "memory/peak_gib",
+}
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -115,3 +127,32 @@ def peak_memory_gib(device: "torch.device") -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB here
+
+
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a record, but for nulls, by the tags of TensorBoard and trackers.
+
+    Kinds other than "train" and "validation" have none.
+    """
+    found: dict[str, Any]
+    if record["kind"] == "train":
+        found = {tag: record.get(name) for name, tag in _TAGS.items()}
+        found |= {f"train/{name}": value for name, value in record.get("extra", {}).items()}
+        for field, tag in (("source_tokens", "data/tokens"), ("source_epochs", "data/epochs")):
+            found |= {f"{tag}/{name}": value for name, value in record.get(field, {}).items()}
+        found |= _expert_load(record.get("expert_load") or {"layers": []})
+    elif record["kind"] == "validation":
+        found = {"validation/loss": record["loss"]}
+        found |= {f"validation/{name}": value for name, value in record.get("extra", {}).items()}
+    else:
+        return {}
+    return {tag: float(value) for tag, value in found.items() if value is not None}
+
+
+def _expert_load(load: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        f"expert_load/{name}/layer_{number}": value
+        for name, each in load.items()
+        if name != "layers"
+        for number, value in zip(load["layers"], each, strict=True)
+    }

@@ -1,8 +1,8 @@
 """One training step in numbers: what the metrics file, TensorBoard and the console show of it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_hybrid.training.expert_load import ExpertLoad
@@ -55,3 +55,10 @@ class StepMetrics:
     source_epochs: Mapping[str, float] = field(default_factory=dict)
     expert_load: "ExpertLoad | None" = None
     extra: Mapping[str, float] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """The step as `metrics.jsonl` has it."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        plain = {name: dict(value) for name, value in values.items() if isinstance(value, Mapping)}
+        load = None if self.expert_load is None else self.expert_load.summary()
+        return {"kind": "train"} | values | plain | {"expert_load": load}

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_hybrid.testing import run_distributed
 from megatron_hybrid.training.expert_load import ExpertLoad
+from megatron_hybrid.training.metrics import scalars
 from tests.training.runs import MOE, outcomes, records, words
 
 LOAD = ExpertLoad(
@@ -21,7 +22,8 @@ def test_numbers_of_a_load() -> None:
     assert LOAD.dropped.tolist() == pytest.approx([0.0, 0.2])
     assert LOAD.dead.tolist() == [0, 2]
     assert LOAD.line() == "expert load 3.00 x mean in layer 5, 2 dead, 20.0% dropped"
-    assert LOAD.scalars()["expert_load/max_over_mean/layer_5"] == 3.0
+    tags = scalars({"kind": "train", "expert_load": LOAD.summary()})
+    assert tags["expert_load/max_over_mean/layer_5"] == 3.0
 
 
 def test_a_layer_that_took_nothing() -> None:

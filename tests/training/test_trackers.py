@@ -11,14 +11,14 @@ import pytest
 
 from megatron_hybrid.commands.track import track
 from megatron_hybrid.config import load_config, rules
-from megatron_hybrid.config.trackers import targets
 from megatron_hybrid.errors import ConfigError, UserError
 from megatron_hybrid.testing import RankError, run_distributed
-from megatron_hybrid.trackers import follow
-from megatron_hybrid.trackers.base import Target
-from megatron_hybrid.trackers.rows import Row, Rows, scalars
-from megatron_hybrid.trackers.wandb import _log_records
-from megatron_hybrid.training.metrics import read_records
+from megatron_hybrid.training.metrics import read_records, scalars
+from megatron_hybrid.training.trackers import follow
+from megatron_hybrid.training.trackers.base import Target
+from megatron_hybrid.training.trackers.rows import Row, Rows
+from megatron_hybrid.training.trackers.targets import targets
+from megatron_hybrid.training.trackers.wandb import _log_records
 from tests.training.runs import outcomes, words
 
 TRACKERS = [
@@ -137,6 +137,8 @@ def test_a_service_that_is_away(
     write(tmp_path, 1, 2)
     follow.follow(follow.Copy(away), ends((True, None)))
     assert "warning: mlflow cannot be reached: " in capsys.readouterr().err
+    with pytest.raises(UserError, match="mlflow cannot be reached"):
+        track(tmp_path)  # which knows it, though nothing has reached it
     target = mlflow_target(tmp_path)
     answers = [ConnectionError("no route"), ConnectionError("no route"), None]
 
@@ -182,6 +184,9 @@ def test_rows_of_a_growing_file(tmp_path: Path) -> None:
     one = {"train/loss": 2.0, "train/z": 1.0}
     assert list(rows.read(last=False)) == [Row(1, {**one, "validation/loss": 3.0})]
     assert list(rows.read(last=True)) == [Row(2, one)]
+    assert list(rows.read(last=True)) == []
+    path.rename(tmp_path / "before")
+    path.write_text(text * 9)  # a later start's, with what is beyond the checkpoint gone
     assert list(rows.read(last=True)) == []
     assert all(math.isfinite(value) for value in one.values())
 

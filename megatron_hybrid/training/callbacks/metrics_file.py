@@ -1,7 +1,6 @@
 """`metrics.jsonl`: a line for everything that a run reports; `training/metrics.py` says which."""
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import orjson
@@ -39,35 +38,29 @@ class MetricsFile(Callback):
         self._file = path.open("ab", buffering=0)
 
     def on_metrics(self, run: "Trainer", metrics: "StepMetrics") -> None:
-        values = {item.name: getattr(metrics, item.name) for item in fields(metrics)}
-        plain: dict[str, Any] = {
-            name: dict(value) for name, value in values.items() if isinstance(value, Mapping)
-        }
-        load = metrics.expert_load
-        plain["expert_load"] = None if load is None else load.summary()
-        self._write("train", values | plain)
+        self._write(metrics.record())
 
     def after_evaluation(self, run: "Trainer", evaluation: Evaluation) -> None:
         record = {
+            "kind": "validation",
             "iteration": run.progress.iteration,
             "consumed_samples": run.progress.consumed_samples,
             "consumed_tokens": run.consumed_tokens(),
             "loss": evaluation.loss,
             "extra": dict(evaluation.extra),
         }
-        self._write("validation", record)
+        self._write(record)
 
     def on_record(self, run: "Trainer", kind: str, record: Mapping[str, Any]) -> None:
-        self._write(kind, record)
+        self._write({"kind": kind, **record})
 
     def on_event(self, run: "Trainer", iteration: int, name: str, message: str) -> None:
-        self._write("event", {"iteration": iteration, "name": name, "message": message})
+        self._write({"kind": "event", "iteration": iteration, "name": name, "message": message})
 
     def on_run_end(self, run: "Trainer", reason: str | None) -> None:
         assert self._file is not None
         self._file.close()
 
-    def _write(self, kind: str, record: Mapping[str, Any]) -> None:
+    def _write(self, record: dict[str, Any]) -> None:
         assert self._file is not None
-        line = {"kind": kind} | dict(record)
-        self._file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+        self._file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))

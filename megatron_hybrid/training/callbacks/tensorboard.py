@@ -8,22 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_hybrid.training.callbacks.base import Callback, Evaluation
-from megatron_hybrid.training.metrics import TENSORBOARD_FOLDER
+from megatron_hybrid.training.metrics import TENSORBOARD_FOLDER, scalars
 
 if TYPE_CHECKING:
     from megatron_hybrid.training.step_metrics import StepMetrics
     from megatron_hybrid.training.trainer import Trainer
-
-_TAGS = {
-    "loss": "train/loss",
-    "learning_rate": "train/learning_rate",
-    "grad_norm": "train/grad_norm",
-    "consumed_tokens": "progress/consumed_tokens",
-    "tokens_per_s": "throughput/tokens_per_s",
-    "model_tflops_per_rank": "throughput/model_tflops_per_rank",
-    "step_ms": "throughput/step_ms",
-    "peak_memory_gib": "memory/peak_gib",
-}
 
 
 class TensorBoard(Callback):
@@ -36,24 +25,19 @@ class TensorBoard(Callback):
         self._events = _EventFile(run.config.run_dir / TENSORBOARD_FOLDER, run.progress.iteration)
 
     def on_metrics(self, run: "Trainer", metrics: "StepMetrics") -> None:
-        scalars = {tag: getattr(metrics, name) for name, tag in _TAGS.items()}
-        scalars |= {f"train/{name}": value for name, value in metrics.extra.items()}
-        scalars |= {f"data/tokens/{name}": n for name, n in metrics.source_tokens.items()}
-        scalars |= {f"data/epochs/{name}": n for name, n in metrics.source_epochs.items()}
-        scalars |= {} if metrics.expert_load is None else metrics.expert_load.scalars()
-        assert self._events is not None
-        self._events.write(metrics.iteration, scalars)
+        self._write(metrics.iteration, metrics.record())
 
     def after_evaluation(self, run: "Trainer", evaluation: Evaluation) -> None:
-        scalars = {"loss": evaluation.loss, **evaluation.extra}
-        assert self._events is not None
-        self._events.write(
-            run.progress.iteration, {f"validation/{name}": n for name, n in scalars.items()}
-        )
+        found = {"kind": "validation", "loss": evaluation.loss, "extra": evaluation.extra}
+        self._write(run.progress.iteration, found)
 
     def on_run_end(self, run: "Trainer", reason: str | None) -> None:
         assert self._events is not None
         self._events.close()
+
+    def _write(self, step: int, record: Mapping[str, Any]) -> None:
+        assert self._events is not None
+        self._events.write(step, scalars(record))
 
 
 class _EventFile:

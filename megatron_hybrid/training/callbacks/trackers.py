@@ -1,16 +1,19 @@
 """Weights & Biases and MLflow: each has a process that copies `metrics.jsonl` there."""
 
+import logging
 import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-from megatron_hybrid.config.trackers import targets
-from megatron_hybrid.trackers.base import Target
-from megatron_hybrid.trackers.follow import PREFIX, start_line
 from megatron_hybrid.training.callbacks.base import Callback
+from megatron_hybrid.training.trackers.base import Target
+from megatron_hybrid.training.trackers.follow import PREFIX, start_line
+from megatron_hybrid.training.trackers.targets import targets
 
 if TYPE_CHECKING:
     from megatron_hybrid.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 _PATIENCE_S = 60.0  # at the end of a run, for what has not been sent
 
@@ -23,16 +26,23 @@ class Trackers(Callback):
 
     def on_run_start(self, run: "Trainer") -> None:
         for target in targets(run.config):
-            process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_hybrid.trackers.follow"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for the run
-            )
-            assert process.stdin is not None
-            process.stdin.write(start_line(target))
-            process.stdin.flush()
-            self._processes.append((target, process))
+            try:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "megatron_hybrid.training.trackers.follow"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    start_new_session=True,  # Ctrl-C is for the run
+                )
+                assert process.stdin is not None
+                process.stdin.write(start_line(target))
+                process.stdin.flush()
+            except OSError as error:
+                logger.warning(
+                    "%s: its process cannot be started (%s); the next start of the run sends all",
+                    *(target.kind, error),
+                )
+            else:
+                self._processes.append((target, process))
 
     def on_run_end(self, run: "Trainer", reason: str | None) -> None:
         last = f"{PREFIX}{reason}\n" if reason else ""
@@ -42,8 +52,8 @@ class Trackers(Callback):
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-                print(
-                    f"warning: {target.kind} has not got everything after {_PATIENCE_S:g} s; "
-                    f"`megatron-hybrid track {target.run_dir}` sends the rest",
-                    file=sys.stderr,
+                logger.warning(
+                    "%s has not got everything after %g s; `megatron-hybrid track %s` sends the "
+                    "rest",
+                    *(target.kind, _PATIENCE_S, target.run_dir),
                 )

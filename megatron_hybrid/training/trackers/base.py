@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_hybrid.trackers.rows import Row
+from megatron_hybrid.training.trackers.rows import Row
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """The process that copies a run's metrics to one tracker while the run goes on.
 
-    python -m megatron_hybrid.trackers.follow    # a target as a line of JSON on standard input
+    python -m megatron_hybrid.training.trackers.follow
 
-Standard input then says how the run ended, in a line; that it is closed without one says that the
-run was cut off. What cannot be sent is a warning, and is tried again.
+Standard input is a line of JSON, the target, and then says how the run ended, in a line; that it is
+closed without one says that the run was cut off. What cannot be sent is a warning, and is tried
+again.
 """
 
 import fcntl
@@ -24,11 +25,11 @@ from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import write_atomic
 from megatron_hybrid.json_text import parse_json
 from megatron_hybrid.small_files import naming, read_json
-from megatron_hybrid.trackers.base import Target, Tracker
-from megatron_hybrid.trackers.rows import Row, Rows
+from megatron_hybrid.training.metrics import METRICS_FILE
+from megatron_hybrid.training.trackers.base import Target, Tracker
+from megatron_hybrid.training.trackers.rows import Row, Rows
 
 FOLDER = "trackers"  # of a run
-METRICS_FILE = "metrics.jsonl"
 PREFIX = "end "
 _POLL_S = 1.0
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 15.0, 600.0
@@ -39,10 +40,10 @@ _NAMES = ("exp_name", "run_name")
 def make_tracker(target: Target) -> Tracker:
     """The tracker of a target's kind; loads its library on `open`."""
     if target.kind == "wandb":
-        from megatron_hybrid.trackers.wandb import WandB
+        from megatron_hybrid.training.trackers.wandb import WandB
 
         return WandB(target)
-    from megatron_hybrid.trackers.mlflow import MLflow
+    from megatron_hybrid.training.trackers.mlflow import MLflow
 
     return MLflow(target)
 
@@ -68,8 +69,10 @@ class Copy:
         """Send what is new. Raises what the tracker raises; what it has not got is sent again."""
         self._waiting += self._rows.read(last=last)
         if self._tracker is None:
-            tracker = self.make(self.target)
-            tracker.open(_known(self.target), lambda run: _remember(self.target, run))
+            tracker, known = self.make(self.target), _known(self.target)
+            if known is None:
+                _remember(self.target, None)  # for `track`, should nothing be reached
+            tracker.open(known, lambda run: _remember(self.target, run))
             self._tracker = tracker
         while self._waiting:
             self._tracker.send(self._waiting[0])
@@ -136,32 +139,33 @@ def _known(target: Target) -> str | None:
     found = _read(path)
     if _identity(found["options"]) != _identity(target.options):
         return None
-    return str(found["run"])
+    return found["run"] and str(found["run"])
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What `_remember` wrote: the run's id there, its name and the options."""
-    found = read_json(path, fields=("run", "name", "options"))
+    """What `_remember` wrote."""
+    found = read_json(path, fields=("run", "name", "options", "config"))
     with naming(path):
-        return {
-            "run": str(found["run"]),
-            "name": str(found["name"]),
-            "options": dict(found["options"]),
-        }
+        options, config = dict(found["options"]), dict(found["config"])
+        return {"run": found["run"], "name": found["name"], "options": options, "config": config}
 
 
-def _remember(target: Target, run: str) -> None:
-    facts = {"run": run, "name": target.name, "options": dict(target.options)}
-    _place(target).parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(_place(target), json.dumps(facts, indent=1).encode() + b"\n")
+def _remember(target: Target, run: str | None) -> None:
+    """What a later start, or `track`, needs: the run's id there (None: it has none), and all that
+    makes it one.
+    """
+    path = _place(target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"run": run, "name": target.name, "options": target.options, "config": target.config}
+    write_atomic(path, json.dumps(facts, indent=1).encode() + b"\n")
 
 
 def known_targets(run_dir: Path) -> list[Target]:
-    """The targets that a run's starts have had; their configs are there already."""
+    """The targets that a run's starts have had."""
     found = []
     for path in sorted((run_dir / FOLDER).glob("*.json")):
         facts = _read(path)
-        found.append(Target(path.stem, run_dir, facts["name"], facts["options"], {}))
+        found.append(Target(path.stem, run_dir, facts["name"], facts["options"], facts["config"]))
     return found
 
 

@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron_hybrid.trackers.base import Target
-from megatron_hybrid.trackers.rows import Row
+from megatron_hybrid.training.trackers.base import Target
+from megatron_hybrid.training.trackers.rows import Row
 
 FOLDER = "mlruns"  # in the run's folder, where neither the config nor the environment says another
 _MOST = 100  # parameters that one call may send

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_hybrid.trackers.base import Target
-from megatron_hybrid.trackers.rows import Row
+from megatron_hybrid.training.trackers.base import Target
+from megatron_hybrid.training.trackers.rows import Row
 
 _BLOCK = 32 * 1024
 _HEADER = struct.Struct("<4sHB")  # ":W&B", a number, the format's version
