@@ -107,6 +107,16 @@ _TABLE = (
         "only data.sample_order=megatron makes index files",
     ),
     _Unused(
+        ("logging.wandb_entity", "logging.wandb_exp_name", "logging.wandb_save_dir"),
+        lambda c: c.logging.wandb_project is None,
+        "logging.wandb_project=null sends nothing to Weights & Biases",
+    ),
+    _Unused(
+        ("logging.mlflow_run_name", "logging.mlflow_tracking_uri"),
+        lambda c: c.logging.mlflow_experiment is None,
+        "logging.mlflow_experiment=null sends nothing to MLflow",
+    ),
+    _Unused(
         ("data.max_epochs", "data.block_tokens", "data.sample_order"),
         lambda c: c.data.mock_data, "made-up tokens have no sources",
     ),

@@ -36,6 +36,11 @@ UNUSED = {
     "data.max_epochs=1": ([], "data.mock_data=false"),
     "data.block_tokens=8192": ([], "data.mock_data=false"),
     "data.sample_order=megatron": ([], "data.mock_data=false"),
+    "logging.wandb_entity=us": ([], "logging.wandb_project=x"),
+    "logging.wandb_exp_name=first": ([], "logging.wandb_project=x"),
+    "logging.wandb_save_dir=here": ([], "logging.wandb_project=x"),
+    "logging.mlflow_run_name=first": ([], "logging.mlflow_experiment=x"),
+    "logging.mlflow_tracking_uri=http://here": ([], "logging.mlflow_experiment=x"),
 }  # fmt: skip
 
 

@@ -105,6 +105,8 @@ def writable(c: RunConfig, _: Facts) -> Problems:
     }
     if c.data.sample_order == "megatron" and not c.data.mock_data:
         outputs["data.data_cache_path"] = c.data.data_cache_path
+    if c.logging.wandb_project is not None:
+        outputs["logging.wandb_save_dir"] = c.logging.wandb_save_dir
     for name, path in outputs.items():
         inside = name != "run_dir" and path is not None and path.is_relative_to(c.run_dir)
         if path is not None and not inside and (why := why_not_writable(path)):
