@@ -55,10 +55,16 @@ _CONFIG_WORDS = {"allow_extra_args": True, "ignore_unknown_options": True}
 @app.callback()
 def log_options(
     log_level: Annotated[
-        Level, typer.Option(envvar=LEVEL, help="the least that is shown of the log, on stderr")
+        Level,
+        typer.Option(
+            envvar=LEVEL, show_envvar=False, help="the least that is shown of the log, on stderr"
+        ),
     ] = Level.INFO,
     log_json: Annotated[
-        bool, typer.Option(envvar=JSON, help="the log as JSON, an object a line")
+        bool,
+        typer.Option(
+            "--log-json", envvar=JSON, show_envvar=False, help="the log as JSON, an object a line"
+        ),
     ] = False,
 ) -> None:
     """Train hybrid Mamba-Transformer language models on megatron-core."""
