@@ -99,7 +99,7 @@ def pretrain(
         check_named(config)
         print(config.to_yaml(), end="")
         for note in notes(config):
-            logging.getLogger(__name__).warning("note: %s", note)
+            logging.getLogger("megatron_hybrid.cli").warning("note: %s", note)
         return
     if nproc and launched:
         raise typer.BadParameter(
