@@ -1,6 +1,8 @@
-"""Whole numbers that launchers leave in the environment, or that somebody has put there."""
+"""The environment of processes: whole numbers that launchers leave there, and which code is run."""
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from megatron_hybrid.errors import UserError
 
@@ -32,3 +34,15 @@ def whole_number(
             f"{name}={text[:40]!r} in the environment must be a whole number from {least} to {most}"
         )
     return int(text)
+
+
+def own_code(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables with which `python -m` runs the code that this process runs.
+
+    By itself it takes that of the current folder first, which may be another source tree.
+    """
+    tree, here = Path(__file__).resolve().parents[1], Path.cwd()
+    if not (here / "megatron_hybrid").is_dir() or here == tree:
+        return {}
+    path = os.pathsep.join(filter(None, [str(tree), environment.get("PYTHONPATH")]))
+    return {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from launchers.environment import own_code
 from launchers.errors import ERROR_FILE, error_file, output_file, read_error
 from launchers.place import ATTEMPT, free_port
 
@@ -75,6 +76,7 @@ class _Ranks:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
             ATTEMPT: self._attempt,
+            **own_code(os.environ),
         }
         cores = len(os.sched_getaffinity(0))
         shared.setdefault("OMP_NUM_THREADS", str(max(1, cores // self._nproc)))

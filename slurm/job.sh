@@ -23,6 +23,10 @@ export JOB
 # what the scripts export.
 unset SLURM_EXPORT_ENV
 
+# `python -m` would take the packages of the folder that a job is in before those of PYTHONPATH: of
+# the source tree in which it was submitted, with every edit since, not of the copy of the code.
+export PYTHONSAFEPATH=1
+
 # Ends a job whose time limit is no longer than the notice before it: it would be told to end at
 # every start, and come back for ever. The notice is that of the script's own line.
 require_time_before_notice() {

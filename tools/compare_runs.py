@@ -11,6 +11,7 @@ of the whole run. The pictures and metrics are left in the folder of --output.
 """
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from megatron_hybrid.config.load import presets
+from megatron_hybrid.config.load import load_config, presets
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import refusals_told
 from megatron_hybrid.training.comparison import Comparison, compare, draw_comparison
@@ -45,7 +46,7 @@ def main() -> int:
         help="new folder for both runs and the picture; default: comparison",
     )  # fmt: skip
     parser.add_argument(
-        "--tolerance", type=float, metavar="X",
+        "--tolerance", type=_tolerance, metavar="X",
         help="exit code 2 if a step's losses are more than this apart, relatively",
     )  # fmt: skip
     arguments = parser.parse_intermixed_args()
@@ -67,6 +68,13 @@ def _positive(text: str) -> int:
     return number
 
 
+def _tolerance(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be a number of at least 0")
+    return number
+
+
 def _found(arguments: argparse.Namespace) -> Comparison:
     names = (arguments.first, arguments.second)
     if all((Path(name) / METRICS_FILE).is_file() for name in names):
@@ -77,6 +85,7 @@ def _found(arguments: argparse.Namespace) -> Comparison:
     if all(configs):
         if arguments.config is not None:
             raise UserError(f"--config={arguments.config} is for two commits; these are configs")
+        _refuse_other_seeds(names, arguments.words)
         sides = [(HERE, name) for name in names]
     elif any(configs) or arguments.config is None:
         raise UserError(
@@ -93,6 +102,16 @@ def _found(arguments: argparse.Namespace) -> Comparison:
         for (tree, config), folder in zip(sides, folders, strict=True):
             _train(tree, config, folder, arguments)
     return compare(folders[0], folders[1], names)
+
+
+def _refuse_other_seeds(names: Sequence[str], words: Sequence[str]) -> None:
+    """Runs of other seeds differ from the first step on, whatever else does."""
+    seeds = [load_config([name, *words], which=()).training.seed for name in names]
+    if seeds[0] != seeds[1]:
+        raise UserError(
+            f"training.seed={seeds[0]} in {names[0]} and {seeds[1]} in {names[1]}; allowed: one "
+            f"for both, such as training.seed={seeds[0]} as a further word"
+        )
 
 
 def _is_config(word: str) -> bool:
@@ -124,7 +143,8 @@ def _train(tree: Path, config: str, folder: Path, arguments: argparse.Namespace)
     path = os.pathsep.join([str(tree), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-m", "megatron_hybrid.cli", *words],
-        env=os.environ | {"PYTHONPATH": path},
+        # Else the code of the folder that we are in, if it has some, would be that of both.
+        env=os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
         check=False,
     )
     if done.returncode:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 
+from launchers.environment import own_code
 from megatron_hybrid.errors import UserError
 
 
@@ -25,7 +26,8 @@ def find_facts() -> Facts:
         UserError: torch cannot be imported, or a GPU is there without the packages that it needs.
     """
     command = [sys.executable, "-m", "megatron_hybrid.smoke.facts"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = os.environ | own_code(os.environ)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
         raise UserError(f"this installation cannot train: {last}; see megatron-hybrid doctor")

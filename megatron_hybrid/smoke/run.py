@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from launchers.environment import own_code
 from launchers.errors import ERROR_FILE
 from megatron_hybrid.training.metrics import METRICS_FILE, read_records
 
@@ -55,7 +56,7 @@ def train(words: list[str], ranks: Ranks, run_number: int, *, alone: bool = Fals
             the rank that failed first.
     """
     command = [sys.executable, "-m", "megatron_hybrid.cli", "pretrain", *words]
-    environment = dict(os.environ)
+    environment = os.environ | own_code(os.environ)
     environment.pop(ERROR_FILE, None)  # that of the process above, which has more to say
     if ranks.rank is None:
         command += ["--nproc", str(1 if alone else ranks.world_size)]

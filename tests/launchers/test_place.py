@@ -1,12 +1,16 @@
 """How a rank finds its place: torchrun's, Slurm's and MPI's variables."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import launchers
 from launchers import mpi, slurm, torchrun
+from launchers.environment import own_code
 from launchers.place import ATTEMPT, join
 from megatron_hybrid import cli
 from megatron_hybrid.errors import UserError
@@ -202,3 +206,22 @@ def test_a_world_size_to_check_a_config_for(
         cli.main()
     assert end.value.code == 1
     assert "WORLD_SIZE" in capsys.readouterr().err
+
+
+def test_processes_run_the_code_of_the_one_that_starts_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where another source tree is the current folder; elsewhere Python finds it as we did."""
+    tree = Path(launchers.__file__).parents[1]
+    for folder in (tmp_path, tree):
+        monkeypatch.chdir(folder)
+        assert own_code({"PYTHONPATH": "more"}) == {}
+    (tmp_path / "megatron_hybrid").mkdir()
+    (tmp_path / "launchers").mkdir()
+    (tmp_path / "launchers" / "__init__.py").write_text("raise SystemExit('another')")
+    monkeypatch.chdir(tmp_path)
+    words = [sys.executable, "-m", "launchers.no_such"]
+    environment = os.environ | own_code({"PYTHONPATH": "more"})
+    assert environment["PYTHONPATH"] == f"{tree}{os.pathsep}more"
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert "No module named launchers.no_such" in done.stderr

@@ -1,6 +1,9 @@
 """Batch scripts filled in."""
 
+import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,3 +39,28 @@ def test_what_the_script_does_not_have_is_refused() -> None:
 def test_scripts_are_bash(script: Path) -> None:
     """No script has a syntax error."""
     subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_ranks_run_the_copy_of_the_code(tmp_path: Path) -> None:
+    """Not what has become of the source tree since, though the job is in its folder: its packages
+    would come first in what `python -m` goes through."""
+    for package in ("megatron_hybrid", "launchers", "checkpoints_converter"):
+        folder = tmp_path / "kept" / package
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").touch()
+    (tmp_path / "kept" / "megatron_hybrid" / "cli.py").write_text("print('kept')")
+    shutil.copytree(tmp_path / "kept", tmp_path / "tree")
+    (tmp_path / "tree" / "megatron_hybrid" / "cli.py").write_text("print('edited since')")
+    script = (FOLDER / "pretrain.sbatch").read_text()
+    in_copy = script[script.index("in_copy='") : script.index("# The signals of the scheduler")]
+    run = 'bash -c "$in_copy" start "$PYTHON" -m megatron_hybrid.cli'
+    done = subprocess.run(
+        ["bash", "-c", f'source "$JOB_SH"\n{in_copy}\n{run}'],
+        cwd=tmp_path / "tree", capture_output=True, text=True, check=True,
+        env={
+            "PATH": os.environ["PATH"], "PYTHON": sys.executable, "JOB_SH": f"{FOLDER}/job.sh",
+            "CODE": str(tmp_path / "kept"), "NODE_TMP": str(tmp_path), "SLURM_JOB_ID": "7",
+            "SLURM_STEP_ID": "0", "SLURM_LOCALID": "0", "SLURMD_NODENAME": "node",
+        },
+    )  # fmt: skip
+    assert done.stdout == "kept\n"

@@ -1,8 +1,11 @@
 """Two runs held against each other: where they part, and what cannot be compared."""
 
+import argparse
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import orjson
 import pytest
@@ -63,6 +66,45 @@ def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
         [sys.executable, SCRIPT, *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
         timeout=300, check=False,
     )  # fmt: skip
+
+
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("compare_runs", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_each_commit_is_trained_by_its_own_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though one is in a source tree, as whoever compares commits is."""
+    for name in ("commit", "here"):
+        folder = tmp_path / name / "megatron_hybrid"
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").touch()
+        (folder / "cli.py").write_text(f"open({str(tmp_path / 'who')!r}, 'a').write('{name}')")
+    monkeypatch.chdir(tmp_path / "here")
+    arguments = argparse.Namespace(words=[], steps=1, nproc=1)
+    tool()._train(tmp_path / "commit", "tiny", tmp_path / "run", arguments)
+    assert (tmp_path / "who").read_text() == "commit"
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-1"])
+def test_a_tolerance_is_a_number(text: str) -> None:
+    """Nothing is above NaN: all runs would be near enough."""
+    with pytest.raises(argparse.ArgumentTypeError, match="must be a number of at least 0"):
+        tool()._tolerance(text)
+
+
+def test_configs_of_two_seeds(tmp_path: Path) -> None:
+    """What else differs would not be seen; a word for both mends it."""
+    names = ["tiny", str(tmp_path / "other.yaml")]
+    Path(names[1]).write_text("preset: tiny\ntraining: {seed: 7}\n")
+    with pytest.raises(UserError, match=r"training\.seed=1234 in tiny and 7 in "):
+        tool()._refuse_other_seeds(names, [])
+    tool()._refuse_other_seeds(names, ["training.seed=5"])
 
 
 def test_two_configs_are_trained(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """Weights & Biases and MLflow: each has a process that copies `metrics.jsonl` there."""
 
 import logging
+import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+from launchers.environment import own_code
 from megatron_hybrid.training.callbacks.base import Callback
 from megatron_hybrid.training.trackers.base import Target
 from megatron_hybrid.training.trackers.follow import PREFIX, start_line
@@ -31,6 +33,7 @@ class Trackers(Callback):
                     [sys.executable, "-m", "megatron_hybrid.training.trackers.follow"],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.DEVNULL,
+                    env=os.environ | own_code(os.environ),
                     start_new_session=True,  # Ctrl-C is for the run
                 )
                 assert process.stdin is not None
