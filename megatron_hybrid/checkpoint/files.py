@@ -6,6 +6,7 @@
                      /tokenizer.model (.json)   the tokenizer's file
                      /hugging_face/             of the folder that its model came from (carried.py)
                      /data_plan.json            the plan of its data, and how far it was read
+                     /data_files.json           in megatron-core's order: digests of its files
                      /integrity.json            SHA-256 of every file (megatron-core's format)
                      /stamp                     a number of its own
     SAVE/checkpoints.json                       those that the run of this folder saved, by stamp

@@ -126,11 +126,11 @@ def refuse_other_data(folder: Path, config: RunConfig, saved: RunConfig, *, has_
     if not has_plan:
         lengths = [sorted(set(sequence_lengths(each))) for each in (config, saved)]
         fields["data.seq_length"] = (lengths[0], lengths[1])
+        fields["training.seed"] = (config.training.seed, saved.training.seed)
     if not has_plan and not config.data.mock_data:
         fields["data.data_path"] = (_blend(config), _blend(saved))
         if _shares(config) != _shares(saved):
             fields["data.split"] = (config.data.split, saved.data.split)
-        fields["training.seed"] = (config.training.seed, saved.training.seed)
     differences = [
         f"  - {name}={ours}, in the checkpoint {theirs}"
         for name, (ours, theirs) in fields.items()
@@ -159,6 +159,25 @@ def refuse_other_passes(
             if ours != theirs[name]
         ]
         raise _counted_others(folder, [*differences, *(f"  - {text}" for text in passes)])
+
+
+def refuse_other_files(folder: Path, files: Mapping[str, str], saved: Mapping[str, str]) -> None:
+    """The same where what is under a path is not what it was: a file that was made anew.
+
+    Args:
+        files: digests by prefix.
+        saved: those in the checkpoint, as far as it has any.
+
+    Raises:
+        UserError: naming each file.
+    """
+    differences = [
+        f"  - data.data_path: {prefix} holds other tokens than before"
+        for prefix, digest in files.items()
+        if saved.get(prefix, digest) != digest
+    ]
+    if differences:
+        raise _counted_others(folder, differences)
 
 
 def _counted_others(folder: Path, differences: list[str]) -> UserError:

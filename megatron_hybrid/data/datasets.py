@@ -5,7 +5,7 @@ lets ranks wait for each other, when its windows are opened.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron_hybrid.config.phases import batch_sizes, run_tokens
 from megatron_hybrid.config.run import RunConfig
@@ -20,6 +20,7 @@ from megatron_hybrid.data.run_plan import (
     training_plan,
     validation_plan,
 )
+from megatron_hybrid.data.saved_files import file_digests
 from megatron_hybrid.data.saved_plan import SavedPlan
 from megatron_hybrid.data.source import Source
 from megatron_hybrid.data.tokenizer import Tokenizer
@@ -36,6 +37,7 @@ class RunData:
         plan: which window every sample is; None with made-up tokens and in megatron-core's order.
         valid_plan: of the samples of an evaluation.
         sources: of the plans, opened, by name.
+        files: in megatron-core's order, digests of its files, as `file_digests` has them.
     """
 
     steps: Steps
@@ -43,6 +45,7 @@ class RunData:
     plan: Plan | None = None
     valid_plan: Plan | None = None
     sources: Mapping[str, Source] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
 
     def phase(self, sample: int) -> str | None:
         """The name of the phase that a sample belongs to; None where there are not several."""
@@ -77,9 +80,15 @@ def plan_data(
     """
     training, sizes = config.training, batch_sizes(config)
     if config.data.mock_data or config.data.sample_order == "megatron":
-        if config.data.data_path:  # its files are held against their facts, as those of a plan
-            open_run_sources(config, tokenizer.fingerprint, tokenizer.eod)
-        return _without_plan(config)
+        data = _without_plan(config)
+        if not config.data.data_path:
+            return data
+        # Its files are held against their facts, as those of a plan.
+        sources = open_run_sources(config, tokenizer.fingerprint, tokenizer.eod)
+        if config.data.mock_data:
+            return data
+        shards = [shard for source in sources.values() for shard in source.shards]
+        return replace(data, files=file_digests(shards))
     sources = open_run_sources(
         config, tokenizer.fingerprint, tokenizer.eod, conversations=conversations
     )

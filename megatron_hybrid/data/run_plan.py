@@ -76,6 +76,7 @@ def training_plan(
         planned.append(_planned(opened[name], region, block_tokens, source.fraction))
     if saved is None:
         return make_plan(blend, planned, sizes, seed)
+    planned = [_known(saved, opened[source.name], source) for source in planned]
     if config.data.block_tokens is None:
         planned = _with_blocks_of(saved, consumed_samples, planned)
     from_data_path = bool(config.data.data_path)
@@ -162,6 +163,13 @@ def _planned(
 ) -> PlannedSource:
     shards = tuple(shard.digest for shard in source.shards)
     return PlannedSource(source.name, shards, source.tokens, *region, block_tokens, fraction)
+
+
+def _known(saved: Plan, source: Source, planned: PlannedSource) -> PlannedSource:
+    """A source with the digests that the plan of an older version has of the same files."""
+    older = tuple(shard.older_digest for shard in source.shards)
+    is_older = any(each.name == source.name and each.shards == older for each in saved.sources)
+    return replace(planned, shards=older) if is_older else planned
 
 
 def _with_blocks_of(

@@ -17,6 +17,9 @@ from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.facts import Facts, facts_path, read_facts
 from megatron_hybrid.data.indexed import HEADER_BYTES, indexed_paths, mask_path, read_header
 
+# Of a `.bin` without facts, for its digest.
+_SAMPLES, _SAMPLE_BYTES = 4, 4096
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -27,8 +30,9 @@ class Shard:
         dtype: of the ids in the `.bin`, uint16 or int32, little-endian.
         tokens: in the `.bin`.
         digest: hex, of the count of tokens and the checksums that the facts give for the `.bin` and
-            the `.mask`; without facts, of the size and the first and last entries of the `.idx`.
-            Paths have no part in it, so data may move.
+            the `.mask`; without facts, of the size and the first and last entries of the `.idx` and
+            some bytes of the `.bin`. Paths have no part in it, so data may move.
+        older_digest: what plans have for it that were made before those bytes were part of it.
         facts: what is recorded beside it; None: nothing.
         file: device and inode of the `.bin`, the same for all its paths and links.
         sequences: in the `.idx`.
@@ -40,6 +44,7 @@ class Shard:
     dtype: np.dtype[Any]
     tokens: int
     digest: str
+    older_digest: str
     facts: Facts | None
     file: tuple[int, int]
     sequences: int
@@ -101,16 +106,19 @@ def open_shard(prefix: Path) -> Shard:
     tokens = bin_bytes // dtype.itemsize
     if facts is None:
         content = header + ends + struct.pack("<q", idx_bytes)
-        digest = hashlib.sha256(content).hexdigest()
+        older_digest = hashlib.sha256(content).hexdigest()
+        digest = hashlib.sha256(content + _some_bytes(bin_path)).hexdigest()
     else:
         sums = [facts.bin.sha256, *([facts.mask.sha256] if facts.mask is not None else [])]
         digest = hashlib.sha256(" ".join([str(tokens), *sums]).encode()).hexdigest()
+        older_digest = digest
         _compare(prefix, facts, bin=bin_bytes, idx=idx_bytes, dtype=dtype, documents=sequences)
         _check_mask(prefix, facts, tokens)
     marks = (idx_bytes - HEADER_BYTES - 12 * sequences) // 8
     return Shard(
-        prefix, dtype, tokens, digest, facts, real_file, sequences, max(0, marks - 1), idx_bytes
-    )
+        prefix, dtype, tokens, digest, older_digest, facts, real_file, sequences,
+        max(0, marks - 1), idx_bytes,
+    )  # fmt: skip
 
 
 def _last_entries(descriptor: int, lengths_at: int, sequences: int) -> bytes:
@@ -121,6 +129,17 @@ def _last_entries(descriptor: int, lengths_at: int, sequences: int) -> bytes:
     return os.pread(descriptor, 4, offsets_at - 4) + os.pread(
         descriptor, 8, offsets_at + 8 * sequences - 8
     )
+
+
+def _some_bytes(path: Path) -> bytes:
+    """From places all over a file, enough to tell it from another of its size."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            last = max(0, os.fstat(file.fileno()).st_size - _SAMPLE_BYTES)
+            places = sorted({last * place // (_SAMPLES - 1) for place in range(_SAMPLES)})
+            return b"".join(os.pread(file.fileno(), _SAMPLE_BYTES, place) for place in places)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _compare(

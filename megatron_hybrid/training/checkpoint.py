@@ -5,7 +5,7 @@ Any layout loads any checkpoint: tensors are stored whole, under names that know
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from megatron_hybrid.checkpoint.threads import default_threads
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.tracker import CONFIG_FILE
 from megatron_hybrid.data.plan import Plan
+from megatron_hybrid.data.saved_files import DATA_FILES_FILE, files_json
 from megatron_hybrid.data.saved_plan import DATA_PLAN_FILE, SavedPlan
 from megatron_hybrid.data.tokenizer import Tokenizer
 from megatron_hybrid.errors import UserError, in_words
@@ -69,6 +70,7 @@ class Checkpointer:
         report: told one line about each checkpoint once it is whole.
         plan: of the data; None where they have none.
         carried: of the Hugging Face folder that the model came from.
+        data_files: digests of the files of data that have no plan.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Checkpointer:
         report: Callable[[int, str], None],
         plan: Plan | None = None,
         carried: Carried | None = None,
+        data_files: Mapping[str, str] | None = None,
     ) -> None:
         assert config.checkpoint.save is not None
         self.save_folder = config.checkpoint.save
@@ -89,6 +92,7 @@ class Checkpointer:
         self.tokenizer = tokenizer
         self.plan = plan
         self.carried = carried or {}
+        self.data_files = data_files or {}
         self.report = report
         self._queue = AsyncCallsQueue()
         self._in_background = 0  # the iteration that is being written there
@@ -167,6 +171,8 @@ class Checkpointer:
             write_carried(partial, self.carried)
             if data_plan is not None:
                 write_atomic(partial / DATA_PLAN_FILE, data_plan)
+            if self.data_files:
+                write_atomic(partial / DATA_FILES_FILE, files_json(self.data_files))
             if options.verify_integrity:
                 write_integrity(partial, default_threads())
             notes.extend(files.publish(self.save_folder, iteration, keep_last=options.keep_last))

@@ -16,6 +16,7 @@ from megatron_hybrid.checkpoint.progress import Progress, saved_progress
 from megatron_hybrid.checkpoint.saved_config import (
     other_functions,
     refuse_other_data,
+    refuse_other_files,
     refuse_other_model,
     refuse_other_passes,
     saved_config,
@@ -28,7 +29,9 @@ from megatron_hybrid.config.rules.common import LENGTHS, values
 from megatron_hybrid.config.tracker import CONFIG_FILE
 from megatron_hybrid.data.batches import Steps
 from megatron_hybrid.data.datasets import RunData, other_passes, plan_data
+from megatron_hybrid.data.saved_files import file_digests, read_saved_files
 from megatron_hybrid.data.saved_plan import SavedPlan, read_saved_plan
+from megatron_hybrid.data.shard import open_shard
 from megatron_hybrid.data.tokenizer import (
     Tokenizer,
     build_tokenizer,
@@ -282,6 +285,8 @@ def _resumed_plan(
         refuse_other_data(folder, config, saved, has_plan=saved_plan is not None)
         if config.data.sample_order == "megatron" and not config.data.mock_data:
             refuse_other_passes(folder, config, saved, other_passes(config, saved))
+            shards = [open_shard(Path(prefix)) for _, prefix in config.data.data_path]
+            refuse_other_files(folder, file_digests(shards), read_saved_files(folder))
         its = load_tokenizer(folder)
         # A fingerprint is of the file with the vocabulary, which need not name the end token.
         if (its.fingerprint, its.eod) != (tokenizer.fingerprint, tokenizer.eod):

@@ -112,7 +112,7 @@ class Trainer:
             checkpointer = Checkpointer(
                 self.config, self.model, self.optimizer, self.tokenizer,
                 lambda iteration, line: self.event(iteration, "checkpoint", line),
-                self.data.plan, self.carried,
+                self.data.plan, self.carried, self.data.files,
             )  # fmt: skip
             saved_at = progress.iteration
             reason = "finished"

@@ -24,6 +24,7 @@ from megatron_hybrid.checkpoint.threads import default_threads, in_threads
 from megatron_hybrid.checkpoint.writer import CheckpointWriter
 from megatron_hybrid.claim import CLAIM_FILE, claim_file, claimed
 from megatron_hybrid.config import CONFIG_FILE, RunConfig, UpcyclingConfig
+from megatron_hybrid.data.saved_files import DATA_FILES_FILE
 from megatron_hybrid.data.saved_plan import DATA_PLAN_FILE
 from megatron_hybrid.data.tokenizer import (
     Tokenizer,
@@ -297,7 +298,8 @@ def _complete(
     write_atomic(partial / CONFIG_FILE, config.to_yaml())
     tokenizer.save_copy(partial)
     write_carried(partial, carried_on(source, tokenizer))
-    if (source / DATA_PLAN_FILE).is_file():
-        shutil.copyfile(source / DATA_PLAN_FILE, partial / DATA_PLAN_FILE)
+    for name in (DATA_PLAN_FILE, DATA_FILES_FILE):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, partial / name)
     if config.checkpoint.verify_integrity:
         write_integrity(partial, threads)

@@ -1,6 +1,7 @@
 """What a run reads, as a whole: training and evaluation apart, batches that follow the schedule."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.datasets import RunData, open_windows, plan_data
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.saved_plan import DATA_PLAN_FILE, SavedPlan, read_saved_plan
+from megatron_hybrid.data.shard import open_shard
 from megatron_hybrid.data.tokenizer import build_tokenizer
 from megatron_hybrid.data.windows import Windows
 from tests.data.conftest import VOCAB_SIZE, write_corpus
@@ -80,6 +82,26 @@ def test_saved_plans_come_back(blend: object, make_config: MakeConfig, tmp_path:
     assert read_saved_plan(tmp_path) is None
     (tmp_path / DATA_PLAN_FILE).write_text(SavedPlan(plan, 24).to_json())
     assert read_saved_plan(tmp_path) == SavedPlan(plan, 24)
+
+
+def test_plans_from_before_some_bytes_were_part_of_a_digest(
+    blend: list[list[object]], make_config: MakeConfig
+) -> None:
+    """Their files are the same still; a file that was made anew is not, where its plan tells."""
+    config = make_config({"data_path": blend})
+    plan = plan_data(config, TOKENIZER, None).plan
+    assert plan is not None
+    older = [
+        replace(source, shards=(open_shard(Path(source.name)).older_digest,))
+        for source in plan.sources
+    ]
+    assert all(a.shards != b.shards for a, b in zip(older, plan.sources, strict=True))
+    saved = SavedPlan(replace(plan, sources=tuple(older)), 24)
+    assert plan_data(config, TOKENIZER, saved).plan == saved.plan
+    path = Path(f"{blend[0][1]}.bin")
+    path.write_bytes(path.read_bytes()[::-1])
+    with pytest.raises(DataError, match="1 of its 1 files hold other tokens than before"):
+        plan_data(config, TOKENIZER, SavedPlan(plan, 24))
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from megatron_hybrid.data.facts import (
     facts_path,
 )
 from megatron_hybrid.data.open_files import OpenFiles
+from megatron_hybrid.data.shard import open_shard
 from megatron_hybrid.data.source import Source, open_sources
 from tests.data.conftest import write_corpus
 
@@ -221,7 +222,7 @@ def test_end_tokens_must_be_the_runs(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 def test_digests_follow_contents_and_not_paths(tmp_path: Path) -> None:
     """Moved files keep their digest; with facts another checksum changes it, without them other
-    sizes do."""
+    sizes or tokens do, and not what older plans have."""
 
     def digest(prefix: Path) -> str:
         return open_sources({"web": [str(prefix)]})["web"].shards[0].digest
@@ -233,6 +234,12 @@ def test_digests_follow_contents_and_not_paths(tmp_path: Path) -> None:
     for end in (".bin", ".idx"):
         shutil.copy(tmp_path / f"a{end}", tmp_path / f"moved{end}")
     assert digest(tmp_path / "moved") == bare
+    before = open_shard(tmp_path / "moved")
+    tokens = np.fromfile(tmp_path / "moved.bin", dtype="<u2")
+    tokens[-1] += 1
+    tokens.tofile(tmp_path / "moved.bin")
+    assert digest(tmp_path / "moved") != bare
+    assert open_shard(tmp_path / "moved").older_digest == before.older_digest
     _add_facts(tmp_path / "a")
     with_facts = digest(tmp_path / "a")
     _add_facts(tmp_path / "a", bin={"bytes": 140, "sha256": "f" * 64})

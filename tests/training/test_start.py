@@ -13,6 +13,9 @@ from megatron_hybrid.checkpoint.saved_config import FUNCTION_FIELDS, SHAPE_FIELD
 from megatron_hybrid.config import RunConfig, load_config
 from megatron_hybrid.config.effects import EFFECTS
 from megatron_hybrid.data.batches import Span, Steps
+from megatron_hybrid.data.datasets import plan_data
+from megatron_hybrid.data.errors import DataError
+from megatron_hybrid.data.saved_files import DATA_FILES_FILE, files_json
 from megatron_hybrid.data.tokenizer import NullTokenizer
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.training import start
@@ -199,6 +202,47 @@ def test_other_samples_in_megatron_s_order_are_refused(tmp_path: Path) -> None:
         assert told.format(**paths) in str(refused.value)
     named = {change.partition("=")[0] for change in {*OTHER_SAMPLES, *SAME_SAMPLES}} | ELSEWHERE
     assert {name for name, effect in EFFECTS.items() if effect == "input"} <= named
+
+
+def test_files_made_anew_in_megatron_s_order(tmp_path: Path) -> None:
+    """Under the same path, of the same size, with an index that is the same, or not: a run does not
+    go on with them. A checkpoint from before they were compared says nothing."""
+    paths = [corpus(tmp_path / name, number) for number, name in enumerate(["kept", "anew"])]
+    line = words(
+        tmp_path / "run", "data.mock_data=false", "data.sample_order=megatron",
+        f"data.data_path=[[1,{paths[0]}],[1,{paths[1]}]]", "data.split=80,20,0",
+        "training.train_iters=20",
+    )  # fmt: skip
+    config, tokenizer = load_config(line), NullTokenizer(64)
+    (tmp_path / "run_config.yaml").write_text(config.to_yaml())
+    tokenizer.save_copy(tmp_path)
+
+    def resumed() -> None:
+        start._resumed_plan(config, tokenizer, tmp_path, upcycle=False)
+
+    resumed()
+    digests = plan_data(config, tokenizer, None).files
+    (tmp_path / DATA_FILES_FILE).write_text(files_json(digests))
+    resumed()
+    content = Path(f"{paths[1]}.bin").read_bytes()
+    Path(f"{paths[1]}.bin").write_bytes(content[::-1])
+    with pytest.raises(
+        UserError, match=r"has counted other samples .*\n  - data\.data_path: "
+    ) as e:
+        resumed()
+    assert str(e.value).endswith(f"\n  - data.data_path: {paths[1]} holds other tokens than before")
+    (tmp_path / DATA_FILES_FILE).write_text('{"files": [1]}')
+    with pytest.raises(DataError, match=f"{DATA_FILES_FILE} is damaged"):
+        resumed()
+
+
+def test_made_up_tokens_of_another_seed(tmp_path: Path) -> None:
+    """They are other samples, as those of files are."""
+    (tmp_path / "run_config.yaml").write_text(load_config(words(tmp_path / "run")).to_yaml())
+    NullTokenizer(64).save_copy(tmp_path)
+    config = load_config(words(tmp_path / "run", "training.seed=7"))
+    with pytest.raises(UserError, match=r"training\.seed=7, in the checkpoint 1234"):
+        start._resumed_plan(config, NullTokenizer(64), tmp_path, upcycle=False)
 
 
 def test_a_field_that_nothing_reads_is_no_other_function(
