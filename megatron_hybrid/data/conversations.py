@@ -6,6 +6,7 @@ in the source. What no conversation fills is the end token, a document of its ow
 is learnt.
 """
 
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.index import Index
 from megatron_hybrid.data.rows import Rows, pack_rows
 from megatron_hybrid.data.source import Source
+from megatron_hybrid.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +113,40 @@ def conversation_sources(
     if problems:
         raise DataError("\n".join(problems))
     return {name: _in_rows(source, seq_length) for name, source in sources.items()}
+
+
+def note_templates(sources: Mapping[str, Source], tokenizer: Tokenizer) -> None:
+    """Say where conversations were made with another chat template than the one that goes into
+    checkpoints and exports, or with several."""
+    templates: dict[str, list[str]] = {}
+    for source in sources.values():
+        said = (shard.facts.chat_template for shard in source.shards if shard.facts is not None)
+        for template in sorted({each for each in said if each is not None}):
+            templates.setdefault(template, []).append(source.name)
+    own = tokenizer.chat_templates() if isinstance(tokenizer, HuggingFaceTokenizer) else {}
+    carried = hashlib.sha256(own["default"].encode()).hexdigest() if "default" in own else None
+    if len(templates) > 1:
+        logger.warning(
+            "note: conversations were made with %d chat templates: those of %s",
+            len(templates), "; ".join(", ".join(names) for names in templates.values()),
+        )  # fmt: skip
+    if others := [name for each, names in templates.items() if each != carried for name in names]:
+        logger.warning(
+            "note: %s: conversations were made with another chat template than that of "
+            "data.tokenizer_model%s: whoever chats with the model must use theirs",
+            ", ".join(sorted(set(others))), "" if carried else ", which has none",
+        )  # fmt: skip
+
+
+def note_masks(sources: Mapping[str, Source], objective: str) -> None:
+    """Say where conversations are read as text."""
+    found = [s.name for s in sources.values() if any(shard.has_mask for shard in s.shards)]
+    if found:
+        logger.warning(
+            "note: %s: conversations, of which training.objective=%s learns every token, whoever "
+            "speaks; training.objective=sft learns what the assistant says",
+            ", ".join(found), objective,
+        )  # fmt: skip
 
 
 def _in_rows(source: Source, seq_length: int) -> ConversationSource:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from megatron_hybrid.config.phases import batch_sizes, run_tokens
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.batches import Span, Steps, whole_batches
+from megatron_hybrid.data.conversations import note_masks, note_templates
 from megatron_hybrid.data.megatron_blend import MegatronBlend
 from megatron_hybrid.data.mock import MockWindows
 from megatron_hybrid.data.plan import Plan, SourceUse
@@ -87,11 +88,16 @@ def plan_data(
         sources = open_run_sources(config, tokenizer.fingerprint, tokenizer.eod)
         if config.data.mock_data:
             return data
+        note_masks(sources, training.objective)
         shards = [shard for source in sources.values() for shard in source.shards]
         return replace(data, files=file_digests(shards))
     sources = open_run_sources(
         config, tokenizer.fingerprint, tokenizer.eod, conversations=conversations
     )
+    if conversations:
+        note_templates(sources, tokenizer)
+    else:
+        note_masks(sources, training.objective)
     if saved is None:
         plan = training_plan(config, sources)
     else:

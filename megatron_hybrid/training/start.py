@@ -24,6 +24,7 @@ from megatron_hybrid.checkpoint.saved_config import (
 from megatron_hybrid.checkpoint.saved_here import saved_here
 from megatron_hybrid.claim import claim_file
 from megatron_hybrid.config import RunConfig, validate
+from megatron_hybrid.config.describe import shown
 from megatron_hybrid.config.pattern import MOE
 from megatron_hybrid.config.rules.common import LENGTHS, values
 from megatron_hybrid.config.tracker import CONFIG_FILE
@@ -252,6 +253,13 @@ def _note_other_functions(config: RunConfig, folder: Path) -> None:
     was, now = saved.training.objective, config.training.objective
     if was != now:
         logger.warning("note: %s minimised %s; training.objective=%s", folder, was, now)
+        return
+    had, has = saved.training.objective_options, config.training.objective_options
+    if had != has:
+        logger.warning(
+            "note: %s minimised %s with training.objective_options=%s; now %s",
+            folder, now, shown(dict(had)), shown(dict(has)),
+        )  # fmt: skip
 
 
 def _note(config: RunConfig, folder: Path, said: Mapping[str, Any]) -> None:

@@ -1,16 +1,29 @@
 """Conversations in rows: whole, each once, with their masks; longer ones cut, and that is said."""
 
+import hashlib
+import json
 import logging
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_hybrid.data.conversations import ConversationSource, conversation_sources
+from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.data.conversations import (
+    ConversationSource,
+    conversation_sources,
+    note_templates,
+)
+from megatron_hybrid.data.datasets import plan_data
 from megatron_hybrid.data.errors import DataError
+from megatron_hybrid.data.facts import facts_path
 from megatron_hybrid.data.rows import pack_rows
 from megatron_hybrid.data.source import open_sources
+from megatron_hybrid.data.tokenizer import HuggingFaceTokenizer, NullTokenizer
+from tests.data.chat.templates import tokenizer_folder
+from tests.data.conftest import VOCAB_SIZE as TOKENS
 from tests.data.conftest import write_conversations, write_corpus
 
 VOCAB_SIZE = 50
@@ -113,3 +126,55 @@ def test_files_without_masks(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         conversation_sources(open_sources({"text": paths}), ROW)
     assert str(caught.value).count("has no mask of what is to be learnt (.mask); ") == 2
+
+
+@pytest.mark.parametrize(
+    ("made_with", "own", "told"),
+    [
+        ("aa", "a", []),
+        ("ab", "a", ["note: conversations were made with 2 chat templates: those of s0; s1",
+                     "note: s1: conversations were made with another chat template than that of "
+                     "data.tokenizer_model: whoever chats with the model must use theirs"]),
+        ("b", None, ["note: s0: conversations were made with another chat template than that of "
+                     "data.tokenizer_model, which has none: whoever chats with the model must use "
+                     "theirs"]),
+    ],
+)  # fmt: skip
+def test_templates_that_conversations_were_made_with(
+    made_with: str, own: str | None, told: list[str], tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Are held against each other, and against the one that a checkpoint carries."""
+    paths = {}
+    for number, template in enumerate(made_with):
+        paths[f"s{number}"] = [write_conversations(tmp_path / str(number), [([1, 2], [0, 1])], 9)]
+        facts = facts_path(tmp_path / str(number))
+        content = json.loads(facts.read_text())
+        content["chat_template"] = hashlib.sha256(template.encode()).hexdigest()
+        facts.write_text(json.dumps(content))
+    tokenizer = HuggingFaceTokenizer(tokenizer_folder(tmp_path / "tokenizer", own))
+    note_templates(open_sources(paths), tokenizer)
+    assert caplog.messages == told
+
+
+def test_conversations_that_are_read_as_text(
+    tmp_path: Path, make_config: Callable[..., RunConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Pre-training may read them, and says that it learns the users' part as well."""
+    chats = [([1] * 400, [False, True] * 200)]
+    blend = [
+        [1, write_conversations(tmp_path / "chat", chats, TOKENS)],
+        [1, write_corpus(tmp_path / "text", [[1] * 400])],
+    ]
+    tokenizer = NullTokenizer(TOKENS)
+    for order in ("plan", "megatron"):
+        plan_data(make_config({"data_path": blend, "sample_order": order}), tokenizer, None)
+    said = [message for message in caplog.messages if "learns every token" in message]
+    assert (
+        said
+        == [
+            f"note: {tmp_path}/chat: conversations, of which training.objective=pretraining learns "
+            "every token, whoever speaks; training.objective=sft learns what the assistant says"
+        ]
+        * 2
+    )

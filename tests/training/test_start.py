@@ -152,6 +152,14 @@ def test_the_same_tensors_as_another_function(
     with caplog.at_level("WARNING", "megatron_hybrid"):
         start._note_other_functions(load_config([*line, "training.objective=a:B"]), folder)
     assert caplog.messages == [f"note: {folder} minimised pretraining; training.objective=a:B"]
+    caplog.clear()
+    with caplog.at_level("WARNING", "megatron_hybrid"):
+        more = ["training.objective_options={least_ratio: 0.5}"]
+        start._note_other_functions(load_config([*line, *more], which=()), folder)
+    assert caplog.messages == [
+        f"note: {folder} minimised pretraining with training.objective_options={{}}; now "
+        "{'least_ratio': 0.5}"
+    ]
 
 
 # In megatron-core's order, of the fields that say which tokens come: a change that other samples

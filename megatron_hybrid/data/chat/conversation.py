@@ -12,6 +12,8 @@ ROLES = ("system", "user", "assistant", "tool")
 # What a message says, each by itself enough; reasoning has gone by several names.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _SAYS = ("content", "tool_calls", *_REASONING)
+# Whether a message is learnt, as OpenAI's, ms-swift's and axolotl's files say it.
+_WEIGHTS = ("weight", "loss", "train")
 
 Message = Mapping[str, Any]
 
@@ -35,6 +37,15 @@ class Conversation:
     @property
     def answers(self) -> list[int]:
         """The messages that a model is to learn, by their numbers."""
+        return [number for number in self._turns if _is_learnt(self.messages[number])]
+
+    @property
+    def left_out(self) -> list[int]:
+        """Turns of the assistant, none of the prompt's, that say that they are not to be learnt."""
+        return [number for number in self._turns if not _is_learnt(self.messages[number])]
+
+    @property
+    def _turns(self) -> list[int]:
         return [
             number
             for number, message in enumerate(self.messages)
@@ -62,7 +73,8 @@ def parse(record: Mapping[str, Any]) -> Conversation:
         tuple(messages), given, _tools(record), _object(record, "chat_template_kwargs")
     )
     if not conversation.answers:
-        raise DataError("it has no assistant turn: there is nothing to learn")
+        of = " that is to be learnt" if conversation.left_out else ""
+        raise DataError(f"it has no assistant turn{of}: there is nothing to learn")
     return conversation
 
 
@@ -107,10 +119,22 @@ def _message(place: str, value: Any) -> Message:
         raise DataError(f"{place}.content must be a string or a list of parts")
     if role == "assistant" and not any(_says(message[name]) for name in _SAYS if name in message):
         raise DataError(f"{place} is an empty assistant turn: there is nothing to learn")
+    for name in _WEIGHTS:
+        if name in message and message[name] not in (0, 1):
+            raise DataError(f"{place}.{name} is {_shown(message[name])}; allowed: 0, 1")
+        if message.get(name) == 1 and role != "assistant":
+            raise DataError(
+                f"{place}.{name} is {_shown(message[name])}, and the role {role}: only what the "
+                "assistant says is learnt; allowed: 0"
+            )
     for name in _REASONING:
         if name in message:
             return {"thinking": message[name], **message, "reasoning_content": message[name]}
     return message
+
+
+def _is_learnt(message: Message) -> bool:
+    return all(message.get(name, 1) for name in _WEIGHTS)
 
 
 def _says(value: Any) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_hybrid.data.chat.conversation import Conversation, parse, texts_of
+from megatron_hybrid.data.chat.misrendered import refuse_misrendered
 from megatron_hybrid.data.chat.template import ChatTemplate
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.indexed import masked_dtype
@@ -82,6 +83,7 @@ class ChatEncoder:
                     "would control what it is only to say; --parse-special-tokens lets it"
                 )
         text, spans = self._spans(conversation)
+        refuse_misrendered(conversation, text)
         ids, places = self._tokenizer.encode_with_places(text)
         tokens = np.zeros(len(ids), dtype=self._dtype)
         tokens["id"] = ids
@@ -105,6 +107,9 @@ class ChatEncoder:
         ):
             begin = whole.prompt_end()
             spans = [span for span in spans if span[0] >= begin]
+        for number in conversation.left_out:
+            begin, end = whole.turn(number)
+            spans = [span for span in spans if span[1] <= begin or span[0] >= end]
         return whole.text, spans
 
 
@@ -137,11 +142,20 @@ class _Renderer:
 
     def prompt_end(self) -> int:
         """Where what was given ends."""
-        given = self._conversation.given
-        prompt = self._part(*self._conversation.messages[:given])
-        if not self.text.startswith(prompt):
-            raise self._other(given - 1)
-        return len(prompt)
+        return self._end(self._conversation.given)
+
+    def turn(self, number: int) -> tuple[int, int]:
+        """Where message `number` is, as the template begins and ends it."""
+        return self._end(number), self._end(number + 1)
+
+    def _end(self, count: int) -> int:
+        """Where the first `count` messages end."""
+        if not count or count == len(self._conversation.messages):
+            return len(self.text) if count else 0
+        part = self._part(*self._conversation.messages[:count])
+        if not self.text.startswith(part):
+            raise self._other(count - 1)
+        return len(part)
 
     def _part(self, *messages: Mapping[str, Any], prompts: bool = False) -> str:
         about = self._conversation

@@ -127,6 +127,23 @@ def test_by_hand(
     assert learnt_texts(found, tokenizer) == learnt
 
 
+WEIGHED = [{"role": "assistant", "content": "b", "weight": 0}, {"role": "user", "content": "c"},
+           {"role": "assistant", "content": "d", "loss": True}, {"role": "user", "content": "e"},
+           {"role": "assistant", "content": "f", "train": False}]  # fmt: skip
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED_CHATML, LLAMA, MARKED_LLAMA])
+@pytest.mark.parametrize("prompt", [True, False])
+def test_turns_that_say_that_they_are_not_learnt(
+    template: str, prompt: bool, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """As files of others say it; the first turn of a conversation, or one in the middle."""
+    messages = [{"role": "user", "content": "a", "weight": 0}, *WEIGHED]
+    found = encoder(tokenizer, template, tmp_path).encode({"messages": messages[not prompt :]})
+    (learnt,) = learnt_texts(found, tokenizer)
+    assert learnt.strip().removesuffix("<|im_end|>").removesuffix("</s>") == "d"
+
+
 # The last turn alone has an end; so the first is rendered in two ways.
 ENDS_ONCE = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}{{ eos_token }}"
 ONE = turns("a", "b")
@@ -146,6 +163,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "empty turn": ({"messages": turns("a", " \n")}, r"messages\[1\] is an empty assistant turn"),
     "empty completion": ({"prompt": "a", "completion": ""}, "completion is an empty assistant"),
     "no completion": ({"prompt": "a", "completion": turns("b")}, "has no assistant turn"),
+    "none learnt": (
+        {"messages": [ONE[0], {**ONE[1], "weight": 0}]},
+        "no assistant turn that is to be learnt",
+    ),
+    "half a weight": (
+        {"messages": [ONE[0], {**ONE[1], "weight": 0.5}]},
+        r"messages\[1\].weight is 0.5; allowed: 0",
+    ),
+    "a user's weight": (
+        {"messages": [{**ONE[0], "loss": True}, ONE[1]]},
+        "loss is true, and the role user: only wh",
+    ),
     "tools": ({"messages": ONE, "tools": "{"}, "'tools' is a text, and no JSON"),
     "settings": ({"messages": ONE, "chat_template_kwargs": [1]}, "must be an object; it is a list"),
     "too deep": ({"messages": ONE, "x": json.loads("[" * 500 + "]" * 500)}, "nested more than 64"),
@@ -167,6 +196,42 @@ def test_what_is_refused(
     template = MARKED_LLAMA if "alternate" in reason else CHATML
     with pytest.raises(DataError, match=reason):
         encoder(tokenizer, template, tmp_path).encode(record)
+
+
+def call(arguments: Any) -> dict[str, Any]:
+    calls = [{"type": "function", "function": {"name": "add", "arguments": arguments}}]
+    return {"messages": [ONE[0], {"role": "assistant", "content": "", "tool_calls": calls}]}
+
+
+PARTS = {"messages": [{"role": "user", "content": [{"type": "text", "text": "é"}]}, ONE[1]]}
+# Of messages: all that one may print, and their calls with arguments as they are, or as JSON.
+_ALL = "{% for m in messages %}{{ m.role }}{{ m.content }}"
+PLAIN = _ALL + "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments }}"
+PLAIN += "{% endfor %}{% endfor %}"
+AS_JSON = PLAIN.replace("c.function.arguments", "c.function.arguments | tojson")
+NO_CALLS = _ALL + "{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "record", "reason"),
+    [
+        (NO_CALLS, PARTS, r"message 0 .* writes its content, a list of parts, as Python would"),
+        (NO_CALLS, call({}), r"message 1 .* renders nothing of its call of 'add' in tool_calls"),
+        (AS_JSON, call('{"a": "é"}'), "JSON in a string, as a string in JSON; allowed: an object"),
+        (PLAIN, call({"a": 1}), "an object, as Python would; allowed: JSON in a string"),
+        (AS_JSON, call({"a": 1}), None), (PLAIN, call('{"a": 1}'), None), (PLAIN, call({}), None),
+    ],
+)  # fmt: skip
+def test_values_that_a_template_was_not_written_for(
+    template: str, record: dict[str, Any], reason: str | None, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Jinja prints whatever it is given: a model would learn Python, or JSON in JSON."""
+    ours = encoder(tokenizer, template, tmp_path)
+    if reason is None:
+        assert ours.encode(record)["learnt"].any()
+        return
+    with pytest.raises(DataError, match=reason):
+        ours.encode(record)
 
 
 def test_turns_that_are_rendered_otherwise_later(tokenizer: Tokenizer, tmp_path: Path) -> None:
