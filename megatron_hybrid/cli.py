@@ -92,11 +92,11 @@ def pretrain(
     """Train a model: `pretrain PRESET|FILE.yaml [section.field=value | --flag value]...`."""
     launched = os.environ.get("WORLD_SIZE")
     world_size = nproc or (whole_number(os.environ, "WORLD_SIZE", least=1) if launched else None)
-    if dry_run:
-        config = load_config(context.args, which=rules.DRY_RUN, world_size=world_size)
-        from megatron_hybrid.training.start import check_named
+    from megatron_hybrid.training.start import NAMED
 
-        check_named(config)
+    if dry_run:
+        which = (*rules.DRY_RUN, *NAMED)
+        config = load_config(context.args, which=which, world_size=world_size)
         print(config.to_yaml(), end="")
         for note in notes(config):
             logging.getLogger("megatron_hybrid.cli").warning("note: %s", note)
@@ -108,7 +108,7 @@ def pretrain(
         )
     if launched and _place is None:
         torchrun.find_place(os.environ)  # says what is missing
-    config = load_config(context.args, world_size=world_size or 1)
+    config = load_config(context.args, which=(*rules.ALL, *NAMED), world_size=world_size or 1)
     if nproc is None or nproc == 1:
         if os.environ.get(ATTEMPT) and not (_place and _place.own_console):
             with file_errors(config.run_dir):

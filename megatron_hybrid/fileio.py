@@ -2,11 +2,12 @@
 
 import ctypes
 import errno
+import glob
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_hybrid.errors import UserError
@@ -36,9 +37,24 @@ def file_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.filename is not None and not _is_part(error.filename, target):
+            raise UserError(refusal(error) or str(error)) from error
         where = f"{error.filename}: " if error.filename else ""
         reason = error.strerror or str(error)
         raise UserError(f"{target} could not be written: {where}{reason}") from error
+
+
+def _is_part(name: str | bytes | int, target: Path) -> bool:
+    """Whether a file is written for the sake of `target`: below it, beside it for a while, or a
+    folder that it is in."""
+    if isinstance(name, int):
+        return True
+    path, target = Path(os.fsdecode(name)).absolute(), target.absolute()
+    if path in target.parents:
+        return True
+    beside = path.parts[len(target.parent.parts) :]
+    begins = (f"{target.name}.", f".{target.name}.")
+    return path.is_relative_to(target.parent) and f"{beside[0]}.".startswith(begins)
 
 
 def refusal(error: BaseException) -> str | None:
@@ -83,6 +99,25 @@ def why_not_writable(folder: Path) -> str | None:
     except OSError as error:
         return f"nothing can be made in {there}: {error.strerror}"
     return None
+
+
+def matches(pattern: str, *, recursive: bool = False) -> list[str]:
+    """The paths that a glob stands for, sorted.
+
+    Raises:
+        OSError: a folder that it leads through may not be looked into. `glob` passes over it.
+    """
+    folder, last = os.path.split(pattern)
+    folders = [folder or os.curdir]
+    if glob.has_magic(folder):
+        folders = matches(folder, recursive=recursive)
+    for each in folders:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if glob.has_magic(last):
+                os.scandir(each).close()
+            else:
+                Path(each, last).lstat()
+    return sorted(glob.glob(pattern, recursive=recursive))  # noqa: PTH207  # `..` and all
 
 
 def sync_folder(folder: Path) -> None:

@@ -151,7 +151,7 @@ def prepare(args: Sequence[str], job: Job, array: Sequence[str], script: Path) -
     for words in combinations(array):
         words = [*args, *words]
         if array:
-            run_dir = load_config(words, world_size=world_size).run_dir.resolve()
+            run_dir = load_config(words, which=()).run_dir.resolve()
             words.append(f"run_dir={run_dir / _name(words[len(args) :])}")
         # The runs of an array read the same data.
         configs.append(_checked(words, world_size, job, 0 if configs else CHECKSUM_S))

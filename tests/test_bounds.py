@@ -3,6 +3,7 @@ or refuses them in one clear message; found by introspection, so that a new one 
 
 import ast
 import copy
+import errno
 import inspect
 import json
 import logging
@@ -25,8 +26,8 @@ from megatron_hybrid.config import RunConfig, build_config, load_config, rules
 from megatron_hybrid.config.base import Far
 from megatron_hybrid.config.describe import field_at, plain_type
 from megatron_hybrid.config.yaml_text import parse_yaml
-from megatron_hybrid.errors import ConfigError
-from megatron_hybrid.fileio import refusal, refusals_told, why_not_writable
+from megatron_hybrid.errors import ConfigError, UserError
+from megatron_hybrid.fileio import file_errors, matches, refusal, refusals_told, why_not_writable
 from megatron_hybrid.json_text import MOST_DEPTH, parse_json
 from tests.config import GOOD
 
@@ -271,6 +272,9 @@ NOT_TO_BE_SEEN = (
     "data plan tiny --tokenizer-type null model.vocab_size=64 data.data_path={}/web",
     "submit tiny --nodes 1 --template {}/pretrain.sbatch", "status {}", "status {}/run",
     "data tokenize --input {}/web.jsonl --output web --tokenizer-type null --vocab-size 9",
+    "data tokenize --input {}/*.jsonl --output web --tokenizer-type null --vocab-size 9",
+    "data plan tiny --tokenizer-type null model.vocab_size=64 data.data_path={}/web*",
+    "data verify {}/web", "data stats {}/web*", "data show {}/web 0",
     "data tokenize --input x --output {}/web --tokenizer-type null --vocab-size 9",
     "data tokenize --input x --output web --tokenizer-type huggingface --tokenizer-model {}/it",
     "data tokenize --input x --output web --tokenizer-type sentencepiece --tokenizer-model {}/it",
@@ -295,6 +299,37 @@ def test_where_the_system_refuses_to_look(
     assert said.startswith("error: ")
     assert said.count("File name too long") == words.count("{}")
     assert str(place) in said
+
+
+def test_a_glob_passes_over_no_folder(tmp_path: Path) -> None:
+    """One of several that may not be looked into would be left out of a source in silence."""
+    for name in ("a/web.idx", "b/web.idx", "b/x"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    expected = [str(tmp_path / name / "web.idx") for name in "ab"]
+    for pattern in ("*/web.idx", "*/w*.idx", "**/web.idx", "[ab]/web*"):
+        assert matches(f"{tmp_path}/{pattern}", recursive=True) == expected
+    assert matches(f"{tmp_path}/c/web*") == matches(f"{tmp_path}/b/x/w*") == []
+    (tmp_path / "c").symlink_to("x" * 300)
+    for pattern in ("*/web.idx", "*/w*.idx"):
+        with pytest.raises(OSError, match="File name too long"):
+            matches(f"{tmp_path}/{pattern}")
+
+
+def test_files_that_are_read_for_another(tmp_path: Path) -> None:
+    """What cannot be read is told as such; what is made at, below or beside a place as the
+    place's."""
+    target = tmp_path / "new" / "out"
+    source = tmp_path / "checkpoints" / "out" / "metadata.json"
+    for name, begins in {
+        tmp_path / "new": f"{target} could not be written: ",
+        target / "x": f"{target} could not be written: ",
+        tmp_path / "new" / ".out.part" / "a" / "b": f"{target} could not be written: ",
+        source: f"{source}: Permission denied",
+    }.items():  # fmt: skip
+        with pytest.raises(UserError) as told, file_errors(target):
+            raise PermissionError(errno.EACCES, "Permission denied", str(name))
+        assert str(told.value).startswith(begins)
 
 
 def test_a_rank_keeps_the_traceback_of_a_refusal(

@@ -12,7 +12,6 @@ import typer
 if TYPE_CHECKING:
     from megatron_hybrid.config import RunConfig
     from megatron_hybrid.data.saved_plan import SavedPlan
-    from megatron_hybrid.objectives import Objective
 
 
 logger = logging.getLogger(__name__)
@@ -48,15 +47,16 @@ def plan(
     from megatron_hybrid.data.plan_table import print_plan
     from megatron_hybrid.data.run_plan import check_epochs, open_run_sources, training_plan
     from megatron_hybrid.fileio import write_atomic
+    from megatron_hybrid.objectives.registry import find_objective, objective_fits
 
     if write is not None and scale is None:
         raise typer.BadParameter("only with --scale", param_hint="--write")
-    config = load_config(context.args, which=rules.PLAN)
+    config = load_config(context.args, which=(*rules.PLAN, objective_fits))
     if scale is not None:
         config = scale_config(config, parse_scale(scale))
     saved = _saved_plan(config)
     consumed = saved.consumed_samples if saved else 0
-    objective = _objective(config)
+    objective = find_objective(config.training.objective)
     sources = open_run_sources(config, fingerprint=None, conversations=objective.conversations)
     made = training_plan(config, sources, saved.plan if saved else None, consumed)
     report = report_plan(config, made, consumed)
@@ -73,20 +73,6 @@ def plan(
     if write is not None:
         with _writing(write):
             write_atomic(write, config.to_yaml())
-
-
-def _objective(config: "RunConfig") -> "type[Objective]":
-    """What the run minimises says what its samples are.
-
-    Raises:
-        ConfigError: why it cannot be used.
-    """
-    from megatron_hybrid.errors import ConfigError
-    from megatron_hybrid.objectives.registry import find_objective, objective_problems
-
-    if problems := objective_problems(config):
-        raise ConfigError(problems)
-    return find_objective(config.training.objective)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """`megatron-hybrid plan`: memory and time of a run on a cluster, before it runs."""
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from megatron_hybrid.planner.balance import Split
     from megatron_hybrid.planner.costs import Costs
     from megatron_hybrid.planner.hardware import Gpu
+
+logger = logging.getLogger(__name__)
 
 FILE_COLUMNS = 160  # of a table that goes to no terminal
 UNNEEDED = {"optimizer": {"lr": 1e-4}}  # a run needs it, its plan does not go by it
@@ -167,8 +170,10 @@ def _costs(
 
     select_device()
     platform = initialize()
-    from megatron_hybrid.planner.measure import measure_costs, one_rank
+    from megatron_hybrid.planner.measure import measure_costs, one_rank, timed_otherwise
 
+    if note := timed_otherwise(config, has_cuda=platform.has_cuda):
+        logger.warning("note: %s", note)
     single = one_rank(config, layers)
     with process_groups(single, platform, alone=True):
         return measure_costs(single)

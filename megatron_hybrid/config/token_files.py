@@ -9,6 +9,8 @@ import glob
 from contextlib import suppress
 from pathlib import Path
 
+from megatron_hybrid.fileio import matches
+
 OLD = ".old.part"
 _REST = (".meta.json", ".mask", ".bin")  # of a pair, beside the .idx
 
@@ -21,9 +23,9 @@ def prefixes(path: str) -> list[str]:
     restore(path)
     if not glob.has_magic(path) or Path(f"{path}.idx").exists():
         return [path]
-    for match in glob.glob(f"{path}.idx{OLD}"):  # noqa: PTH207
+    for match in matches(f"{path}.idx{OLD}"):
         restore(match.removesuffix(f".idx{OLD}"))
-    return sorted(match.removesuffix(".idx") for match in glob.glob(f"{path}.idx"))  # noqa: PTH207
+    return [match.removesuffix(".idx") for match in matches(f"{path}.idx")]
 
 
 def restore(prefix: str) -> None:

@@ -1,12 +1,13 @@
 """Which objective a config names: one of ours by its name, or a class as `package.module:Class`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
 from megatron_hybrid.config.base import Section
 from megatron_hybrid.config.describe import allowed, nearest, shown
+from megatron_hybrid.config.rules import Facts
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.errors import ConfigError, UserError
 from megatron_hybrid.extensions import load_class
@@ -36,17 +37,22 @@ def find_objective(name: str) -> type[Objective]:
     return load_class(FIELD, OBJECTIVES.get(name, name), Objective)
 
 
-def objective_problems(config: RunConfig) -> list[str]:
-    """Why a config's objective cannot be used; nothing where it can."""
+def objective_fits(config: RunConfig, facts: Facts) -> Iterator[str]:
+    """A rule, beside those of the config: its objective is there, and can do what it asks for."""
     try:
         kind = find_objective(config.training.objective)
-    except UserError as error:
-        return [str(error)]
-    try:
         options = _options(kind, config)
     except ConfigError as error:
-        return error.problems
-    return list(kind.problems(config, options))
+        yield from error.problems
+    except UserError as error:
+        yield str(error)
+    else:
+        yield from kind.problems(config, options)
+
+
+def objective_problems(config: RunConfig) -> list[str]:
+    """Why a config's objective cannot be used; nothing where it can."""
+    return list(objective_fits(config, Facts()))
 
 
 def build_objective(config: RunConfig) -> Objective:

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_hybrid.config import RunConfig, build_config
 from megatron_hybrid.config.pattern import ATTENTION, MLP, MOE, parse_pattern
 from megatron_hybrid.config.phases import sequence_lengths
+from megatron_hybrid.config.precision import FLOAT8_RECIPES
 from megatron_hybrid.planner.costs import EMBEDDING, OUTPUT, Cost, Costs
 
 LAYERS = 2  # of a kind at a time
@@ -33,6 +34,15 @@ def measure_costs(config: RunConfig) -> Costs:
         if number == len(kinds) - 1:
             found[EMBEDDING], found[OUTPUT] = _ends(config, model)
     return Costs(MappingProxyType(found))
+
+
+def timed_otherwise(config: RunConfig, *, has_cuda: bool) -> str | None:
+    """What is not as it will be on GPUs, where this machine has none; None: nothing to say."""
+    precision = config.precision
+    if has_cuda or precision.recipe not in FLOAT8_RECIPES:
+        return None
+    how = "in float8 that is emulated, many times slower" if precision.emulate else "in bf16"
+    return f"precision.recipe={precision.recipe}: without a GPU its linears are timed {how}"
 
 
 def one_rank(config: RunConfig, pattern: str) -> RunConfig:

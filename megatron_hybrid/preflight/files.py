@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_hybrid.config import RunConfig, load_config
+from megatron_hybrid.config import RunConfig, load_config, rules
 from megatron_hybrid.config.notes import notes
 from megatron_hybrid.config.phases import sources
 from megatron_hybrid.config.token_files import prefixes
@@ -17,7 +17,7 @@ from megatron_hybrid.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_hybrid.errors import ConfigError, UserError
 from megatron_hybrid.model.counts import count_parameters
 from megatron_hybrid.preflight.checks import Check
-from megatron_hybrid.training.start import Start, open_run
+from megatron_hybrid.training.start import NAMED, Start, open_run
 
 # Of a checkpoint: weights, and the optimizer's fp32 weight and two moments, bytes a parameter.
 CHECKPOINT_BYTES = {"bf16": 2 + 12, "fp32": 4 + 12}
@@ -39,7 +39,8 @@ def check_files(
         The config, None if it is wrong, and the checks.
     """
     try:
-        config = load_config(words, world_size=world_size, has_cuda=has_cuda)
+        which = (*rules.ALL, *NAMED)
+        config = load_config(words, which=which, world_size=world_size, has_cuda=has_cuda)
     except ConfigError as error:
         rest = ("tokenizer", "data files", "plan and checkpoint", "disk space", "run folder")
         skipped = [Check(name, "not checked: the config is wrong", skipped=True) for name in rest]

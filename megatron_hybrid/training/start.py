@@ -5,7 +5,7 @@ out what cannot run before it starts any rank, and every rank comes to the same 
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from megatron_hybrid.claim import claim_file
 from megatron_hybrid.config import RunConfig, validate
 from megatron_hybrid.config.describe import shown
 from megatron_hybrid.config.pattern import MOE
+from megatron_hybrid.config.rules import Facts, Rule
 from megatron_hybrid.config.rules.common import LENGTHS, values
 from megatron_hybrid.config.tracker import CONFIG_FILE
 from megatron_hybrid.data.batches import Steps
@@ -40,7 +41,7 @@ from megatron_hybrid.data.tokenizer import (
 )
 from megatron_hybrid.errors import ConfigError, UserError
 from megatron_hybrid.extensions import load_class
-from megatron_hybrid.objectives.registry import find_objective, objective_problems
+from megatron_hybrid.objectives.registry import find_objective, objective_fits
 from megatron_hybrid.training.batch_sizes import check_batch_sizes
 from megatron_hybrid.training.callbacks import Callback
 from megatron_hybrid.upcycling.scheme import scheme_between
@@ -111,20 +112,26 @@ def open_run(config: RunConfig, world_size: int | None) -> tuple[RunConfig, Toke
     return config, tokenizer, find_start(config, tokenizer, world_size)
 
 
-def check_named(config: RunConfig) -> None:
-    """Classes that the config names are there and of the right kind, and the objective fits it.
-
-    Raises:
-        ConfigError: each one that is not, and why.
-    """
-    problems: list[str] = []
+def _callbacks_are_there(config: RunConfig, facts: Facts) -> Iterator[str]:
     for word in config.training.callbacks:
         try:
             load_class("training.callbacks", word, Callback)
         except UserError as error:
-            problems.append(str(error))
-    problems += objective_problems(config)
-    if problems:
+            yield str(error)
+
+
+# Rules beside those of the config, which knows no classes: those that it names are there and of the
+# right kind, and the objective fits it.
+NAMED: tuple[Rule, ...] = (_callbacks_are_there, objective_fits)
+
+
+def check_named(config: RunConfig) -> None:
+    """Apply `NAMED` to a config that is valid otherwise.
+
+    Raises:
+        ConfigError: each class that cannot be used, and why.
+    """
+    if problems := [problem for rule in NAMED for problem in rule(config, Facts())]:
         raise ConfigError(problems)
 
 

@@ -98,6 +98,29 @@ def test_every_file_comes_back_or_is_named(
     assert [name for name in after if again[name] != after[name]] == []
 
 
+@pytest.mark.parametrize(
+    ("said", "longest", "positions"),
+    [(131072, 64, 131072), (131072, 262144, 262144), (None, 64, 64)],
+)
+def test_a_model_is_for_the_longest_sequences(
+    said: int | None, longest: int, positions: int, imported: Imported, tmp_path: Path
+) -> None:
+    """Those that it came with, or of the longest phase that it was trained on."""
+    folder = tmp_path / "iter_0000001"
+    shutil.copytree(imported.folder, folder)
+    phases = (f"{{name: p{n}, start_tokens: {n}, weights: {{x: 1}}, seq_length: {length}}}"
+              for n, length in (("null", 32), (1, longest), (2, 16)))  # fmt: skip
+    line = [str(folder / "run_config.yaml"), "data.seq_length=16", "data.sources={x: {path: x}}",
+            f"data.phases=[{', '.join(phases)}]"]  # fmt: skip
+    (folder / "run_config.yaml").write_text(load_config(line, which=()).to_yaml())
+    carried = folder / "hugging_face" / "config.json"
+    values = json.loads(carried.read_text()) | {"max_position_embeddings": said}
+    carried.write_text(json.dumps(values))
+    export(folder, tmp_path / "out", ExportOptions())
+    found = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert found["max_position_embeddings"] == positions
+
+
 def test_force_removes_nothing_but_what_an_export_wrote(imported: Imported, tmp_path: Path) -> None:
     """What it carried over is replaced; a file of the user's among it is not."""
     export(imported.folder, tmp_path / "out", ExportOptions())

@@ -106,7 +106,7 @@ def test_layers_of_any_valid_run_can_be_measured(name: str) -> None:
     """What belongs to the run around them, or to layers of another kind, stands against nothing:
     each kind alone is a config that megatron-core takes, on either backend, with its sizes."""
     from megatron_hybrid.model.transformer_config import transformer_config
-    from megatron_hybrid.planner.measure import one_rank
+    from megatron_hybrid.planner.measure import one_rank, timed_otherwise
 
     line = [
         "model.hybrid_layer_pattern=M*-E|M*-E|M*-E|M*-E", "model.hidden_size=128",
@@ -127,6 +127,10 @@ def test_layers_of_any_valid_run_can_be_measured(name: str) -> None:
         assert single.data.seq_length == 128
         assert single.training.global_batch_size == single.training.micro_batch_size == 2
         assert float8_layers(single) == ([1, 2] if name == "float8" else [])
+    said = timed_otherwise(config, has_cuda=False)
+    bf16 = "precision.recipe=fp8_blockwise: without a GPU its linears are timed in bf16"
+    assert said == (bf16 if name == "float8" else None)
+    assert timed_otherwise(config, has_cuda=True) is None
 
 
 def test_asks_only_for_what_it_goes_by(tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_hybrid.config import load_config
+from megatron_hybrid.config import load_config, rules
 from megatron_hybrid.errors import ConfigError
 from megatron_hybrid.objectives.registry import objective_problems
 from megatron_hybrid.testing import run_distributed
-from megatron_hybrid.training.start import check_named
+from megatron_hybrid.training.start import NAMED, check_named
 from tests.training.runs import GLOBAL_BATCH_SIZE, losses, outcomes, records, trainer, words
 
 OWN = "tests.objectives.own"
@@ -116,3 +116,13 @@ def test_all_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         check_named(config)
     assert len(caught.value.problems) == 2
+    # Of the config's own rules, a field that is wrong hides none of the others.
+    wrong = ["training.objective=masked_diffusion", "data.seq_length=0", "optimizer.lr=-1",
+             "training.objective_options.mask_token_id=64"]  # fmt: skip
+    with pytest.raises(ConfigError) as caught:
+        load_config([*words(tmp_path), *wrong], which=(*rules.ALL, *NAMED))
+    found = "\n".join(caught.value.problems)
+    assert all(
+        each in found for each in ("data.seq_length=0", "optimizer.lr=-1", "mask_token_id=64")
+    )
+    assert "needs a pattern without 'M' layers" in found

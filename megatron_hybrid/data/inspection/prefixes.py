@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_hybrid.config.token_files import OLD, restore
 from megatron_hybrid.data.errors import DataError
+from megatron_hybrid.fileio import matches
 
 _SUFFIXES = (".bin", ".idx", ".meta.json")
 
@@ -46,12 +47,12 @@ def _prefixes(name: str) -> list[Path]:
 
 
 def _with_files(pattern: str) -> list[Path]:
-    for path in glob.glob(f"{pattern}.idx{OLD}"):  # noqa: PTH207
+    for path in matches(f"{pattern}.idx{OLD}"):
         restore(path.removesuffix(f".idx{OLD}"))
     return sorted(
         {
             Path(path.removesuffix(suffix))
             for suffix in (".bin", ".idx")
-            for path in glob.glob(f"{pattern}{suffix}")  # noqa: PTH207
+            for path in matches(f"{pattern}{suffix}")
         }
     )

@@ -12,6 +12,7 @@ from typing import Literal
 
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.tokenizing import zstd_frames
+from megatron_hybrid.fileio import matches
 
 Format = Literal["jsonl", "gzip", "zstd", "parquet"]
 
@@ -65,9 +66,7 @@ def find_inputs(patterns: Sequence[str], keys: Sequence[str]) -> tuple[list[Inpu
     for pattern in map(os.path.expanduser, patterns):  # the shell leaves --input=~/x as it is
         names = [pattern]
         if not os.path.lexists(pattern) and glob.has_magic(pattern):
-            # Not Path.glob, which takes neither an absolute pattern nor one with a `..`.
-            found_names = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
-            names = [name for name in found_names if not Path(name).is_dir()]
+            names = [name for name in matches(pattern, recursive=True) if not Path(name).is_dir()]
             if not names:
                 problems.append(f"--input {pattern} matches no file")
         for name in names:
