@@ -181,7 +181,8 @@ def _rope_parameters(value: Any) -> dict[str, Any]:
 
 
 def _rope_theta(value: Any) -> int:
-    if isinstance(value, int | float) and 1 <= value < MOST and value == int(value):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and 1 <= value < MOST and value == int(value):
         return int(value)
     raise ValueError("must be a whole number of at least 1")
 

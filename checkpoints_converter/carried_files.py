@@ -50,7 +50,7 @@ def carried_from(source: Path, elsewhere: Collection[str]) -> tuple[dict[str, by
         else:
             taken[name] = path.read_bytes()
             left -= len(taken[name])
-    if GENERATION in taken and not _object(taken[GENERATION]):
+    if GENERATION in taken and _object(taken[GENERATION]) is None:
         raise ConversionError(f"{source / GENERATION} is damaged: it must be a JSON object")
     if SOURCE_CARD in taken:  # the card beside it is the one that an export made
         taken.pop(CARD, None)
@@ -70,7 +70,7 @@ def _paths(folder: Path) -> Iterator[Path]:
 
 def source_config(carried: Carried) -> dict[str, Any]:
     """The config.json that the model came with; {} where it came with none."""
-    return _object(carried.get(CONFIG, b"{}"))
+    return _object(carried.get(CONFIG, b"{}")) or {}
 
 
 def generation_config(carried: Carried, ids: Mapping[str, Any]) -> bytes:
@@ -81,7 +81,7 @@ def generation_config(carried: Carried, ids: Mapping[str, Any]) -> bytes:
     own = carried.get(GENERATION)
     if own is None:
         return _text({"_from_model_config": True, **ids})
-    values = _object(own)
+    values = _object(own) or {}
     if values.get("eos_token_id") is not None or ids.get("eos_token_id") is None:
         return own
     return _text(values | {"eos_token_id": ids["eos_token_id"]})
@@ -98,13 +98,13 @@ def as_they_were(carried: Carried) -> dict[str, bytes]:
     return {name: content for name, content in carried.items() if name not in (CONFIG, GENERATION)}
 
 
-def _object(content: bytes) -> dict[str, Any]:
-    """A JSON object; {} of anything else: a file of the source that nothing depends on."""
+def _object(content: bytes) -> dict[str, Any] | None:
+    """A JSON object; None of anything else."""
     try:
         found = parse_json(content)
     except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _text(values: Mapping[str, Any]) -> bytes:

@@ -136,6 +136,8 @@ def import_model(
         tokenizer = _tokenizer(source)
         if tokenizer is None:
             fields.notes.append("it comes without a tokenizer; name one to train it")
+        elif (note := tokenizer.around_texts()) is not None:
+            fields.notes.append(note)
         carried, lost = carried_from(source, tokenizer.files if tokenizer is not None else ())
         if lost:
             fields.notes.append(f"not carried along: {', '.join(lost)}")

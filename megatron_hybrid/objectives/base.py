@@ -26,7 +26,7 @@ class Losses:
 
     Attributes:
         values: `[b, s]`, a loss a token; or `[b]`, one a sequence. Of any shape.
-        weights: of the shape of `values`; no gradient goes through them.
+        weights: of that very shape; no gradient goes through them.
         count: `[]`, what the sum is divided by: a whole number. None: the sum of the weights,
             which must then be whole (as a mask's is).
         sums: `[]` each, further sums for the report, by the names in `Objective.reports`.

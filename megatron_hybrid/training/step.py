@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.data.batch import Batch
+from megatron_hybrid.errors import UserError
 from megatron_hybrid.model.float8 import end_step, float8_linears
 from megatron_hybrid.objectives.registry import build_objective
 from megatron_hybrid.training.callbacks.base import Evaluation
@@ -216,7 +217,13 @@ class Stepper:
         the report. The engine divides the gradient by what all ranks count together.
         """
         found = self.objective.losses(output, batch, unwrap_model(model))
-        weights = found.weights.reshape(-1).float()
+        if found.values.shape != found.weights.shape:
+            raise UserError(
+                f"training.objective={self.config.training.objective} gives values of shape "
+                f"{list(found.values.shape)} with weights of {list(found.weights.shape)}; allowed: "
+                "a weight for each value, of the same shape"
+            )
+        weights = found.weights.detach().reshape(-1).float()
         loss = (found.values.reshape(-1).float() * weights).sum()
         if self.watch is not None:
             self.watch.check_loss(loss)
@@ -242,6 +249,11 @@ class Stepper:
         dist.all_reduce(packed)
         numbers = iter(packed.tolist())
         loss_sum, count, *reported = islice(numbers, len(sums))
+        if math.isfinite(count) and not count.is_integer():  # the engine has divided by its floor
+            raise UserError(
+                f"training.objective={self.config.training.objective} divides by {count:g}, the "
+                "sum of its counts or weights; allowed: a whole number, as Losses.count"
+            )
         found = loss_sum / max(count, 1.0), self.objective.report(reported, count)
         return found, [list(islice(numbers, len(each))) for each in others]
 

@@ -148,6 +148,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, tuple[Any, str]]]] = {
             "position_embedding_type": ("alibi", "position_embedding_type='alibi' must be None"),
             "layer_types": (["mamba", "window"], "layer_types has window"),
             "num_hidden_layers": (3, "num_hidden_layers=3 must be 2"),
+            "rope_theta": (True, "rope_theta=True must be a whole number"),
         },
     ),
 }  # fmt: skip

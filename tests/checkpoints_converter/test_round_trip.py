@@ -173,6 +173,7 @@ def test_what_is_too_large_is_named(tmp_path: Path) -> None:
     [
         (None, [57, 58]),  # of config.json
         ({"temperature": 0.5}, [57, 58]),
+        ({}, [57, 58]),
         ({"eos_token_id": 58}, 58),
     ],
 )

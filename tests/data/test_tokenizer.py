@@ -1,6 +1,7 @@
 """Tokenizers give text back, keep control ids out of documents, and explain what they refuse."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -266,3 +267,17 @@ def test_what_the_library_stumbles_over_is_said_with_the_file(
         else:
             opened.select_encoder("auto", ["a zebra"])
             opened.encode("a zebra")
+
+
+def test_what_transformers_begins_texts_with(huggingface_folder: Path, tmp_path: Path) -> None:
+    """Is said, as nothing here adds it; of a tokenizer that adds nothing, nothing is said."""
+    assert build_tokenizer("huggingface", huggingface_folder).around_texts() is None
+    made = tokenizers.Tokenizer.from_file(str(huggingface_folder / "tokenizer.json"))
+    name = made.id_to_token(0)
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{name} $A", special_tokens=[(name, 0)]
+    )
+    shutil.copytree(huggingface_folder, tmp_path / "other")
+    made.save(str(tmp_path / "other" / "tokenizer.json"))
+    said = build_tokenizer("huggingface", tmp_path / "other").around_texts()
+    assert said is not None and f"makes {name + 'a'!r} of the text 'a' in transformers" in said

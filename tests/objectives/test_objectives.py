@@ -1,17 +1,22 @@
 """An objective of a user's own: one file, named in a config, trained, evaluated and resumed."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 
 from megatron_hybrid.config import load_config, rules
-from megatron_hybrid.errors import ConfigError
+from megatron_hybrid.errors import ConfigError, UserError
+from megatron_hybrid.objectives import Losses
 from megatron_hybrid.objectives.registry import objective_problems
 from megatron_hybrid.testing import run_distributed
 from megatron_hybrid.training.start import NAMED, check_named
+from megatron_hybrid.training.step import Stepper
 from tests.training.runs import GLOBAL_BATCH_SIZE, losses, outcomes, records, trainer, words
 
 OWN = "tests.objectives.own"
@@ -126,3 +131,44 @@ def test_all_at_once(tmp_path: Path) -> None:
         each in found for each in ("data.seq_length=0", "optimizer.lr=-1", "mask_token_id=64")
     )
     assert "needs a pattern without 'M' layers" in found
+
+
+@pytest.mark.parametrize(
+    ("values", "weights", "count", "problem"),
+    [
+        ((2, 3), (3, 2), None, r"values of shape \[2, 3\] with weights of \[3, 2\]"),
+        ((6,), (1,), None, r"values of shape \[6\] with weights of \[1\]"),
+        ((2, 3), (2, 3), None, "divides by 1.5, the sum of its counts or weights"),
+        ((2, 3), (2, 3), 2.5, "divides by 2.5"),
+        ((2, 3), (2, 3), 2.0, None),
+    ],
+)
+def test_losses_that_would_be_something_else(
+    values: tuple[int, ...], weights: tuple[int, ...], count: float | None, problem: str | None
+) -> None:
+    """Shapes that broadcast, or have as many elements, and counts of which the engine takes the
+    floor; through weights that are computed no gradient goes."""
+    learnt = torch.full(weights, 0.25, requires_grad=True)
+    found = Losses(
+        torch.ones(values, requires_grad=True), learnt,
+        count=None if count is None else torch.tensor(count),
+    )  # fmt: skip
+    run: Any = object.__new__(Stepper)
+    run.watch, run.config = None, load_config(words(Path("nowhere")))
+    run.objective = SimpleNamespace(losses=lambda *_: found, reports=(), report=lambda *_: {})
+
+    def step() -> None:
+        loss, _, sums = run._add_up(None, torch.nn.Identity(), torch.ones(1))
+        loss.backward()
+        with (
+            patch("torch.distributed.all_reduce"),
+            patch.object(parallel_state, "get_tensor_model_parallel_rank", return_value=0),
+        ):
+            run._reduce(sums, [])
+
+    if problem is None:
+        step()
+        assert learnt.grad is None
+        return
+    with pytest.raises(UserError, match=problem):
+        step()

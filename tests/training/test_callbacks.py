@@ -1,14 +1,18 @@
 """A user's own callbacks: when they are called, that they change nothing, and what is refused."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from megatron_hybrid.config import load_config
 from megatron_hybrid.errors import ConfigError, UserError
 from megatron_hybrid.extensions import load_class
 from megatron_hybrid.testing import run_distributed
 from megatron_hybrid.training.callbacks import Callback
+from megatron_hybrid.training.callbacks.ordered import Callbacks
 from megatron_hybrid.training.start import open_run
 from tests.training.own_callbacks import SEEN
 from tests.training.runs import losses, records, trainer, words
@@ -92,3 +96,27 @@ def test_refused_before_a_rank_starts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         open_run(load_config(line), 1)
     assert len(caught.value.problems) == 2
+
+
+class Figure(Callback):
+    def __init__(self, figures: Any) -> None:
+        self.figures = figures
+
+    def metrics(self, run: Any, step: Any) -> Any:
+        return self.figures
+
+
+@pytest.mark.parametrize(
+    ("figures", "found"),
+    [({"x": 1}, {"x": 1.0}), ({"x": torch.tensor(2.0)}, {"x": 2.0}), ({"x": "one"}, None),
+     ({"x": torch.ones(2)}, None), ({"x": None}, None), (None, None), ([1.0], None)],
+)  # fmt: skip
+def test_figures_are_numbers(figures: Any, found: dict[str, float] | None) -> None:
+    """What could not be written down is the callback's, and named so, not metrics.jsonl's."""
+    callbacks = Callbacks([], [("my.module:Figure", Figure(figures))])
+    run: Any = SimpleNamespace(progress=SimpleNamespace(iteration=3))
+    if found is not None:
+        assert callbacks.metrics(run, None) == found  # type: ignore[arg-type]
+        return
+    with pytest.raises(UserError, match=r"metrics of my\.module:Figure must be numbers by name"):
+        callbacks.metrics(run, None)  # type: ignore[arg-type]

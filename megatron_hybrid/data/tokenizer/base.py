@@ -43,6 +43,10 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without begin or end markers."""
 
+    def around_texts(self) -> str | None:
+        """What to say where transformers begins or ends each text with more; None: nothing."""
+        return None
+
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; of one that it does not have, nothing, or what stands for unknown."""

@@ -138,6 +138,17 @@ class HuggingFaceTokenizer(Tokenizer):
         }
         return {name: text for name, text in contents.items() if isinstance(text, str)}
 
+    def around_texts(self) -> str | None:
+        with _stumbling(self._path, "cannot encode a text"):
+            whole = self._tokenizer.encode("a", add_special_tokens=True).ids
+        if whole == self.encode("a"):
+            return None
+        return (
+            f"its tokenizer makes {self.decode(whole)!r} of the text 'a' in transformers; here "
+            "nothing is added: what a text is to begin with must stand in it "
+            "(--parse-special-tokens)"
+        )
+
     def chat_templates(self) -> dict[str, str]:
         """Chat templates by name, of which the usual one is "default"; as transformers finds them.
 

@@ -1,5 +1,6 @@
 """From the files named in the settings to published pairs, or to an error and no trace."""
 
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -29,6 +30,8 @@ from megatron_hybrid.data.tokenizing.workers import encode_in_order
 # So many bad lines and not one good: the key is wrong, and hours more would not help.
 _HOPELESS_LINES = 1000
 
+logger = logging.getLogger(__name__)
+
 
 def tokenize(settings: TokenizeSettings, on_progress: OnProgress | None = None) -> TokenizeReport:
     """Tokenise text files into one `.bin`, `.idx` and `.meta.json` for each key.
@@ -45,6 +48,8 @@ def tokenize(settings: TokenizeSettings, on_progress: OnProgress | None = None) 
     if settings.chat:  # where tokens are in the text, only tokenizers tells
         settings = replace(settings, encoder="tokenizers")
     else:
+        if (note := tokenizer.around_texts()) is not None:
+            logger.warning("note: %s", note)
         sample = sample_texts(inputs, settings.keys)
         with naming_flags():
             chosen = tokenizer.select_encoder(settings.encoder, sample)

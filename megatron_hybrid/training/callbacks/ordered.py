@@ -104,7 +104,14 @@ class Callbacks:
         """What all add to a step's figures."""
         found: dict[str, float] = {}
         for callback in self._having["metrics"]:
-            found |= self._call(callback, "metrics", run, step)
+            figures = self._call(callback, "metrics", run, step)
+            try:
+                found |= {str(name): float(value) for name, value in figures.items()}
+            except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+                name = self._names.get(id(callback), type(callback).__name__)
+                raise UserError(
+                    f"{FIELD}: metrics of {name} must be numbers by name; they are {figures!r:.200}"
+                ) from error
         return found
 
     def on_metrics(self, run: "Trainer", metrics: "StepMetrics") -> None:
