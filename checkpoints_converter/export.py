@@ -27,8 +27,9 @@ from checkpoints_converter.streaming import (
 )
 from checkpoints_converter.weights import Names, Recipe, recipes_of_theirs, refuse_other_tensors
 from megatron_hybrid.checkpoint.carried import read_carried
+from megatron_hybrid.checkpoint.files import find_checkpoint
 from megatron_hybrid.checkpoint.integrity import verify_integrity
-from megatron_hybrid.checkpoint.reader import CheckpointReader, find_checkpoint, tensor_bytes
+from megatron_hybrid.checkpoint.reader import CheckpointReader, tensor_bytes
 from megatron_hybrid.checkpoint.saved_config import saved_config
 from megatron_hybrid.checkpoint.source_model import source_config
 from megatron_hybrid.checkpoint.threads import default_threads, in_threads

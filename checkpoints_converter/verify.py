@@ -28,7 +28,8 @@ from checkpoints_converter.verify_sides import (
     require_transformers,
     their_answers,
 )
-from megatron_hybrid.checkpoint.reader import CheckpointReader, find_checkpoint
+from megatron_hybrid.checkpoint.files import find_checkpoint
+from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.source_model import source_config
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.pattern import parse_pattern

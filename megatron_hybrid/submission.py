@@ -20,7 +20,7 @@ from launchers.sbatch import (
 )
 from launchers.slurm_text import module_path
 from megatron_hybrid.config import RunConfig, load_config
-from megatron_hybrid.errors import UserError
+from megatron_hybrid.errors import ConfigError, UserError
 from megatron_hybrid.fileio import file_errors, write_atomic
 from megatron_hybrid.preflight.files import check_files
 from megatron_hybrid.training.attempts import append
@@ -151,7 +151,11 @@ def prepare(args: Sequence[str], job: Job, array: Sequence[str], script: Path) -
     for words in combinations(array):
         words = [*args, *words]
         if array:
-            run_dir = load_config(words, which=()).run_dir.resolve()
+            try:
+                run_dir = load_config(words, which=()).run_dir.resolve()
+            except ConfigError:
+                _checked(words, world_size, job, 0)  # says that, and all else
+                raise
             words.append(f"run_dir={run_dir / _name(words[len(args) :])}")
         # The runs of an array read the same data.
         configs.append(_checked(words, world_size, job, 0 if configs else CHECKSUM_S))
@@ -196,8 +200,11 @@ def _checked(words: Sequence[str], world_size: int, job: Job, checksum_s: float)
     Raises:
         UserError: with everything that they find, and what the GPUs of the job cannot run.
     """
-    backend = load_config(words, which=()).backend
-    has_cuda = True if _gpus(job, backend) else None  # this machine is not one of the job's
+    try:
+        gpus = _gpus(job, load_config(words, which=()).backend)
+    except ConfigError:  # which is told below, with all that the rules find
+        gpus = 0
+    has_cuda = True if gpus else None  # this machine is not one of the job's
     config, checks = check_files(words, world_size, checksum_s, has_cuda=has_cuda)
     problems = [f"  - {problem}" for check in checks for problem in check.problems]
     if problems or config is None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,6 +49,40 @@ def test_import_loads_neither_torch_nor_the_engine() -> None:
         "annotated_doc", "annotated_types", "pydantic", "pydantic_core", "rich", "shellingham",
         "typer", "typing_extensions", "typing_inspection", "yaml",
     }  # fmt: skip
+
+
+# Commands that read a folder; {} is none, or one with nothing in it.
+FOLDERS = (
+    "convert to-hf {} out", "convert from-hf {} out", "convert verify {} out", "status {}",
+    "upcycle --load {} --save out --experts 2 --granularity 1 --topk 1", "track {}",
+    "pretrain --load {} run_dir=out", "data verify {}/web", "data show {}/web 0",
+    "preflight {}/run.yaml", "submit {}/run.yaml --nodes 1", "plan {}/run.yaml --gpus 8",
+)  # fmt: skip
+
+
+def test_what_is_not_there_is_said_before_torch_is_loaded(tmp_path: Path) -> None:
+    """It takes seconds, and the engine tens of them."""
+    (tmp_path / "empty").mkdir()
+    lines = [line.format(tmp_path / name) for line in FOLDERS for name in ("nowhere", "empty")]
+    code = (
+        "import sys\n"
+        "from megatron_hybrid import cli\n"
+        f"for line in {lines!r}:\n"
+        "    sys.argv = ['megatron-hybrid', *line.split()]\n"
+        "    try:\n"
+        "        cli.main()\n"
+        "    except SystemExit as ended:\n"
+        "        print(ended.code, 'torch' in sys.modules, line)\n"
+        "    else:\n"
+        "        print('no error', line)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    said = [line for line in done.stdout.splitlines() if line.endswith(tuple(lines))]
+    assert said == [f"1 False {line}" for line in lines]
+    assert "Traceback" not in done.stderr
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "empty"]
 
 
 def test_dry_run_prints_the_resolved_config() -> None:

@@ -59,6 +59,16 @@ def test_what_excludes_itself_is_refused_before_anything(
     assert not list(tmp_path.iterdir())
 
 
+def test_every_problem_of_a_config_at_once(tmp_path: Path) -> None:
+    """Of fields and of rules, though the backend is asked for before the rules are applied."""
+    more = ["optimizer.lr=null", "training.train_iters=null", "training.objective=sfft"]
+    for array in ((), ("training.seed=1,2",)):
+        with pytest.raises(UserError, match="this run would fail:") as told:
+            prepared(tmp_path / "run", *more, array=array)
+        for problem in ("optimizer.lr", "the length of the run is not set", "objective=sfft is"):
+            assert problem in str(told.value)
+
+
 def test_what_gpus_cannot_run_is_refused_for_a_job_that_asks_for_them(tmp_path: Path) -> None:
     """Not in the first minute of the job; without GPUs the same run is one for the CPU."""
     more = ("parallel.context_parallel_size=2", "data.packed_documents=true", "backend=auto")

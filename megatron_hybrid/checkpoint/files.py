@@ -27,6 +27,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatron_hybrid.checkpoint.errors import CheckpointError
 from megatron_hybrid.checkpoint.saved_here import move_aside, remember, remove, saved_here, stamp
 from megatron_hybrid.claim import claim_file, refuse_if_lost
 from megatron_hybrid.config.tracker import TRACKER_FILE, latest_folder
@@ -42,6 +43,7 @@ from megatron_hybrid.fileio import (
 
 logger = logging.getLogger(__name__)
 
+INDEX_FILE = ".metadata"  # of a checkpoint
 _FOLDER = re.compile(r"iter_(\d{7,})")
 # All that the pickled index of a torch_dist checkpoint is made of: the records (dataclasses and
 # enums) of these modules, torch's dtypes, and a few names.
@@ -96,6 +98,28 @@ def latest_checkpoint(save: Path) -> Path | None:
             )
         raise UserError(text)
     return folder
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The folder of one checkpoint: `path` itself, or the newest of a run or of its checkpoints.
+
+    Raises:
+        UserError: there is none, the file that should name it is broken, or nothing says which.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist: give a checkpoint, its folder, or its run's")
+    if (path / INDEX_FILE).is_file():
+        return path
+    # A run's own are in checkpoints/; what it started from may lie beside them.
+    for folder in (path / "checkpoints", path):
+        if (folder / TRACKER_FILE).is_file() or checkpoints_in(folder):
+            found = latest_checkpoint(folder)
+            assert found is not None
+            return found
+    raise CheckpointError(
+        f"{path} is no checkpoint: it has neither {INDEX_FILE} nor {TRACKER_FILE}, "
+        "nor a folder checkpoints/ with one"
+    )
 
 
 def partial_folder(save: Path, iteration: int) -> Path:

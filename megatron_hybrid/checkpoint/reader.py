@@ -21,17 +21,12 @@ import torch
 from torch import Tensor
 
 from megatron_hybrid.checkpoint.errors import CheckpointError
-from megatron_hybrid.checkpoint.files import (
-    INDEX_MODULES,
-    INDEX_NAMES,
-    checkpoints_in,
-    latest_checkpoint,
-)
+from megatron_hybrid.checkpoint.files import INDEX_FILE, INDEX_MODULES, INDEX_NAMES
+from megatron_hybrid.checkpoint.files import find_checkpoint as find_checkpoint
 from megatron_hybrid.checkpoint.inert_pickle import read_pickle
 from megatron_hybrid.checkpoint.stored_tensor import FilePart, StoredTensor
-from megatron_hybrid.config.tracker import CONFIG_FILE, TRACKER_FILE
+from megatron_hybrid.config.tracker import CONFIG_FILE
 
-INDEX_FILE = ".metadata"
 COMMON_FILE = "common.pt"
 _COMMON_OBJECT = "common_state/shard_0_1"
 
@@ -76,28 +71,6 @@ def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     if len(shape) < 2:
         return (shape[0] if shape else 1), 1
     return torch.Size(shape[:-1]).numel(), shape[-1]
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The folder of one checkpoint: `path` itself, or the newest of a run or of its checkpoints.
-
-    Raises:
-        UserError: there is none, the file that should name it is broken, or nothing says which.
-    """
-    if not path.is_dir():
-        raise CheckpointError(f"{path} does not exist: give a checkpoint, its folder, or its run's")
-    if (path / INDEX_FILE).is_file():
-        return path
-    # A run's own are in checkpoints/; what it started from may lie beside them.
-    for folder in (path / "checkpoints", path):
-        if (folder / TRACKER_FILE).is_file() or checkpoints_in(folder):
-            found = latest_checkpoint(folder)
-            assert found is not None
-            return found
-    raise CheckpointError(
-        f"{path} is no checkpoint: it has neither {INDEX_FILE} nor {TRACKER_FILE}, "
-        "nor a folder checkpoints/ with one"
-    )
 
 
 class CheckpointReader:

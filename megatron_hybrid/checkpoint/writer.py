@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_hybrid.checkpoint.reader import INDEX_FILE, tensor_bytes
+from megatron_hybrid.checkpoint.files import INDEX_FILE
+from megatron_hybrid.checkpoint.reader import tensor_bytes
 from megatron_hybrid.checkpoint.tensor_item import TensorItem
 from megatron_hybrid.fileio import write_atomic
 

@@ -35,6 +35,12 @@ def verify(
     json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
     """Compare layers, logits and greedy text with transformers', in fp32; 1 if they differ."""
+    from checkpoints_converter.errors import ConversionError
+    from megatron_hybrid.checkpoint.files import find_checkpoint
+    from megatron_hybrid.small_files import read_json
+
+    find_checkpoint(checkpoint)  # what is not there is said before torch is loaded
+    read_json(out / "config.json", ConversionError)
     # Both sides compute on the CPU, whatever there is; read when torch looks for devices.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from checkpoints_converter.verify import TOLERANCE

@@ -57,6 +57,9 @@ def to_hf(
     threads: ThreadsOption = None,
 ) -> None:
     """Write a training checkpoint of any layout as a folder that transformers loads."""
+    from megatron_hybrid.checkpoint.files import find_checkpoint
+
+    find_checkpoint(checkpoint)  # what is not there is said before torch is loaded
     from checkpoints_converter.export import ExportOptions, export
 
     options = ExportOptions(
@@ -92,6 +95,10 @@ def from_hf(
     threads: ThreadsOption = None,
 ) -> None:
     """Write a model of transformers as a checkpoint that `pretrain --load` goes on from."""
+    from checkpoints_converter.errors import ConversionError
+    from megatron_hybrid.small_files import read_json
+
+    read_json(source / "config.json", ConversionError)  # before torch is loaded
     from checkpoints_converter.importing import ImportOptions, import_model
 
     options = ImportOptions(

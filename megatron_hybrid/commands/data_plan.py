@@ -51,7 +51,10 @@ def plan(
 
     if write is not None and scale is None:
         raise typer.BadParameter("only with --scale", param_hint="--write")
-    config = load_config(context.args, which=(*rules.PLAN, objective_fits))
+    # No sample depends on the learning rate; a config that is written has it from who wrote it.
+    unneeded = {"optimizer": {"lr": 1e-4}} if write is None else None
+    which = (*rules.PLAN, objective_fits)
+    config = load_config(context.args, which=which, stand_in=unneeded)
     if scale is not None:
         config = scale_config(config, parse_scale(scale))
     saved = _saved_plan(config)

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FILE_COLUMNS = 160  # of a table that goes to no terminal
-UNNEEDED = {"optimizer": {"lr": 1e-4}}  # a run needs it, its plan does not go by it
+# A run needs them, its plan does not go by them.
+UNNEEDED = {"optimizer": {"lr": 1e-4}, "training": {"train_iters": 10**6}}
 
 
 def plan(

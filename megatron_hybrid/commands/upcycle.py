@@ -95,19 +95,21 @@ def upcycle(
     """
     from rich.console import Console
 
-    from megatron_hybrid.checkpoint.reader import CheckpointReader, find_checkpoint
+    from megatron_hybrid.checkpoint.files import find_checkpoint
+
+    chosen = None if layers is None else _layers(layers)
+    source = find_checkpoint(load)  # what is not there is said before torch is loaded
+    from megatron_hybrid.checkpoint.reader import CheckpointReader
     from megatron_hybrid.checkpoint.source_model import source_config
     from megatron_hybrid.config import UpcyclingConfig
     from megatron_hybrid.upcycling.report import print_report
     from megatron_hybrid.upcycling.request import Request, refuse_unsaid, upcycled_config
     from megatron_hybrid.upcycling.write import Upcycling, refuse_to_replace
 
-    chosen = None if layers is None else _layers(layers)
     request = Request(
         experts, granularity, topk, chosen, shared_experts, router_order == "softmax-topk"
     )
     refuse_to_replace(save)
-    source = find_checkpoint(load)
     with CheckpointReader(source) as reader:
         dense = source_config(reader, model)
         if model is None and reader.config_file is None:

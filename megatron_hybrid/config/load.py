@@ -249,6 +249,17 @@ def _sort_typed(line: CommandLine) -> tuple[Values, dict[str, Any]]:
     return typed, inside
 
 
+def _where_unset(stand_in: Mapping[str, Any], values: Values) -> Values:
+    """Those of which nothing is set that stands in their place, as another length of the run."""
+    kept: Values = {}
+    for section, names in stand_in.items():
+        for name, value in names.items():
+            others = REPLACED.get(f"{section}.{name}", ())
+            if all(get_path(values, read_place(other)) is None for other in others):
+                kept.setdefault(section, {})[name] = value
+    return kept
+
+
 def load_config(
     args: Sequence[str],
     *,
@@ -288,7 +299,7 @@ def load_config(
     typed.pop("preset", None)
     values = merge(_forget_following(layers.values), typed)
     if stand_in is not None:
-        values = merge(stand_in, values)
+        values = merge(_where_unset(stand_in, values), values)
     for path, value in inside.items():
         *outer, last = read_place(path)
         for other in REPLACED_INSIDE.get(last, ()) if value is not None else ():

@@ -134,12 +134,12 @@ def test_layers_of_any_valid_run_can_be_measured(name: str) -> None:
 
 
 def test_asks_only_for_what_it_goes_by(tmp_path: Path) -> None:
-    """A model and a layout are enough: no learning rate, which no plan depends on."""
+    """A model and a layout are enough: no learning rate and no length, of which no plan is."""
     path = tmp_path / "model.yaml"
     path.write_text(
         "model: {hybrid_layer_pattern: '*-*-|*-*-', hidden_size: 64, num_attention_heads: 4, "
         "vocab_size: 256}\ndata: {tokenizer_type: 'null', seq_length: 128}\n"
-        "training: {global_batch_size: 8, train_iters: 1}\n"
+        "training: {global_batch_size: 8}\n"
         "parallel: {pipeline_model_parallel_size: 2}\n"
     )
     text = plan(str(path), "--gpus", "2")

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_hybrid.commands.plan import UNNEEDED
 from megatron_hybrid.config import (
     CONFIG_FILE,
     TRACKER_FILE,
@@ -310,3 +311,19 @@ def test_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: pytest.Monke
     assert config.data.sources["web"].path == (f"{tmp_path}/a", f"{tmp_path}/b_*")
     with pytest.raises(ConfigError, match=f"checkpoint.load={tmp_path}/x: no such folder"):
         load_config(["--load", "~/x"])
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ([], (10**6, None, 1e-4)),
+        (["training.train_tokens=640"], (None, 640, 1e-4)),
+        (["training.train_iters=3", "optimizer.lr=2e-3"], (3, None, 2e-3)),
+    ],
+)
+def test_stand_ins(typed: list[str], expected: tuple[int | None, int | None, float]) -> None:
+    """Of what a command does not go by, where nothing sets it, nor what stands in its place."""
+    line = ["model.hybrid_layer_pattern=M", "model.hidden_size=64", "model.vocab_size=64", *typed]
+    found = load_config(line, which=rules.NO_FILES, stand_in=UNNEEDED)
+    length = found.training.train_iters, found.training.train_tokens
+    assert (*length, found.optimizer.lr) == expected

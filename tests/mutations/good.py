@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from megatron_hybrid.checkpoint.reader import CheckpointReader, find_checkpoint, tensor_bytes
+from megatron_hybrid.checkpoint.files import find_checkpoint
+from megatron_hybrid.checkpoint.reader import CheckpointReader, tensor_bytes
 from tests.data.tokenizer_files import FAST_KINDS, save_kind
 from tests.mutations.outcome import run
 

@@ -50,7 +50,8 @@ def upcycle(
     dense_run: Path, save: Path, request: Request, *more: str, **options: Any
 ) -> tuple[RunConfig, Path]:
     """Make a MoE checkpoint of a run's newest: its config and its folder."""
-    from megatron_hybrid.checkpoint.reader import CheckpointReader, find_checkpoint
+    from megatron_hybrid.checkpoint.files import find_checkpoint
+    from megatron_hybrid.checkpoint.reader import CheckpointReader
     from megatron_hybrid.checkpoint.source_model import source_config
 
     source = find_checkpoint(dense_run)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_hybrid.checkpoint import files
-from megatron_hybrid.checkpoint.reader import CheckpointReader, find_checkpoint
+from megatron_hybrid.checkpoint.files import find_checkpoint
+from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.source_model import source_config
 from megatron_hybrid.cli import main
 from megatron_hybrid.config import CONFIG_FILE, TRACKER_FILE, UpcyclingConfig, load_config

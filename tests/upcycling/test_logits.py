@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_hybrid.checkpoint.reader import find_checkpoint
+from megatron_hybrid.checkpoint.files import find_checkpoint
 from megatron_hybrid.testing import run_distributed
 from megatron_hybrid.upcycling.request import Request
 from tests.upcycling.models import (

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_hybrid.checkpoint.reader import CheckpointReader, find_checkpoint
+from megatron_hybrid.checkpoint.files import find_checkpoint
+from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.source_model import source_config
 from megatron_hybrid.checkpoint.writer import CheckpointWriter
 from megatron_hybrid.config import ModelConfig, UpcyclingConfig, build_config, load_config
