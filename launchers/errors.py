@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_hybrid.fileio import write_atomic
+from megatron_hybrid.human import say
 from megatron_hybrid.json_text import parse_json
 
 ERROR_FILE = "MEGATRON_HYBRID_ERROR_FILE"
@@ -86,14 +87,13 @@ def record_error(text: str) -> bool:
     error = RankError(time.time(), rank, socket.gethostname(), POSITION.iteration, text.rstrip())
     write_atomic(Path(path), json.dumps(asdict(error)))
     if _console is not None:
-        print(error.text, file=sys.stderr, flush=True)
+        say(error.text, sys.stderr)
         if _is_first(Path(path).parent):
             if rank:
-                print(error.text, file=_console)
+                say(error.text, _console)
             if error.text.startswith("Traceback "):
                 world = os.environ.get("WORLD_SIZE", "1")
-                print(f"error: rank {rank} of {world} on {error.host} failed first", file=_console)
-            _console.flush()
+                say(f"error: rank {rank} of {world} on {error.host} failed first", _console)
     return True
 
 

@@ -20,6 +20,7 @@ from types import FrameType
 from launchers.environment import own_code
 from launchers.errors import ERROR_FILE, error_file, output_file, read_error
 from launchers.place import ATTEMPT, free_port
+from megatron_hybrid.human import say
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _POLL_S = 0.05
@@ -134,14 +135,14 @@ class _Ranks:
         rank = min(failed, key=lambda rank: (error.time if (error := errors[rank]) else 0, rank))
         code, error = failed[rank], errors[rank]
         if error is not None:
-            print(error.text, file=sys.stderr)
+            say(error.text, sys.stderr)
             if error.text.startswith("Traceback "):
-                print(f"error: rank {rank} of {self._nproc} failed first", file=sys.stderr)
+                say(f"error: rank {rank} of {self._nproc} failed first", sys.stderr)
         else:
             lines = output_file(self._folder, rank).read_text(errors="replace").splitlines()[-30:]
-            print("\n".join(lines), file=sys.stderr)
+            say("\n".join(lines), sys.stderr)
             cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            print(f"error: rank {rank} of {self._nproc} ended by {cause}", file=sys.stderr)
+            say(f"error: rank {rank} of {self._nproc} ended by {cause}", sys.stderr)
         return 128 - code if code < 0 else code
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launchers.environment import whole_number
+from megatron_hybrid.human import say
 
 LOGS = "logs"  # in the folder of a run
 ATTEMPT = "MEGATRON_HYBRID_ATTEMPT"
@@ -63,10 +64,10 @@ class Place:
         cores = min(told, usable) if told else usable // self.local_world_size
         if told > usable and self.rank == 0:
             # Since 22.05 srun does not take it from the job, whose variable is there all the same.
-            print(
+            say(
                 f"warning: SLURM_CPUS_PER_TASK={told}, and rank 0 may use {usable} CPUs: "
                 f"start the ranks with srun --cpus-per-task={told}",
-                file=sys.stderr,
+                sys.stderr,
             )
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
 

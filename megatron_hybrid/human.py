@@ -1,6 +1,8 @@
-"""Numbers as people read them."""
+"""For people: numbers as they read them, and lines."""
 
 import math
+import sys
+from typing import TextIO
 
 
 def human_count(value: float, decimals: int = 1) -> str:
@@ -21,3 +23,15 @@ def human_duration(seconds: float) -> str:
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
     return (f"{days}d " if days else "") + f"{hour:02d}:{minute:02d}:{second:02d}"
+
+
+def say(text: str, to: TextIO | None = None) -> None:
+    """A line as it is, without colours or wrapping, at once: on stdout, if on no other stream.
+
+    What the library tells people goes through here, through a `rich` console, or into the log.
+    Python has None for a stdout that was closed before it started.
+    """
+    stream = to or sys.stdout
+    if stream is not None:
+        stream.write(f"{text}\n")
+        stream.flush()

@@ -1,14 +1,17 @@
 """The log, for people and for machines."""
 
+import ast
 import json
 import logging
 import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
+import megatron_hybrid
 from launchers.errors import POSITION
 from megatron_hybrid import log
 from megatron_hybrid.log import Level, show_log
@@ -84,3 +87,19 @@ def test_options() -> None:
     wrong = subprocess.run([*command, "loud", *words], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
     assert "debug" in wrong.stderr
+
+
+def test_the_library_prints_nothing_by_itself() -> None:
+    """What is for people goes through `say`, a console, or the log; commands may print."""
+    root = Path(megatron_hybrid.__file__).parents[1]
+    found = []
+    for folder in ("megatron_hybrid", "launchers", "checkpoints_converter"):
+        for file in sorted((root / folder).rglob("*.py")):
+            name = file.relative_to(root).as_posix()
+            if name.startswith(("megatron_hybrid/commands/", "megatron_hybrid/cli")):
+                continue
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                called = node.func if isinstance(node, ast.Call) else None
+                if isinstance(called, ast.Name) and called.id == "print":
+                    found.append(f"{name}:{called.lineno}")
+    assert found == []

@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_hybrid.config import RunConfig, build_config, rules
 from megatron_hybrid.config.yaml_text import parse_yaml
+from megatron_hybrid.human import say
 from megatron_hybrid.planner.hardware import GPUS, RESERVE_GIB, SHARES, Gpu, Shares
 from megatron_hybrid.planner.layer_time import Features
 from megatron_hybrid.planner.memory import rank_memory
@@ -243,9 +244,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, help="draw published against predicted into a PNG")
     output = parser.parse_args().output
-    print(table())
+    say(table())
     for kind, found in measure_accuracy().items():
-        print(f"\n{kind}: {found.runs} runs, median {found.median:.1%}, worst {found.worst:.1%}")
+        say(f"\n{kind}: {found.runs} runs, median {found.median:.1%}, worst {found.worst:.1%}")
     if output is not None:
         draw(output)
 

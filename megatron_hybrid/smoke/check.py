@@ -17,6 +17,7 @@ from rich.table import Table
 from megatron_hybrid.config import TRACKER_FILE
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import write_atomic
+from megatron_hybrid.human import say
 from megatron_hybrid.smoke.facts import Facts, find_facts
 from megatron_hybrid.smoke.layouts import (
     FIRST_SAVED,
@@ -164,7 +165,7 @@ class _Test:
             self._console.print(f"all agree to {self._tolerance:g}, in {self._device()}")
             return
         for each in failed:
-            print(f"error: {each.name}: {each.problem}", file=sys.stderr)
+            say(f"error: {each.name}: {each.problem}", sys.stderr)
 
     def _device(self) -> str:
         return "bf16 on GPUs" if self._has_gpu else "fp32 on the CPU"

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 
 from launchers.environment import own_code
 from megatron_hybrid.errors import UserError
+from megatron_hybrid.human import say
 
 
 @dataclass(frozen=True)
@@ -53,4 +54,4 @@ def _look() -> Facts:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(_look())))
+    say(json.dumps(asdict(_look())))

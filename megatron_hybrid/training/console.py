@@ -7,7 +7,7 @@ import sys
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from megatron_hybrid.human import human_count, human_duration
+from megatron_hybrid.human import human_count, human_duration, say
 from megatron_hybrid.training.callbacks.base import Evaluation
 from megatron_hybrid.training.step_metrics import StepMetrics
 
@@ -87,7 +87,7 @@ class RunConsole:
     def line(self, text: str) -> None:
         """Print a line as it is: no markup, no colours, no wrapping."""
         if self._bar is None:
-            print(text, flush=True)
+            say(text)
         else:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 

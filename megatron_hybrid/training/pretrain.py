@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from megatron_hybrid.claim import claimed
 from megatron_hybrid.config import RunConfig, validate
 from megatron_hybrid.config.notes import notes
+from megatron_hybrid.human import say
 from megatron_hybrid.platform import initialize
 from megatron_hybrid.platform.backend import probe, resolve_backend
 from megatron_hybrid.platform.imports import importing
@@ -47,9 +48,9 @@ def pretrain(config: RunConfig) -> str:
         config, tokenizer, start = open_run(config, launched_world_size())
         if is_rank_zero():
             ranks = f"{launched_world_size()} ranks on {platform.device}, backend {backend}"
-            print(ranks, flush=True)
+            say(ranks)
             for note in notes(config):
-                print(f"note: {note}", flush=True)
+                say(f"note: {note}")
             _draw_plan(config, start)
         with process_groups(config, platform):
             with importing():

@@ -11,6 +11,7 @@ from megatron_hybrid.config import RunConfig
 from megatron_hybrid.data.datasets import RunData
 from megatron_hybrid.data.saved_plan import DATA_PLAN_FILE
 from megatron_hybrid.errors import UserError
+from megatron_hybrid.human import say
 from megatron_hybrid.training.checkpoint import load_checkpoint
 from megatron_hybrid.training.distributed import is_rank_zero
 from megatron_hybrid.training.start import Start
@@ -60,12 +61,11 @@ def take_up(
         progress.loss_average = None  # of other losses
     if is_rank_zero():
         done = "upcycled" if upcycle else "loaded"
-        print(f"{done} {folder}: step {progress.iteration}", flush=True)
+        say(f"{done} {folder}: step {progress.iteration}")
         if consumed and start.saved_plan is None and start.data.plan is not None:
-            print(
+            say(
                 f"{folder} holds no plan of its data: the run goes on at sample "
                 f"{consumed} of the plan that its config makes, parts of which may have been "
-                "read before in another order",
-                flush=True,
+                "read before in another order"
             )
     return progress

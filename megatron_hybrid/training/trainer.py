@@ -15,6 +15,7 @@ from megatron_hybrid.data.datasets import open_windows
 from megatron_hybrid.data.loader import Replica, build_iterator
 from megatron_hybrid.data.tokenizer import Tokenizer
 from megatron_hybrid.data.windows import Windows
+from megatron_hybrid.human import say
 from megatron_hybrid.model.build import build_model_chunks
 from megatron_hybrid.model.transformer_config import transformer_config
 from megatron_hybrid.platform import Platform
@@ -117,7 +118,7 @@ class Trainer:
             saved_at = progress.iteration
             reason = "finished"
             if progress.consumed_samples >= steps.samples and is_rank_zero():
-                print(f"nothing is left to train: all {steps.samples} samples are read", flush=True)
+                say(f"nothing is left to train: all {steps.samples} samples are read")
             while progress.consumed_samples < steps.samples:
                 self.callbacks.before_step(self)
                 step = self._step(signals)

@@ -8,6 +8,7 @@ from types import FrameType
 from megatron_hybrid.data.progress import show_progress
 from megatron_hybrid.data.tokenizing.pipeline import tokenize
 from megatron_hybrid.data.tokenizing.settings import TokenizeReport, TokenizeSettings
+from megatron_hybrid.human import say
 
 
 def tokenize_on_console(settings: TokenizeSettings) -> None:
@@ -35,14 +36,14 @@ def _print_report(settings: TokenizeSettings, report: TokenizeReport, seconds: f
         if facts.learnt_tokens is not None:
             share = facts.learnt_tokens / facts.tokens
             kind, learnt = "conversations", f" ({facts.learnt_tokens:,} learnt, {share:.0%})"
-        print(
+        say(
             f"{settings.outputs[key]}.bin: {facts.documents:,} {kind}, {facts.tokens:,} tokens"
             f"{learnt}, {facts.input.empty:,} empty lines left out"
         )
     megabytes = report.input_bytes / 1e6
-    print(
+    say(
         f"{report.lines:,} lines, {report.rejected:,} rejected; "
         f"{megabytes:.1f} MB in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s)"
     )
     if report.rejected:
-        print(f"rejected lines, with reasons: {settings.rejected_path}")
+        say(f"rejected lines, with reasons: {settings.rejected_path}")

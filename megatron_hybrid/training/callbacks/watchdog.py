@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from launchers.errors import record_error
 from megatron_hybrid.fileio import write_atomic
+from megatron_hybrid.human import say
 from megatron_hybrid.json_text import parse_json
 from megatron_hybrid.training.callbacks.base import Callback, Evaluation, Step
 from megatron_hybrid.training.whereabouts import Report, explain, locate
@@ -96,7 +97,7 @@ class Watchdog(Callback):
         if path == min(self._folder.glob(_report_file("*"))):
             text = explain(self._reports(), self._world_size, self._timeout_s or 0, self._folder)
             if not record_error(text):
-                print(text, file=sys.stderr, flush=True)
+                say(text, sys.stderr)
         else:
             time.sleep(SETTLE_S)  # the error of the one that explains must be the first
         os._exit(EXIT_CODE)

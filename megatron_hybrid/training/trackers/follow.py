@@ -9,6 +9,7 @@ again.
 
 import fcntl
 import json
+import logging
 import os
 import select
 import signal
@@ -24,10 +25,13 @@ from typing import Any
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import write_atomic
 from megatron_hybrid.json_text import parse_json
+from megatron_hybrid.log import JSON, LEVEL, Level, show_log
 from megatron_hybrid.small_files import naming, read_json
 from megatron_hybrid.training.metrics import METRICS_FILE
 from megatron_hybrid.training.trackers.base import Target, Tracker
 from megatron_hybrid.training.trackers.rows import Row, Rows
+
+logger = logging.getLogger("megatron_hybrid.training.trackers.follow")  # also as a program
 
 FOLDER = "trackers"  # of a run
 PREFIX = "end "
@@ -106,7 +110,7 @@ def follow(copy: Copy, ended: Callable[[float], tuple[bool, str | None]]) -> Non
             failed_at = time.monotonic()
         else:
             if failed_at is not None:
-                print(f"{kind}: has everything again", file=sys.stderr, flush=True)
+                logger.info("%s: has everything again", kind)
             failed_at = None
         if over:
             return
@@ -114,12 +118,10 @@ def follow(copy: Copy, ended: Callable[[float], tuple[bool, str | None]]) -> Non
 
 def _warn(target: Target, error: Exception) -> None:
     text = " ".join(str(error).split())[:300] or type(error).__name__
-    print(
-        f"warning: {target.kind} cannot be reached: {text}\n"
-        f"{METRICS_FILE} has what it lacks: it is sent when that is possible again, or by "
-        f"`megatron-hybrid track {target.run_dir}`",
-        file=sys.stderr,
-        flush=True,
+    logger.warning(
+        "warning: %s cannot be reached: %s\n%s has what it lacks: it is sent when that is possible "
+        "again, or by `megatron-hybrid track %s`",
+        *(target.kind, text, METRICS_FILE, target.run_dir),
     )
 
 
@@ -225,6 +227,7 @@ def main() -> None:
     # A scheduler's signals are for the run, whose end is seen here; what it has left is still sent.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    show_log(Level(os.environ.get(LEVEL) or Level.INFO), as_json=os.environ.get(JSON) == "1")
     parent = os.getppid()
     facts = parse_json(sys.stdin.readline())
     target = Target(**{**facts, "run_dir": Path(facts["run_dir"])})
