@@ -3,11 +3,11 @@
 `train_steps` runs on each rank; `merge_gradients` puts the ranks' parts together again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,8 +65,19 @@ LAYOUTS = (
 )
 
 
-def layout_config(layout: Layout, layers: str, *, packed: bool, recompute: bool) -> RunConfig:
+class Variant(NamedTuple):
+    """How the steps are done; `sft`: of what is packed, a part is learnt, as of conversations."""
+
+    packed: bool
+    recompute: bool = False
+    sft: bool = False
+
+
+def layout_config(
+    layout: Layout, layers: str, *, packed: bool, recompute: bool, sft: bool = False
+) -> RunConfig:
     """A small fp32 model in a layout; the same weights and data whatever the layout."""
+    objective = "masked_diffusion" if layers == DIFFUSION else "sft" if sft else "pretraining"
     moe = {
         "num_moe_experts": 4,
         "moe_ffn_hidden_size": 32,
@@ -111,7 +122,7 @@ def layout_config(layout: Layout, layers: str, *, packed: bool, recompute: bool)
             "training": {
                 "global_batch_size": GLOBAL_BATCH_SIZE,
                 "train_iters": STEPS,
-                "objective": "masked_diffusion" if layers == DIFFUSION else "pretraining",
+                "objective": objective,
                 "objective_options": {"mask_token_id": EOD} if layers == DIFFUSION else {},
                 "recompute_granularity": "full" if recompute else None,
                 "recompute_method": "uniform" if recompute else None,
@@ -131,8 +142,9 @@ def layout_config(layout: Layout, layers: str, *, packed: bool, recompute: bool)
     )
 
 
-def sample(index: int, packed: bool) -> Batch:
-    """Sample `index` of the run: random tokens, with document ends when packed."""
+def sample(index: int, packed: bool, sft: bool = False) -> Batch:
+    """Sample `index` of the run: random tokens, with document ends when packed; with `sft`, few
+    samples have as many tokens that are learnt as another."""
     draws = torch.Generator().manual_seed(index)
     tokens = torch.randint(1, VOCAB_SIZE, (1, SEQ_LENGTH + 1), generator=draws)
     if packed:
@@ -144,13 +156,14 @@ def sample(index: int, packed: bool) -> Batch:
         positions = torch.arange(SEQ_LENGTH)[None]
         return Batch(inputs, labels, torch.ones(1, SEQ_LENGTH), positions, samples=(index,))
     packing = pack_documents(inputs == EOD)
+    learnt = torch.rand(1, SEQ_LENGTH, generator=draws) < (1 + index % 5) / 8
     return Batch(
-        inputs, labels, packing.loss_mask, packing.position_ids,
+        inputs, labels, packing.loss_mask * (learnt if sft else 1.0), packing.position_ids,
         packing.cu_seqlens, packing.max_seqlen, packing.seq_idx, (index,),
     )  # fmt: skip
 
 
-def batches_of_this_rank(packed: bool) -> Iterator[Batch]:
+def batches_of_this_rank(packed: bool, sft: bool = False) -> Iterator[Batch]:
     """This data-parallel rank's contiguous share of each global batch, without end."""
     from megatron.core import parallel_state
 
@@ -159,7 +172,7 @@ def batches_of_this_rank(packed: bool) -> Iterator[Batch]:
     step = 0
     while True:
         first = step * GLOBAL_BATCH_SIZE + rank * share
-        yield from (sample(i, packed) for i in range(first, first + share))
+        yield from (sample(i, packed, sft) for i in range(first, first + share))
         step += 1
 
 
@@ -202,27 +215,24 @@ def save_weights(layers: str, folder: Path) -> None:
 
 
 def train_variants(
-    layout: Layout, layers: str, weights: Path, variants: list[tuple[bool, bool]]
+    layout: Layout, layers: str, weights: Path, variants: Sequence[Variant]
 ) -> list[list[tuple[float, float, dict[str, Any]]]]:
-    """On a rank: `train_steps` with each of several (packed, recompute), for one start of ranks."""
-    return [
-        train_steps(layout, layers, weights, packed=packed, recompute=recompute)
-        for packed, recompute in variants
-    ]
+    """On a rank: `train_steps` in each of several variants, for one start of ranks."""
+    return [train_steps(layout, layers, weights, *variant) for variant in variants]
 
 
 def train_steps(
-    layout: Layout, layers: str, weights: Path, *, packed: bool, recompute: bool
+    layout: Layout, layers: str, weights: Path, packed: bool, recompute: bool, sft: bool = False
 ) -> list[tuple[float, float, dict[str, Any]]]:
     """On a rank: the steps' losses, gradient norms and this rank's parts of the gradients."""
     from megatron_hybrid.training.checkpoint import load_checkpoint
     from megatron_hybrid.training.step import BatchShape
 
-    config = layout_config(layout, layers, packed=packed, recompute=recompute)
+    config = layout_config(layout, layers, packed=packed, recompute=recompute, sft=sft)
     results = []
     with built(config) as (model, optimizer, stepper):
         load_checkpoint(config, weights, model, optimizer, weights_only=True)
-        data = batches_of_this_rank(packed)
+        data = batches_of_this_rank(packed, sft)
         for _ in range(STEPS):
             shape = BatchShape(GLOBAL_BATCH_SIZE, SEQ_LENGTH)
             result = stepper.train(data, shape, float("inf"), [])

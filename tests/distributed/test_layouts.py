@@ -14,6 +14,7 @@ from tests.distributed.layouts import (
     MOE,
     ONE_RANK,
     Layout,
+    Variant,
     merge_gradients,
     save_weights,
     train_variants,
@@ -21,7 +22,10 @@ from tests.distributed.layouts import (
 
 RELATIVE_TOLERANCE = 1e-5
 
-VARIANTS = [(packed, recompute) for packed in (False, True) for recompute in (False, True)]
+VARIANTS = [Variant(packed, again) for packed in (False, True) for again in (False, True)]
+SFT = Variant(packed=True, sft=True)
+# Another objective meets no other code than that of single dimensions.
+SINGLE = ("TP2+SP", "PP2", "CP2", "EP2")
 Steps = list[tuple[float, float, dict[str, Tensor]]]
 
 
@@ -36,49 +40,51 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @cache
-def steps_of(layout: Layout, layers: str, weights: Path) -> dict[tuple[bool, bool], Steps]:
-    """{(packed, recompute): the steps of a layout, with the gradients of the whole model}."""
+def steps_of(layout: Layout, layers: str, weights: Path) -> dict[Variant, Steps]:
+    """By variant, the steps of a layout, with the gradients of the whole model."""
+    variants = variants_of(layout, layers)
     of_ranks = run_distributed(
-        train_variants, layout.ranks, layout, layers, weights, VARIANTS, timeout_s=300
+        train_variants, layout.ranks, layout, layers, weights, variants, timeout_s=300
     )
     return {
         variant: [
             (step[0][0], step[0][1], merge_gradients([rank[2] for rank in step]))
             for step in zip(*ranks, strict=True)
         ]
-        for variant, ranks in zip(VARIANTS, zip(*of_ranks, strict=True), strict=True)
+        for variant, ranks in zip(variants, zip(*of_ranks, strict=True), strict=True)
     }
 
 
-def trained(layout: Layout, layers: str) -> bool:
-    """Whether a layout is tried with a model; another objective meets no other code than that of
-    single dimensions."""
-    if layers == DIFFUSION:
-        return layout.name in ("TP2+SP", "PP2", "CP2", "EP2")
-    return layers == MOE or not layout.needs_moe
+def variants_of(layout: Layout, layers: str) -> list[Variant]:
+    """Those in which a layout is tried with a model."""
+    if layers == DIFFUSION and layout != ONE_RANK and layout.name not in SINGLE:
+        return []
+    if layers != MOE:
+        return [] if layout.needs_moe and layers != DIFFUSION else VARIANTS
+    return [*VARIANTS, SFT] if layout == ONE_RANK or layout.name in SINGLE else VARIANTS
 
 
 NAMES = {DENSE: "dense", MOE: "moe", DIFFUSION: "diffusion"}
 CASES = [
     pytest.param(
-        layout, layers, packed, recompute,
-        id=f"{layout.name}-{NAMES[layers]}"
-        f"{'-packed' if packed else ''}{'-recompute' if recompute else ''}",
+        layout, layers, variant,
+        id="-".join([layout.name, NAMES[layers],
+                     *(name for name, chosen in variant._asdict().items() if chosen)]),
     )
     for layout in (ONE_RANK, *LAYOUTS)
     for layers in NAMES
-    for packed, recompute in VARIANTS
-    if trained(layout, layers) and (layout != ONE_RANK or recompute)
+    for variant in variants_of(layout, layers)
+    if layout != ONE_RANK or variant.recompute
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("layout", "layers", "packed", "recompute"), CASES)
+@pytest.mark.parametrize(("layout", "layers", "variant"), CASES)
 def test_equals_one_rank(
-    layout: Layout, layers: str, packed: bool, recompute: bool, weights: dict[str, Path]
+    layout: Layout, layers: str, variant: Variant, weights: dict[str, Path]
 ) -> None:
     """Two steps of training agree with one rank's, to 1e-5 of each gradient's norm."""
-    expected = steps_of(ONE_RANK, layers, weights[layers])[packed, False]
-    actual = steps_of(layout, layers, weights[layers])[packed, recompute]
+    expected = steps_of(ONE_RANK, layers, weights[layers])[variant._replace(recompute=False)]
+    actual = steps_of(layout, layers, weights[layers])[variant]
     for (loss, norm, gradients), (ref_loss, ref_norm, ref_gradients) in zip(
         actual, expected, strict=True
     ):
