@@ -198,7 +198,13 @@ def _open_tokenizer(
     from megatron_hybrid.data.tokenizer import build_tokenizer, load_tokenizer
     from megatron_hybrid.data.tokenizing.settings import naming_flags
 
-    if model is None and tokenizer_type != "null":
+    if model is None and tokenizer_type not in (None, "null"):
+        raise typer.BadParameter(
+            f"{tokenizer_type} needs --tokenizer-model", param_hint="--tokenizer-type"
+        )
+    if model is not None and tokenizer_type == "null":
+        raise typer.BadParameter("reads ids: no --tokenizer-model", param_hint="--tokenizer-type")
+    if model is None and tokenizer_type is None:
         return None
     tokenizer_type = tokenizer_type or _type_in_facts(prefixes)
     with naming_flags():

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.index import Index
 from megatron_hybrid.data.rows import Rows, pack_rows
+from megatron_hybrid.data.shard import Shard
 from megatron_hybrid.data.source import Source
 from megatron_hybrid.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 
@@ -149,9 +150,24 @@ def note_masks(sources: Mapping[str, Source], objective: str) -> None:
         )  # fmt: skip
 
 
+def _lengths(shard: Shard) -> NDArray[np.int64]:
+    """Tokens of each conversation, by the index, on which the rows depend.
+
+    Raises:
+        DataError: they do not make up the tokens.
+    """
+    index = Index(shard.prefix)
+    found = np.concatenate([np.empty(0, np.int32), *index.lengths()]).astype(np.int64)
+    if found.min(initial=0) < 0 or found.sum() != shard.tokens:
+        raise DataError(
+            f"{index.path} is damaged: its documents have {found.sum()} tokens, the .bin "
+            f"{shard.tokens}; `megatron-hybrid data verify` says more"
+        )
+    return found
+
+
 def _in_rows(source: Source, seq_length: int) -> ConversationSource:
-    blocks = [block for shard in source.shards for block in Index(shard.prefix).lengths()]
-    lengths = np.concatenate([np.empty(0, dtype=np.int32), *blocks]).astype(np.int64)
+    lengths = np.concatenate([np.empty(0, np.int64), *map(_lengths, source.shards)])
     starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
     fitting = np.minimum(lengths, seq_length)
     cut = np.flatnonzero(lengths > seq_length).tolist()

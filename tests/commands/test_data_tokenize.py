@@ -5,7 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.facts import read_facts
+from megatron_hybrid.data.tokenizing.settings import TokenizeSettings, check
 from tests.data.tokenizing.samples import documents, write_lines
 
 COMMAND = [sys.executable, "-X", "importtime", "-m", "megatron_hybrid.cli", "data", "tokenize"]
@@ -41,11 +45,15 @@ def test_defaults(tmp_path: Path) -> None:
 def test_errors_are_text(tmp_path: Path) -> None:
     """Wrong flags and bad lines end the command with code 1 and one message."""
     wrong = run("--input", tmp_path / "no.jsonl", "--output", tmp_path / "web", "--workers", "0",
-                "--tokenizer-type", "huggingface")  # fmt: skip
+                "--tokenizer-type", "huggingface", "--vocab-size", "9")  # fmt: skip
     message = wrong.stderr[wrong.stderr.index("error:") :]
     assert wrong.returncode == 1
-    assert message.startswith("error: 3 problems:\n  - --workers 0")
+    assert message.startswith("error: 4 problems:\n  - --workers 0")
+    assert "--vocab-size 9 is only for --tokenizer-type null" in message
     assert "Traceback" not in message
+    used = TokenizeSettings(("x",), {"text": tmp_path / "y"}, tmp_path / "z", "null", Path("m"), 9)
+    with pytest.raises(DataError, match="--tokenizer-model m is of no use to --tokenizer-type nu"):
+        check(used)
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"content": "1"}) + "\n")
     bad = run("--input", path, "--output", tmp_path / "web", *NULL)

@@ -19,6 +19,7 @@ from megatron_hybrid.data.conversations import (
 from megatron_hybrid.data.datasets import plan_data
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.facts import facts_path
+from megatron_hybrid.data.indexed import HEADER_BYTES
 from megatron_hybrid.data.rows import pack_rows
 from megatron_hybrid.data.source import open_sources
 from megatron_hybrid.data.tokenizer import HuggingFaceTokenizer, NullTokenizer
@@ -118,6 +119,20 @@ def test_shares_and_places(tmp_path: Path, written: list[tuple[list[int], list[b
         assert "no conversation fills" in source.describe(filled)
     last = len(source.rows) - 1
     assert "chat_1.bin: document" in source.describe(last * ROW)
+
+
+def test_an_index_of_other_conversations(
+    tmp_path: Path, written: list[tuple[list[int], list[bool]]]
+) -> None:
+    """Rows go by its lengths, which are looked at: a damaged one would cut elsewhere."""
+    path = tmp_path / "chat_1.idx"
+    content = bytearray(path.read_bytes())
+    content[HEADER_BYTES] += 1  # the first length
+    path.write_bytes(content)
+    with pytest.raises(
+        DataError, match=r"chat_1\.idx is damaged: its documents have \d+ tokens, the"
+    ):
+        opened(tmp_path)
 
 
 def test_files_without_masks(tmp_path: Path) -> None:

@@ -154,6 +154,16 @@ def check(settings: TokenizeSettings) -> tuple[Tokenizer, list[Input]]:
     if not 0 <= settings.max_rejected_fraction < 1:
         fraction = settings.max_rejected_fraction
         problems.append(f"--max-rejected-fraction {fraction:g} must be in [0, 1)")
+    if settings.vocab_size is not None and settings.tokenizer_type != "null":
+        problems.append(
+            f"--vocab-size {settings.vocab_size} is only for --tokenizer-type null: a "
+            f"{settings.tokenizer_type} tokenizer has a size of its own"
+        )
+    if settings.tokenizer_model is not None and settings.tokenizer_type == "null":
+        problems.append(
+            f"--tokenizer-model {settings.tokenizer_model} is of no use to --tokenizer-type null, "
+            "which reads ids"
+        )
     inputs, input_problems = find_inputs(settings.inputs, () if settings.chat else settings.keys)
     problems += input_problems + _output_problems(settings, inputs)
     if settings.chat:

@@ -410,3 +410,6 @@ def test_command(pair: Path) -> None:
     )
     assert model.exit_code == 1
     assert "was made with another tokenizer" in model.stdout
+    for words in (["huggingface"], ["null", "--tokenizer-model", "x", "--vocab-size", "9"]):
+        unused = CliRunner().invoke(app, ["data", "verify", str(pair), "--tokenizer-type", *words])
+        assert unused.exit_code == 2 and "--tokenizer-model" in unused.output
