@@ -1,6 +1,7 @@
 """Which tokens of a conversation are learnt: as transformers says, and by hand."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.data.chat.templates import (
     tokenizer_folder,
     tokenizer_for_chats,
 )
+from tests.mutations.changes import change_value
 
 
 def turns(*contents: str, system: str | None = None) -> list[dict[str, Any]]:
@@ -278,3 +280,21 @@ def test_no_template(config: dict[str, Any], problem: str, folder: Path, tmp_pat
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
     with pytest.raises(DataError, match=problem):
         ChatEncoder(tokenizer_for_chats(tmp_path))
+
+
+def test_mutated_conversations(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Whatever stands in a line: something is learnt of it, or one reason says why nothing is."""
+    templates = (CHATML, MARKED_CHATML, LLAMA, MARKED_LLAMA, NEMOTRON, MARKED_NEMOTRON)
+    encoders = [encoder(tokenizer, template, tmp_path) for template in templates]
+    good = [*CONVERSATIONS, WITH_TOOLS, GIVEN, PARTS, call({"a": 1}), {"messages": WEIGHED}]
+    learnt = 0
+    for seed in range(150):
+        draws = random.Random(seed)
+        record: Any = draws.choice(good)
+        for _ in range(draws.choice([1, 1, 2])):
+            record = change_value(record, draws)[1] if record else {}
+        try:
+            learnt += draws.choice(encoders).encode(record)["learnt"].any()
+        except DataError as error:
+            assert str(error) and "\n" not in str(error)
+    assert 0 < learnt < 100
