@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -134,6 +135,21 @@ def source_tree() -> Path:
             "(pip install --editable, or `python -m megatron_hybrid.cli` in it)"
         )
     return tree
+
+
+def not_kept(config: RunConfig) -> list[str]:
+    """What to say of classes of the user's own: only the code of ours is kept for later starts."""
+    kept = [source_tree() / name for name in CODE]
+    notes = []
+    for word in (config.training.objective, *config.training.callbacks):
+        module = sys.modules.get(word.partition(":")[0]) if ":" in word else None
+        file = Path(module.__file__).resolve() if module and module.__file__ else None
+        if file is not None and not any(file.is_relative_to(each) for each in kept):
+            notes.append(
+                f"{word} is not kept with the code: every start of the run, after a requeue too, "
+                f"takes it from {file}, as it is then"
+            )
+    return notes
 
 
 def prepare(args: Sequence[str], job: Job, array: Sequence[str], script: Path) -> Prepared:

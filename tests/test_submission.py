@@ -9,7 +9,7 @@ import pytest
 from launchers.sbatch import Job
 from launchers.slurm_text import read_options
 from megatron_hybrid.errors import UserError
-from megatron_hybrid.submission import Prepared, combinations, prepare
+from megatron_hybrid.submission import Prepared, combinations, not_kept, prepare
 from tests.training.runs import words
 
 SCRIPT = Path(__file__).parents[1] / "slurm" / "pretrain.sbatch"
@@ -57,6 +57,21 @@ def test_what_excludes_itself_is_refused_before_anything(
     with pytest.raises(UserError, match=problem):
         prepared(tmp_path / name, *more, job=replace(JOB, **job))
     assert not list(tmp_path.iterdir())
+
+
+def test_code_that_is_not_kept(tmp_path: Path) -> None:
+    """A class of one's own may be another one when the run starts again."""
+    own = "tests.objectives.own"
+    line = [f"training.objective={own}:NextByHidden",
+            "training.callbacks=['tests.training.own_callbacks:Seen']"]  # fmt: skip
+    [config] = prepared(tmp_path / "run", *line).configs
+    told = not_kept(config)
+    assert [note.partition(" is not kept")[0] for note in told] == [
+        f"{own}:NextByHidden", "tests.training.own_callbacks:Seen",
+    ]  # fmt: skip
+    assert told[0].endswith("/tests/objectives/own.py, as it is then")
+    [ours] = prepared(tmp_path / "run").configs
+    assert not_kept(ours) == []
 
 
 def test_every_problem_of_a_config_at_once(tmp_path: Path) -> None:

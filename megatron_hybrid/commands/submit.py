@@ -59,7 +59,7 @@ def submit(
     config, the code and the script are kept in the run's folder, in jobs/.
     """
     from launchers.sbatch import Job, hang_note
-    from megatron_hybrid.submission import prepare, source_tree
+    from megatron_hybrid.submission import not_kept, prepare, source_tree
 
     script = template or source_tree() / "slurm" / "pretrain.sbatch"
     job = Job(
@@ -68,8 +68,10 @@ def submit(
         chain=chain, options=tuple(option or ()),
     )  # fmt: skip
     prepared = prepare(context.args, job, array or [], script)
-    if note := hang_note(prepared.text, prepared.configs[0].training.hang_timeout_s):
-        print(f"note: {note}", file=sys.stderr)
+    config = prepared.configs[0]
+    note = hang_note(prepared.text, config.training.hang_timeout_s)
+    for each in (*([note] if note else []), *not_kept(config)):
+        print(f"note: {each}", file=sys.stderr)
     if dry_run:
         print(prepared.text, end="")
         return
