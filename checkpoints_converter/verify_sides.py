@@ -149,11 +149,14 @@ def our_answers(
     Raises:
         UserError: the checkpoint cannot be loaded.
     """
-    from megatron_hybrid.generation import Sampling, open_model
+    from megatron_hybrid.generation import Limits, SamplingParams, open_model
 
     answers = []
     with open_model(config, folder, tokenizer) as generator:
-        model: Any = generator.model
+        model: Any = generator.chunks[0]
+        longest = max(len(prompt.tokens) for prompt in prompts) + max_new_tokens
+        generator.limits = Limits(max_sequences=1, max_tokens=longest)
+        asked = SamplingParams(max_new_tokens=max_new_tokens)
         _round_as_exported(model, export)
         assert config.model.vocab_size is not None
         generator.vocab_size = config.model.vocab_size
@@ -162,9 +165,8 @@ def our_answers(
             tokens = torch.tensor([prompt.tokens])
             with _residuals(model.decoder.layers, batch_first=False) as answer.residuals:
                 answer.logits = generator.logits(tokens)[0, :, : generator.vocab_size]
-            answer.continuation = list(
-                generator.generate(prompt.tokens, max_new_tokens, Sampling())
-            )
+            [[completion]] = generator.generate([prompt.tokens], asked)
+            answer.continuation = completion.tokens
             whole = torch.tensor([[*prompt.tokens, *answer.continuation]])
             with _router_margins(model) as margins:
                 logits = generator.logits(whole)[0, len(prompt.tokens) - 1 :]
@@ -175,7 +177,8 @@ def our_answers(
             best = logits.topk(2).values
             answer.margins = (best[:, 0] - best[:, 1]).tolist()
             answers.append(answer)
-        del generator.model, model
+        generator.close()
+        del generator.chunks, model
     gc.collect()
     return answers
 

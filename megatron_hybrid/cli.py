@@ -4,7 +4,6 @@ import logging
 import os
 import sys
 import traceback
-from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -16,12 +15,12 @@ from launchers.errors import ERROR_FILE, POSITION, record_error, redirect_output
 from launchers.local import launch
 from launchers.place import ATTEMPT, LOGS, Place, join, log_folder
 from megatron_hybrid import cli_text
-from megatron_hybrid.bounds import MOST_NEW_TOKENS, MOST_PROCESSES
+from megatron_hybrid.bounds import MOST_PROCESSES
 from megatron_hybrid.commands import convert as convert_commands
 from megatron_hybrid.commands import data as data_commands
 from megatron_hybrid.commands.app import App
 from megatron_hybrid.commands.config import config as config_command
-from megatron_hybrid.commands.options import ParseSpecialTokens
+from megatron_hybrid.commands.generate import generate
 from megatron_hybrid.commands.plan import UNNEEDED, plan
 from megatron_hybrid.commands.preflight import preflight
 from megatron_hybrid.commands.smoke_test import smoke_test
@@ -168,40 +167,11 @@ app.command(
     options_metavar="[OPTIONS] [section.field=value | --flag value]...",
 )(plan)
 app.command(context_settings=_CONFIG_WORDS, hidden=True)(verdict)
+app.command()(generate)
 app.command()(status)
 app.command()(track)
 app.command("smoke-test")(smoke_test)
 app.command("config", no_args_is_help=True)(config_command)
-
-
-@app.command()
-def generate(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="a run's folder, its checkpoints', or one of them")
-    ],
-    prompt: Annotated[str, typer.Option(help="text to continue")],
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, max=MOST_NEW_TOKENS, help="tokens to add at most")
-    ] = 64,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="only among the k likeliest; 0: all")] = 0,
-    top_p: Annotated[float, typer.Option(help="only among the likeliest that sum to p")] = 1.0,
-    seed: Annotated[int, typer.Option(help="of the draws")] = 1234,
-    parse_special_tokens: ParseSpecialTokens = False,
-) -> None:
-    """Continue a text with a trained model."""
-    from megatron_hybrid.generation import Sampling, generate_text
-
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    pieces = generate_text(
-        checkpoint, prompt, max_new_tokens, sampling, parse_special_tokens=parse_special_tokens
-    )
-    # The prompt not before the model is loaded: an error would follow half a line.
-    first = next(pieces, "")
-    print(prompt + first, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
 
 
 @app.command(context_settings=_CONFIG_WORDS)

@@ -62,26 +62,3 @@ def causal_conv1d(
     if documents is not None:
         final = final.masked_fill((documents[:, -taps:] != documents[:, -1:])[..., None], 0.0)
     return out, final.transpose(1, 2).contiguous()
-
-
-def causal_conv1d_step(
-    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> Tensor:
-    """One token of `causal_conv1d`, for generation; `conv_state` moves on in place.
-
-    Args:
-        x: the new token's inputs [b, c].
-        conv_state: [b, c, k], overwritten with the state after this token.
-        weight: taps [c, k].
-        bias: [c] or None.
-
-    Returns:
-        [b, c] in x's dtype.
-    """
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    conv_state.copy_(torch.roll(conv_state, -1, dims=-1))
-    conv_state[..., -1] = x
-    out = (conv_state.to(compute) * weight.to(compute)).sum(-1)
-    if bias is not None:
-        out = out + bias.to(compute)
-    return F.silu(out).to(x.dtype)

@@ -27,6 +27,15 @@ def silu_gate(y: Tensor, z: Tensor) -> Tensor:
     return (y.to(compute) * F.silu(z.to(compute))).to(y.dtype)
 
 
+def inverse_rms(y: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean of y^2 + eps) over the last dimension: `[..., d]` -> `[..., 1]`.
+
+    Few operations, for where a token has little work: without gradients, dtype of y.
+    """
+    norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+    return norm.square_().div_(y.shape[-1]).add_(eps).rsqrt_()
+
+
 def rms_norm_grouped(y: Tensor, weight: Tensor, group_size: int, eps: float) -> Tensor:
     """y / sqrt(mean over the group of y^2 + eps) * weight; keeps only y and one number a group.
 

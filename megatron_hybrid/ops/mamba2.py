@@ -5,12 +5,11 @@ c = d + 2*g*n convolved channels. `zxbcdt` packs [z (d), x (d), B (g*n), C (g*n)
 last dimension, as megatron-core's `in_proj` does.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_hybrid.errors import UserError
-from megatron_hybrid.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
+from megatron_hybrid.ops.causal_conv1d import causal_conv1d
 from megatron_hybrid.ops.gated_norm import rms_norm_grouped, silu_gate
 from megatron_hybrid.ops.mamba2_fused import Norm, fused_core
 from megatron_hybrid.ops.segments import number_documents
@@ -64,7 +63,7 @@ def mamba2_split_conv1d_scan(
     norm = _norm(sizes, norm_weight, norm_group_size, norm_eps)
     parameters = (conv1d_weight, conv1d_bias, dt_bias, A, D)
     if backend == "torch":
-        return fused_core(zxbcdt, *parameters, norm_weight, sizes, norm, seq_idx)[0]
+        return fused_core(zxbcdt, *parameters, norm_weight, sizes, norm, seq_idx)
     if backend == "mamba_ssm":
         y = _mamba_ssm(zxbcdt, *parameters, sizes, seq_idx)
     else:
@@ -72,91 +71,6 @@ def mamba2_split_conv1d_scan(
     if norm is None or norm_weight is None:
         return y
     return rms_norm_grouped(y, norm_weight, norm.group_size, norm.eps)
-
-
-def mamba2_prefill(
-    zxbcdt: Tensor,
-    conv1d_weight: Tensor,
-    conv1d_bias: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    *,
-    head_dim: int,
-    num_groups: int,
-    norm_weight: Tensor | None = None,
-    norm_group_size: int | None = None,
-    norm_eps: float = 1e-5,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A prompt for generation: `mamba2_split_conv1d_scan` and the states after the last token.
-
-    Returns:
-        y [b, l, d]; conv_state [b, c, k] in zxbcdt's dtype; ssm_state [b, h, p, n] in float64 for
-        float64 `zxbcdt`, else float32. The states carry no gradient.
-
-    Raises:
-        UserError: shapes that do not fit.
-    """
-    sizes = _sizes(zxbcdt, conv1d_weight, A, head_dim, num_groups)
-    norm = _norm(sizes, norm_weight, norm_group_size, norm_eps)
-    y, ssm_state = fused_core(
-        zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, norm_weight, sizes, norm, None
-    )
-    _, xbc, _ = _split(zxbcdt.detach(), sizes)
-    taps = conv1d_weight.shape[1]
-    last = F.pad(xbc[:, -taps:], (0, 0, max(taps - xbc.shape[1], 0), 0))
-    return y, last.transpose(1, 2).contiguous(), ssm_state
-
-
-@torch.no_grad()
-def mamba2_decode_step(
-    zxbcdt: Tensor,
-    conv_state: Tensor,
-    ssm_state: Tensor,
-    conv1d_weight: Tensor,
-    conv1d_bias: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    *,
-    head_dim: int,
-    num_groups: int,
-    norm_weight: Tensor | None = None,
-    norm_group_size: int | None = None,
-    norm_eps: float = 1e-5,
-) -> Tensor:
-    """One token more after `mamba2_prefill`; both states move on in place.
-
-    Args:
-        zxbcdt: the new token's [b, 2d + 2gn + h].
-        conv_state: [b, c, k]. ssm_state: [b, h, p, n], dtype as `mamba2_prefill` returns it.
-        The others are as in `mamba2_split_conv1d_scan`.
-
-    Returns:
-        [b, d] in zxbcdt's dtype, equal to the last token of a forward over the whole sequence.
-
-    Raises:
-        UserError: shapes that do not fit.
-    """
-    sizes = _sizes(zxbcdt, conv1d_weight, A, head_dim, num_groups)
-    norm = _norm(sizes, norm_weight, norm_group_size, norm_eps)
-    compute = DTypes.of(zxbcdt).compute
-    batch, groups, rows = zxbcdt.shape[0], sizes.groups, sizes.heads_a_group * head_dim
-    z, xbc, dt = _split(zxbcdt, sizes)
-    x, B, C = sizes.split(
-        causal_conv1d_step(xbc.to(compute), conv_state, conv1d_weight, conv1d_bias)
-    )
-    dt = F.softplus(dt.to(compute) + dt_bias.to(compute))
-    ssm_state.mul_(torch.exp(dt * A.to(compute))[..., None, None])
-    by_group = ssm_state.view(batch * groups, rows, sizes.state)
-    inputs = (x * dt[..., None]).view(batch * groups, rows, 1)
-    by_group.baddbmm_(inputs, B.reshape(batch * groups, 1, sizes.state))
-    y = torch.bmm(by_group, C.reshape(batch * groups, sizes.state, 1)).view(x.shape)
-    y = y.addcmul_(x, D.to(compute)[:, None]).flatten(-2)
-    y = silu_gate(y, z)
-    if norm is not None and norm_weight is not None:
-        y = rms_norm_grouped(y, norm_weight, norm.group_size, norm.eps)
-    return y.to(zxbcdt.dtype)
 
 
 def _composed(

@@ -31,7 +31,9 @@ class Norm:
     eps: float
 
 
-class _Inputs(NamedTuple):
+class Inputs(NamedTuple):
+    """Of the core, as `mamba2_split_conv1d_scan` takes them; `documents` are numbered."""
+
     zxbcdt: Tensor
     conv1d_weight: Tensor
     conv1d_bias: Tensor
@@ -53,11 +55,10 @@ def fused_core(
     sizes: Sizes,
     norm: Norm | None,
     seq_idx: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """y [b, l, d] in zxbcdt's dtype and memory layout, and the final states [b, h, p, n].
+) -> Tensor:
+    """y [b, l, d] in zxbcdt's dtype and memory layout.
 
-    The states are in the computing dtype and carry no gradient. Arguments as in
-    `megatron_hybrid.ops.mamba2.mamba2_split_conv1d_scan`.
+    Arguments as in `megatron_hybrid.ops.mamba2.mamba2_split_conv1d_scan`.
     """
     documents = None if seq_idx is None else number_documents(seq_idx)
     inputs = (zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, norm_weight)
@@ -80,29 +81,29 @@ class _FusedCore(torch.autograd.Function):
         sizes: Sizes,
         norm: Norm | None,
         keep: bool,
-    ) -> tuple[Tensor, Tensor]:
-        inputs = _Inputs(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, norm_weight, documents)
-        core = _Core(inputs, sizes, norm)
+    ) -> Tensor:
+        inputs = Inputs(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, norm_weight, documents)
+        core = Core(inputs, sizes, norm)
         scan, batch = core.scan, zxbcdt.shape[0]
-        final_states = zxbcdt.new_zeros(batch, *scan.states_shape[2:], dtype=scan.dtypes.compute)
+        carry = zxbcdt.new_empty(scan.states_shape[2:], dtype=scan.dtypes.compute)
         kept_shape = scan.states_shape if keep else (batch, 0)
         states = zxbcdt.new_empty(kept_shape, dtype=scan.dtypes.kept)
         y = _empty_in_layout_of(zxbcdt, sizes.channels)
         for row in range(batch):
+            carry.zero_()
             for block in scan.blocks(row):
                 before = states[row, block.chunks] if keep else block.buffers.states
-                core.forward(block, final_states[row], before, y[row, block.tokens])
+                core.forward(block, carry, before, y[row, block.tokens])
         if keep:
             ctx.save_for_backward(*inputs, states)
             ctx.sizes, ctx.norm = sizes, norm
-        ctx.mark_non_differentiable(final_states)
-        return y, final_states
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, states = ctx.saved_tensors
-        core = _Core(_Inputs(*tensors), ctx.sizes, ctx.norm)
+        core = Core(Inputs(*tensors), ctx.sizes, ctx.norm)
         gradients = _Gradients(core)
         for row in range(grad.shape[0]):
             gradients.start_row()
@@ -141,14 +142,21 @@ class _CoreBuffers:
         )
 
 
-class _Core:
-    """Blocks of the core: convolution before the scan, gate and norm after it."""
+class Core:
+    """Blocks of the core: convolution before the scan, gate and norm after it.
 
-    def __init__(self, inputs: _Inputs, sizes: Sizes, norm: Norm | None) -> None:
+    Args:
+        before: the inputs of the convolution before the first token `[b, k - 1, c]`; None: zeros.
+    """
+
+    def __init__(
+        self, inputs: Inputs, sizes: Sizes, norm: Norm | None, before: Tensor | None = None
+    ) -> None:
         zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, norm_weight, documents = inputs
         dtypes = DTypes.of(zxbcdt)
         compute = dtypes.compute
         self.inputs, self.sizes, self.norm, self.documents = inputs, sizes, norm, documents
+        self.before = before
         self.taps = conv1d_weight.shape[1]
         # By lag: row i weighs the input i tokens back.
         self.weight_of_lag = conv1d_weight.to(compute).t().flip(0).contiguous().unbind()
@@ -194,7 +202,10 @@ class _Core:
         at, before, start = self.buffers(block), self.taps - 1, block.tokens.start
         first = max(start - before, 0)
         missing = before - (start - first)
-        at.raw[:missing].zero_()
+        if self.before is None:
+            at.raw[:missing].zero_()
+        else:
+            at.raw[:missing] = self.before[block.row, before - missing :]
         at.raw[missing:].copy_(self.xbc[block.row, first : block.tokens.stop])
         torch.addcmul(self.conv_bias, at.lags[0], self.weight_of_lag[0], out=at.conv)
         for lag in range(1, self.taps):
@@ -231,7 +242,7 @@ class _Core:
 class _Gradients:
     """Goes through the blocks of `core` backwards and gathers the gradients of all inputs."""
 
-    def __init__(self, core: _Core) -> None:
+    def __init__(self, core: Core) -> None:
         self.core, sizes, taps = core, core.sizes, core.taps
         self.of_zxbcdt = torch.empty_like(core.inputs.zxbcdt)
         self.of_z, self.of_xbc, self.of_dt = self.of_zxbcdt.split(

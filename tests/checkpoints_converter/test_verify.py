@@ -47,13 +47,14 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def our_text(run: Path, prompts: Sequence[str]) -> list[list[int]]:
     """On a rank: our greedy continuations, and the token that ends them."""
-    from megatron_hybrid.generation import Sampling, open_checkpoint
+    from megatron_hybrid.generation import Generator, SamplingParams
 
     torch.distributed.destroy_process_group()  # generation makes its own
-    with open_checkpoint(run / "checkpoints") as generator:
+    with Generator(run / "checkpoints") as generator:
         tokenizer, found = generator.tokenizer, []
         for prompt in prompts:
-            ids = list(generator.generate(tokenizer.encode(prompt), NEW_TOKENS, Sampling()))
+            [[completion]] = generator.generate([prompt], SamplingParams(max_new_tokens=NEW_TOKENS))
+            ids = completion.tokens
             found.append(ids if len(ids) == NEW_TOKENS else [*ids, tokenizer.eod])
         return found
 

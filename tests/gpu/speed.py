@@ -25,8 +25,7 @@ TOY = gpu_step.Case(
 ROUNDS, TOY_ROUNDS = 10, 2
 PROMPT_TOKENS, NEW_TOKENS = 512, 64
 TOY_PROMPT_TOKENS, TOY_NEW_TOKENS = 32, 8
-CACHED_TOKENS = 16
-# Logits of a token from the cache against those of all tokens at once, in bf16.
+# Log-probabilities of tokens by the cache against those of all at once, in bf16.
 SAME_LOGITS = 0.05
 
 
@@ -60,7 +59,7 @@ def generation(findings: Findings) -> None:
     """Tokens a second of one sequence, and whether the cache changes the logits."""
     from megatron_hybrid.config import load_config
     from megatron_hybrid.data.tokenizer import build_tokenizer
-    from megatron_hybrid.generation import Generator, Sampling
+    from megatron_hybrid.generation import Generator, Limits, SamplingParams
     from megatron_hybrid.model.build import build_model_chunks
     from megatron_hybrid.model.transformer_config import transformer_config
     from megatron_hybrid.platform import initialize
@@ -76,22 +75,27 @@ def generation(findings: Findings) -> None:
     with process_groups(config, platform, alone=True):
         engine_config = transformer_config(config, "transformer_engine", platform.device)
         (model,) = build_model_chunks(config, engine_config, "transformer_engine")
-        generator = Generator(config, model.eval(), tokenizer)
+        limits = Limits(max_sequences=1, max_tokens=prompt_tokens + new_tokens)
+        generator = Generator.of_model(config, [model.eval()], tokenizer, limits=limits)
+        asked = SamplingParams(max_new_tokens=new_tokens, ignore_eod=True, logprobs=1)
         draws = torch.Generator().manual_seed(1)
         prompt = torch.randint(config.model.vocab_size or 1, (prompt_tokens,), generator=draws)
         with findings.part("cache") as found:
-            tokens = prompt[None].to(platform.device)
-            before = prompt_tokens - CACHED_TOKENS
-            stepwise = torch.cat(list(generator.stepwise_logits(tokens, before)))
-            at_once = generator.logits(tokens)[0, before - 1 :]
-            error, _ = largest_error({"logits": stepwise}, {"logits": at_once})
+            [[completion]] = generator.generate([prompt.tolist()], asked)
+            told = completion.logprobs or []
+            stepwise = torch.tensor([each.logprob for each in told])
+            tokens = torch.tensor([[*prompt.tolist(), *completion.tokens]])
+            at_once = generator.logits(tokens.to(platform.device))[0, :, : generator.vocab_size]
+            at_once = at_once.log_softmax(-1)[prompt_tokens - 1 : -1].cpu()
+            at_once = at_once.gather(1, tokens[0, prompt_tokens:, None]).squeeze(1)
+            error, _ = largest_error({"logprobs": stepwise}, {"logprobs": at_once})
             found["error"] = error
-            assert error < SAME_LOGITS, f"logits from the cache are off by {error:.2e}"
+            assert error < SAME_LOGITS, f"log-probabilities from the cache are off by {error:.2e}"
         with findings.part("speed") as found:
             for _ in range(2):  # the first to warm up
                 _synchronize(platform.device)
                 start, times = time.perf_counter(), []
-                for _ in generator.generate(prompt.tolist(), new_tokens, Sampling()):
+                for _ in generator.events(prompt.tolist(), asked):
                     times.append(time.perf_counter() - start)
             found |= {"prompt_tokens": prompt_tokens, "new_tokens": len(times)}
             found["first_token_ms"] = 1e3 * times[0]

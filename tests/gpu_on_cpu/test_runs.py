@@ -150,10 +150,13 @@ def test_resumed_equals_unbroken(folder: Path) -> None:
 
 def generated(folder: Path) -> str:
     """On a rank: what the first run's model says, on the backend of the device."""
-    from megatron_hybrid.generation import Sampling, generate_text
+    from megatron_hybrid.generation import Generator, SamplingParams
 
     torch.distributed.destroy_process_group()  # generation has one of its own
-    return "".join(generate_text(folder / "torch" / "checkpoints", "1 2 3", 12, Sampling()))
+    with Generator(folder / "torch" / "checkpoints") as generator:
+        [[completion]] = generator.generate(["1 2 3"], SamplingParams(max_new_tokens=12))
+        assert completion.text is not None
+        return completion.text
 
 
 def test_generates_the_same_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,7 +91,7 @@ def all_runs(lines: list[list[str]], evaluated: list[str]) -> tuple[list[str], t
 def test_training(tmp_path: Path) -> None:
     """The loss is the definition's; micro batches divide it, packed or not; a resumed run is the
     same to the bit; and what comes of it does not write from left to right."""
-    from megatron_hybrid.generation import open_checkpoint
+    from megatron_hybrid.generation import Generator
 
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     packed = [tmp_path / name for name in ("packed1", "packed2")]
@@ -117,7 +117,7 @@ def test_training(tmp_path: Path) -> None:
     assert losses(packed[0]) != losses(whole)
     with (
         pytest.raises(UserError, match=r"model\.attn_mask_type=no_mask"),
-        open_checkpoint(whole / "checkpoints"),
+        Generator(whole / "checkpoints"),
     ):
         pass
 

@@ -9,11 +9,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_hybrid.errors import UserError
-from megatron_hybrid.ops.mamba2 import (
-    mamba2_decode_step,
-    mamba2_prefill,
-    mamba2_split_conv1d_scan,
+from megatron_hybrid.ops.mamba2 import mamba2_split_conv1d_scan
+from megatron_hybrid.ops.mamba2_fused import Norm
+from megatron_hybrid.ops.mamba2_states import (
+    CoreParameters,
+    Mamba2Step,
+    empty_states,
+    mamba2_chunk,
 )
+from megatron_hybrid.ops.ssd.buffers import Sizes
 
 NAMES = ("y", "dzxbcdt", "dconv1d_weight", "dconv1d_bias", "ddt_bias", "dA", "dD", "dnorm_weight")
 HEADS, HEAD_DIM, STATE, TAPS, BATCH = 8, 4, 6, 4, 2
@@ -219,27 +223,37 @@ def test_gradients_of_some_inputs_only() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("prompt", [1, 2, 64, 75])
-def test_decoding_equals_the_full_forward(dtype: torch.dtype, prompt: int) -> None:
-    """A prompt and then one token at a time give what the whole sequence gives at once."""
+@pytest.mark.parametrize("parts", [[1], [2, 64], [64, 1, 3], [75]], ids=str)
+def test_with_states_equals_the_full_forward(dtype: torch.dtype, parts: list[int]) -> None:
+    """A text in parts and then token by token gives what the whole gives at once; its states are
+    those of a text that was given whole, and stay where they are."""
     case, length = cast(make_case(80, 2), dtype), 80
-    arguments = {**keywords(case, 2), **dict(zip(NAMES[2:7], case[1:6], strict=True))}
-    arguments = {name.removeprefix("d") if name in NAMES else name: value
-                 for name, value in arguments.items()}  # fmt: skip
-    full = mamba2_split_conv1d_scan(case.zxbcdt, **arguments)
-    y, conv_state, ssm_state = mamba2_prefill(case.zxbcdt[:, :prompt], **arguments)
-    outputs = [y]
-    states = conv_state.data_ptr(), ssm_state.data_ptr()
-    for t in range(prompt, length):
-        token = case.zxbcdt[:, t]
-        outputs.append(mamba2_decode_step(token, conv_state, ssm_state, **arguments)[:, None])
-    assert (conv_state.data_ptr(), ssm_state.data_ptr()) == states
+    full = mamba2_split_conv1d_scan(*case[:6], **keywords(case, 2))
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    sizes = Sizes(HEADS, HEAD_DIM, 2, STATE)
+    weights = (each.to(compute) for each in case[1:7])
+    conv, bias, dt_bias, A, D, norm_weight = weights
+    parameters = CoreParameters(
+        sizes, conv.t().contiguous(), bias, dt_bias, A[:, None], D[:, None], norm_weight,
+        Norm(keywords(case, 2)["norm_group_size"], 1e-5),
+    )  # fmt: skip
+    states = empty_states(parameters, BATCH, compute)
+    outputs, first = [], 0
+    for part in parts:
+        chunk = case.zxbcdt[:, first : first + part]
+        outputs.append(mamba2_chunk(chunk, parameters, *states))
+        first += part
+    step = Mamba2Step(sizes, *states)
+    with torch.no_grad():
+        for t in range(first, length):
+            outputs.append(step(case.zxbcdt[:, t], parameters)[:, None].clone())
     limit = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 8e-3}[dtype]
     stepped = torch.cat(outputs, dim=1)
     assert (stepped - full).double().norm() <= limit * full.double().norm()
-    _, conv_want, ssm_want = mamba2_prefill(case.zxbcdt, **arguments)
-    assert torch.equal(conv_state, conv_want)
-    assert (ssm_state - ssm_want).norm() <= limit * ssm_want.norm()
+    whole = empty_states(parameters, BATCH, compute)
+    mamba2_chunk(case.zxbcdt, parameters, *whole)
+    assert torch.equal(states[0], whole[0])
+    assert (states[1] - whole[1]).norm() <= limit * whole[1].norm()
 
 
 def test_wrong_sizes_are_all_named() -> None:

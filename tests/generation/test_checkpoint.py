@@ -1,23 +1,21 @@
-"""Generation: stepping with caches equals the full forward; sampling does what it says."""
+"""A checkpoint opened for generation, whatever the layout that saved it."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import replace
 from math import prod
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tokenizers
 import torch
 
-from megatron_hybrid import generation
 from megatron_hybrid.checkpoint.saved_config import read_config
 from megatron_hybrid.config import TRACKER_FILE, load_config, rules
 from megatron_hybrid.config.describe import fields
 from megatron_hybrid.config.ranks import model_ranks
 from megatron_hybrid.config.sections import GpuConfig
 from megatron_hybrid.errors import UserError
-from megatron_hybrid.generation import ONE_RANK, Sampling, choose, generate_text
+from megatron_hybrid.generation import ONE_RANK, Generator, SamplingParams
+from megatron_hybrid.generation.checkpoint import read_checkpoint
 from megatron_hybrid.testing import run_distributed
 from tests.config import GOOD
 from tests.distributed.layouts import (
@@ -82,118 +80,43 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "save"
 
 
-def compare_logits(checkpoint: Path, prompt_tokens: int) -> tuple[float, float]:
-    """On a rank: largest difference of logits with and without caches, and their deviation."""
-    from megatron_hybrid.generation import open_checkpoint
-
+def from_checkpoint(checkpoint: Path) -> None:
+    """On a rank: tokens of a checkpoint are the likeliest of its model's own forward pass."""
     torch.distributed.destroy_process_group()  # generation makes its own
-    tokens = torch.randint(0, VOCAB_SIZE, (2, 150), generator=torch.Generator().manual_seed(0))
-    with open_checkpoint(checkpoint) as generator:
-        whole = generator.logits(tokens)[:, prompt_tokens - 1 :]
-        stepped = torch.stack(list(generator.stepwise_logits(tokens, prompt_tokens)), dim=1)
-        return (whole - stepped).abs().max().item(), whole.std().item()
+    prompts = torch.randint(0, VOCAB_SIZE, (2, 70), generator=torch.Generator().manual_seed(0))
+    asked = SamplingParams(max_new_tokens=20, ignore_eod=True)
+    with Generator(checkpoint) as generator:
+        found = generator.generate(prompts.tolist(), asked)
+        tokens = torch.tensor([each.tokens for [each] in found])
+        logits = generator.logits(torch.cat((prompts, tokens), dim=1))
+        assert torch.equal(logits[:, 69:-1, :VOCAB_SIZE].argmax(-1), tokens)
+        pieces = list(generator.stream("1 2 3", asked))
+        [[whole]] = generator.generate(["1 2 3"], asked)
+        assert "".join(pieces) == whole.text and len(pieces) == 20
+        [[stopped]] = generator.generate(["1 2 3"], replace(asked, stop=(pieces[4], pieces[3])))
+        assert (stopped.text, stopped.end) == ("".join(pieces[:3]), "stop")
 
 
-@pytest.mark.parametrize("prompt_tokens", [1, 3, 64, 149])
-def test_caches_equal_full_forward(checkpoint: Path, prompt_tokens: int) -> None:
-    """KV cache, convolution and scan states, all four layer kinds, RoPE: 1e-5 of the deviation."""
-    (difference, deviation) = run_distributed(compare_logits, 1, checkpoint, prompt_tokens)[0]
-    assert difference <= 1e-5 * deviation
-
-
-def generate_tokens(checkpoint: Path, sampling: Sampling) -> list[int]:
-    from megatron_hybrid.generation import open_checkpoint
-
-    torch.distributed.destroy_process_group()
-    with open_checkpoint(checkpoint) as generator:
-        return list(generator.generate([5, 17, 3], 20, sampling))
-
-
-def test_seed_decides_the_text(checkpoint: Path) -> None:
-    """The same seed draws the same tokens, another one others; greedy is one text."""
-    hot = [
-        run_distributed(generate_tokens, 1, checkpoint, Sampling(temperature=1.0, seed=seed))[0]
-        for seed in (1, 1, 2)
-    ]
-    assert hot[0] == hot[1] != hot[2]
-    greedy = run_distributed(generate_tokens, 1, checkpoint, Sampling())[0]
-    likeliest = run_distributed(generate_tokens, 1, checkpoint, Sampling(temperature=1.0, top_k=1))
-    assert greedy == likeliest[0]
-
-
-def _shares(sampling: Sampling, logits: torch.Tensor, draws: int = 4000) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.tensor([choose(logits, sampling, generator) for _ in range(draws)])
-    return torch.bincount(tokens, minlength=len(logits)) / draws
-
-
-def test_sampling_draws_from_the_right_tokens() -> None:
-    """Temperature, top-k and top-p give the shares that they define, to 3%."""
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    for sampling, expected in (
-        (Sampling(temperature=1.0), [0.5, 0.3, 0.15, 0.05]),
-        (Sampling(temperature=1.0, top_k=2), [0.625, 0.375, 0, 0]),
-        (Sampling(temperature=1.0, top_p=0.8), [0.625, 0.375, 0, 0]),
-        (Sampling(temperature=1.0, top_p=0.81), [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),
-        (Sampling(temperature=1.0, top_p=0.01), [1, 0, 0, 0]),
-        (Sampling(temperature=0.5), [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365]),
-        (Sampling(), [1, 0, 0, 0]),
-    ):
-        torch.testing.assert_close(
-            _shares(sampling, logits), torch.tensor(expected).float(), atol=0.03, rtol=0
-        )
-
-
-def test_wrong_sampling_names_every_field() -> None:
-    """All three fields in one message, with their values."""
-    with pytest.raises(UserError) as error:
-        Sampling(temperature=-1, top_k=-2, top_p=0)
-    for text in ("temperature=-1", "top_k=-2", "top_p=0"):
-        assert text in str(error.value)
-
-
-def test_a_temperature_that_is_none_is_refused() -> None:
-    """NaN, and what float32 cannot hold; the least that there is picks the likeliest."""
-    for temperature in (float("nan"), float("inf"), 1e-40, 1e40):
-        with pytest.raises(UserError, match="temperature"):
-            Sampling(temperature=temperature)
-    logits, draws = torch.tensor([1.0, 30.0, -5.0]), torch.Generator()
-    assert all(choose(logits, Sampling(temperature=1e-37), draws) == 1 for _ in range(5))
+def test_a_checkpoint_of_any_layout(checkpoint: Path) -> None:
+    """All four layer kinds, saved by TP2 x PP2: tokens, streamed text and stop texts."""
+    run_distributed(from_checkpoint, 1, checkpoint)
 
 
 def test_missing_checkpoint_is_named(tmp_path: Path) -> None:
     """A folder without a checkpoint is refused with its name."""
-    from megatron_hybrid.generation import open_checkpoint
-
-    with pytest.raises(UserError, match="is no checkpoint: it has"), open_checkpoint(tmp_path):
-        pass
+    with pytest.raises(UserError, match="is no checkpoint: it has"):
+        Generator(tmp_path)
     # Of a run, as of its checkpoints: there are some, and nothing says which is the latest.
     (tmp_path / "checkpoints" / "iter_0000004").mkdir(parents=True)
     for folder in (tmp_path, tmp_path / "checkpoints"):
-        with (
-            pytest.raises(
-                UserError, match=rf"checkpoints holds iter_0000004, and no {TRACKER_FILE}"
-            ),
-            open_checkpoint(folder),
+        with pytest.raises(
+            UserError, match=rf"checkpoints holds iter_0000004, and no {TRACKER_FILE}"
         ):
-            pass
+            Generator(folder)
 
 
-def test_a_special_token_in_a_prompt_is_characters_or_its_id(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_special_token_in_a_prompt_is_characters_or_its_id(tmp_path: Path) -> None:
     """Characters by default, its id on demand; a tokenizer that cannot find them says so."""
-    prompts: list[Sequence[int]] = []
-
-    @contextmanager
-    def open_model(config: object, folder: Path, tokenizer: object) -> Iterator[SimpleNamespace]:
-        def generate(prompt: Sequence[int], *_: object) -> Iterator[int]:
-            prompts.append(prompt)
-            yield from ()
-
-        yield SimpleNamespace(tokenizer=tokenizer, generate=generate)
-
-    monkeypatch.setattr(generation, "open_model", open_model)
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"user": 0, "?": 1}, unk_token="?"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Split("<|im_start|>", "isolated")
     words.add_special_tokens(["</s>", "<|im_start|>"])
@@ -205,11 +128,11 @@ def test_a_special_token_in_a_prompt_is_characters_or_its_id(
     trained = load_config([*GOOD, "optimizer.min_lr=1"], which=())
     (folder / "run_config.yaml").write_text(trained.to_yaml())
     for parse, expected in ((False, [1, 0]), (True, [3, 0])):
-        list(generate_text(tmp_path, "<|im_start|>user", 1, Sampling(), parse_special_tokens=parse))
-        assert prompts[-1] == expected
+        _, _, tokenizer = read_checkpoint(tmp_path, parse_special_tokens=parse)
+        assert tokenizer.encode("<|im_start|>user") == expected
     (folder / "tokenizer.json").rename(folder / "tokenizer.model")
     with pytest.raises(UserError, match=r"--parse-special-tokens needs a tokenizer\.json"):
-        list(generate_text(tmp_path, "", 1, Sampling(), parse_special_tokens=True))
+        read_checkpoint(tmp_path, parse_special_tokens=True)
 
 
 # Every way to lay a run out, to compute it faster and to keep less of it, in two runs.

@@ -1,0 +1,188 @@
+"""What one step computes: a token each of some sequences, parts of the prompts of others.
+
+Legend: T tokens of the step: those of the B sequences that decode, then the chunks'. N, P, m: as in
+`ops.paged_attention`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_hybrid.generation.cache import States
+from megatron_hybrid.generation.request import Sequence
+from megatron_hybrid.ops.paged_attention import PageTable
+
+
+@dataclass
+class Chunk:
+    """Parts of prompts of the same length, all from the start; or one that goes on.
+
+    Attributes:
+        rows: where their tokens are among those of the step, one part after the other.
+        start: the place in the text of the first token.
+        context: of one that goes on: its pages, and the place in the text of their first token.
+    """
+
+    sequences: list[Sequence]
+    rows: slice
+    start: int
+    length: int
+    slots: list[int]
+    context: tuple[Tensor, int] | None = None
+
+
+@dataclass
+class Batch:
+    """One step's work, on the device.
+
+    Attributes:
+        tokens: `[T]` int64.
+        positions: `[T]` int64, their places in the text.
+        places: `[T]` int64, of their keys and values in the pool; None without attention.
+        decoding: how many sequences decode: slots 0 to B - 1.
+        table: of their pages; None where there are none.
+        wanted: rows after which logits are wanted, int64; None for all.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    places: Tensor | None
+    decoding: int
+    table: PageTable | None
+    chunks: list[Chunk]
+    wanted: Tensor | None = None
+
+
+class Batches:
+    """Makes each step's `Batch`; what decodes is brought forward rather than made anew.
+
+    A token more of the same sequences in the same pages adds one to every place; the tables are
+    made again only when somebody comes, ends, or begins another page.
+
+    Args:
+        dtype: of keys and values.
+    """
+
+    def __init__(self, states: States, device: torch.device, dtype: torch.dtype) -> None:
+        self.states, self.device, self.dtype = states, device, dtype
+        self._version = -1
+        self._batch: Batch | None = None
+        self._flat_mask = torch.empty(0)
+
+    def make(self, sequences: list[Sequence], chunks: list[tuple[Sequence, int]]) -> Batch:
+        """One step's work, for which pages are given out.
+
+        Args:
+            sequences: that decode: those of slots 0 to B - 1, in this order.
+            chunks: whose prompts go on, and by how many tokens.
+        """
+        more = [*((sequence, 1) for sequence in sequences), *chunks]
+        # All that is given back first, as other pages take the place of those.
+        for sequence, _ in more:
+            self.states.shrink(sequence)
+        for sequence, length in more:
+            self.states.grow(sequence, sequence.seen + length)
+        decoding = self._decoding(sequences) if sequences else None
+        if not chunks:
+            assert decoding is not None
+            return decoding
+        return self._with_chunks(decoding, chunks)
+
+    def _decoding(self, sequences: list[Sequence]) -> Batch:
+        tokens = torch.tensor([s.tokens[-1] for s in sequences], device=self.device)
+        batch = self._batch
+        if batch is None or self._version != self.states.version or self.states.window is not None:
+            batch = self._batch = self._made(sequences, tokens)
+            self._version = self.states.version
+            return batch
+        batch.tokens = tokens
+        batch.positions.add_(1)
+        if batch.places is not None:
+            batch.places.add_(1)
+            self._flat_mask.index_fill_(0, batch.places, 0.0)
+        return batch
+
+    def _made(self, sequences: list[Sequence], tokens: Tensor) -> Batch:
+        states = self.states
+        seen = [s.seen for s in sequences]
+        positions = torch.tensor(seen, device=self.device)
+        if not states.paged:
+            return Batch(tokens, positions, None, len(sequences), None, [])
+        size, count = states.limits.page_tokens, len(states.owners)
+        row_of = {id(sequence): row for row, sequence in enumerate(sequences)}
+        owner = [row_of.get(id(each), 0) for each in states.owners]
+        first = [0] * count  # place in the text of each page's first token
+        for sequence in sequences:
+            for index, page in enumerate(sequence.pages, sequence.first_page):
+                first[page] = index * size
+        most = max(len(s.pages) for s in sequences)
+        pages = [(s.pages + [0] * (most - len(s.pages))) for s in sequences]
+        padding = None
+        if any(len(s.pages) < most for s in sequences):
+            held = torch.tensor([len(s.pages) for s in sequences], device=self.device)
+            missing = torch.arange(most, device=self.device) >= held[:, None]
+            padding = missing.float().masked_fill_(missing, -torch.inf)[..., None, None]
+        owners = torch.tensor(owner, device=self.device)
+        text = torch.tensor(first, device=self.device)[:, None] + torch.arange(
+            size, device=self.device
+        )
+        now = positions[owners][:, None]
+        hidden = text > now
+        if states.window is not None:
+            hidden |= text <= now - states.window
+        mask = torch.zeros(count, size, dtype=self.dtype, device=self.device)
+        mask.masked_fill_(hidden, -torch.inf)
+        self._flat_mask = mask.view(-1)
+        table = PageTable(
+            owners,
+            mask.view(count, 1, 1, size),
+            torch.tensor(pages, device=self.device).view(-1),
+            padding,
+        )
+        places = torch.tensor([states.place(s, s.seen) for s in sequences], device=self.device)
+        return Batch(tokens, positions, places, len(sequences), table, [])
+
+    def _with_chunks(self, decoding: Batch | None, chunks: list[tuple[Sequence, int]]) -> Batch:
+        states, device = self.states, self.device
+        first = 0 if decoding is None else decoding.decoding
+        tokens: list[int] = []
+        positions: list[int] = []
+        places: list[int] = []
+        grouped: list[Chunk] = []
+        fresh: dict[int, list[Sequence]] = {}
+        for sequence, length in chunks:
+            if sequence.seen == 0:
+                fresh.setdefault(length, []).append(sequence)
+        work = [(0, length, group) for length, group in fresh.items()]
+        work += [(s.seen, length, [s]) for s, length in chunks if s.seen]
+        for start, length, group in work:
+            rows = slice(first + len(tokens), first + len(tokens) + length * len(group))
+            for sequence in group:
+                tokens += sequence.tokens[start : start + length]
+                positions += range(start, start + length)
+                if states.paged:
+                    places += [states.place(sequence, t) for t in range(start, start + length)]
+            chunk = Chunk(group, rows, start, length, [s.slot for s in group])
+            if start and states.paged:
+                (sequence,) = group
+                chunk.context = (
+                    torch.tensor(sequence.pages, device=device),
+                    sequence.first_page * states.limits.page_tokens,
+                )
+            grouped.append(chunk)
+
+        def on_device(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.long, device=device)
+
+        made = Batch(
+            on_device(tokens), on_device(positions), on_device(places) if states.paged else None,
+            first, None, grouped,
+        )  # fmt: skip
+        if decoding is not None:
+            made.tokens = torch.cat((decoding.tokens, made.tokens))
+            made.positions = torch.cat((decoding.positions, made.positions))
+            if decoding.places is not None and made.places is not None:
+                made.places = torch.cat((decoding.places, made.places))
+            made.table = decoding.table
+        return made

@@ -1,0 +1,365 @@
+"""The engine: requests at any time, tokens of all of them step by step.
+
+Each step computes a token more of every sequence that is past its prompt, and a bounded part of the
+prompts of those that are not; a slot that is given back is taken by the next request in the same
+step. On several ranks every one runs the same engine: rank 0 takes requests and tells the others
+of them at the start of a step, and the tokens are those that a rank of the last stage drew.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from megatron_hybrid.errors import UserError
+from megatron_hybrid.generation.batch import Batch, Batches
+from megatron_hybrid.generation.decoder import Decoder
+from megatron_hybrid.generation.params import Limits, SamplingParams
+from megatron_hybrid.generation.ranks import Ranks
+from megatron_hybrid.generation.request import Event, Sequence, TokenLogprob
+from megatron_hybrid.generation.sampling import Sampler, token_logprobs
+
+
+@dataclass
+class _Submitted:
+    request: int
+    prompt: list[int]
+    params: SamplingParams
+
+
+@dataclass
+class _Orders:
+    """What rank 0 tells the others at the start of a step."""
+
+    submitted: list[_Submitted] = field(default_factory=list)
+    cancelled: list[int] = field(default_factory=list)
+    refresh: bool = False
+    end: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.submitted or self.cancelled or self.refresh or self.end)
+
+
+class Engine:
+    """Answers requests with a model.
+
+    Args:
+        decoder: the model of this rank.
+        vocab_size: tokens that may be drawn; rows beyond it are padding.
+        eod: the token that ends a document.
+        stopper: makes, of a prompt and its stop texts, what knows when one of them has come: its
+            `add` takes each token, its `stopped` tells. None: stop texts are refused.
+
+    Attributes:
+        limits: what it holds at once, as given.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        limits: Limits,
+        *,
+        vocab_size: int,
+        eod: int,
+        stopper: Callable[[list[int], tuple[str, ...]], Any] | None = None,
+    ) -> None:
+        self.decoder, self.limits = decoder, limits
+        self.vocab_size, self.eod, self._stopper = vocab_size, eod, stopper
+        self.states = decoder.make_states(limits)
+        self._ranks = Ranks(decoder)
+        self._batches = Batches(self.states, decoder.device, decoder.kept_dtype)
+        self._orders = _Orders(refresh=True)
+        self._next_request = 0
+        self._waiting: deque[Sequence] = deque()  # the first continuation of each
+        self._filling: list[Sequence] = []  # their prompts are under way
+        self._decoding: list[Sequence] = []  # in slots 0 to B - 1
+        self._sampler: Sampler | None = None
+        self._events: list[Event] = []
+
+    # -- what others call --------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._orders.submitted or self._orders.cancelled or self._under_way)
+
+    @property
+    def _under_way(self) -> bool:
+        return bool(self._waiting or self._filling or self._decoding)
+
+    @property
+    def waiting(self) -> int:
+        """Requests, or parts of their continuations, that have no slot yet."""
+        return len(self._waiting) + len(self._orders.submitted)
+
+    def submit(self, prompt: list[int], params: SamplingParams) -> int:
+        """Take a request in; it begins with the next step that has room for it.
+
+        Returns:
+            Its number, which its events bear.
+
+        Raises:
+            UserError: the states could never hold it, or it asks for what cannot be; all at once.
+        """
+        problems = self._problems(prompt, params)
+        if problems:
+            raise UserError("\n".join(problems))
+        request = self._next_request
+        self._next_request += 1
+        self._orders.submitted.append(_Submitted(request, list(prompt), params))
+        return request
+
+    def cancel(self, request: int) -> None:
+        """End a request; its slots are free from the next step on, which tells of its end."""
+        self._orders.cancelled.append(request)
+
+    def refresh(self) -> None:
+        """Take the weights up again at the next step, as after steps of training.
+
+        It does so by itself before the first request after a pause; weights must not change while
+        requests are under way.
+        """
+        self._orders.refresh = True
+
+    def step(self) -> list[Event]:
+        """One step; on other ranks than the first as part of `follow`.
+
+        Returns:
+            What has come of it: at most a token for each continuation.
+        """
+        if not self._under_way:
+            self._orders.refresh = True
+        orders = self._ranks.told(self._orders)
+        self._orders = _Orders()
+        self._take(orders)
+        if not orders.end:
+            self._admit()
+            self._compute()
+        events, self._events = self._events, []
+        return events
+
+    def follow(self) -> None:
+        """On ranks other than the first: take part in its steps until it ends them."""
+        while not self._ranks.ended:
+            self.step()
+
+    def end(self) -> None:
+        """On the first rank: let the others go."""
+        if self._ranks.many and not self._ranks.ended:
+            self._orders = _Orders(end=True)
+            self.step()
+
+    # -- orders ------------------------------------------------------------------------------------
+
+    def _problems(self, prompt: list[int], params: SamplingParams) -> list[str]:
+        limits, tokens = self.limits, len(prompt) + params.max_new_tokens
+        problems = []
+        if not prompt:
+            problems.append("the prompt is empty: give at least one character")
+        strange = [t for t in prompt if not 0 <= t < self.vocab_size]
+        if strange:
+            problems.append(
+                f"the prompt holds token {strange[0]}; allowed: 0 to {self.vocab_size - 1}"
+            )
+        pages = self.states.pages_needed(tokens)
+        if pages > self.states.page_limit:
+            problems.append(
+                f"a prompt of {len(prompt)} tokens with max_new_tokens={params.max_new_tokens} "
+                f"needs room for {tokens} tokens; max_tokens={limits.max_tokens} is what the "
+                "engine was made with"
+            )
+        if params.stop and self._stopper is None:
+            problems.append(f"stop={params.stop!r} needs a tokenizer")
+        return problems
+
+    def _take(self, orders: _Orders) -> None:
+        if orders.refresh:
+            self.decoder.refresh()
+        for each in orders.submitted:
+            self._enqueue(each)
+        for request in orders.cancelled:
+            for sequence in self._of(request):
+                sequence.cancelled = True
+
+    def _enqueue(self, each: _Submitted) -> None:
+        """Continuations that share a prompt's states, in groups that have room at once."""
+        pages = self.states.pages_needed(len(each.prompt) + each.params.max_new_tokens)
+        group = min(each.params.n, self.limits.max_sequences)
+        if pages:
+            group = min(group, self.states.page_limit // pages)
+        sequences = [
+            Sequence(each.request, i, each.params, list(each.prompt), len(each.prompt))
+            for i in range(each.params.n)
+        ]
+        for sequence in sequences:
+            if each.params.stop:
+                assert self._stopper is not None
+                sequence.stopper = self._stopper(each.prompt, each.params.stop)
+        for first in range(0, len(sequences), group):
+            head, *siblings = sequences[first : first + group]
+            head.siblings = siblings
+            self._waiting.append(head)
+
+    def _of(self, request: int) -> list[Sequence]:
+        under_way = [*self._waiting, *self._filling, *self._decoding]
+        return [
+            each for head in under_way if head.request == request for each in (head, *head.siblings)
+        ]
+
+    # -- a step ------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Let go of what nobody wants, and give free slots to those that came first."""
+        for queue in (self._waiting, self._filling, self._decoding):
+            for sequence in [each for each in queue if each.cancelled]:
+                if queue is not self._decoding:
+                    queue.remove(sequence)
+                for each in (sequence, *sequence.siblings):
+                    self._leave(each)
+                    self._events.append(
+                        Event(each.request, each.continuation, None, end="cancelled")
+                    )
+        while self._waiting:
+            head = self._waiting[0]
+            together = 1 + len(head.siblings)
+            pages = self.states.pages_needed(head.prompt_tokens + head.params.max_new_tokens)
+            if not self.states.room(together, pages):
+                return
+            self._waiting.popleft()
+            for sequence in (head, *head.siblings):
+                self.states.admit(sequence, pages)
+            self._filling.append(head)
+
+    def _chunks(self) -> list[tuple[Sequence, int]]:
+        """Whose prompts go on in this step, and by how many tokens."""
+        left, chunks = self.limits.prefill_tokens, []
+        for sequence in self._filling:
+            length = min(sequence.prompt_tokens - sequence.seen, left)
+            if length:
+                chunks.append((sequence, length))
+            left -= length
+        return chunks
+
+    def _compute(self) -> None:
+        chunks = self._chunks()
+        if not chunks and not self._decoding:
+            return
+        batch = self._batches.make(self._decoding, chunks)
+        rows = list(self._decoding)
+        whole: list[tuple[Sequence, slice, slice]] = []  # prompts of which every token is told
+        if chunks:
+            rows += self._want(batch, whole)
+        longest = max(s.seen for s in self._decoding) + 1 if self._decoding else 0
+        longest = max(longest, *(s.seen + length for s, length in chunks), 0)
+        logits = self.decoder.forward(batch, longest)
+        for sequence in self._decoding:
+            sequence.seen += 1
+        for sequence, length in chunks:
+            sequence.seen += length
+        finished = [s for s, _ in chunks if s.seen == s.prompt_tokens]
+        drawn, told, prompts = self._ranks.shared(lambda: self._draw(logits, rows, whole))
+        for sequence, found in zip((s for s, _, _ in whole), prompts, strict=True):
+            sequence.prompt_logprobs += found
+        if finished:
+            self._promote(finished)
+        for sequence, token, logprob in zip(rows, drawn, told, strict=True):
+            self._tell(sequence, token, logprob)
+
+    def _want(self, batch: Batch, whole: list[tuple[Sequence, slice, slice]]) -> list[Sequence]:
+        """Which rows' logits are wanted of chunks, after those of the sequences that decode."""
+        wanted = list(range(batch.decoding))
+        tokens_of: list[tuple[Sequence, int, int, int]] = []
+        rows: list[Sequence] = []
+        for chunk in batch.chunks:
+            for index, sequence in enumerate(chunk.sequences):
+                first = chunk.rows.start + index * chunk.length
+                if chunk.start + chunk.length == sequence.prompt_tokens:
+                    family = (sequence, *sequence.siblings)
+                    rows += family
+                    wanted += [first + chunk.length - 1] * len(family)
+                if sequence.params.prompt_logprobs and sequence.continuation == 0:
+                    tokens_of.append((sequence, first, chunk.start, chunk.length))
+        for sequence, first, start, length in tokens_of:
+            # The logits after a token tell of the next; after the prompt's last of a new one.
+            count = min(length, sequence.prompt_tokens - 1 - start)
+            whole.append(
+                (sequence, slice(len(wanted), len(wanted) + count), slice(start, start + count))
+            )
+            wanted += range(first, first + count)
+        batch.wanted = torch.tensor(wanted, dtype=torch.long, device=self.decoder.device)
+        return rows
+
+    def _draw(
+        self,
+        logits: torch.Tensor | None,
+        rows: list[Sequence],
+        whole: list[tuple[Sequence, slice, slice]],
+    ) -> tuple[list[int], list[TokenLogprob | None], list[list[TokenLogprob | None]]]:
+        """Tokens of the rows and what is to be told of them and of prompts: on the last stage."""
+        assert logits is not None
+        logits = logits[:, : self.vocab_size]
+        sampler = self._sampler
+        if sampler is None or sampler.sequences != rows:
+            sampler = self._sampler = Sampler(rows, self.decoder.device)
+        tokens: list[int] = []
+        told: list[TokenLogprob | None] = []
+        if rows:
+            own = logits[: len(rows)]
+            tokens = sampler.choose(own)
+            told = sampler.logprobs(own, tokens)
+        prompts: list[list[TokenLogprob | None]] = []
+        for sequence, places, text in whole:
+            following = sequence.tokens[text.start + 1 : text.stop + 1]
+            tops = [sequence.params.logprobs or 0] * len(following)
+            found = token_logprobs(logits[places], following, tops) if following else []
+            prompts.append([*found])
+        return tokens, told, prompts
+
+    def _promote(self, finished: list[Sequence]) -> None:
+        """Sequences whose prompt is done decode from now on, their siblings with them."""
+        for head in finished:
+            self._filling.remove(head)
+            for sibling in head.siblings:
+                self.states.fork(head, sibling)
+            family, head.siblings = [head, *head.siblings], []
+            for sequence in family:
+                self.states.swap(sequence.slot, len(self._decoding))
+                self._decoding.append(sequence)
+
+    def _tell(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
+        """Append a drawn token to its sequence, and end it where it is to end."""
+        params, first = sequence.params, sequence.new_tokens == 0
+        prompt = None
+        if first and params.prompt_logprobs and sequence.continuation == 0:
+            prompt = tuple(sequence.prompt_logprobs)
+        event = Event(sequence.request, sequence.continuation, token, logprob, None, prompt)
+        end = None
+        if params.max_new_tokens == 0:
+            event, end = replace(event, token=None, logprob=None), "length"
+        elif token == self.eod and not params.ignore_eod:
+            end = "eod"
+        else:
+            sequence.tokens.append(token)
+            if sequence.stopper is not None:
+                sequence.stopper.add(token)
+            if sequence.stopper is not None and sequence.stopper.stopped:
+                end = "stop"
+            elif sequence.new_tokens == params.max_new_tokens:
+                end = "length"
+        if end is None:
+            self._events.append(event)
+            return
+        self._leave(sequence)
+        self._events.append(replace(event, end=end))
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Take everything back from a sequence; the last that decodes moves into its slot."""
+        slot, last = sequence.slot, len(self._decoding) - 1
+        decoded = 0 <= slot <= last and self._decoding[slot] is sequence
+        self.states.release(sequence)
+        if decoded:
+            self.states.swap(slot, last)
+            self._decoding[slot] = self._decoding[last]
+            self._decoding.pop()

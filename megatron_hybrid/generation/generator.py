@@ -1,0 +1,236 @@
+"""`Generator`: prompts in, completions out, with a checkpoint's model or one that is trained."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+from megatron_hybrid.config import RunConfig
+from megatron_hybrid.data.tokenizer import Tokenizer
+from megatron_hybrid.errors import UserError
+from megatron_hybrid.generation.checkpoint import loaded_model, read_checkpoint
+from megatron_hybrid.generation.params import Limits, SamplingParams
+from megatron_hybrid.generation.request import Completion, Event
+from megatron_hybrid.generation.text import TextStream
+
+if TYPE_CHECKING:
+    from megatron_hybrid.generation.engine import Engine
+
+Prompt = str | Sequence[int]
+
+
+class Generator:
+    """Answers prompts with a model.
+
+        with Generator(Path("runs/web")) as generator:
+            [[completion]] = generator.generate(["Classes"], SamplingParams(max_new_tokens=16))
+
+    Args:
+        checkpoint: a run's folder, its checkpoints', or one of them.
+        limits: sizes of the states.
+        parse_special_tokens: the text of a special token in a prompt becomes its id.
+
+    Attributes:
+        config: of the model.
+        chunks: the model, this rank's pipeline chunks.
+        vocab_size: tokens that may be drawn.
+        limits: sizes of the states, which are made with the first request.
+
+    Raises:
+        UserError: the checkpoint cannot be used.
+    """
+
+    def __init__(
+        self, checkpoint: Path, *, limits: Limits | None = None, parse_special_tokens: bool = False
+    ) -> None:
+        read = read_checkpoint(checkpoint, parse_special_tokens=parse_special_tokens)
+        resources = ExitStack()
+        config, chunks = resources.enter_context(loaded_model(*read))
+        self._set(config, chunks, read[2], limits, resources)
+
+    @classmethod
+    def of_model(
+        cls,
+        config: RunConfig,
+        chunks: Sequence[torch.nn.Module],
+        tokenizer: Tokenizer,
+        *,
+        limits: Limits | None = None,
+    ) -> Self:
+        """Of a model in memory, as one that is being trained: its weights are shared.
+
+        They are taken up again by each `generate`. Process groups stay the caller's.
+
+        Args:
+            config: of the run.
+            chunks: this rank's, as built or as wrapped for training.
+        """
+        generator = cls.__new__(cls)
+        generator._set(config, chunks, tokenizer, limits, ExitStack())
+        return generator
+
+    def _set(
+        self,
+        config: RunConfig,
+        chunks: Sequence[torch.nn.Module],
+        tokenizer: Tokenizer,
+        limits: Limits | None,
+        resources: ExitStack,
+    ) -> None:
+        self.config, self.chunks, self.tokenizer = config, list(chunks), tokenizer
+        self.vocab_size = tokenizer.vocab_size
+        self.limits = limits or Limits()
+        self._resources = resources
+        self._engine: Engine | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back the process groups, where they were made for it."""
+        self._engine = None
+        self._resources.close()
+
+    @property
+    def engine(self) -> "Engine":
+        """What takes requests at any time; made, with its states, when it is first asked for."""
+        if self._engine is None:
+            from megatron_hybrid.generation.decoder import Decoder
+            from megatron_hybrid.generation.engine import Engine
+
+            self._engine = Engine(
+                Decoder(self.chunks),
+                self.limits,
+                vocab_size=self.vocab_size,
+                eod=self.tokenizer.eod,
+                stopper=lambda prompt, stop: TextStream(self.tokenizer, prompt, stop),
+            )
+        return self._engine
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Tokens of a prompt; those that are given stay as they are."""
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[list[Completion]]:
+        """All completions, in the order of the prompts: `n` for each.
+
+        Args:
+            params: for all, or one for each.
+
+        Raises:
+            UserError: a prompt is empty or longer than the states hold; before any work.
+        """
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        requests: dict[int, int] = {}
+        completions = [[begun(p) for _ in range(p.n)] for p in each]
+        for index, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
+            try:
+                requests[self.engine.submit(self.encode(prompt), own)] = index
+            except UserError as error:
+                for request in requests:
+                    self.engine.cancel(request)
+                self.engine.step()
+                raise UserError(
+                    f"prompt {index}: {error}" if len(prompts) > 1 else str(error)
+                ) from None
+        while self.engine.busy:
+            for event in self.engine.step():
+                index = requests[event.request]
+                completion = completions[index][event.continuation]
+                add_event(completion, event)
+                if event.end is not None:
+                    prompt = self.encode(prompts[index])
+                    completion.text = self.text(prompt, completion.tokens, each[index].stop)
+        return completions
+
+    def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[str]:
+        """The text of a continuation, piece by piece as it is generated."""
+        tokens = self.encode(prompt)
+        text = TextStream(self.tokenizer, tokens, params.stop)
+        for event in self.events(tokens, params):
+            if event.token is not None and event.end != "eod" and (piece := text.add(event.token)):
+                yield piece
+        if piece := text.finish():
+            yield piece
+
+    def events(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[Event]:
+        """What comes of one request; giving up the iterator ends it."""
+        request = self.engine.submit(list(prompt), params)
+        try:
+            while self.engine.busy:
+                yield from self.engine.step()
+        finally:
+            if self.engine.busy:
+                self.engine.cancel(request)
+                self.engine.step()
+
+    def text(self, prompt: Sequence[int], tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
+        """The text of a continuation, up to a stop text."""
+        stream = TextStream(self.tokenizer, prompt, stop)
+        for token in tokens:
+            stream.add(token)
+        stream.finish()
+        return stream.text
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor:
+        """All at once by the model's own forward pass: `[b, s]` int64 -> `[b, s, V]` fp32."""
+        (model,) = self.chunks
+        places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        logits: Tensor = model(tokens, places, None)
+        return logits.float()
+
+
+def begun(params: SamplingParams) -> Completion:
+    """A completion before its first token."""
+    return Completion(logprobs=None if params.logprobs is None else [])
+
+
+def add_event(completion: Completion, event: Event) -> None:
+    """Bring a completion forward by an event of it; its text is left to who wants it."""
+    if event.prompt_logprobs is not None:
+        completion.prompt_logprobs = event.prompt_logprobs
+    if event.end is not None:
+        completion.end = event.end
+    if event.token is None or event.end == "eod":
+        return
+    completion.tokens.append(event.token)
+    if event.logprob is not None:
+        assert completion.logprobs is not None
+        completion.logprobs.append(event.logprob)
+
+
+@contextmanager
+def open_checkpoint(checkpoint: Path, *, parse_special_tokens: bool = False) -> Iterator[Generator]:
+    """`Generator(checkpoint)` for the time of the block."""
+    with Generator(checkpoint, parse_special_tokens=parse_special_tokens) as generator:
+        yield generator
+
+
+@contextmanager
+def open_model(config: RunConfig, folder: Path, tokenizer: Tokenizer) -> Iterator[Generator]:
+    """A generator of the model of one rank, with the weights of a checkpoint.
+
+    Args:
+        config: of a single rank (`ONE_RANK`).
+        folder: the checkpoint itself, `.../iter_0000100`, saved by any layout.
+
+    Raises:
+        UserError: it cannot be loaded, is of another model, or has fewer ids than the tokenizer.
+    """
+    with loaded_model(config, folder, tokenizer) as (config, chunks):
+        yield Generator.of_model(config, chunks, tokenizer)

@@ -1,0 +1,90 @@
+"""Norms and matrix products of a model's own parameters, in as few operations as they take.
+
+Nothing is copied: the parameters are read where the modules have them, and only vectors are kept in
+another precision. `refresh` looks again, as after a step of training.
+
+Legend: t tokens (of all sequences, one after the other), k inputs, n outputs, h hidden size.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_hybrid.ops.bf16 import through_fp32
+from megatron_hybrid.ops.gated_norm import inverse_rms
+from megatron_hybrid.ops.linear import FEW_ROWS, MIN_MULTIPLICATIONS, product
+
+Group = dist.ProcessGroup | None
+
+
+def sum_over(tensor: Tensor, group: Group) -> Tensor:
+    """The sum of a tensor over the ranks of a group, in place; None: this rank is all."""
+    if group is not None:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+class Linear:
+    """A product with the weight `[n, k]` of a linear, or with one that is given.
+
+    Args:
+        module: has `weight`, and `bias` or None.
+        name: of the weight, where it has several.
+        group: ranks whose products are to be added up, as after a split by columns.
+    """
+
+    def __init__(self, module: Any, name: str = "", group: Group = None) -> None:
+        self._module, self._name, self.group = module, name, group
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take the parameters up again."""
+        weight: Tensor = getattr(self._module, f"weight{self._name}").detach()
+        bias = getattr(self._module, f"bias{self._name}", None)
+        self.bias = None if bias is None or not bias.numel() else bias.detach()
+        self.weight, self.transposed = weight, weight.t()
+        # `product` chooses the fastest way, which takes a while: not worth it for a few rows.
+        fewest = MIN_MULTIPLICATIONS / weight.numel() if weight.numel() else 0
+        self.few = FEW_ROWS if through_fp32(weight) else max(fewest, FEW_ROWS)
+
+    def product(self, x: Tensor) -> Tensor:
+        """`[t, k]` -> `[t, n]`, without bias."""
+        if len(x) <= self.few:
+            return torch.mm(x, self.transposed)
+        return product(x, self.weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[t, k]` -> `[t, n]`."""
+        output = self.product(x)
+        return output if self.bias is None else output.add_(self.bias)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual + the product of x, summed over the ranks; residual may be overwritten."""
+        if self.group is None and len(x) <= self.few:
+            output = torch.addmm(residual, x, self.transposed)
+        else:
+            output = sum_over(self.product(x), self.group).add_(residual)
+        return output if self.bias is None else output.add_(self.bias)
+
+
+class Norm:
+    """RMSNorm with the weight `[h]` of a module.
+
+    Args:
+        name: of the weight.
+    """
+
+    def __init__(self, module: Any, name: str, eps: float) -> None:
+        self._module, self._name, self.eps = module, name, eps
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take the parameter up again."""
+        self.weight: Tensor = getattr(self._module, self._name).detach().float()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[t, h]` -> `[t, h]`, same dtype; computed in fp32."""
+        wide = x.float()
+        return torch.mul(wide, inverse_rms(wide, self.eps)).mul_(self.weight).to(x.dtype)

@@ -1,0 +1,143 @@
+"""Tokens and log-probabilities: of a batch as of each alone, and as in a forward of training."""
+
+from dataclasses import replace
+
+import torch
+
+from megatron_hybrid.generation import Completion, Generator, Limits, SamplingParams
+from megatron_hybrid.testing import run_distributed
+from tests.generation.models import MODELS, VOCAB_SIZE, built, small_config
+
+# A rank computes in batches of many sizes, whose products differ in their last bits: where the two
+# likeliest tokens are closer than this, either may be drawn. The models are drawn so that none is.
+LEAST_MARGIN = 2e-5
+
+
+def ragged_requests(count: int = 33) -> tuple[list[list[int]], list[SamplingParams]]:
+    """Prompts of 1 to 60 tokens, greedy and sampled in every way, of different lengths."""
+    draws = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 61, (count,), generator=draws).tolist()
+    prompts = [torch.randint(VOCAB_SIZE, (n,), generator=draws).tolist() for n in lengths]
+    ways = [
+        {}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 9},
+        {"temperature": 1.3, "top_p": 0.8}, {"temperature": 1.0, "min_p": 0.05, "n": 3},
+        {"repetition_penalty": 1.3}, {"temperature": 0.9, "top_k": 40, "top_p": 0.9},
+    ]  # fmt: skip
+    params = [
+        SamplingParams(
+            max_new_tokens=3 + 5 * (i % 4), seed=i, logprobs=2, prompt_logprobs=i % 3 == 0,
+            **ways[i % len(ways)],
+        )
+        for i in range(count)
+    ]  # fmt: skip
+    return prompts, params
+
+
+def generated(names: list[str], limits: list[Limits]) -> list[list[list[list[Completion]]]]:
+    """On a rank: what each model makes of the requests, at once by each of the limits."""
+    prompts, params = ragged_requests()
+    found = []
+    for name in names:
+        found.append([])
+        for sizes in limits:
+            with built(small_config(name), sizes) as generator:
+                found[-1].append(generator.generate(prompts, params))
+                states = generator.engine.states
+                assert (states.owners, states.reserved_pages) == ([], 0)
+                assert states.slots == [None] * sizes.max_sequences
+                if sizes is limits[0]:
+                    check_forward(generator, prompts[:7], params, found[-1][-1])
+    return found
+
+
+def check_forward(
+    generator: Generator,
+    prompts: list[list[int]],
+    params: list[SamplingParams],
+    found: list[list[Completion]],
+) -> None:
+    """Log-probabilities of prompts, of drawn tokens and of the likeliest are the module's own."""
+    for prompt, own, completions in zip(prompts, params, found, strict=False):
+        for completion in completions:
+            text = torch.tensor([[*prompt, *completion.tokens]])
+            logprobs = generator.logits(text)[0, :, :VOCAB_SIZE].log_softmax(-1)
+            after = logprobs[len(prompt) - 1 : -1]
+            assert completion.logprobs is not None
+            want = after.gather(1, text[0, len(prompt) :, None]).squeeze(1)
+            got = torch.tensor([each.logprob for each in completion.logprobs])
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+            best = torch.tensor([[p for _, p in each.top] for each in completion.logprobs])
+            torch.testing.assert_close(best.view(-1, 2), after.topk(2).values, atol=1e-5, rtol=1e-5)
+        if own.prompt_logprobs:
+            told = completions[0].prompt_logprobs
+            assert told is not None and len(told) == len(prompt) and told[0] is None
+            want = logprobs[: len(prompt) - 1].gather(1, text[0, 1 : len(prompt), None]).squeeze(1)
+            got = torch.tensor([each.logprob for each in told[1:] if each is not None])
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_batch_has_the_tokens_of_each_alone() -> None:
+    """33 ragged requests by many slots, chunks of any size, pages of few tokens; each alone."""
+    batched = Limits(max_sequences=9, max_tokens=900, prefill_tokens=17, page_tokens=8)
+    whole = Limits(max_sequences=40, prefill_tokens=4000)
+    alone = Limits(max_sequences=1, max_tokens=96, prefill_tokens=64, page_tokens=96)
+    (found,) = run_distributed(generated, 1, list(MODELS), [batched, whole, alone])
+    for name, (many, at_once, single) in zip(MODELS, found, strict=True):
+        ends = set()
+        for completions in zip(many, at_once, single, strict=True):
+            tokens = [[c.tokens for c in each] for each in completions]
+            assert tokens[0] == tokens[1] == tokens[2], name
+            for completion in completions[2]:
+                ends.add(completion.end)
+                for told in completion.logprobs or ():
+                    (_, first), (_, second) = told.top
+                    assert first - second > LEAST_MARGIN, f"{name}: another seed, please"
+        assert ends == {"length", "eod"}, f"{name}: {ends}"
+
+
+def chunked(sizes: list[int]) -> float:
+    """On a rank: the largest difference of a prompt's log-probabilities by size of chunk."""
+    prompt = torch.randint(VOCAB_SIZE, (150,), generator=torch.Generator().manual_seed(3)).tolist()
+    asked = SamplingParams(max_new_tokens=0, prompt_logprobs=True, logprobs=VOCAB_SIZE)
+    worst = 0.0
+    with built(small_config("all kinds")) as generator:
+        want = generator.logits(torch.tensor([prompt]))[0, :-1, :VOCAB_SIZE].log_softmax(-1)
+        for size in sizes:
+            generator.close()
+            generator.limits = Limits(max_sequences=2, prefill_tokens=size, page_tokens=16)
+            [[completion]] = generator.generate([prompt], asked)
+            assert (completion.tokens, completion.end) == ([], "length")
+            assert completion.prompt_logprobs is not None
+            for row, told in zip(want, completion.prompt_logprobs[1:], strict=True):
+                assert told is not None
+                ids = torch.tensor([token for token, _ in told.top])
+                values = torch.tensor([value for _, value in told.top])
+                worst = max(worst, (row[ids] - values).abs().max().item())
+    return worst
+
+
+def test_chunks_of_any_size_have_the_full_forward() -> None:
+    """All log-probabilities at all places, by chunks of a token to chunks of the whole: 1e-5."""
+    assert run_distributed(chunked, 1, [1, 2, 3, 64, 65, 149, 150])[0] <= 1e-5
+
+
+def trained_in_between() -> tuple[list[int], list[int], list[int]]:
+    """On a rank: tokens before the weights change, after it, and of a new generator."""
+    params = SamplingParams(max_new_tokens=12, ignore_eod=True)
+    with built(small_config("all kinds")) as generator:
+        first = generator.generate([[5, 6]], params)[0][0].tokens
+        pointers = [p.data_ptr() for p in generator.chunks[0].parameters()]
+        with torch.no_grad():
+            for parameter in generator.chunks[0].parameters():
+                parameter.mul_(-0.9)
+        second = generator.generate([[5, 6]], params)[0][0].tokens
+        anew = Generator.of_model(generator.config, generator.chunks, generator.tokenizer)
+        third = anew.generate([[5, 6]], replace(params, n=2))[0][0].tokens
+        assert pointers == [p.data_ptr() for p in generator.chunks[0].parameters()]
+    return first, second, third
+
+
+def test_a_model_in_training_shares_its_weights() -> None:
+    """What the next request sees is what the last step of training left; nothing was copied."""
+    first, second, third = run_distributed(trained_in_between, 1)[0]
+    assert first != second == third
