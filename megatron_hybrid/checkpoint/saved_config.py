@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_hybrid.config import ModelConfig, RunConfig, load_config
 from megatron_hybrid.config.describe import shown
+from megatron_hybrid.config.effects import EFFECTS
 from megatron_hybrid.config.pattern import ATTENTION
 from megatron_hybrid.config.phases import sequence_lengths
 from megatron_hybrid.config.rules import Rule
@@ -37,6 +38,18 @@ FUNCTION_FIELDS = (
     "moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax",
     "moe_router_topk_scaling_factor",
 )  # fmt: skip
+
+# How a run begins, and what is held or said by itself. The rest is compared.
+_NOT_COMPARED = {
+    "optimizer.restart_schedule", "training.objective", "training.objective_options",
+    "training.seed",
+}  # fmt: skip
+TRAINING_FIELDS = tuple(
+    name
+    for name, effect in EFFECTS.items()
+    if effect in ("weights", "training", "differs") or name == "data.packed_documents"
+    if name not in _NOT_COMPARED and not name.startswith(("checkpoint.", "upcycling."))
+)
 
 # How many samples a run draws, and of those held out.
 _DRAWN = (
@@ -101,6 +114,20 @@ def other_functions(model: ModelConfig, said: Mapping[str, Any]) -> list[str]:
         if name in said and (ours := getattr(model, name)) != said[name]
         if rotates or not name.startswith("rotary_")
         if attends or not name.startswith(("rotary_", "position_", "window_", "attn_"))
+    ]
+
+
+def other_training(config: RunConfig, saved: RunConfig) -> list[str]:
+    """What a run that goes on trains otherwise than before: typed anew, or forgotten.
+
+    Returns:
+        A part of a sentence for each field that differs.
+    """
+    now, then = values(config, TRAINING_FIELDS), values(saved, TRAINING_FIELDS)
+    return [
+        f"{name}={shown(value)} (there {shown(then[name])})"
+        for name, value in now.items()
+        if value != then[name]
     ]
 
 

@@ -15,6 +15,7 @@ from megatron_hybrid.checkpoint.carried import Carried, carried_on
 from megatron_hybrid.checkpoint.progress import Progress, saved_progress
 from megatron_hybrid.checkpoint.saved_config import (
     other_functions,
+    other_training,
     refuse_other_data,
     refuse_other_files,
     refuse_other_model,
@@ -156,6 +157,8 @@ def find_start(config: RunConfig, tokenizer: Tokenizer, world_size: int | None) 
         if _starts_elsewhere(config, origin.folder):
             progress = _look_into(config, origin)
         saved_plan = _resumed_plan(config, tokenizer, origin.folder, upcycle=origin.upcycle)
+        if not origin.upcycle:
+            _note_other_training(config, origin.folder)
         # Without a plan, the state in the checkpoint alone knows how far it has read.
         consumed = saved_plan.consumed_samples if saved_plan is not None else None
     conversations = find_objective(config.training.objective).conversations
@@ -267,6 +270,13 @@ def _note_other_functions(config: RunConfig, folder: Path) -> None:
             "note: %s minimised %s with training.objective_options=%s; now %s",
             folder, now, shown(dict(had)), shown(dict(has)),
         )  # fmt: skip
+
+
+def _note_other_training(config: RunConfig, folder: Path) -> None:
+    """Say what a run that goes on does otherwise than the one that saved its checkpoint."""
+    saved = saved_config(folder)
+    if saved is not None and (found := other_training(config, saved)):
+        logger.warning("note: %s was trained with other settings: %s", folder, ", ".join(found))
 
 
 def _note(config: RunConfig, folder: Path, said: Mapping[str, Any]) -> None:

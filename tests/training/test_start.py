@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hybrid.checkpoint.carried import carried_on, write_carried
-from megatron_hybrid.checkpoint.saved_config import FUNCTION_FIELDS, SHAPE_FIELDS
+from megatron_hybrid.checkpoint.saved_config import FUNCTION_FIELDS, SHAPE_FIELDS, TRAINING_FIELDS
 from megatron_hybrid.config import RunConfig, load_config
 from megatron_hybrid.config.effects import EFFECTS
 from megatron_hybrid.data.batches import Span, Steps
@@ -242,6 +242,32 @@ def test_files_made_anew_in_megatron_s_order(tmp_path: Path) -> None:
     (tmp_path / DATA_FILES_FILE).write_text('{"files": [1]}')
     with pytest.raises(DataError, match=f"{DATA_FILES_FILE} is damaged"):
         resumed()
+
+
+def test_other_settings_of_a_run_that_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Typed for the first start and forgotten for the second: every field that weights come of is
+    compared, but for how a run begins, and what is held or said elsewhere."""
+    line = words(tmp_path / "run", "optimizer.weight_decay=0.2", "data.packed_documents=true")
+    (tmp_path / "run_config.yaml").write_text(load_config(line).to_yaml())
+    for config in (load_config(line), load_config([*line, "training.train_iters=40"])):
+        start._note_other_training(config, tmp_path)
+    assert not caplog.messages
+    start._note_other_training(
+        load_config(words(tmp_path / "run", "precision.recipe=bf16")), tmp_path
+    )
+    assert caplog.messages == [
+        f"note: {tmp_path} was trained with other settings: optimizer.weight_decay=0.1 (there "
+        "0.2), data.packed_documents=false (there true), precision.recipe='bf16' (there 'fp32')"
+    ]
+    begins = ("checkpoint.", "upcycling.")
+    effects = {"weights", "training", "differs"}
+    left_out = {name for name, effect in EFFECTS.items() if effect in effects} - {*TRAINING_FIELDS}
+    assert {name for name in left_out if not name.startswith(begins)} == {
+        "optimizer.restart_schedule", "training.objective", "training.objective_options",
+        "training.seed",
+    }  # fmt: skip
 
 
 def test_made_up_tokens_of_another_seed(tmp_path: Path) -> None:
