@@ -1,12 +1,12 @@
-"""Start N ranks on this machine, as torchrun would, without loading torch in the launcher.
+"""Start N ranks on this machine, as torchrun would.
 
 Each rank finds RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment, so
 torchrun itself, or anything else that sets them, starts the same program just as well. What this
 launcher does that torchrun does not: a signal reaches every rank exactly once and is waited for as
-long as saving takes, and the last thing on the screen is the error of the rank that failed first.
+long as saving takes, the last thing on the screen is the error of the rank that failed first, and
+ranks can be forks of the launcher, so that torch is imported once and not N times.
 """
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -19,15 +19,22 @@ from types import FrameType
 
 from launchers.environment import own_code
 from launchers.errors import ERROR_FILE, error_file, output_file, read_error
+from launchers.forks import Fork, end_with_parent
 from launchers.place import ATTEMPT, free_port
 from megatron_hybrid.human import say
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _POLL_S = 0.05
-_PR_SET_PDEATHSIG = 1
 
 
-def launch(argv: Sequence[str], nproc: int, grace_s: float = 10.0, logs: Path | None = None) -> int:
+def launch(
+    argv: Sequence[str],
+    nproc: int,
+    grace_s: float = 10.0,
+    logs: Path | None = None,
+    *,
+    forks: bool = False,
+) -> int:
     """Run `python *argv` on `nproc` ranks, and wait for all of them.
 
     Args:
@@ -36,6 +43,7 @@ def launch(argv: Sequence[str], nproc: int, grace_s: float = 10.0, logs: Path | 
         grace_s: after one rank has failed, how long the others may take to notice by themselves.
         logs: what ranks print (all but rank 0) and their errors are kept in a folder there; None:
             they are not kept.
+        forks: ranks are forks of this process, with what it has imported; not with GPUs.
 
     Returns:
         The exit code: 0, that of the rank that failed first, or 128 + the signal that ended it.
@@ -44,7 +52,7 @@ def launch(argv: Sequence[str], nproc: int, grace_s: float = 10.0, logs: Path | 
     with tempfile.TemporaryDirectory(prefix="megatron-hybrid-") as temporary:
         folder = Path(temporary) if logs is None else logs / attempt
         folder.mkdir(parents=True, exist_ok=True)
-        ranks = _Ranks(argv, nproc, folder, attempt)
+        ranks = _Ranks(argv, nproc, folder, attempt, forks)
         previous = {
             number: signal.signal(number, ranks.forward)
             for number in FORWARDED
@@ -62,12 +70,15 @@ def launch(argv: Sequence[str], nproc: int, grace_s: float = 10.0, logs: Path | 
 class _Ranks:
     """The processes of a run; `folder` keeps what they print (all but rank 0) and their errors."""
 
-    def __init__(self, argv: Sequence[str], nproc: int, folder: Path, attempt: str) -> None:
-        self._argv = [sys.executable, *argv]
+    def __init__(
+        self, argv: Sequence[str], nproc: int, folder: Path, attempt: str, forks: bool
+    ) -> None:
+        self._argv = argv
+        self._forks = forks
         self._nproc = nproc
         self._folder = folder
         self._attempt = attempt
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[subprocess.Popen[bytes] | Fork] = []
 
     def start(self) -> None:
         """Start every rank. Rank 0 writes to the console, the others to files."""
@@ -88,19 +99,24 @@ class _Ranks:
                 ERROR_FILE: str(error_file(self._folder, rank)),
             }
             with output_file(self._folder, rank).open("wb") as file:
-                output = None if rank == 0 else file
-                self._processes.append(
-                    subprocess.Popen(
-                        self._argv,
-                        env=shared | own,
-                        stdin=subprocess.DEVNULL,
-                        stdout=output,
-                        stderr=output,
-                        # Ctrl-C in a terminal goes to a whole session: it must reach ranks once.
-                        start_new_session=True,
-                        preexec_fn=_end_with_launcher,
-                    )
-                )
+                output = None if rank == 0 else file.fileno()
+                self._processes.append(self._start_rank(shared | own, output))
+
+    def _start_rank(
+        self, environment: dict[str, str], output: int | None
+    ) -> "subprocess.Popen[bytes] | Fork":
+        # Ctrl-C in a terminal goes to a whole session: each rank has its own, to get it once.
+        if self._forks:
+            return Fork(self._argv, environment, output)
+        return subprocess.Popen(
+            [sys.executable, *self._argv],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=end_with_parent,
+        )
 
     def forward(self, number: int, frame: FrameType | None) -> None:
         """Signal handler: pass the signal on to every rank that runs."""
@@ -144,8 +160,3 @@ class _Ranks:
             cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             say(f"error: rank {rank} of {self._nproc} ended by {cause}", sys.stderr)
         return 128 - code if code < 0 else code
-
-
-def _end_with_launcher() -> None:
-    """In a new rank: if the launcher is killed, get SIGTERM, so as to save and exit (Linux)."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

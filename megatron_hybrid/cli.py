@@ -36,6 +36,7 @@ from megatron_hybrid.fileio import file_errors, refusal
 from megatron_hybrid.log import JSON, LEVEL, Level, show_log
 from megatron_hybrid.platform.imports import importing
 from megatron_hybrid.platform.threads import spin_before_sleeping
+from megatron_hybrid.platform.warm import load_for_forks
 from megatron_hybrid.training.lasting_output import lasting_output
 
 app = App(
@@ -119,11 +120,12 @@ def pretrain(
         with lasting_output():
             run(config)
         return
+    spin_before_sleeping()
     _check_device(config, nproc)
     _check_files(config, nproc)
     argv = ["-m", "megatron_hybrid.cli", "pretrain", *context.args]
     with file_errors(config.run_dir):
-        code = launch(argv, nproc, logs=config.run_dir / LOGS)
+        code = launch(argv, nproc, logs=config.run_dir / LOGS, forks=load_for_forks())
     raise typer.Exit(code)
 
 
@@ -146,8 +148,11 @@ def _check_files(config: RunConfig, world_size: int) -> None:
     from megatron_hybrid.training.start import claims, open_run
 
     refuse_if_alive(claims(config))
-    logging.getLogger("megatron_hybrid").setLevel(logging.ERROR)  # rank 0 says the rest
+    ours = logging.getLogger("megatron_hybrid")
+    level = ours.level
+    ours.setLevel(logging.ERROR)  # rank 0 says the rest
     open_run(config, world_size)
+    ours.setLevel(level)
 
 
 app.command(

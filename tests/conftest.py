@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_hybrid.platform.imports import importing
+from tests.warm import Server
 
 # What others leave in the temp folder, by the beginning of its name, and why that is no test's.
 LEAVINGS = {
@@ -91,6 +92,15 @@ def temp_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator["TempFolde
         time.sleep(0.02)
     lines = [f"{name}, seen after {folder.seen.get(name, 'the last')}" for name in folder.left()]
     assert not lines, "left in the temp folder; use tmp_path:\n" + "\n".join(lines)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_programs(
+    temp_folder: "TempFolder", tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """What `tests.warm.python` is, for this session."""
+    with Server(tmp_path_factory.mktemp("warm")):
+        yield
 
 
 @pytest.fixture(autouse=True)

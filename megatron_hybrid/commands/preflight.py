@@ -42,6 +42,7 @@ def preflight(
     group of the layout. Ends with 1 if anything is wrong.
     """
     from launchers.local import launch
+    from megatron_hybrid.platform.warm import load_for_forks
     from megatron_hybrid.preflight.files import check_files
 
     launched = os.environ.get("RANK") is not None
@@ -53,7 +54,8 @@ def preflight(
         )
     if nproc and not launched:
         words = ["--checksum-s", str(checksum_s), "--timeout-s", str(timeout_s), *context.args]
-        raise typer.Exit(launch(["-m", "megatron_hybrid.cli", "preflight", *words], nproc))
+        argv = ["-m", "megatron_hybrid.cli", "preflight", *words]
+        raise typer.Exit(launch(argv, nproc, forks=load_for_forks()))
     if launched:
         world_size = int(os.environ["WORLD_SIZE"])
     reports = os.environ.get("RANK", "0") == "0"

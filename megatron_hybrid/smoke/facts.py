@@ -1,4 +1,6 @@
-"""What this machine has, in one line; run as a program, since asking for GPUs takes hold of one."""
+"""What this machine has, in one line; where there are GPUs by a program, since asking takes hold of
+one.
+"""
 
 import json
 import os
@@ -10,6 +12,7 @@ from dataclasses import asdict, dataclass
 from launchers.environment import own_code
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.human import say
+from megatron_hybrid.platform.warm import load_for_forks
 
 
 @dataclass(frozen=True)
@@ -21,11 +24,18 @@ class Facts:
 
 
 def find_facts() -> Facts:
-    """Ask torch and the packages' metadata, in a process of its own.
+    """Ask torch and the packages' metadata; with GPUs, in a process of its own.
 
     Raises:
         UserError: torch cannot be imported, or a GPU is there without the packages that it needs.
     """
+    try:
+        if load_for_forks():
+            return _look()
+    except (ImportError, OSError) as error:
+        raise UserError(
+            f"this installation cannot train: {error}; see megatron-hybrid doctor"
+        ) from error
     command = [sys.executable, "-m", "megatron_hybrid.smoke.facts"]
     environment = os.environ | own_code(os.environ)
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from launchers.environment import own_code
 from launchers.errors import ERROR_FILE
+from launchers.forks import Fork
+from megatron_hybrid.platform.warm import load_for_forks
 from megatron_hybrid.training.metrics import METRICS_FILE, read_records
 
 SHOWN_LINES = 40
@@ -55,7 +57,7 @@ def train(words: list[str], ranks: Ranks, run_number: int, *, alone: bool = Fals
         RunFailedError: it ended with an error; the last thing that `pretrain` prints is that of
             the rank that failed first.
     """
-    command = [sys.executable, "-m", "megatron_hybrid.cli", "pretrain", *words]
+    command = ["-m", "megatron_hybrid.cli", "pretrain", *words]
     environment = os.environ | own_code(os.environ)
     environment.pop(ERROR_FILE, None)  # that of the process above, which has more to say
     if ranks.rank is None:
@@ -64,9 +66,7 @@ def train(words: list[str], ranks: Ranks, run_number: int, *, alone: bool = Fals
         _join_ranks(environment, run_number, alone)
     began = time.monotonic()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-        process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
-        )
+        process = _start(command, environment, output.fileno())
         try:
             code = process.wait()
         except BaseException:
@@ -75,7 +75,8 @@ def train(words: list[str], ranks: Ranks, run_number: int, *, alone: bool = Fals
         if code:
             output.seek(0)
             lines = output.read().splitlines()[-SHOWN_LINES:]
-            raise RunFailedError("\n".join([f"{' '.join(command)}", f"exit code {code}", *lines]))
+            shown = " ".join([sys.executable, *command])
+            raise RunFailedError("\n".join([shown, f"exit code {code}", *lines]))
     return time.monotonic() - began
 
 
@@ -90,7 +91,19 @@ def _join_ranks(environment: dict[str, str], run_number: int, alone: bool) -> No
         environment.update(only)
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
+def _start(
+    command: list[str], environment: dict[str, str], output: int
+) -> "subprocess.Popen[bytes] | Fork":
+    """Python with these words: without GPUs a fork, which has torch and the engine loaded."""
+    if load_for_forks():
+        return Fork(command, environment, output)
+    return subprocess.Popen(
+        [sys.executable, *command], env=environment, stdin=subprocess.DEVNULL, stdout=output,
+        stderr=output,
+    )  # fmt: skip
+
+
+def _end(process: "subprocess.Popen[bytes] | Fork") -> None:
     """Let a training save and end, as it does on SIGTERM; kill it if it does not."""
     process.send_signal(signal.SIGTERM)
     try:

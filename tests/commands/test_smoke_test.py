@@ -3,7 +3,6 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from megatron_hybrid.errors import UserError
 from megatron_hybrid.smoke.check import find_ranks, work_folder
 from megatron_hybrid.smoke.layouts import LAYOUTS, choose_layouts
 from megatron_hybrid.smoke.run import Ranks
+from tests.warm import python
 
 LAUNCHER = {
     "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
@@ -21,7 +21,7 @@ LAUNCHER = {
 
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "megatron_hybrid.cli", "smoke-test", *words],
+        [python(), "-m", "megatron_hybrid.cli", "smoke-test", *words],
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "100"} | environment,
         capture_output=True,
         text=True,
@@ -45,15 +45,21 @@ def test_a_layout_agrees_with_one_rank_and_resumes(tmp_path: Path) -> None:
 
 def test_a_training_that_fails_is_shown(tmp_path: Path) -> None:
     """The exit code is 1, and what the training said is the last on the screen."""
-    keep = tmp_path / "keep"
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys\nif 'pretrain' in sys.orig_argv:\n    sys.exit('no training today')\n"
+    script = tmp_path / "smoke_test.py"
+    script.write_text(
+        "from megatron_hybrid import cli\n"
+        "from megatron_hybrid.smoke import check\n"
+        "words = check.pretrain_words\n"
+        "check.pretrain_words = lambda *args: [*words(*args), 'model.hidden_size=no']\n"
+        "cli.main()\n"
     )
-    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = run("--nproc", "1", "--keep", str(keep), PYTHONPATH=path)
+    done = subprocess.run(
+        [python(), script, "smoke-test", "--nproc", "1", "--keep", str(tmp_path / "keep")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 1
     assert "one rank: the training failed" in done.stderr
-    assert done.stderr.endswith("no training today\n")
+    assert "model.hidden_size" in done.stderr.splitlines()[-1]
 
 
 def test_layouts_that_fit(tmp_path: Path) -> None:

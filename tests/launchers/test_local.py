@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from launchers import local
 
+ROOT = Path(__file__).parents[2]
 # The launcher as a process of its own, so that it can be sent signals. Its clock goes by its looks
 # at the ranks: how often it looks once there is a file `dead` is what it writes at its end.
 LAUNCHER = """
@@ -24,7 +26,7 @@ def sleep(seconds):
     now, looks = now + seconds, looks + (folder / "dead").exists()
     time.sleep(0.01)
 local.time = SimpleNamespace(sleep=sleep, monotonic=lambda: now, strftime=time.strftime)
-code = local.launch(sys.argv[2:], {n}, grace_s={grace_s})
+code = local.launch(sys.argv[2:], {n}, grace_s={grace_s}, forks={forks})
 (folder / "looks").write_text(str(looks))
 sys.exit(code)
 """
@@ -42,24 +44,26 @@ def gone(pid):
 """
 
 
-def start(body: str, folder: Path, ranks: int = 2, grace_s: float = 1000) -> subprocess.Popen[str]:
-    script = folder / "rank.py"
-    script.write_text(RANK + body, encoding="utf-8")
-    root = str(Path(__file__).parents[2])
-    return subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            LAUNCHER.format(n=ranks, grace_s=grace_s),
-            "--",
-            str(script),
-            str(folder),
-        ],
-        env=os.environ | {"PYTHONPATH": root, "TMPDIR": str(folder)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture(params=[False, True], ids=["started", "forked"])
+def start(request: pytest.FixtureRequest) -> Start:
+    """Starts a launcher: ranks are Pythons of their own, or forks of it."""
+
+    def start(
+        body: str, folder: Path, ranks: int = 2, grace_s: float = 1000
+    ) -> "subprocess.Popen[str]":
+        script = folder / "rank.py"
+        script.write_text(RANK + body, encoding="utf-8")
+        launcher = LAUNCHER.format(n=ranks, grace_s=grace_s, forks=request.param)
+        return subprocess.Popen(
+            [sys.executable, "-c", launcher, "--", str(script), str(folder)],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    return start
 
 
 def wait_for(*paths: Path) -> None:
@@ -69,7 +73,7 @@ def wait_for(*paths: Path) -> None:
         time.sleep(0.02)
 
 
-def test_ranks_find_each_other_and_rank_0_has_the_console(tmp_path: Path) -> None:
+def test_ranks_find_each_other_and_rank_0_has_the_console(start: Start, tmp_path: Path) -> None:
     """The environment is torchrun's; what other ranks print does not mix into the console."""
     body = """
 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
@@ -86,7 +90,7 @@ print(*[os.environ[name] for name in names], flush=True)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_reaches_every_rank_and_is_waited_for(
-    number: signal.Signals, tmp_path: Path
+    number: signal.Signals, start: Start, tmp_path: Path
 ) -> None:
     """Ranks get it exactly once, and the launcher ends after the slowest has saved: here, when the
     test says so.
@@ -115,7 +119,7 @@ while not (folder / f"save_{{rank}}").exists():
     assert [(tmp_path / f"saved_{rank}").read_text() for rank in range(2)] == ["1", "1"]
 
 
-def test_the_first_failure_is_seen_last(tmp_path: Path) -> None:
+def test_the_first_failure_is_seen_last(start: Start, tmp_path: Path) -> None:
     """Rank 1 fails, rank 0 then because of it and ends first: the error of rank 1 is the last on
     the screen.
     """
@@ -140,7 +144,7 @@ sys.exit(1)
     assert "consequence" not in err
 
 
-def test_a_killed_rank_is_named_with_its_last_words(tmp_path: Path) -> None:
+def test_a_killed_rank_is_named_with_its_last_words(start: Start, tmp_path: Path) -> None:
     """A rank that dies without a word is reported with its signal and output; others are ended,
     after the grace.
     """
@@ -164,7 +168,7 @@ time.sleep(600)
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
-def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path) -> None:
+def test_ranks_do_not_outlive_a_killed_launcher(start: Start, tmp_path: Path) -> None:
     """If the launcher is killed, ranks get SIGTERM, on which training saves and exits."""
     body = """
 signal.signal(signal.SIGTERM, lambda *_: (folder / f"told_{rank}").touch() or sys.exit())
