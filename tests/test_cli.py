@@ -18,11 +18,12 @@ from megatron_hybrid.config import build_config, presets, rules
 from megatron_hybrid.config.flags import flags
 from megatron_hybrid.config.yaml_text import parse_yaml
 from tests.config import GOOD
+from tests.warm import python
 
 
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "megatron_hybrid.cli", *words],
+        [python(), "-m", "megatron_hybrid.cli", *words],
         env=os.environ | {"COLUMNS": "100"} | environment,
         capture_output=True,
         text=True,

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import megatron_hybrid
 from launchers.errors import POSITION
 from megatron_hybrid import log
 from megatron_hybrid.log import Level, show_log
+from tests.warm import python
 
 logger = logging.getLogger("megatron_hybrid.somewhere")
 
@@ -79,7 +79,7 @@ def test_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
 
 def test_options() -> None:
     """Before the command; a level that there is not is refused."""
-    command = [sys.executable, "-m", "megatron_hybrid.cli", "--log-json", "--log-level"]
+    command = [python(), "-m", "megatron_hybrid.cli", "--log-json", "--log-level"]
     words = ["pretrain", "tiny", "data.mock_data=true", "training.eval_interval=1000", "--dry-run"]
     done = subprocess.run([*command, "info", *words], capture_output=True, text=True, check=True)
     notes = [json.loads(line) for line in done.stderr.splitlines()]

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from megatron_hybrid.data.indexed import IndexedFileWriter, token_dtype
+from tests.warm import python
 
 ROOT = Path(__file__).parents[2]
 TEXT = (
@@ -33,12 +33,12 @@ def run_cli(*words: object) -> subprocess.CompletedProcess[str]:
     return run_python("-m", "megatron_hybrid.cli", *words)
 
 
-def run_python(*words: object, path: str = str(ROOT)) -> subprocess.CompletedProcess[str]:
-    """Python in a process of its own, with `path` as what it finds modules in."""
+def run_python(*words: object) -> subprocess.CompletedProcess[str]:
+    """A program of Python in a process of its own."""
     return subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=ROOT if path else None,
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        [python(), *map(str, words)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=240,

@@ -1,7 +1,10 @@
 """`convert verify`, and what it promises: a process without our code writes the same text."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints_converter.errors import ConversionError
 from megatron_hybrid.testing import run_distributed
-from tests.checkpoints_converter.conftest import run_cli, run_python
+from tests.checkpoints_converter.conftest import run_cli
 
 PROMPTS = ("the quick brown", "def double(x):\n")
 NEW_TOKENS = 24
@@ -61,7 +64,10 @@ def our_text(run: Path, prompts: Sequence[str]) -> list[list[int]]:
 
 def test_text_without_our_code(trained: Path, exported: Path) -> None:
     """AutoModelForCausalLM and AutoTokenizer write the tokens that we write, and stop there too."""
-    done = run_python("-c", THEIR_TEXT, exported, NEW_TOKENS, *PROMPTS, path="")
+    done = subprocess.run(
+        [sys.executable, "-c", THEIR_TEXT, exported, str(NEW_TOKENS), *PROMPTS],
+        env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     ours = run_distributed(our_text, 1, trained, PROMPTS)[0]
     assert json.loads(done.stdout.splitlines()[-1]) == ours

@@ -3,19 +3,19 @@
 import os
 import runpy
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from megatron_hybrid.data.indexed import open_indexed
 from megatron_hybrid.data.tokenizer import build_tokenizer
+from tests.warm import python
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "01_quickstart" / "prepare.py"
 
 
 def prepare(folder: Path) -> str:
-    command = [sys.executable, SCRIPT, folder]
+    command = [python(), SCRIPT, folder]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 

@@ -1,35 +1,25 @@
-"""The commands of the documentation: run, each in a fork of one warm process, or only read."""
+"""The commands of the documentation: run, or only read."""
 
-import importlib
 import os
-import runpy
 import shlex
-import sys
-import traceback
+import subprocess
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from launchers.place import free_port
 from megatron_hybrid.cli import app
 from megatron_hybrid.commands.plan import UNNEEDED
 from megatron_hybrid.config import load_config, presets, rules
 from megatron_hybrid.config.flags import parse_command_line
-from megatron_hybrid.testing import distributed
 from tests.docs import ROOT
+from tests.warm import python
 
 PROGRAM, MODULE = "megatron-hybrid", "megatron_hybrid.cli"
 # Programs of the machine: their words are looked at no further.
 OTHERS = {".", "docker", "export", "pip", "source", "python3.12"}
 ELLIPSES = {"...", "…"}
-# Imported once, for all commands.
-WARM = (
-    "megatron_hybrid.cli", "megatron_hybrid.training.pretrain", "megatron_hybrid.generation",
-    "megatron_hybrid.data.tokenizing.console", "checkpoints_converter.export", "matplotlib.pyplot",
-)  # fmt: skip
 
 
 def commands(text: str) -> list[list[str]]:
@@ -46,106 +36,27 @@ def commands(text: str) -> list[list[str]]:
     return found
 
 
-class Walker:
-    """One process that has imported everything, and forks for each command.
+def run(words: Sequence[str], folder: Path) -> None:
+    """Run a command in a folder to its end.
 
-    Args:
-        folder: where commands are run.
+    Raises:
+        AssertionError: it ended with another code than 0.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.output = folder, folder / "output.txt"
-        context = distributed.warm_context()
-        self._pipe, there = context.Pipe()
-        self._process = context.Process(target=_serve, args=(there, str(folder), dict(os.environ)))
-        self._process.start()
-        there.close()
-
-    def run(self, words: Sequence[str]) -> str:
-        """Run a command to its end, as many ranks as its `--nproc` says; what it printed.
-
-        Raises:
-            AssertionError: it ended with another code than 0.
-        """
-        argv, ranks = list(words), 1
-        if "--nproc" in argv and "--dry-run" not in argv:
-            at = argv.index("--nproc")
-            ranks = int(argv[at + 1])
-            del argv[at : at + 2]
-        self.output.write_bytes(b"")
-        self._pipe.send((argv, ranks, free_port()))
-        codes = self._pipe.recv()
-        printed = self.output.read_text(encoding="utf-8")
-        assert codes == [0] * ranks, f"{shlex.join(words)}\nended with {codes}:\n{printed}"
-        return printed
-
-    def close(self) -> None:
-        """End the process."""
-        self._pipe.close()
-        self._process.join()
-
-
-def _serve(pipe: Connection, folder: str, environment: dict[str, str]) -> None:
-    """Run the commands that come through the pipe; send back their exit codes."""
-    os.environ.clear()
-    os.environ.update(environment | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160"})
-    os.chdir(folder)
-    for name in WARM:
-        importlib.import_module(name)
-    while True:
-        try:
-            argv, ranks, port = pipe.recv()
-        except EOFError:
-            return
-        children = [_fork(argv, rank, ranks, port) for rank in range(ranks)]
-        pipe.send([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
-
-
-def _fork(argv: list[str], rank: int, ranks: int, port: int) -> int:
-    """A process that runs a command, as torchrun would start it where there are several ranks."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        file = os.open("output.txt", os.O_WRONLY | os.O_APPEND)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
-        if ranks > 1:
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
-            os.environ.update({name: str(value) for name, value in place.items()})
-            os.environ.update(MASTER_ADDR="localhost", LOCAL_WORLD_SIZE=str(ranks))
-        code = _call(argv)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def _call(argv: list[str]) -> int:
-    """What a shell would start, in this process; its exit code."""
-    import torch
-
-    torch.set_num_threads(1)
-    sys.argv = argv
-    try:
-        if argv[0] == PROGRAM:
-            from megatron_hybrid.cli import main
-
-            main()
-        elif argv[:2] == ["python", "-m"]:
-            sys.argv = argv[2:]
-            runpy.run_module(argv[2], run_name="__main__", alter_sys=True)
-        else:
-            assert argv[0] == "python", f"{argv[0]} is not a program that a test runs"
-            sys.argv = argv[1:]
-            runpy.run_path(str(ROOT / argv[1]), run_name="__main__")
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    return 0
+    if words[0] == PROGRAM:
+        argv = ["-m", MODULE, *words[1:]]
+    else:
+        assert words[0] == "python", f"{words[0]} is not a program that a test runs"
+        script = words[1] != "-m"
+        argv = [str(ROOT / words[1]), *words[2:]] if script else list(words[1:])
+    environment = os.environ | {"COLUMNS": "160", "OMP_NUM_THREADS": "1"}
+    environment.pop("RANK", None)
+    done = subprocess.run(
+        [python(), *argv], cwd=folder, env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, (
+        f"{shlex.join(words)}\nended with {done.returncode}:\n{done.stdout}"
+    )
 
 
 def read(words: Sequence[str]) -> None:

@@ -5,7 +5,6 @@ a user's; those that need what a test has not are read, and the page says why.
 import gzip
 import json
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -14,7 +13,7 @@ from sentencepiece import SentencePieceTrainer
 
 from tests.data.chat.templates import tokenizer_folder
 from tests.docs import LANGUAGES, Block, blocks, pages
-from tests.docs.commands import Walker, commands, read
+from tests.docs.commands import commands, read, run
 
 # What a page's commands read, pages before it have made.
 ORDER = ("getting-started", "data", "train", "cluster", "resume", "convert", "upcycle")
@@ -26,8 +25,8 @@ RUN.sort(key=lambda block: [Path(block.page).stem != name for name in ORDER])
 
 
 @pytest.fixture(scope="module")
-def walker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walker]:
-    """In a folder that has texts, a tokenizer, and the files that the pages show."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It has texts, a tokenizer, and the files that the pages show."""
     folder = tmp_path_factory.mktemp("docs")
     texts = list(topics.values())
     SentencePieceTrainer.train(
@@ -46,19 +45,15 @@ def walker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walker]:
         if block.language in ("python", "yaml") and first.endswith((".py", ".yaml")):
             (folder / first).parent.mkdir(exist_ok=True)
             (folder / first).write_text(block.text, encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RANK", raising=False)
-        found = Walker(folder)
-    yield found
-    found.close()
+    return folder
 
 
 @pytest.mark.parametrize("block", RUN, ids=[block.name for block in RUN])
-def test_commands_run(block: Block, walker: Walker) -> None:
+def test_commands_run(block: Block, folder: Path) -> None:
     """Each ends with 0."""
     for words in commands(block.text):
         trains = "pretrain" in words and not {"--dry-run", "--help"} & {*words}
-        walker.run([*words, *(block.run_with.split() if trains else ())])
+        run([*words, *(block.run_with.split() if trains else ())], folder)
 
 
 def test_what_is_not_run_is_read() -> None:

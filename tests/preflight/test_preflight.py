@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from megatron_hybrid.preflight.files import check_files
 from megatron_hybrid.preflight.nodes import compare, own_facts
 from megatron_hybrid.smoke.layouts import LAYOUTS, Layout, pretrain_words
 from tests.training.runs import words
+from tests.warm import python
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +33,7 @@ def test_names_in_brackets_are_shown(capsys: pytest.CaptureFixture[str]) -> None
 
 def command(*line: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "megatron_hybrid.cli", *line],
+        [python(), "-m", "megatron_hybrid.cli", *line],
         env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "160"} | environment,
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip

@@ -6,7 +6,6 @@ time, each on a pair of nodes of its own, and a test waits for its own and looks
 
 import os
 import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.slurm.cluster import Cluster, missing
+from tests.warm import python
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +29,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         pytest.skip(why)
     cluster = Cluster(tmp_path_factory.mktemp("slurm"), nodes=22)
     cluster.environment |= {
-        "PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT), "PYTHON": python(), "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo", "TMPDIR": str(cluster.folder),
     }  # fmt: skip
     try:
@@ -85,7 +85,7 @@ def outcome(outcomes: dict[str, Future[Any]], request: pytest.FixtureRequest) ->
 def command(*words: str, environment: dict[str, str] | None = None) -> str:
     """What a command of ours prints."""
     done = subprocess.run(
-        [sys.executable, "-m", "megatron_hybrid.cli", *words],
+        [python(), "-m", "megatron_hybrid.cli", *words],
         env=environment or os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, timeout=400,
     )  # fmt: skip

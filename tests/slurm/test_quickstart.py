@@ -11,6 +11,7 @@ import pytest
 from megatron_hybrid.training.metrics import read_records
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import ROOT, command, scenario
+from tests.warm import python
 
 CONFIG = ROOT / "examples" / "01_quickstart" / "quickstart.yaml"
 STEPS = 4  # the last quarter is a phase of its own
@@ -30,7 +31,7 @@ def make_corpus(folder: Path) -> Path:
     """Once, for whoever comes first."""
     script = ROOT / "examples" / "01_quickstart" / "prepare.py"
     with _making:
-        subprocess.run([sys.executable, script, folder], check=True, capture_output=True)
+        subprocess.run([python(), script, folder], check=True, capture_output=True)
     return folder
 
 

@@ -22,6 +22,7 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import ROOT, command, scenario
 from tests.slurm.pace import HIT
 from tests.training.runs import words
+from tests.warm import program_of
 
 STEPS, INTERVAL = 24, 8
 HANG_S = 20
@@ -74,7 +75,7 @@ class Run:
             at = process.info["cmdline"] or [""]
             ours = "pretrain" in at and f"run_dir={self.run_dir}" in at and at[0] == sys.executable
             if ours and process.environ().get("SLURM_PROCID") == str(number):
-                return process
+                return psutil.Process(program_of(process.pid))
         raise AssertionError(f"no rank {number}")
 
     def starts(self) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +13,7 @@ from matplotlib.image import imread
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.training.comparison import compare, draw_comparison
 from tests.training.runs import records, words
+from tests.warm import python
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "compare_runs.py"
 NAMES = ("a", "b")
@@ -63,7 +63,7 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
 
 def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, SCRIPT, *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
+        [python(), SCRIPT, *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
         timeout=300, check=False,
     )  # fmt: skip
 

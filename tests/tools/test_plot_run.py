@@ -2,7 +2,6 @@
 
 import math
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from megatron_hybrid.training.plot_experts import draw_expert_load
 from megatron_hybrid.training.plot_float8 import draw_float8
 from megatron_hybrid.training.step_metrics import StepMetrics
 from tests.training.reports import reports
+from tests.warm import python
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "plot_run.py"
 
@@ -52,9 +52,7 @@ def colors(path: Path) -> set[tuple[int, int, int]]:
 def test_one_run_becomes_a_picture_beside_its_metrics(tmp_path: Path) -> None:
     """The script prints where the PNG is; both curves are in it, in their colours."""
     run = write_run(tmp_path / "run", 60)
-    done = subprocess.run(
-        [sys.executable, SCRIPT, run], capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([python(), SCRIPT, run], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip() == str(run / "plot.png")
     height, width, _ = imread(run / "plot.png").shape
@@ -141,9 +139,7 @@ def test_a_folder_in_place_of_a_picture(tmp_path: Path) -> None:
 
 def test_script_exits_with_the_error_and_no_traceback(tmp_path: Path) -> None:
     """On the command line a user error is one line on stderr and exit status 1."""
-    done = subprocess.run(
-        [sys.executable, SCRIPT, tmp_path], capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([python(), SCRIPT, tmp_path], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
@@ -152,7 +148,7 @@ def test_script_exits_with_the_error_and_no_traceback(tmp_path: Path) -> None:
 def test_several_runs_need_a_named_output(tmp_path: Path) -> None:
     """A comparison has no folder of its own, so the script asks where it goes."""
     done = subprocess.run(
-        [sys.executable, SCRIPT, tmp_path, tmp_path], capture_output=True, text=True, timeout=120
+        [python(), SCRIPT, tmp_path, tmp_path], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 2
     assert "-o PNG" in done.stderr
@@ -170,7 +166,7 @@ def test_draws_the_load_of_experts(tmp_path: Path) -> None:
     metrics = tmp_path / METRICS_FILE
     metrics.write_bytes(b"".join(orjson.dumps(record) + b"\n" for record in [*steps, shares]))
     done = subprocess.run(
-        [sys.executable, SCRIPT, tmp_path, "--experts"], capture_output=True, text=True, timeout=120
+        [python(), SCRIPT, tmp_path, "--experts"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "expert_load.png")

@@ -2,12 +2,12 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_hybrid.data.indexed import open_indexed
+from tests.warm import python
 from tools import preprocess_data
 
 TOOL = preprocess_data.__file__
@@ -22,7 +22,7 @@ def write_input(path: Path) -> Path:
 
 def test_command(tmp_path: Path) -> None:
     """One pair a key, in the input's order, no end tokens; a bad line fails it or is listed."""
-    command = [sys.executable, TOOL, "--input", str(write_input(tmp_path / "a.jsonl")), *NULL]
+    command = [python(), TOOL, "--input", str(write_input(tmp_path / "a.jsonl")), *NULL]
     command += ["--output-prefix", str(tmp_path / "out"), "--json-keys", "text", "title"]
     strict = subprocess.run(command, capture_output=True, text=True)
     assert strict.returncode == 1

@@ -2,19 +2,19 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_hybrid.training.attempts import read_attempts
 from tests.training.runs import words
+from tests.warm import python
 
 
 @pytest.mark.parametrize("stderr", ["gone", "closed"])
 def test_a_reader_that_is_gone(stderr: str, tmp_path: Path) -> None:
     """Neither a step's line nor the flush as Python ends fails the run."""
-    command = [sys.executable, "-m", "megatron_hybrid.cli", "pretrain", *words(tmp_path)]
+    command = [python(), "-m", "megatron_hybrid.cli", "pretrain", *words(tmp_path)]
     reader, writer = os.pipe()
     closed = "exec 2>&-; " if stderr == "closed" else "exec 2>&1; "
     process = subprocess.Popen(

@@ -7,7 +7,6 @@ off lies before a phase of the data with another blend and longer samples.
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from megatron_hybrid.testing import run_distributed
 from megatron_hybrid.training.metrics import read_records
 from megatron_hybrid.training.step_metrics import TIMING_FIELDS
 from tests.data.conftest import write_corpus
+from tests.warm import program_of, python
 
 STEPS = 20  # the first 12 of samples of 64 tokens, the others of 128
 VOCAB_SIZE = 512
@@ -59,7 +59,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(config: Path, run_dir: Path, *more: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "megatron_hybrid.cli", "pretrain", str(config)]
+    command = [python(), "-m", "megatron_hybrid.cli", "pretrain", str(config)]
     return subprocess.Popen(
         [*command, "--nproc", "2", f"run_dir={run_dir}", *more],
         stdout=subprocess.PIPE,
@@ -178,7 +178,8 @@ def kill_during_save(process: "subprocess.Popen[str]", run_dir: Path) -> None:
     first = run_dir / "checkpoints" / "iter_0000005"
     while process.poll() is None:
         if first.exists() and any(_partial_saves(run_dir)):
-            for pid in [*_children(process.pid), process.pid]:
+            launcher = program_of(process.pid)
+            for pid in [*_children(launcher), launcher]:
                 os.kill(pid, signal.SIGKILL)
             break
         time.sleep(0.0005)
