@@ -30,6 +30,7 @@ from checkpoints_converter.streaming import (
     stored_dtype,
     whole,
 )
+from checkpoints_converter.tokenizer_files import added_beyond
 from checkpoints_converter.weights import (
     Mapping,
     Names,
@@ -136,8 +137,9 @@ def import_model(
         tokenizer = _tokenizer(source)
         if tokenizer is None:
             fields.notes.append("it comes without a tokenizer; name one to train it")
-        elif (note := tokenizer.around_texts()) is not None:
-            fields.notes.append(note)
+        else:
+            found = (tokenizer.around_texts(), added_beyond(source, tokenizer))
+            fields.notes += [note for note in found if note is not None]
         carried, lost = carried_from(source, tokenizer.files if tokenizer is not None else ())
         if lost:
             fields.notes.append(f"not carried along: {', '.join(lost)}")

@@ -4,7 +4,9 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from checkpoints_converter.errors import ConversionError
 from checkpoints_converter.sentencepiece_model import first_difference, read_model, tokenizer_json
 from megatron_hybrid.checkpoint.carried import Carried
 from megatron_hybrid.data.tokenizer import (
@@ -13,6 +15,7 @@ from megatron_hybrid.data.tokenizer import (
     Tokenizer,
 )
 from megatron_hybrid.fileio import write_atomic
+from megatron_hybrid.small_files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +27,33 @@ class Specials:
     bos: int | None = None
     eos: int | None = None
     pad: int | None = None
+
+
+def added_beyond(folder: Path, tokenizer: Tokenizer) -> str | None:
+    """What to say of tokens that a folder's other files add to its tokenizer's, as transformers
+    does; None: there are none.
+    """
+    added: dict[str, Any] = {}
+    for name, token_id in _object(folder / "added_tokens.json").items():
+        added[name] = token_id
+    decoder = _object(folder / HuggingFaceTokenizer.config_name).get("added_tokens_decoder")
+    for text, token in (decoder if isinstance(decoder, dict) else {}).items():
+        name = token.get("content") if isinstance(token, dict) else None
+        added[str(name)] = int(text) if text.isdecimal() else None
+    beyond = [
+        name for name, each in added.items()
+        if type(each) is int and each >= tokenizer.vocab_size
+    ]  # fmt: skip
+    if not beyond:
+        return None
+    return (
+        f"its {tokenizer.file_name} lacks {len(beyond)} tokens that are added beside it, such as "
+        f"{beyond[0]!r}: in texts here they are characters, where no tokenizer.json has them"
+    )
+
+
+def _object(path: Path) -> dict[str, Any]:
+    return read_json(path, ConversionError) if path.is_file() else {}
 
 
 def write_tokenizer(

@@ -14,9 +14,11 @@ from checkpoints_converter.errors import ConversionError
 from checkpoints_converter.export import ExportOptions, export
 from checkpoints_converter.importing import Imported, ImportOptions, import_model
 from checkpoints_converter.loading_order import WEIGHT_FILES
+from checkpoints_converter.tokenizer_files import added_beyond
 from megatron_hybrid.checkpoint.carried import FOLDER, read_carried
 from megatron_hybrid.checkpoint.integrity import write_integrity
 from megatron_hybrid.config import RunConfig, UpcyclingConfig, load_config
+from megatron_hybrid.data.tokenizer import build_tokenizer
 from megatron_hybrid.training.start import Start, open_run
 from megatron_hybrid.upcycling.request import Request, upcycled_config
 from megatron_hybrid.upcycling.write import Upcycling
@@ -250,3 +252,21 @@ def test_a_run_carries_them_on(
         start = start_from(imported, tmp_path / "other", f"data.tokenizer_model={path}")
     assert start.carried == {}
     assert "do not carry on: " in caplog.text and "generation_config.json" in caplog.text
+
+
+@pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
+def test_tokens_that_a_tokenizer_s_own_file_lacks(file: str, source: Path, tmp_path: Path) -> None:
+    """transformers adds them; here a text with them is one of characters, which is said."""
+    tokenizer = build_tokenizer("huggingface", source)
+    assert added_beyond(source, tokenizer) is None
+    shutil.copy(source / "tokenizer_config.json", tmp_path)
+    last = tokenizer.vocab_size
+    added: dict[str, Any] = {"a": last - 1, "<|tool|>": last, "<|think|>": last + 1}
+    if file == "tokenizer_config.json":
+        added = {"added_tokens_decoder": {str(n): {"content": text} for text, n in added.items()}}
+    (tmp_path / file).write_text(json.dumps(added))
+    said = added_beyond(tmp_path, tokenizer)
+    assert said is not None
+    assert said.startswith(
+        "its tokenizer.json lacks 2 tokens that are added beside it, such as '<|t"
+    )
