@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_hybrid.config.load import load_config, presets
 from megatron_hybrid.errors import UserError
@@ -32,7 +33,7 @@ PICTURE = "comparison.png"
 
 def main() -> int:
     """Parse the command line, train, compare, draw. Exit code 1: an error; 2: too far apart."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description="Train two configs or two commits for some steps, and say where they part."
     )
     parser.add_argument("first", help="a config, a commit, or a run's folder")
@@ -59,6 +60,14 @@ def main() -> int:
         return 1
     print("\n".join([*found.lines(), str(arguments.output / PICTURE)]))
     return 2 if arguments.tolerance is not None and found.worst > arguments.tolerance else 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """A wrong command line is an error like any other: 2 says something else here."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(1, f"error: {message}\n")
 
 
 def _positive(text: str) -> int:

@@ -92,10 +92,14 @@ def test_each_commit_is_trained_by_its_own_code(
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-1"])
-def test_a_tolerance_is_a_number(text: str) -> None:
+def test_a_tolerance_is_a_number(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is above NaN: all runs would be near enough."""
     with pytest.raises(argparse.ArgumentTypeError, match="must be a number of at least 0"):
         tool()._tolerance(text)
+    monkeypatch.setattr(sys, "argv", ["compare_runs.py", "a", "b", f"--tolerance={text}"])
+    with pytest.raises(SystemExit) as ended:
+        tool().main()
+    assert ended.value.code == 1  # not 2, which says that the runs are too far apart
 
 
 def test_configs_of_two_seeds(tmp_path: Path) -> None:
