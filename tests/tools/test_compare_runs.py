@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
