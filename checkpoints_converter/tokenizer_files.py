@@ -33,13 +33,11 @@ def added_beyond(folder: Path, tokenizer: Tokenizer) -> str | None:
     """What to say of tokens that a folder's other files add to its tokenizer's, as transformers
     does; None: there are none.
     """
-    added: dict[str, Any] = {}
-    for name, token_id in _object(folder / "added_tokens.json").items():
-        added[name] = token_id
+    added: dict[str, Any] = dict(_object(folder / "added_tokens.json"))
     decoder = _object(folder / HuggingFaceTokenizer.config_name).get("added_tokens_decoder")
     for text, token in (decoder if isinstance(decoder, dict) else {}).items():
-        name = token.get("content") if isinstance(token, dict) else None
-        added[str(name)] = int(text) if text.isdecimal() else None
+        content = token.get("content") if isinstance(token, dict) else None
+        added[str(content)] = int(text) if text.isdecimal() else None
     beyond = [
         name for name, each in added.items()
         if type(each) is int and each >= tokenizer.vocab_size
