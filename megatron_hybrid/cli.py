@@ -172,7 +172,10 @@ app.command(
     options_metavar="[OPTIONS] [section.field=value | --flag value]...",
 )(plan)
 app.command(context_settings=_CONFIG_WORDS, hidden=True)(verdict)
-app.command()(generate)
+app.command(
+    context_settings=_CONFIG_WORDS,
+    options_metavar="[OPTIONS] [parallel.field=value]...",
+)(generate)
 app.command()(status)
 app.command()(track)
 app.command("smoke-test")(smoke_test)

@@ -1,19 +1,41 @@
-"""`megatron-hybrid generate`: text from a trained model."""
+"""`megatron-hybrid generate`: text from a trained model, for one prompt or a file of them."""
 
+import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron_hybrid.bounds import MOST_NEW_TOKENS
+from launchers.environment import whole_number
+from launchers.local import launch
+from megatron_hybrid.bounds import MOST_COUNT, MOST_NEW_TOKENS, MOST_PROCESSES
 from megatron_hybrid.commands.options import ParseSpecialTokens
+from megatron_hybrid.config.flags import flags
+from megatron_hybrid.errors import UserError
+from megatron_hybrid.platform.threads import spin_before_sleeping
+
+if TYPE_CHECKING:
+    from megatron_hybrid.generation import Generator, SamplingParams
 
 
 def generate(
+    context: typer.Context,
     checkpoint: Annotated[
         Path, typer.Argument(help="a run's folder, its checkpoints', or one of them")
     ],
-    prompt: Annotated[str, typer.Option(help="text to continue")],
+    prompt: Annotated[str | None, typer.Option(help="text to continue")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="file of JSON lines, with 'prompt' or 'tokens', and any of the options below by "
+            "its name in Python, such as 'max_new_tokens'"
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="with --prompts: answers, a JSON line each; goes on where it ended"),
+    ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, max=MOST_NEW_TOKENS, help="tokens to add at most")
     ] = 64,
@@ -30,22 +52,134 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="a text that ends the continuation; may be repeated")
     ] = None,
+    n: Annotated[int, typer.Option("--n", help="with --prompts: continuations of each")] = 1,
+    logprobs: Annotated[
+        int | None, typer.Option(help="with --prompts: log-probabilities, of so many likeliest too")
+    ] = None,
     parse_special_tokens: ParseSpecialTokens = False,
+    max_sequences: Annotated[
+        int, typer.Option(min=1, max=MOST_COUNT, help="with --prompts: under way at once")
+    ] = 16,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, max=MOST_COUNT, help="with --prompts: of all under way")
+    ] = 65536,
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, max=MOST_PROCESSES, help="start this many ranks on this machine"),
+    ] = None,
 ) -> None:
-    """Continue a text with a trained model."""
-    from megatron_hybrid.generation import Generator, Limits, SamplingParams
+    """Continue a text, or a file of them, with a trained model.
+
+    With ranks, `parallel.tensor_model_parallel_size=2` and its like say how they divide the model.
+    """
+    _check_usage(prompt, prompts, output, context.args)
+    spin_before_sleeping()
+    from megatron_hybrid.generation import SamplingParams
 
     params = SamplingParams(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
         min_p=min_p, repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop or ()),
+        n=n, logprobs=logprobs,
     )  # fmt: skip
-    with Generator(checkpoint, parse_special_tokens=parse_special_tokens) as generator:
-        tokens = generator.encode(prompt)
-        generator.limits = Limits(max_sequences=1, max_tokens=len(tokens) + max_new_tokens)
-        pieces = generator.stream(tokens, params)
-        # The prompt not before the model is loaded: an error would follow half a line.
-        first = next(pieces, "")
-        print(prompt + first, end="", flush=True)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print()
+    if prompts is None and (n > 1 or logprobs is not None):
+        raise UserError("--n and --logprobs are for --prompts, whose answers have room for them")
+    if nproc is not None and nproc > 1:
+        _launch(context, checkpoint, nproc)
+    from megatron_hybrid.generation import Generator, Limits
+
+    limits = Limits(max_sequences=max_sequences, max_tokens=max_tokens)
+    with Generator(
+        checkpoint, layout=context.args, limits=limits, parse_special_tokens=parse_special_tokens
+    ) as generator:
+        if prompt is not None:
+            # Before the engine is made, alike on every rank: what one prompt takes.
+            tokens = generator.encode(prompt)
+            generator.limits = Limits(max_sequences=1, max_tokens=len(tokens) + max_new_tokens)
+        if not generator.engine.leads:
+            generator.follow()
+        elif prompt is not None:
+            _stream(generator, prompt, tokens, params)
+        elif prompts is not None and output is not None:
+            _answer(generator, prompts, output, params)
+
+
+def _check_usage(
+    prompt: str | None, prompts: Path | None, output: Path | None, words: list[str]
+) -> None:
+    known = flags()
+    for word in words:
+        if word.startswith("-") and word.partition("=")[0] not in known:
+            raise typer.BadParameter(f"no such option: {word}")
+    if (prompt is None) == (prompts is None):
+        raise typer.BadParameter("give one of them", param_hint="--prompt / --prompts")
+    if (prompts is None) != (output is None):
+        raise typer.BadParameter("one needs the other", param_hint="--prompts / --output")
+
+
+def _launch(context: typer.Context, checkpoint: Path, nproc: int) -> None:
+    """Start the ranks and exit as they do, after what can be refused without them."""
+    if launched := os.environ.get("WORLD_SIZE"):
+        whole_number(os.environ, "WORLD_SIZE", least=1)
+        raise typer.BadParameter(
+            f"a launcher has started this rank already (WORLD_SIZE={launched})",
+            param_hint="--nproc",
+        )
+    from megatron_hybrid.generation.checkpoint import read_checkpoint
+
+    read_checkpoint(checkpoint, context.args, world_size=nproc)
+    words, skip = [], False
+    for word in sys.argv[1:]:
+        if not skip and word != "--nproc" and not word.startswith("--nproc="):
+            words.append(word)
+        skip = word == "--nproc"
+    raise typer.Exit(launch(["-m", "megatron_hybrid.cli", *words], nproc))
+
+
+def _stream(
+    generator: "Generator", prompt: str, tokens: list[int], params: "SamplingParams"
+) -> None:
+    pieces = generator.stream(tokens, params)
+    # The prompt not before the model is loaded: an error would follow half a line.
+    first = next(pieces, "")
+    print(prompt + first, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def _answer(generator: "Generator", prompts: Path, output: Path, params: "SamplingParams") -> None:
+    """Answer a file, with a bar on stderr that tells requests, tokens a second and time left."""
+    import time
+
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    from megatron_hybrid.generation.batch_file import Answers, answer_file, read_requests
+
+    requests = read_requests(prompts, params, generator.encode, generator.name)
+    start = time.monotonic()
+
+    def speed(answers: Answers) -> str:
+        return f"{answers.tokens / max(time.monotonic() - start, 1e-9):,.0f} tokens/s"
+
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"), TimeRemainingColumn(), console=Console(stderr=True),
+    ) as bar:  # fmt: skip
+        task = bar.add_task("requests", total=len(requests), speed="")
+
+        def told(answers: Answers) -> None:
+            bar.update(task, completed=answers.before + answers.requests, speed=speed(answers))
+
+        answers = answer_file(generator, requests, prompts, output, told)
+    before = f", {answers.before} were there already" if answers.before else ""
+    print(
+        f"{output}: {answers.requests} requests answered{before}; {answers.tokens} tokens, "
+        f"{speed(answers)}"
+    )

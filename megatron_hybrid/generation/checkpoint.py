@@ -1,23 +1,26 @@
 """A checkpoint opened for generation: the model of any layout, and its tokenizer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 from megatron_hybrid.checkpoint.reader import find_checkpoint
 from megatron_hybrid.checkpoint.saved_config import read_config
-from megatron_hybrid.config import RunConfig, rules
+from megatron_hybrid.config import RunConfig, load_config, rules
+from megatron_hybrid.config.flags import parse_command_line
 from megatron_hybrid.config.precision import FLOAT8_RECIPES
+from megatron_hybrid.config.rules.generation import LAYOUT_FIELDS
 from megatron_hybrid.config.sections import PrecisionConfig
 from megatron_hybrid.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_hybrid.errors import UserError
+from megatron_hybrid.errors import ConfigError, UserError
 from megatron_hybrid.platform import initialize
 from megatron_hybrid.platform.backend import resolve_backend
-from megatron_hybrid.training.distributed import process_groups
+from megatron_hybrid.training.distributed import process_groups, select_device
 
-# Whatever the ranks that trained it: one process generates.
+# Whatever the ranks that trained it: one process generates, unless it is told otherwise.
 ONE_RANK = (
     "parallel.tensor_model_parallel_size=1",
     "parallel.sequence_parallel=false",
@@ -40,26 +43,64 @@ ONE_RANK = (
 
 
 def read_checkpoint(
-    checkpoint: Path, *, parse_special_tokens: bool = False
+    checkpoint: Path,
+    layout: Sequence[str] = (),
+    *,
+    world_size: int = 1,
+    parse_special_tokens: bool = False,
 ) -> tuple[RunConfig, Path, Tokenizer]:
-    """The config for one rank, the folder and the tokenizer of the newest checkpoint under one.
+    """The config to generate by, the folder and the tokenizer of the newest checkpoint under one.
 
     Args:
         checkpoint: as for `find_checkpoint`.
+        layout: words of `LAYOUT_FIELDS`, such as `parallel.tensor_model_parallel_size=2`.
+        world_size: ranks that generate.
         parse_special_tokens: the tokenizer lets the text of a special token become its id.
 
     Raises:
-        UserError: there is no whole checkpoint, or it is not of a model that can generate.
+        UserError: there is no whole checkpoint, it is not of a model that can generate, or the
+            ranks cannot hold it so.
     """
+    stages = _stages(layout)
     folder = find_checkpoint(checkpoint)
     # How a run of an earlier version was trained is for no rule of today's to judge.
     config = read_config(folder, *ONE_RANK, which=rules.MODEL)
+    cut = f"model.hybrid_layer_pattern={_cut(config.model.hybrid_layer_pattern, stages)}"
+    config = load_config(
+        [*([cut] if stages > 1 else ()), *layout], base=config.model_dump(mode="json"),
+        which=rules.GENERATION, world_size=world_size, has_cuda=torch.cuda.is_available(),
+    )  # fmt: skip
     if config.model.attn_mask_type != "causal":
         raise UserError(
             f"{folder} has model.attn_mask_type={config.model.attn_mask_type}: each of its tokens "
             "sees all others, so that it cannot write one after the other; allowed: causal"
         )
     return config, folder, load_tokenizer(folder, parse_special_tokens=parse_special_tokens)
+
+
+def _stages(layout: Sequence[str]) -> int:
+    """How many pipeline stages the words of a layout ask for; UserError for other words."""
+    line = parse_command_line(layout)
+    problems = list(line.problems)
+    if line.source is not None:
+        problems.append(f"{line.source!r} is no word of a layout")
+    problems += [
+        f"{name} is not for generation to change; allowed: {', '.join(LAYOUT_FIELDS)}"
+        for name, _ in line.values
+        if name not in LAYOUT_FIELDS
+    ]
+    if problems:
+        raise ConfigError(problems)
+    stages = dict(line.values).get("parallel.pipeline_model_parallel_size", 1)
+    return stages if type(stages) is int and stages > 0 else 1  # its type refuses what else it is
+
+
+def _cut(pattern: str, stages: int) -> str:
+    """A pattern cut into stages of as many layers, but for one."""
+    layers = pattern.replace("|", "")
+    size, rest = divmod(len(layers), stages)
+    ends = [0, *(size * i + min(i, rest) for i in range(1, stages + 1))]
+    return "|".join(layers[a:b] for a, b in pairwise(ends) if b > a)
 
 
 @contextmanager
@@ -80,6 +121,8 @@ def loaded_model(
     if config.precision.recipe in FLOAT8_RECIPES:
         # The weights are bf16, and a token alone has no shape that float8 could take.
         config = config.model_copy(update={"precision": PrecisionConfig(recipe="bf16")})
+    if not alone:
+        select_device()
     platform, backend = initialize(), resolve_backend("auto")
     with process_groups(config, platform, alone=alone):
         from megatron_hybrid.model.build import build_model_chunks

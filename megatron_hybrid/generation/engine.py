@@ -86,6 +86,11 @@ class Engine:
         return bool(self._orders.submitted or self._orders.cancelled or self._under_way)
 
     @property
+    def leads(self) -> bool:
+        """Whether this rank takes the requests; the others `follow`."""
+        return self._ranks.first
+
+    @property
     def _under_way(self) -> bool:
         return bool(self._waiting or self._filling or self._decoding)
 
@@ -103,7 +108,7 @@ class Engine:
         Raises:
             UserError: the states could never hold it, or it asks for what cannot be; all at once.
         """
-        problems = self._problems(prompt, params)
+        problems = self.problems(prompt, params)
         if problems:
             raise UserError("\n".join(problems))
         request = self._next_request
@@ -151,9 +156,8 @@ class Engine:
             self._orders = _Orders(end=True)
             self.step()
 
-    # -- orders ------------------------------------------------------------------------------------
-
-    def _problems(self, prompt: list[int], params: SamplingParams) -> list[str]:
+    def problems(self, prompt: list[int], params: SamplingParams) -> list[str]:
+        """Why `submit` would refuse a request, a sentence each."""
         limits, tokens = self.limits, len(prompt) + params.max_new_tokens
         problems = []
         if not prompt:
@@ -173,6 +177,8 @@ class Engine:
         if params.stop and self._stopper is None:
             problems.append(f"stop={params.stop!r} needs a tokenizer")
         return problems
+
+    # -- orders ------------------------------------------------------------------------------------
 
     def _take(self, orders: _Orders) -> None:
         if orders.refresh:

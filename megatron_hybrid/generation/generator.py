@@ -16,6 +16,7 @@ from megatron_hybrid.generation.checkpoint import loaded_model, read_checkpoint
 from megatron_hybrid.generation.params import Limits, SamplingParams
 from megatron_hybrid.generation.request import Completion, Event
 from megatron_hybrid.generation.text import TextStream
+from megatron_hybrid.training.distributed import launched_world_size
 
 if TYPE_CHECKING:
     from megatron_hybrid.generation.engine import Engine
@@ -31,6 +32,9 @@ class Generator:
 
     Args:
         checkpoint: a run's folder, its checkpoints', or one of them.
+        layout: of the ranks that a launcher has started, as words such as
+            `parallel.tensor_model_parallel_size=2`. The first has prompts answered; the others
+            call `follow`.
         limits: sizes of the states.
         parse_special_tokens: the text of a special token in a prompt becomes its id.
 
@@ -38,6 +42,7 @@ class Generator:
         config: of the model.
         chunks: the model, this rank's pipeline chunks.
         vocab_size: tokens that may be drawn.
+        name: where the model is from.
         limits: sizes of the states, which are made with the first request.
 
     Raises:
@@ -45,12 +50,21 @@ class Generator:
     """
 
     def __init__(
-        self, checkpoint: Path, *, limits: Limits | None = None, parse_special_tokens: bool = False
+        self,
+        checkpoint: Path,
+        *,
+        layout: Sequence[str] = (),
+        limits: Limits | None = None,
+        parse_special_tokens: bool = False,
     ) -> None:
-        read = read_checkpoint(checkpoint, parse_special_tokens=parse_special_tokens)
+        ranks = launched_world_size()
+        read = read_checkpoint(
+            checkpoint, layout, world_size=ranks, parse_special_tokens=parse_special_tokens
+        )
         resources = ExitStack()
-        config, chunks = resources.enter_context(loaded_model(*read))
+        config, chunks = resources.enter_context(loaded_model(*read, alone=ranks == 1))
         self._set(config, chunks, read[2], limits, resources)
+        self.name = str(read[1].resolve())
 
     @classmethod
     def of_model(
@@ -86,6 +100,7 @@ class Generator:
         self.limits = limits or Limits()
         self._resources = resources
         self._engine: Engine | None = None
+        self.name = "a model in memory"
 
     def __enter__(self) -> Self:
         return self
@@ -99,7 +114,9 @@ class Generator:
         self.close()
 
     def close(self) -> None:
-        """Give back the process groups, where they were made for it."""
+        """Let other ranks go, and give back the process groups where they were made for it."""
+        if self._engine is not None and self._engine.leads:
+            self._engine.end()
         self._engine = None
         self._resources.close()
 
@@ -118,6 +135,10 @@ class Generator:
                 stopper=lambda prompt, stop: TextStream(self.tokenizer, prompt, stop),
             )
         return self._engine
+
+    def follow(self) -> None:
+        """On every rank but the first: take part until that one closes its generator."""
+        self.engine.follow()
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Tokens of a prompt; those that are given stay as they are."""

@@ -17,12 +17,13 @@ class Ranks:
 
     Attributes:
         many: whether there are others.
+        first: whether this one takes the requests.
         ended: whether the first has ended the steps.
     """
 
     def __init__(self, decoder: Decoder) -> None:
         self.many = dist.is_initialized() and dist.get_world_size() > 1
-        self.ended = False
+        self.ended, self.first = False, True
         self._device = decoder.device
         self._source = 0
         if self.many:

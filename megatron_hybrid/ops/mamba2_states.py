@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_hybrid.ops.gated_norm import inverse_rms
 from megatron_hybrid.ops.mamba2_fused import Core, Inputs, Norm
-from megatron_hybrid.ops.ssd.buffers import Sizes
+from megatron_hybrid.ops.ssd.buffers import WORKSPACE, Sizes
 
 
 class CoreParameters(NamedTuple):
@@ -85,7 +85,7 @@ def mamba2_chunk(
 
 
 class Mamba2Step:
-    """One token more of each of b texts, with buffers and views that are made once.
+    """One token more of each of b texts, with views that are made once, of buffers that all share.
 
     Args:
         conv_state: `[b, k - 1, c]`. ssm_state: `[b, g, n, r*p]`, contiguous. Both move on in place
@@ -98,7 +98,8 @@ class Mamba2Step:
         self.ssm_state = ssm_state.view(batch * groups, state, width)
         # What the states are multiplied with, what is added to them, and what they give.
         self.decay, self.added, self.y = (
-            ssm_state.new_empty(batch * groups, 1, width) for _ in range(3)
+            WORKSPACE.get(name, ssm_state.dtype, ssm_state.device, (batch * groups, 1, width))
+            for name in ("step_decay", "step_added", "step_y")
         )
         self.decay_by_head, self.added_by_head, self.y_by_head = (
             each.view(batch, sizes.heads, sizes.head_dim)

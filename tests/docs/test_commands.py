@@ -38,6 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).parent.mkdir()
         with opener(folder / name, "wt", encoding="utf-8") as file:
             file.writelines(json.dumps({"text": text}) + "\n" for text in texts[start:40:2])
+    (folder / "prompts.jsonl").write_text('{"prompt": "Classes", "n": 2}\n', encoding="utf-8")
     (folder / "chats.jsonl").write_text(20 * f"{json.dumps(CHAT)}\n", encoding="utf-8")
     tokenizer_folder(folder / "models" / "mine")
     for block in BLOCKS:

@@ -25,6 +25,7 @@ MODELS = {
     "all kinds": ["model.hybrid_layer_pattern=M-*E", "model.position_embedding_type=rope", *MOE],
     "window": ["model.hybrid_layer_pattern=*M*", "model.window_size=[11, 0]",
                "model.position_embedding_type=rope", "model.rotary_percent=0.5", *NO_MOE],
+    "two layers": ["model.hybrid_layer_pattern=M*", *NO_MOE],
     "mamba alone, tied": ["model.hybrid_layer_pattern=MM",
                           "model.untie_embeddings_and_output_weights=false", *NO_MOE],
     "gated, biases": ["model.hybrid_layer_pattern=-*-", "model.activation=swiglu",
@@ -58,8 +59,8 @@ def draw_weights(chunks: Sequence[Any], seed: int = 0) -> None:
 
 
 @contextmanager
-def built(config: RunConfig, limits: Limits | None = None) -> Iterator[Generator]:
-    """On a rank: a generator of a config's model, whose groups are those of its layout."""
+def of_config(config: RunConfig, limits: Limits | None = None) -> Iterator[Generator]:
+    """On a rank: a generator of a config's model, as it was initialised, in its layout's groups."""
     from megatron_hybrid.data.tokenizer import NullTokenizer
     from megatron_hybrid.model.build import build_model_chunks
     from megatron_hybrid.model.transformer_config import transformer_config
@@ -71,7 +72,14 @@ def built(config: RunConfig, limits: Limits | None = None) -> Iterator[Generator
         chunks = build_model_chunks(
             config, transformer_config(config, "torch", platform.device), "torch"
         )
-        draw_weights(chunks)
         for chunk in chunks:
             chunk.eval()
         yield Generator.of_model(config, chunks, NullTokenizer(VOCAB_SIZE), limits=limits)
+
+
+@contextmanager
+def built(config: RunConfig, limits: Limits | None = None) -> Iterator[Generator]:
+    """The same with weights by `draw_weights`."""
+    with of_config(config, limits) as generator:
+        draw_weights(generator.chunks)
+        yield generator

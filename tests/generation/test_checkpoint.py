@@ -11,8 +11,9 @@ import torch
 from megatron_hybrid.checkpoint.saved_config import read_config
 from megatron_hybrid.config import TRACKER_FILE, load_config, rules
 from megatron_hybrid.config.describe import fields
-from megatron_hybrid.config.ranks import model_ranks
+from megatron_hybrid.config.ranks import PP, TP, model_ranks
 from megatron_hybrid.config.sections import GpuConfig
+from megatron_hybrid.data.tokenizer import NullTokenizer
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.generation import ONE_RANK, Generator, SamplingParams
 from megatron_hybrid.generation.checkpoint import read_checkpoint
@@ -59,7 +60,6 @@ def test_nothing_of_training_s_schedule_is_left() -> None:
 def save_checkpoint(weights: Path, save: Path) -> None:
     """On a rank: a checkpoint as a TP2xPP2 run leaves it."""
     from megatron_hybrid.checkpoint.progress import Progress
-    from megatron_hybrid.data.tokenizer import NullTokenizer
     from megatron_hybrid.training.checkpoint import Checkpointer, load_checkpoint
 
     config = layout_config(TWO_STAGES, MOE, packed=False, recompute=False)
@@ -173,3 +173,27 @@ def test_one_process_generates_whatever_the_layout_was(tmp_path: Path) -> None:
         alone = read_config(tmp_path, *ONE_RANK, which=rules.NO_FILES)
         assert prod(model_ranks(alone).values()) == 1
     assert set(of_layout) - tried == {"parallel.use_distributed_optimizer"}  # always true
+
+
+def test_a_layout_that_generates(tmp_path: Path) -> None:
+    """The pattern is cut into as many stages, wherever training cut it; what cannot be is refused,
+    all of it at once."""
+    trained = load_config([*LAID_OUT[0].split(), "run_dir=x"], which=rules.NO_FILES)
+    folder = tmp_path / "iter_0000001"
+    folder.mkdir()
+    (tmp_path / TRACKER_FILE).write_text("1")
+    (folder / "run_config.yaml").write_text(trained.to_yaml())
+    NullTokenizer(256).save_copy(folder)
+    for stages, pattern in ((1, "M*|E-|M*|E-"), (3, "M*E|-M*|E-"), (8, "M|*|E|-|M|*|E|-")):
+        words = [f"parallel.pipeline_model_parallel_size={stages}"]
+        config, *_ = read_checkpoint(tmp_path, words, world_size=stages)
+        assert config.model.hybrid_layer_pattern == pattern
+    flags = ["--tensor-model-parallel-size", "2", "parallel.expert_model_parallel_size=4"]
+    assert model_ranks(read_checkpoint(tmp_path, flags, world_size=4)[0])[TP] == 2
+    with pytest.raises(UserError) as error:
+        read_checkpoint(tmp_path, [f"{TP}=3", f"{PP}=9"], world_size=2)
+    for text in ("=3 must divide model.num_query_groups=4", "=9 must be at most the layers",
+                 "number of ranks, 2, must be 27"):  # fmt: skip
+        assert text in str(error.value)
+    with pytest.raises(UserError, match=r"parallel\.context_parallel_size is not for generation"):
+        read_checkpoint(tmp_path, ["parallel.context_parallel_size=2"])

@@ -80,9 +80,10 @@ def test_a_batch_has_the_tokens_of_each_alone() -> None:
     """33 ragged requests by many slots, chunks of any size, pages of few tokens; each alone."""
     batched = Limits(max_sequences=9, max_tokens=900, prefill_tokens=17, page_tokens=8)
     whole = Limits(max_sequences=40, prefill_tokens=4000)
+    names = [name for name in MODELS if name != "two layers"]
     alone = Limits(max_sequences=1, max_tokens=96, prefill_tokens=64, page_tokens=96)
-    (found,) = run_distributed(generated, 1, list(MODELS), [batched, whole, alone])
-    for name, (many, at_once, single) in zip(MODELS, found, strict=True):
+    (found,) = run_distributed(generated, 1, names, [batched, whole, alone])
+    for name, (many, at_once, single) in zip(names, found, strict=True):
         ends = set()
         for completions in zip(many, at_once, single, strict=True):
             tokens = [[c.tokens for c in each] for each in completions]
