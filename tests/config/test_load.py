@@ -323,7 +323,7 @@ def test_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: pytest.Monke
 )
 def test_stand_ins(typed: list[str], expected: tuple[int | None, int | None, float]) -> None:
     """Of what a command does not go by, where nothing sets it, nor what stands in its place."""
-    line = ["model.hybrid_layer_pattern=M", "model.hidden_size=64", "model.vocab_size=64", *typed]
+    line = ["model.hybrid_layer_pattern=-", "model.hidden_size=64", "model.vocab_size=64", *typed]
     found = load_config(line, which=rules.NO_FILES, stand_in=UNNEEDED)
     length = found.training.train_iters, found.training.train_tokens
     assert (*length, found.optimizer.lr) == expected
