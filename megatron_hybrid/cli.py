@@ -92,7 +92,7 @@ def pretrain(
     """Train a model: `pretrain PRESET|FILE.yaml [section.field=value | --flag value]...`."""
     launched = os.environ.get("WORLD_SIZE")
     world_size = nproc or (whole_number(os.environ, "WORLD_SIZE", least=1) if launched else None)
-    from megatron_hybrid.training.start import NAMED
+    from megatron_hybrid.training.named import NAMED
 
     if dry_run:
         which = (*rules.DRY_RUN, *NAMED)

@@ -17,7 +17,8 @@ from megatron_hybrid.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_hybrid.errors import ConfigError, UserError
 from megatron_hybrid.model.counts import count_parameters
 from megatron_hybrid.preflight.checks import Check
-from megatron_hybrid.training.start import NAMED, Start, open_run
+from megatron_hybrid.training.named import NAMED
+from megatron_hybrid.training.start import Start, open_run
 
 # Of a checkpoint: weights, and the optimizer's fp32 weight and two moments, bytes a parameter.
 CHECKPOINT_BYTES = {"bf16": 2 + 12, "fp32": 4 + 12}

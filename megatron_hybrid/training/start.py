@@ -5,7 +5,7 @@ out what cannot run before it starts any rank, and every rank comes to the same 
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,6 @@ from megatron_hybrid.claim import claim_file
 from megatron_hybrid.config import RunConfig, validate
 from megatron_hybrid.config.describe import shown
 from megatron_hybrid.config.pattern import MOE
-from megatron_hybrid.config.rules import Facts, Rule
 from megatron_hybrid.config.rules.common import LENGTHS, values
 from megatron_hybrid.config.tracker import CONFIG_FILE
 from megatron_hybrid.data.batches import Steps
@@ -40,11 +39,10 @@ from megatron_hybrid.data.tokenizer import (
     build_tokenizer,
     load_tokenizer,
 )
-from megatron_hybrid.errors import ConfigError, UserError
-from megatron_hybrid.extensions import load_class
-from megatron_hybrid.objectives.registry import find_objective, objective_fits
+from megatron_hybrid.errors import UserError
+from megatron_hybrid.objectives.registry import find_objective
 from megatron_hybrid.training.batch_sizes import check_batch_sizes
-from megatron_hybrid.training.callbacks import Callback
+from megatron_hybrid.training.named import check_named
 from megatron_hybrid.upcycling.scheme import scheme_between
 
 logger = logging.getLogger(__name__)
@@ -111,29 +109,6 @@ def open_run(config: RunConfig, world_size: int | None) -> tuple[RunConfig, Toke
     config = config.with_vocab_size(tokenizer.vocab_size)
     check_named(config)
     return config, tokenizer, find_start(config, tokenizer, world_size)
-
-
-def _callbacks_are_there(config: RunConfig, facts: Facts) -> Iterator[str]:
-    for word in config.training.callbacks:
-        try:
-            load_class("training.callbacks", word, Callback)
-        except UserError as error:
-            yield str(error)
-
-
-# Rules beside those of the config, which knows no classes: those that it names are there and of the
-# right kind, and the objective fits it.
-NAMED: tuple[Rule, ...] = (_callbacks_are_there, objective_fits)
-
-
-def check_named(config: RunConfig) -> None:
-    """Apply `NAMED` to a config that is valid otherwise.
-
-    Raises:
-        ConfigError: each class that cannot be used, and why.
-    """
-    if problems := [problem for rule in NAMED for problem in rule(config, Facts())]:
-        raise ConfigError(problems)
 
 
 def find_start(config: RunConfig, tokenizer: Tokenizer, world_size: int | None) -> Start:

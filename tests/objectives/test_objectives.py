@@ -15,7 +15,7 @@ from megatron_hybrid.errors import ConfigError, UserError
 from megatron_hybrid.objectives import Losses
 from megatron_hybrid.objectives.registry import objective_problems
 from megatron_hybrid.testing import run_distributed
-from megatron_hybrid.training.start import NAMED, check_named
+from megatron_hybrid.training.named import NAMED, check_named
 from megatron_hybrid.training.step import Stepper
 from tests.training.runs import GLOBAL_BATCH_SIZE, losses, outcomes, records, trainer, words
 
