@@ -22,8 +22,6 @@ for number in passed_on:
     if number not in request["ignored"]:
         signal.signal(number, lambda number, _: os.kill(pid, number))
 signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
-for fd in fds:  # whoever reads from the program is to see its end
-    os.close(fd)
 answer = connection.recv(8)
 code = int.from_bytes(answer, "big", signed=True) if answer else 70  # the server is gone
 if code < 0:
