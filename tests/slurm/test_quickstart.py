@@ -110,7 +110,8 @@ MPIRUN = Path(sys.executable).with_name("mpirun")
 @pytest.mark.skipif(not MPIRUN.exists(), reason="no mpirun (pip install mpich mpi4py)")
 def test_mpirun(corpus: Path, expected: list[float], tmp_path: Path) -> None:
     """Four ranks of `mpirun`, to which MPI gives the address: the same losses to the last bit."""
-    program = [python(), "-m", "megatron_hybrid.cli", "pretrain"]
+    # Not warm: mpirun looks after the processes that it has started itself.
+    program = [sys.executable, "-m", "megatron_hybrid.cli", "pretrain"]
     done = subprocess.run(
         [MPIRUN, "-n", "4", *program, *line(corpus, tmp_path / "run")],
         env=alone(), capture_output=True, text=True, timeout=400,

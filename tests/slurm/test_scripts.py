@@ -14,6 +14,7 @@ from megatron_hybrid.training.attempts import read_attempts
 from megatron_hybrid.training.run_time import read_jobs
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import ROOT, command, scenario
+from tests.slurm.pace import HIT
 from tests.training.runs import words
 
 pytestmark = pytest.mark.timeout(1200)  # a job may wait for others
@@ -121,10 +122,16 @@ def test_a_job_names_itself(cluster: Cluster, tmp_path: Path) -> None:
 
 @scenario
 def chain(cluster: Cluster, nodes: str, folder: Path) -> Path:
-    line = words(folder / "run", "backend=torch", "training.train_iters=160")
+    line = words(
+        folder / "run", "backend=torch", "training.train_iters=24", "training.log_interval=1",
+        "training.callbacks=[tests.slurm.pace:Slow]",
+    )  # fmt: skip
     first, second = submit(cluster, hostnames(nodes)[1], *line, "--chain", "2")
     metrics = folder / "run" / "metrics.jsonl"
-    cluster.wait(lambda: metrics.exists() and metrics.stat().st_size > 10_000, 400, "steps")
+    cluster.wait(
+        lambda: metrics.exists() and metrics.read_bytes().count(b'"kind":"train"') >= HIT, 400,
+        "steps",
+    )  # fmt: skip
     cluster.run("scancel", "--signal=USR1", "--batch", first)
     cluster.wait(lambda: cluster.job_state(second) == "COMPLETED", 400, "the second job")
     return folder / "run"
