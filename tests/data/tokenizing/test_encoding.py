@@ -94,9 +94,9 @@ def test_encoders_agree(tmp_path: Path, fast_tokenizer: Path) -> None:
         tokenize(settings)
         found[encoder] = documents(tmp_path / "out")
     assert found["auto"] == found["fastokens"] == found["tokenizers"]
-    sentencepiece = replace(settings, tokenizer_type="null", vocab_size=10, encoder="fastokens")
+    ids = replace(settings, tokenizer_type="null", tokenizer_model=None, vocab_size=10)
     with pytest.raises(DataError, match="--encoder=fastokens needs --tokenizer-type=huggingface"):
-        tokenize(sentencepiece)
+        tokenize(replace(ids, encoder="fastokens"))
 
 
 @pytest.mark.parametrize(
