@@ -135,7 +135,7 @@ def serve(side: str, case: Case, weights: Path, pipe: Connection) -> None:
     torch.set_num_threads(case.threads)
     _import_libraries(side)
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    baseline_mib = _resident_mib("VmRSS")
+    baseline_mib = resident_mib("VmRSS")
     with ExitStack() as resources:
         step = SIDES[side](case, weights, resources)
         pipe.send("ready")
@@ -143,7 +143,7 @@ def serve(side: str, case: Case, weights: Path, pipe: Connection) -> None:
             start = time.perf_counter()
             loss = step()
             seconds = time.perf_counter() - start
-            pipe.send((seconds, loss, _resident_mib("VmHWM") - baseline_mib))
+            pipe.send((seconds, loss, resident_mib("VmHWM") - baseline_mib))
 
 
 def _import_libraries(side: str) -> None:
@@ -157,7 +157,7 @@ def _import_libraries(side: str) -> None:
         from transformers import NemotronHForCausalLM  # noqa: F401
 
 
-def _resident_mib(field: str) -> float:
+def resident_mib(field: str) -> float:
     """A field of /proc/self/status: VmRSS now, VmHWM at its peak."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.split(f"{field}:")[1].split()[0]) / 1024

@@ -75,7 +75,10 @@ class MambaLayer:
         if sequences not in self._steps:
             slots = self.slots
             self._steps[sequences] = Mamba2Step(
-                self.sizes, slots.conv[:sequences], slots.ssm[:sequences]
+                self.sizes,
+                slots.conv[:sequences],
+                slots.ssm[:sequences],
+                self.parameters.norm.eps,
             )
         return self._steps[sequences]
 
@@ -273,9 +276,9 @@ class MoeLayer:
         normed = self.norm(x)
         shares, experts = self.route(normed)
         if x.device.type == "cpu":
-            routed = self._chosen(normed, shares, experts)
+            routed = self.chosen(normed, shares, experts)
         else:
-            routed = self._all(normed, shares, experts)
+            routed = self.all_tokens(normed, shares, experts)
         x = x.add_(sum_over(routed, self.expert_group))
         if self.shared is None:
             return x
@@ -300,9 +303,16 @@ class MoeLayer:
         )
         return shares, experts
 
-    def _chosen(self, normed: Tensor, shares: Tensor, experts: Tensor) -> Tensor:
+    def chosen(self, normed: Tensor, shares: Tensor, experts: Tensor) -> Tensor:
         """What this rank's experts make of the tokens that go to them; asks which, on the host."""
         topk = experts.shape[1]
+        if len(normed) == 1:  # nothing to sort
+            routed = torch.zeros_like(normed)
+            for number, place in sorted((e, i) for i, e in enumerate(experts[0].tolist())):
+                if 0 <= number - self.first < len(self.experts):
+                    up, down = self.experts[number - self.first]
+                    routed += self._expert(up, down, normed, shares[:, place, None])
+            return routed
         chosen = experts.reshape(-1)
         order = torch.argsort(chosen, stable=True)
         counts = torch.bincount(chosen, minlength=self._config.num_moe_experts).tolist()
@@ -319,7 +329,7 @@ class MoeLayer:
             start += count
         return routed
 
-    def _all(self, normed: Tensor, shares: Tensor, experts: Tensor) -> Tensor:
+    def all_tokens(self, normed: Tensor, shares: Tensor, experts: Tensor) -> Tensor:
         """The same without asking the device which: every expert here computes all tokens."""
         routed = torch.zeros_like(normed)
         for number, (up, down) in enumerate(self.experts, self.first):

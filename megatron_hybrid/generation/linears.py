@@ -77,12 +77,13 @@ class Norm:
     """
 
     def __init__(self, module: Any, name: str, eps: float) -> None:
-        self._module, self._name, self.eps = module, name, eps
+        self._module, self._name, self._eps = module, name, eps
         self.refresh()
 
     def refresh(self) -> None:
         """Take the parameter up again."""
         self.weight: Tensor = getattr(self._module, self._name).detach().float()
+        self.eps = self.weight.new_tensor(self._eps)
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[t, h]` -> `[t, h]`, same dtype; computed in fp32."""

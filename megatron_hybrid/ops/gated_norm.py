@@ -27,13 +27,14 @@ def silu_gate(y: Tensor, z: Tensor) -> Tensor:
     return (y.to(compute) * F.silu(z.to(compute))).to(y.dtype)
 
 
-def inverse_rms(y: Tensor, eps: float) -> Tensor:
+def inverse_rms(y: Tensor, eps: Tensor) -> Tensor:
     """1 / sqrt(mean of y^2 + eps) over the last dimension: `[..., d]` -> `[..., 1]`.
 
-    Few operations, for where a token has little work: without gradients, dtype of y.
+    Few operations, for where a token has little work: without gradients, dtype of y. A number that
+    torch makes a tensor of at each use costs as much as an operation, so `eps` is one.
     """
     norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-    return norm.square_().div_(y.shape[-1]).add_(eps).rsqrt_()
+    return torch.addcmul(eps, norm, norm, value=1 / y.shape[-1]).rsqrt_()
 
 
 def rms_norm_grouped(y: Tensor, weight: Tensor, group_size: int, eps: float) -> Tensor:

@@ -90,9 +90,12 @@ class Mamba2Step:
     Args:
         conv_state: `[b, k - 1, c]`. ssm_state: `[b, g, n, r*p]`, contiguous. Both move on in place
             at each call.
+        eps: of the norm.
     """
 
-    def __init__(self, sizes: Sizes, conv_state: Tensor, ssm_state: Tensor) -> None:
+    def __init__(
+        self, sizes: Sizes, conv_state: Tensor, ssm_state: Tensor, eps: float = 1e-5
+    ) -> None:
         batch, groups, state, width = ssm_state.shape
         self.sizes, self.conv_state = sizes, conv_state
         self.ssm_state = ssm_state.view(batch * groups, state, width)
@@ -105,6 +108,7 @@ class Mamba2Step:
             each.view(batch, sizes.heads, sizes.head_dim)
             for each in (self.decay, self.added, self.y)
         )
+        self.eps = ssm_state.new_tensor(eps)
         self.y_flat = self.y.view(batch, sizes.channels)
 
     def __call__(self, zxbcdt: Tensor, parameters: CoreParameters) -> Tensor:
@@ -129,5 +133,5 @@ class Mamba2Step:
 
         y = self.y_flat.mul_(F.silu(z.to(compute)))
         grouped = y.view(len(y), -1, norm.group_size)
-        grouped.mul_(inverse_rms(grouped, norm.eps))
+        grouped.mul_(inverse_rms(grouped, self.eps))
         return y.mul_(norm_weight).to(zxbcdt.dtype)
