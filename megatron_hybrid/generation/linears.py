@@ -51,7 +51,7 @@ class Linear:
 
     def product(self, x: Tensor) -> Tensor:
         """`[t, k]` -> `[t, n]`, without bias."""
-        if len(x) <= self.few:
+        if x.shape[0] <= self.few:
             return torch.mm(x, self.transposed)
         return product(x, self.weight)
 
@@ -62,7 +62,7 @@ class Linear:
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + the product of x, summed over the ranks; residual may be overwritten."""
-        if self.group is None and len(x) <= self.few:
+        if self.group is None and x.shape[0] <= self.few:
             output = torch.addmm(residual, x, self.transposed)
         else:
             output = sum_over(self.product(x), self.group).add_(residual)
@@ -87,5 +87,7 @@ class Norm:
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[t, h]` -> `[t, h]`, same dtype; computed in fp32."""
+        if x.dtype == torch.float32:  # a conversion to what it is costs as much as an operation
+            return torch.mul(x, inverse_rms(x, self.eps)).mul_(self.weight)
         wide = x.float()
         return torch.mul(wide, inverse_rms(wide, self.eps)).mul_(self.weight).to(x.dtype)

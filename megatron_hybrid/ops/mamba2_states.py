@@ -98,6 +98,9 @@ class Mamba2Step:
     ) -> None:
         batch, groups, state, width = ssm_state.shape
         self.sizes, self.conv_state = sizes, conv_state
+        projected = sizes.groups * sizes.state
+        self.parts = [sizes.channels, sizes.all_channels, sizes.heads]
+        self.conv_parts = [sizes.channels, projected, projected]
         self.ssm_state = ssm_state.view(batch * groups, state, width)
         # What the states are multiplied with, what is added to them, and what they give.
         self.decay, self.added, self.y = (
@@ -115,15 +118,15 @@ class Mamba2Step:
         """`[b, 2d + 2gn + h]` -> `[b, d]` in its dtype; a view of the buffer for float32."""
         _, conv_weight, conv_bias, dt_bias, A, D, norm_weight, norm = parameters
         sizes, compute = self.sizes, self.y.dtype
-        z, xbc, dt = zxbcdt.split([sizes.channels, sizes.all_channels, sizes.heads], -1)
-        window = torch.cat((self.conv_state, xbc.to(compute).unsqueeze(1)), 1)
+        wide = zxbcdt if zxbcdt.dtype == compute else zxbcdt.to(compute)
+        z, xbc, dt = torch.split_with_sizes(wide, self.parts, -1)
+        window = torch.cat((self.conv_state, xbc.unsqueeze(1)), 1)
         self.conv_state.copy_(window[:, 1:])
         xbc = F.silu(window.mul_(conv_weight).sum(1).add_(conv_bias), inplace=True)
-        width = sizes.groups * sizes.state
-        x, B, C = xbc.split([sizes.channels, width, width], -1)
+        x, B, C = torch.split_with_sizes(xbc, self.conv_parts, -1)
         x = x.view(self.y_by_head.shape)
 
-        dt = F.softplus(dt.to(compute) + dt_bias).unsqueeze(-1)
+        dt = F.softplus(dt + dt_bias).unsqueeze(-1)
         torch.mul(x, dt, out=self.added_by_head)
         self.decay_by_head.copy_(dt.mul_(A).exp_())
         self.ssm_state.mul_(self.decay)
@@ -131,7 +134,8 @@ class Mamba2Step:
         torch.bmm(C.reshape(-1, 1, sizes.state), self.ssm_state, out=self.y)
         self.y_by_head.addcmul_(x, D)
 
-        y = self.y_flat.mul_(F.silu(z.to(compute)))
-        grouped = y.view(len(y), -1, norm.group_size)
+        y = self.y_flat.mul_(F.silu(z))
+        grouped = y.view(y.shape[0], -1, norm.group_size)
         grouped.mul_(inverse_rms(grouped, self.eps))
-        return y.mul_(norm_weight).to(zxbcdt.dtype)
+        y.mul_(norm_weight)
+        return y if wide is zxbcdt else y.to(zxbcdt.dtype)
