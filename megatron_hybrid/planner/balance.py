@@ -144,11 +144,15 @@ class Balancer:
         return best
 
     def _at_least(self, segments: tuple[str, ...]) -> float:
-        """A time that the split cannot beat: the work of its slowest stage."""
-        costs = self.costs.chunks(segments)
-        stages = range(self.stages)
-        work = [sum(cost.total_ms for cost in costs[stage :: self.stages]) for stage in stages]
-        return self.micro_batches * max(work)
+        """A time that the split cannot beat: of some stage, what comes before its first micro batch
+        and after its last one, which go through the stages before it, and all of its work.
+        """
+        costs = [cost.total_ms for cost in self.costs.chunks(segments)]
+        before = most = 0.0
+        for stage in range(self.stages):
+            most = max(most, before + self.micro_batches * sum(costs[stage :: self.stages]))
+            before += costs[stage]
+        return most
 
     def _least_maximum(self) -> list[int]:
         """The cuts whose most expensive segment is cheapest, by dynamic programming."""

@@ -5,6 +5,8 @@ The order is that of `megatron.core.pipeline_parallel.schedules`, which tests co
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -105,26 +107,14 @@ def simulate(
         backward: the same of the backward pass.
         transfer: seconds that hidden states or their gradients take to the next stage.
     """
-    chunks, last = len(forward) // stages, len(forward) - 1
-    orders = [stage_order(stages, chunks, micro_batches, stage) for stage in range(stages)]
-    done: dict[tuple[bool, int, int], float] = {}
-    place, clock = [0] * stages, [0.0] * stages
-    left = sum(map(len, orders))
-    while left:
-        before = left
-        for stage, order in enumerate(orders):
-            while place[stage] < len(order):
-                each = order[place[stage]]
-                position = each.chunk * stages + stage
-                ready = _ready(each, position, last, done, transfer if stages > 1 else 0.0)
-                if ready is None:
-                    break
-                cost = forward[position] if each.forward else backward[position]
-                clock[stage] = max(clock[stage], ready) + cost
-                done[each.forward, each.micro_batch, position] = clock[stage]
-                place[stage] += 1
-                left -= 1
-        assert left < before, "the schedule waits for itself"
+    hop = transfer if stages > 1 else 0.0
+    costs = (backward, forward)
+    done: list[float] = []
+    clock = [0.0] * stages
+    for each in _in_order(stages, len(forward) // stages, micro_batches):
+        ready = 0.0 if each.after is None else done[each.after] + hop * each.comes
+        clock[each.stage] = max(clock[each.stage], ready) + costs[each.forward][each.position]
+        done.append(clock[each.stage])
     busy = tuple(
         micro_batches * (sum(forward[stage::stages]) + sum(backward[stage::stages]))
         for stage in range(stages)
@@ -132,20 +122,52 @@ def simulate(
     return Makespan(max(clock), busy)
 
 
-def _ready(
-    each: Pass,
-    position: int,
-    last: int,
-    done: dict[tuple[bool, int, int], float],
-    transfer: float,
-) -> float | None:
-    """When a pass has its input; None: not known yet."""
+class _Step(NamedTuple):
+    """A pass in the order in which passes can be done, whatever they cost.
+
+    Attributes:
+        position: of its chunk among all of them.
+        after: the place in this order of the pass that its input comes from; None: from none.
+        comes: whether that was on another stage.
+    """
+
+    stage: int
+    forward: bool
+    position: int
+    after: int | None
+    comes: bool
+
+
+@lru_cache(maxsize=16)
+def _in_order(stages: int, chunks: int, micro_batches: int) -> tuple[_Step, ...]:
+    """All passes of all stages, each after those that it waits for."""
+    orders = [stage_order(stages, chunks, micro_batches, stage) for stage in range(stages)]
+    last = stages * chunks - 1
+    found: list[_Step] = []
+    places: dict[tuple[bool, int, int], int] = {}
+    at = [0] * stages
+    while len(found) < sum(map(len, orders)):
+        before = len(found)
+        for stage, order in enumerate(orders):
+            while at[stage] < len(order):
+                each = order[at[stage]]
+                position = each.chunk * stages + stage
+                source = _source(each, position, last)
+                if source is not None and source not in places:
+                    break
+                comes = source is not None and source[2] != position
+                after = None if source is None else places[source]
+                places[each.forward, each.micro_batch, position] = len(found)
+                found.append(_Step(stage, each.forward, position, after, comes))
+                at[stage] += 1
+        assert len(found) > before, "the schedule waits for itself"
+    return tuple(found)
+
+
+def _source(each: Pass, position: int, last: int) -> tuple[bool, int, int] | None:
+    """The pass whose output a pass takes: its direction, micro batch and position."""
     if each.forward:
-        if position == 0:
-            return 0.0
-        came = done.get((True, each.micro_batch, position - 1))
-    elif position == last:
-        return done.get((True, each.micro_batch, position))
-    else:
-        came = done.get((False, each.micro_batch, position + 1))
-    return None if came is None else came + transfer
+        return None if position == 0 else (True, each.micro_batch, position - 1)
+    if position == last:
+        return True, each.micro_batch, position
+    return False, each.micro_batch, position + 1
