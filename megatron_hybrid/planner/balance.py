@@ -170,9 +170,12 @@ class Balancer:
         for part in range(1, self.parts + 1):
             extra = (first if part == 1 else 0.0) + (last if part == self.parts else 0.0)
             for end in range(part, count + 1):
-                for start in range(part - 1, end):
-                    worst = max(best[part - 1][start], total[end] - total[start] + extra)
-                    if worst < best[part][end]:
+                for start in range(end - 1, part - 2, -1):
+                    own = total[end] - total[start] + extra
+                    if own > best[part][end]:  # and longer ones cost more still
+                        break
+                    worst = max(best[part - 1][start], own)
+                    if worst <= best[part][end]:
                         best[part][end], came[part][end] = worst, start
         cuts, end = [], count
         for part in range(self.parts, 1, -1):

@@ -9,6 +9,11 @@ from functools import lru_cache
 from typing import NamedTuple
 
 
+# Micro batches for each stage after which a schedule only repeats itself: the first ones fill the
+# pipeline, which takes no more than three.
+ROUNDS = 6
+
+
 @dataclass(frozen=True)
 class Pass:
     """One chunk's forward or backward pass of one micro batch."""
@@ -61,6 +66,7 @@ def chunks_in_flight(
     Args:
         sizes: what a pass of each chunk takes, in any unit; None: all the same.
     """
+    micro_batches = min(micro_batches, ROUNDS * stages)
     weights = sizes or [1] * chunks
     most, now = [0] * chunks, [0] * chunks
     filled = fullest = 0
