@@ -117,8 +117,9 @@ def run_python(argv: Sequence[str], environment: Mapping[str, str]) -> None:
     atexit._clear()  # what the process before us has to do at its end
     os.environ.clear()
     os.environ.update(environment)
-    if "torch" in sys.modules and environment.get("OMP_NUM_THREADS", "").isdigit():
-        sys.modules["torch"].set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    threads = environment.get("OMP_NUM_THREADS", "")  # read as OpenMP was loaded, before this
+    if threads.isdigit() and int(threads) and "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(int(threads))
     try:
         if argv[0] == "-m":
             sys.argv = list(argv[1:])

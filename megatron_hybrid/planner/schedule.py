@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-
 # Micro batches for each stage after which a schedule only repeats itself: the first ones fill the
 # pipeline, which takes no more than three.
 ROUNDS = 6
