@@ -5,6 +5,7 @@ each in its own process, and the medians are compared beside the speed of matrix
 in between.
 
     python benchmarks/train_step.py --lengths 1024 4096 --json train_step.json
+    python benchmarks/train_step.py --against COMMIT    # this tree's whole runs beside a commit's
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from step_commits import CASES, compare_commits
 from step_model import Case, our_config
 from step_sides import GEMM_FLOPS, serve
 
@@ -151,6 +153,22 @@ def add_rows(table: Table, case: Case, measured: dict[str, Measured], roofline: 
     table.add_row("", "", "GEMM", "", "", "", f"{roofline:,.0f}", "100%", end_section=True)
 
 
+def print_commits(commit: str, pairs: int, threads: int) -> None:
+    print(
+        f"| step, fp32, {threads} threads | {commit} ms | this tree ms | ratio | quartiles | losses |"
+    )
+    print("|---|---|---|---|---|---|")
+    for case in CASES:
+        found = compare_commits(case, commit, pairs, threads)
+        low, high = found.quartiles
+        losses = "the same bits" if found.same_losses else "others"
+        print(
+            f"| {case} | {found.old_ms:.1f} | {found.new_ms:.1f} | {found.ratio:.3f} | "
+            f"{low:.3f} to {high:.3f} | {losses} |",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096])
@@ -158,7 +176,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the figures there as well")
+    parser.add_argument("--against", metavar="COMMIT", help="steps of this tree beside a commit's")
+    parser.add_argument("--pairs", type=int, default=20, help="turns of each with --against")
     args = parser.parse_args()
+    if args.against:
+        print_commits(args.against, args.pairs, args.threads)
+        return
     # Read when a side's process starts; more threads than asked for would spin.
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     table, records = new_table(args.threads), []
