@@ -154,9 +154,7 @@ def add_rows(table: Table, case: Case, measured: dict[str, Measured], roofline: 
 
 
 def print_commits(commit: str, pairs: int, threads: int) -> None:
-    print(
-        f"| step, fp32, {threads} threads | {commit} ms | this tree ms | ratio | quartiles | losses |"
-    )
+    print(f"| fp32, {threads} threads | {commit} ms | here, ms | ratio | quartiles | losses |")
     print("|---|---|---|---|---|---|")
     for case in CASES:
         found = compare_commits(case, commit, pairs, threads)
