@@ -217,6 +217,10 @@ def _layers_below(line: CommandLine, typed: Values) -> _Layers:
             hint = _no_preset(line.source)
             layers.fail(f"{line.source!r} is neither a file nor a preset; {hint}")
     elif line.source is not None:
+        if preset not in (None, line.source):
+            layers.problems.append(
+                f"preset={preset} beside {line.source}, which is one too; allowed: one of them"
+            )
         preset = line.source
     elif preset is None and load is not None:
         _from_checkpoint(os.path.expanduser(load), typed, layers)  # noqa: PTH111 (text, as typed)
@@ -290,6 +294,8 @@ def load_config(
     layers = _layers_below(line, typed) if base is None else _Layers(base)
     if base is not None and line.source is not None:
         layers.problems.append(f"{line.source!r} is no section.field=value")
+    if base is not None and "preset" in typed:
+        layers.problems.append(f"preset={typed['preset']} is not for this command to change")
     problems = (*line.problems, *layers.problems)
     if not layers.whole:
         # Half a config breaks rules that the whole one keeps: only what was typed can be judged.

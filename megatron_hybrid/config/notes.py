@@ -7,10 +7,16 @@ later, and so is not refused.
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from megatron_hybrid.config.derive import DERIVED
 from megatron_hybrid.config.describe import fields, shown
 from megatron_hybrid.config.effects import differences
-from megatron_hybrid.config.pattern import ATTENTION
-from megatron_hybrid.config.phases import batch_sizes, run_tokens, sequence_lengths
+from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE
+from megatron_hybrid.config.phases import (
+    batch_sizes,
+    run_tokens,
+    sequence_length_fields,
+    sequence_lengths,
+)
 from megatron_hybrid.config.run import RunConfig
 
 
@@ -32,6 +38,38 @@ def _attends(c: RunConfig) -> bool:
     return ATTENTION in c.model.hybrid_layer_pattern
 
 
+def _has_mlps(c: RunConfig) -> bool:
+    return MLP in c.model.hybrid_layer_pattern or MOE in c.model.hybrid_layer_pattern
+
+
+def _reads_ffn_hidden_size(c: RunConfig) -> bool:
+    """Experts are as wide, where nothing else is said."""
+    wide = c.model.moe_ffn_hidden_size == c.model.ffn_hidden_size
+    return MLP in c.model.hybrid_layer_pattern or (MOE in c.model.hybrid_layer_pattern and wide)
+
+
+def _splits(c: RunConfig) -> bool:
+    """Whether some source that is read has no split of its own."""
+    own = [source.split for name, source in c.data.sources.items() if name in _weighed(c)]
+    return not own or None in own
+
+
+def _weighed(c: RunConfig) -> set[str]:
+    """Sources that some phase reads."""
+    return {name for phase in c.data.phases for name, weight in phase.weights.items() if weight}
+
+
+# The parts that graphs hold, by the layers that have them.
+_GRAPHED = {
+    "attn": ATTENTION, "mlp": MLP, "mamba": MAMBA,
+    "moe": MOE, "moe_router": MOE, "moe_preprocess": MOE,
+}  # fmt: skip
+
+
+def _graphs_what_is_not_there(c: RunConfig) -> bool:
+    return any(_GRAPHED[m] not in c.model.hybrid_layer_pattern for m in c.gpu.cuda_graph_modules)
+
+
 def _most_steps(c: RunConfig) -> int:
     """No run of this config has more."""
     if c.training.train_iters is not None:
@@ -42,8 +80,10 @@ def _most_steps(c: RunConfig) -> int:
 
 
 def _ends_before(name: str) -> Callable[[RunConfig], bool]:
+    section, _, leaf = name.partition(".")
+
     def applies(c: RunConfig) -> bool:
-        interval: int | None = getattr(c.training, name)
+        interval: int | None = getattr(getattr(c, section), leaf)
         return interval is not None and interval > _most_steps(c)
 
     return applies
@@ -52,11 +92,31 @@ def _ends_before(name: str) -> Callable[[RunConfig], bool]:
 # Only values other than the default are told of.
 _TABLE = (
     _Unused(
-        ("training.eval_interval",), _ends_before("eval_interval"),
+        ("training.eval_interval",), _ends_before("training.eval_interval"),
         "the run ends before its first evaluation",
     ),
     _Unused(
-        ("training.exit_interval",), _ends_before("exit_interval"), "the run ends before that",
+        ("training.exit_interval",), _ends_before("training.exit_interval"),
+        "the run ends before that",
+    ),
+    _Unused(
+        ("checkpoint.save_interval",), _ends_before("checkpoint.save_interval"),
+        "the run ends before that, and saves at its end",
+    ),
+    _Unused(
+        ("checkpoint.load_optim", "checkpoint.load_rng", "optimizer.restart_schedule"),
+        lambda c: c.checkpoint.finetune, "checkpoint.finetune=true loads weights alone",
+    ),
+    _Unused(
+        ("checkpoint.load_optim", "checkpoint.load_rng"),
+        lambda c: c.upcycling.source is not None and not c.checkpoint.finetune,
+        "upcycling.from loads weights and counters alone",
+    ),
+    _Unused(
+        ("checkpoint.load_optim",),
+        lambda c: c.optimizer.restart_schedule and c.upcycling.source is None
+        and not c.checkpoint.finetune,
+        "optimizer.restart_schedule=true begins with a fresh optimizer",
     ),
     _Unused(
         ("training.eval_iters",), lambda c: c.training.eval_interval is None,
@@ -81,14 +141,61 @@ _TABLE = (
         "model.hybrid_layer_pattern has no '*' layers",
     ),
     _Unused(
+        ("model.num_attention_heads", "model.num_query_groups", "model.kv_channels"),
+        lambda c: not _attends(c), "model.hybrid_layer_pattern has no '*' layers",
+    ),
+    _Unused(
+        (
+            "model.mamba_num_heads", "model.mamba_head_dim", "model.mamba_state_dim",
+            "model.mamba_num_groups",
+        ),
+        lambda c: MAMBA not in c.model.hybrid_layer_pattern,
+        "model.hybrid_layer_pattern has no 'M' layers",
+    ),
+    _Unused(
+        ("model.ffn_hidden_size",), lambda c: not _reads_ffn_hidden_size(c),
+        "model.hybrid_layer_pattern has no '-' layers, nor 'E' layers without a width of their own",
+    ),
+    _Unused(
+        ("model.activation", "gpu.bias_activation_fusion"), lambda c: not _has_mlps(c),
+        "model.hybrid_layer_pattern has neither '-' nor 'E' layers",
+    ),
+    _Unused(
+        ("model.add_bias_linear",), lambda c: not _has_mlps(c) and not _attends(c),
+        "model.hybrid_layer_pattern has neither '*' nor '-' nor 'E' layers",
+    ),
+    _Unused(
         ("model.rotary_base", "model.rotary_percent"),
-        lambda c: c.model.position_embedding_type != "rope",
-        "model.position_embedding_type is not rope",
+        lambda c: c.model.position_embedding_type != "rope" or not _attends(c),
+        "no layer of this model has RoPE",
+    ),
+    _Unused(
+        ("model.moe_router_bias_update_rate",),
+        lambda c: not c.model.moe_router_enable_expert_bias,
+        "model.moe_router_enable_expert_bias=false has no bias to move",
+    ),
+    _Unused(
+        ("model.moe_router_load_balancing_type",),
+        lambda c: c.model.moe_router_load_balancing_type != "none"
+        and not c.model.moe_aux_loss_coeff,
+        "model.moe_aux_loss_coeff=0 weighs no such loss",
     ),
     _Unused(
         ("gpu.apply_rope_fusion",),
         lambda c: c.model.position_embedding_type != "rope" or not _attends(c),
         "no layer of this model has RoPE",
+    ),
+    _Unused(
+        ("gpu.cp_comm_type",), lambda c: c.parallel.context_parallel_size == 1 or not _attends(c),
+        "no '*' layer of this run is divided by parallel.context_parallel_size",
+    ),
+    _Unused(
+        ("gpu.attention_backend",), lambda c: not _attends(c),
+        "model.hybrid_layer_pattern has no '*' layers",
+    ),
+    _Unused(
+        ("gpu.cuda_graph_modules",), _graphs_what_is_not_there,
+        "model.hybrid_layer_pattern has no layers with some of them",
     ),
     _Unused(
         ("gpu.cuda_graph_warmup_steps",), lambda c: c.gpu.cuda_graph_impl == "none",
@@ -101,6 +208,41 @@ _TABLE = (
     _Unused(
         ("optimizer.min_lr",), lambda c: c.optimizer.lr_decay_style == "constant",
         "optimizer.lr_decay_style=constant does not decay",
+    ),
+    _Unused(
+        ("optimizer.lr_decay_samples", "optimizer.lr_decay_tokens"),
+        lambda c: c.optimizer.lr_decay_style == "constant"
+        and not c.optimizer.lr_warmup_fraction,
+        "optimizer.lr_decay_style=constant does not decay",
+    ),
+    _Unused(
+        ("data.packed_documents",),
+        lambda c: MAMBA not in c.model.hybrid_layer_pattern and not _attends(c),
+        "no layer of this model looks from one token to another",
+    ),
+    _Unused(
+        ("data.split",), lambda c: not _splits(c),
+        "every source that is read has a split of its own",
+    ),
+    _Unused(
+        ("data.max_epochs",),
+        lambda c: bool(c.data.sources)
+        and all(source.max_epochs is not None for source in c.data.sources.values()),
+        "every source has max_epochs of its own",
+    ),
+    _Unused(
+        ("data.seq_length",),
+        lambda c: "data.seq_length" not in sequence_length_fields(c)
+        and c.training.objective == "pretraining",  # others may go by it
+        "every phase has a seq_length of its own, and nothing is evaluated",
+    ),
+    _Unused(
+        ("logging.float8_interval",), lambda c: not c.precision.emulate,
+        "precision.emulate=false emulates no float8",
+    ),
+    _Unused(
+        ("logging.expert_load_interval",), lambda c: MOE not in c.model.hybrid_layer_pattern,
+        "model.hybrid_layer_pattern has no 'E' layers",
     ),
     _Unused(
         ("data.data_cache_path",), lambda c: c.data.sample_order != "megatron" or c.data.mock_data,
@@ -117,7 +259,7 @@ _TABLE = (
         "logging.mlflow_experiment=null sends nothing to MLflow",
     ),
     _Unused(
-        ("data.max_epochs", "data.block_tokens", "data.sample_order"),
+        ("data.max_epochs", "data.block_tokens", "data.sample_order", "data.split"),
         lambda c: c.data.mock_data, "made-up tokens have no sources",
     ),
 )  # fmt: skip
@@ -125,11 +267,20 @@ _TABLE = (
 
 def notes(config: RunConfig) -> list[str]:
     """A sentence for each thing that whoever starts a valid config should know of it."""
-    return differences(config) + [
+    unused = [
         f"{name}={_typed(value)} has no effect: {each.why}"
         for each in _TABLE
-        for name, value in _set(config, each.names)
         if each.applies(config)
+        for name, value in _set(config, each.names)
+    ]
+    return differences(config) + unused + _unread_sources(config)
+
+
+def _unread_sources(c: RunConfig) -> list[str]:
+    return [
+        f"data.sources.{name} has no effect: no phase has a weight for it"
+        for name in c.data.sources
+        if name not in _weighed(c)
     ]
 
 
@@ -137,7 +288,8 @@ def _set(config: RunConfig, names: tuple[str, ...]) -> Iterator[tuple[str, objec
     for name in names:
         section, _, leaf = name.partition(".")
         value = getattr(getattr(config, section), leaf)
-        if value != fields()[name].default:
+        derived = DERIVED[name](config) if name in DERIVED else None
+        if value not in (fields()[name].default, derived):
             yield name, value
 
 

@@ -327,3 +327,13 @@ def test_stand_ins(typed: list[str], expected: tuple[int | None, int | None, flo
     found = load_config(line, which=rules.NO_FILES, stand_in=UNNEEDED)
     length = found.training.train_iters, found.training.train_tokens
     assert (*length, found.optimizer.lr) == expected
+
+
+def test_two_presets_are_one_too_many() -> None:
+    """Neither is passed over; nor is one that a command with a config of its own is given."""
+    assert load_config([*GOOD, "preset=tiny"]).preset == "tiny"
+    with pytest.raises(ConfigError, match="preset=nemotron_h_8b beside tiny, which is one too"):
+        load_config([*GOOD, "preset=nemotron_h_8b"])
+    base = load_config(GOOD).model_dump(mode="json")
+    with pytest.raises(ConfigError, match="preset=tiny is not for this command to change"):
+        load_config(["preset=tiny"], base=base)

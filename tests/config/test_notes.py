@@ -3,6 +3,7 @@
 import pytest
 
 from megatron_hybrid.config import load_config, presets, rules
+from megatron_hybrid.config.describe import fields
 from megatron_hybrid.config.notes import _TABLE, notes
 from tests.config import GOOD
 
@@ -36,6 +37,88 @@ UNUSED = {
     "data.max_epochs=1": ([], "data.mock_data=false"),
     "data.block_tokens=8192": ([], "data.mock_data=false"),
     "data.sample_order=megatron": ([], "data.mock_data=false"),
+    "data.packed_documents=true": (
+        ["model.hybrid_layer_pattern=-E"], "model.hybrid_layer_pattern=ME",
+    ),
+    "data.split=8,1,1": ([], "data.mock_data=false"),
+    "data.split=7,2,1": (
+        ["data.mock_data=false", "data.sources={web: {path: x, split: '1,1,1'}}",
+         "data.phases=[{name: all, weights: {web: 1}}]"],
+        "data.sources={web: {path: x}}",
+    ),
+    "data.max_epochs=2": (
+        ["data.mock_data=false", "data.sources={web: {path: x, max_epochs: 1}}"],
+        "data.sources={web: {path: x}}",
+    ),
+    "data.seq_length=64": (
+        ["training.eval_interval=null",
+         "data.phases=[{name: all, seq_length: 32, weights: {web: 1}}]"],
+        "training.eval_interval=2",
+    ),
+    "checkpoint.save_interval=11": (["training.train_iters=10"], "training.train_iters=11"),
+    "checkpoint.load_optim=false": (["checkpoint.finetune=true"], "checkpoint.finetune=false"),
+    "checkpoint.load_optim= false": (["optimizer.restart_schedule=true"],
+                                 "optimizer.restart_schedule=false"),
+    "checkpoint.load_rng=false": (["upcycling.from=x"], "upcycling.from=null"),
+    "optimizer.restart_schedule=true": (
+        ["checkpoint.finetune=true"], "checkpoint.finetune=false",
+    ),
+    "optimizer.lr_decay_tokens=9": (
+        ["optimizer.lr_decay_style=constant", "optimizer.lr_warmup_fraction=0"],
+        "optimizer.lr_decay_style=linear",
+    ),
+    "optimizer.lr_decay_samples=9": (
+        ["optimizer.lr_decay_style=constant", "optimizer.lr_warmup_fraction=0"],
+        "optimizer.lr_warmup_fraction=0.1",
+    ),
+    "model.num_attention_heads=8": (
+        ["model.hybrid_layer_pattern=M-E"], "model.hybrid_layer_pattern=M*E",
+    ),
+    "model.num_query_groups=1": (
+        ["model.hybrid_layer_pattern=M-E"], "model.hybrid_layer_pattern=M*E",
+    ),
+    "model.kv_channels=16": (
+        ["model.hybrid_layer_pattern=M-E"], "model.hybrid_layer_pattern=M*E",
+    ),
+    "model.mamba_num_heads=8": (
+        ["model.hybrid_layer_pattern=*-E"], "model.hybrid_layer_pattern=M*E",
+    ),
+    "model.mamba_head_dim=16": (
+        ["model.hybrid_layer_pattern=*-E"], "model.hybrid_layer_pattern=M*E",
+    ),
+    "model.mamba_state_dim=16": (
+        ["model.hybrid_layer_pattern=*-E"], "model.hybrid_layer_pattern=M*E",
+    ),
+    "model.mamba_num_groups=4": (
+        ["model.hybrid_layer_pattern=*-E"], "model.hybrid_layer_pattern=M*E",
+    ),
+    "model.ffn_hidden_size=256": (
+        ["model.hybrid_layer_pattern=M*E"], "model.moe_ffn_hidden_size=null",
+    ),
+    "model.activation=gelu": (
+        ["model.hybrid_layer_pattern=M*"], "model.hybrid_layer_pattern=M*E",
+    ),
+    "gpu.bias_activation_fusion=true": (
+        ["model.hybrid_layer_pattern=M*"], "model.hybrid_layer_pattern=M-",
+    ),
+    "model.add_bias_linear=true": (
+        ["model.hybrid_layer_pattern=MM"], "model.hybrid_layer_pattern=M*",
+    ),
+    "model.moe_router_bias_update_rate=0.01": ([], "model.moe_router_enable_expert_bias=true"),
+    "model.moe_router_load_balancing_type=seq_aux_loss": (
+        ["model.moe_aux_loss_coeff=0"], "model.moe_aux_loss_coeff=0.1",
+    ),
+    "gpu.cp_comm_type=a2a": ([], "parallel.context_parallel_size=2"),
+    "gpu.attention_backend=flash": (
+        ["model.hybrid_layer_pattern=M-E"], "model.hybrid_layer_pattern=M*E",
+    ),
+    "gpu.cuda_graph_modules=[attn, mamba]": (
+        ["model.hybrid_layer_pattern=M-E"], "model.hybrid_layer_pattern=M*E",
+    ),
+    "logging.float8_interval=5": ([], "precision.emulate=true"),
+    "logging.expert_load_interval=5": (
+        ["model.hybrid_layer_pattern=M-"], "model.hybrid_layer_pattern=M-E",
+    ),
     "logging.wandb_entity=us": ([], "logging.wandb_project=x"),
     "logging.wandb_exp_name=first": ([], "logging.wandb_project=x"),
     "logging.wandb_save_dir=here": ([], "logging.wandb_project=x"),
@@ -60,6 +143,69 @@ def test_the_whole_table_is_tried() -> None:
     """By field."""
     named = {name for each in _TABLE for name in each.names}
     assert named == {word.partition("=")[0] for word in UNUSED}
+
+
+# Fields that a rule refuses where nothing would read them.
+REFUSED = """
+    model.window_size model.attn_mask_type model.num_moe_experts model.moe_ffn_hidden_size
+    model.moe_router_topk model.moe_shared_expert_intermediate_size model.moe_aux_loss_coeff
+    model.moe_z_loss_coeff model.moe_router_score_function model.moe_router_pre_softmax
+    model.moe_router_topk_scaling_factor model.moe_router_enable_expert_bias
+    model.moe_expert_capacity_factor model.moe_token_dispatcher_type
+    parallel.sequence_parallel parallel.virtual_pipeline_model_parallel_size
+    parallel.expert_model_parallel_size parallel.expert_tensor_parallel_size
+    parallel.use_distributed_optimizer parallel.overlap_param_gather
+    gpu.overlap_p2p_comm gpu.align_param_gather gpu.cross_entropy_fusion_impl
+    gpu.moe_permute_fusion gpu.moe_router_fusion gpu.moe_shared_expert_overlap
+    precision.num_layers_at_start_in_bf16 precision.num_layers_at_end_in_bf16
+    precision.fp8_param_gather precision.emulate
+    data.data_path data.sources data.phases data.tokenizer_model
+    training.recompute_method training.recompute_num_layers training.recompute_modules
+    training.objective_options
+    optimizer.lr_wsd_decay_samples optimizer.lr_wsd_decay_tokens
+    checkpoint.finetune
+    upcycling.router_std upcycling.router_noise upcycling.reinit_fraction upcycling.scale_weights
+"""
+# Fields that are read whatever the others say.
+READ = """
+    run_dir backend preset
+    model.hybrid_layer_pattern model.hidden_size model.normalization model.layernorm_epsilon
+    model.init_method_std model.vocab_size model.make_vocab_size_divisible_by
+    model.untie_embeddings_and_output_weights model.hidden_dropout
+    parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size
+    parallel.context_parallel_size parallel.overlap_grad_reduce
+    gpu.gradient_accumulation_fusion gpu.bias_dropout_fusion gpu.cross_entropy_loss_fusion
+    gpu.cuda_graph_impl
+    precision.recipe
+    data.tokenizer_type data.mock_data data.num_workers
+    training.micro_batch_size training.global_batch_size training.batch_size_schedule
+    training.train_iters training.train_samples training.train_tokens training.seed
+    training.log_interval training.exit_duration_in_mins training.hang_timeout_s training.profile
+    training.objective training.callbacks training.nonfinite_action training.loss_spike_factor
+    optimizer.lr optimizer.lr_decay_style optimizer.lr_warmup_samples optimizer.lr_warmup_tokens
+    optimizer.lr_warmup_fraction optimizer.weight_decay optimizer.adam_beta1 optimizer.adam_beta2
+    optimizer.adam_eps optimizer.clip_grad
+    checkpoint.save checkpoint.load checkpoint.async_save checkpoint.keep_last
+    checkpoint.verify_integrity
+    upcycling.from
+    logging.tensorboard logging.log_params_norm logging.wandb_project logging.mlflow_experiment
+"""
+
+
+def test_every_field_was_looked_at() -> None:
+    """A new one is told of where nothing reads it, or refused there, or always read."""
+    told = {name for each in _TABLE for name in each.names}
+    assert sorted([*told, *REFUSED.split(), *READ.split()]) == sorted(fields())
+
+
+def test_a_source_that_no_phase_reads_is_said() -> None:
+    """It may wait for an edit; one with a weight of 0 is none that is read."""
+    line = [*GOOD, "data.mock_data=false", "data.sources={web: {path: x}, code: {path: y}}"]
+    one, both = ([*line, f"data.phases=[{{name: all, weights: {{web: 1, code: {weight}}}}}]"]
+                 for weight in (0, 1))  # fmt: skip
+    said = "data.sources.code has no effect: no phase has a weight for it"
+    assert said in notes(load_config(one, which=()))
+    assert said not in notes(load_config(both, which=()))
 
 
 def test_presets_have_nothing_to_say() -> None:
