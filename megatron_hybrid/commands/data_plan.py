@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megatron_hybrid.commands.app import only_with
+
 if TYPE_CHECKING:
     from megatron_hybrid.config import RunConfig
     from megatron_hybrid.data.saved_plan import SavedPlan
@@ -20,6 +22,7 @@ logger = logging.getLogger(__name__)
 CONFIG_WORDS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
+@only_with("scale", "write")
 def plan(
     context: typer.Context,
     output: Annotated[
@@ -49,8 +52,6 @@ def plan(
     from megatron_hybrid.fileio import write_atomic
     from megatron_hybrid.objectives.registry import find_objective, objective_fits
 
-    if write is not None and scale is None:
-        raise typer.BadParameter("only with --scale", param_hint="--write")
     # No sample depends on the learning rate; a config that is written has it from who wrote it.
     unneeded = {"optimizer": {"lr": 1e-4}} if write is None else None
     which = (*rules.PLAN, objective_fits)
@@ -91,11 +92,21 @@ def _writing(path: Path) -> Iterator[None]:
 
 def _saved_plan(config: "RunConfig") -> "SavedPlan | None":
     """The plan that the run would go on with; None: it starts at its first sample."""
+    from megatron_hybrid.checkpoint.saved_config import refuse_other_data, saved_config
     from megatron_hybrid.data.saved_plan import read_saved_plan
     from megatron_hybrid.training.start import find_checkpoint
 
     folder, weights_only, *_ = find_checkpoint(config)
-    saved = None if folder is None or weights_only else read_saved_plan(folder)
+    if folder is None or weights_only:
+        return None
+    saved, run = read_saved_plan(folder), saved_config(folder)
+    if run is not None:  # as the run would
+        refuse_other_data(folder, config, run, has_plan=saved is not None)
     if saved is not None:
         logger.info("planned on from %s", folder)
+    else:
+        logger.warning(
+            "note: %s holds no plan of its data: this is the plan from its beginning, and the run "
+            "goes on in it after what it has read", folder,
+        )  # fmt: skip
     return saved

@@ -37,6 +37,7 @@ from megatron_hybrid.data.shard import open_shard
 from megatron_hybrid.data.tokenizer import (
     Tokenizer,
     build_tokenizer,
+    holds_tokenizer,
     load_tokenizer,
 )
 from megatron_hybrid.errors import UserError
@@ -128,6 +129,8 @@ def find_start(config: RunConfig, tokenizer: Tokenizer, world_size: int | None) 
         _refuse_other_arguments(config, origin.folder)
     if origin.folder is not None:
         _note_other_functions(config, origin.folder)
+    if origin.folder is not None and origin.weights_only:
+        _look_at_weights(config, tokenizer, origin)
     if origin.folder is not None and not origin.weights_only:
         if _starts_elsewhere(config, origin.folder):
             progress = _look_into(config, origin)
@@ -205,6 +208,27 @@ def _look_into(config: RunConfig, origin: Origin) -> Progress | None:
             dense, scale = source_config(reader, None).model, config.upcycling.scale_weights
             scheme_between(dense, config.model, scale_weights=scale)
         return saved_progress(origin.folder, reader.common, config)
+
+
+def _look_at_weights(config: RunConfig, tokenizer: Tokenizer, origin: Origin) -> None:
+    """What is said of a checkpoint of which a run takes the weights alone.
+
+    Raises:
+        UserError: they are of another model, or cannot become this one.
+    """
+    folder = origin.folder
+    assert folder is not None
+    if origin.upcycle:
+        _look_into(config, origin)
+    elif (saved := saved_config(folder)) is not None:
+        refuse_other_model(folder, config.model, saved.model)
+    if holds_tokenizer(folder):
+        its = load_tokenizer(folder)
+        if (its.fingerprint, its.eod) != (tokenizer.fingerprint, tokenizer.eod):
+            logger.warning(
+                "note: data.tokenizer_model=%s is not the tokenizer of %s, with whose ids its "
+                "weights were trained", config.data.tokenizer_model, folder,
+            )  # fmt: skip
 
 
 def _refuse_other_arguments(config: RunConfig, folder: Path) -> None:

@@ -24,6 +24,8 @@ _OPTIONS = {
     "optimizer.restart_schedule": "--restart-schedule or --no-restart-schedule",
     "checkpoint.load": "--load",
     "checkpoint.finetune": "pretrain, which loads what is made here,",
+    "checkpoint.load_optim": "pretrain, which loads what is made here,",
+    "checkpoint.load_rng": "pretrain, which loads what is made here,",
     "upcycling.from": "--load",
     "upcycling.router_std": "--router-std",
     "upcycling.router_noise": "--router-noise",

@@ -78,7 +78,7 @@ class Upcycling:
         threads: int | None = None,
     ) -> None:
         self.scheme = scheme_between(dense.model, config.model, scale_weights=options.scale_weights)
-        self._tokenizer = _tokenizer(source, config)
+        self._tokenizer = _tokenizer(source, dense, config)
         if config.checkpoint.verify_integrity:
             verify_integrity(source, saved_config(source), threads or default_threads())
         self._source = source
@@ -277,18 +277,28 @@ def _rows(tensors: UpcycledTensors, made: Made, start: int, stop: int) -> Iterat
         yield tensors.copied(made, first, min(first + step, stop * of_index))
 
 
-def _tokenizer(source: Path, config: RunConfig) -> Tokenizer:
+def _tokenizer(source: Path, dense: RunConfig, config: RunConfig) -> Tokenizer:
     """That of the dense checkpoint; of Megatron-LM's own, which holds none, the config's.
 
     Raises:
-        DataError: neither has one; names the field to set.
+        UserError: neither has one (names the field to set), or the config names another.
     """
-    if holds_tokenizer(source):
-        return load_tokenizer(source)
-    data = config.data
-    return build_tokenizer(
+    data, was = config.data, dense.data
+    its = load_tokenizer(source) if holds_tokenizer(source) else None
+    # What the dense run's config names may be on another machine.
+    if its is not None and (
+        (data.tokenizer_type, data.tokenizer_model) == (was.tokenizer_type, was.tokenizer_model)
+    ):
+        return its
+    named = build_tokenizer(
         data.tokenizer_type, data.tokenizer_model, vocab_size=config.model.vocab_size
     )
+    if its is not None and (its.fingerprint, its.eod) != (named.fingerprint, named.eod):
+        raise CheckpointError(
+            f"data.tokenizer_model={data.tokenizer_model} is not the tokenizer of {source}, which "
+            "is there as a copy; allowed: that one"
+        )
+    return named
 
 
 def _complete(

@@ -218,6 +218,22 @@ def test_a_run_with_checkpoints_is_planned_on(plan: Plan, three: str, tmp_path: 
     assert small["consumed_samples"] == 0
 
 
+def test_a_checkpoint_of_other_samples(plan: Plan, three: str) -> None:
+    """As the run would: it is refused where its counts are of others, and said where it has no
+    plan, so that the run goes on in this one."""
+    save_checkpoint(three, 800)
+    folder = Path("runs/three/checkpoints/iter_0000010")
+    (folder / DATA_PLAN_FILE).unlink()
+    code, _, err = plan(three)
+    assert code == 0
+    assert "iter_0000010 holds no plan of its data" in err
+    saved = load_config([three, "training.seed=7"], which=rules.PLAN)
+    (folder / "run_config.yaml").write_text(saved.to_yaml())
+    code, _, err = plan(three)
+    assert code == 1
+    assert "training.seed=1234, in the checkpoint 7" in err
+
+
 @pytest.mark.parametrize(
     ("words", "problem"),
     [

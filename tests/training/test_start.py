@@ -270,6 +270,28 @@ def test_other_settings_of_a_run_that_goes_on(
     }  # fmt: skip
 
 
+def test_weights_alone_are_looked_at_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Before any rank starts: those of another model are refused, of another tokenizer told."""
+    saves = tmp_path / "base" / "checkpoints"
+    folder = saves / "iter_0000002"
+    folder.mkdir(parents=True)
+    (saves / "latest_checkpointed_iteration.txt").write_text("2")
+    saved = load_config(words(tmp_path / "base"))
+    (folder / "run_config.yaml").write_text(saved.to_yaml())
+    NullTokenizer(64).save_copy(folder)
+    line = words(tmp_path / "run", f"checkpoint.load={saves}", "checkpoint.finetune=true")
+    with caplog.at_level("WARNING", "megatron_hybrid"):
+        start.open_run(load_config(line), 1)
+        assert not caplog.messages
+        start.open_run(load_config([*line, "model.vocab_size=60"]), 1)
+    assert caplog.messages == [
+        f"note: data.tokenizer_model=None is not the tokenizer of {folder}, with whose ids its "
+        "weights were trained"
+    ]
+    with pytest.raises(UserError, match=r"model\.mamba_state_dim=16, in the checkpoint 8"):
+        start.open_run(load_config([*line, "model.mamba_state_dim=16"]), 1)
+
+
 def test_made_up_tokens_of_another_seed(tmp_path: Path) -> None:
     """They are other samples, as those of files are."""
     (tmp_path / "run_config.yaml").write_text(load_config(words(tmp_path / "run")).to_yaml())

@@ -15,12 +15,13 @@ from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.source_model import source_config
 from megatron_hybrid.cli import main
 from megatron_hybrid.config import CONFIG_FILE, TRACKER_FILE, UpcyclingConfig, load_config
+from megatron_hybrid.data.tokenizer import NullTokenizer
 from megatron_hybrid.errors import ConfigError, UserError
 from megatron_hybrid.testing import run_distributed
 from megatron_hybrid.testing.distributed import RankError
 from megatron_hybrid.training.start import open_run
 from megatron_hybrid.upcycling.request import Request, upcycled_config
-from megatron_hybrid.upcycling.write import Upcycling
+from megatron_hybrid.upcycling.write import Upcycling, _tokenizer
 from tests.upcycling.models import dense_words, train, upcycle
 
 # (what is typed beside --load and --save, every problem that is reported)
@@ -60,9 +61,11 @@ REFUSED = {
         ["--topk 1 with --router-order topk-softmax", "allowed: --topk 2 and more"],
     ),
     "said twice": (
-        "--experts 2 --granularity 4 --topk 4 --num-experts 4 upcycling.from=/tmp",
+        "--experts 2 --granularity 4 --topk 4 --num-experts 4 upcycling.from=/tmp "
+        "--no-load-optim",
         ["model.num_moe_experts=4 cannot be set here: --experts with --granularity decides it",
-         "upcycling.from=/tmp cannot be set here: --load decides it"],
+         "upcycling.from=/tmp cannot be set here: --load decides it",
+         "checkpoint.load_optim=False cannot be set here: pretrain, which loads what is made"],
     ),
     "another pattern": (
         "--experts 2 --granularity 4 --topk 4 model.hybrid_layer_pattern=M-*EME",
@@ -174,6 +177,21 @@ def test_a_dry_run_finds_what_stands_against_it(
     assert (
         "decoder.layers.1.mlp.linear_fc1.weight is (48, 32); it must be (96, 32)" in command.errors
     )
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    """What is made could not be gone on from; the dense run's own may be on another machine."""
+    NullTokenizer(64).save_copy(tmp_path)
+    config = load_config(dense_words(tmp_path), which=())
+    there = config.model_copy(
+        update={"data": config.data.model_copy(
+            update={"tokenizer_type": "huggingface", "tokenizer_model": Path("gone")})}
+    )  # fmt: skip
+    assert _tokenizer(tmp_path, there, there).vocab_size == 64
+    words = config.model.model_copy(update={"vocab_size": 60})
+    other = config.model_copy(update={"model": words})
+    with pytest.raises(UserError, match=r"data\.tokenizer_model=None is not the tokenizer of"):
+        _tokenizer(tmp_path, there, other)
 
 
 def test_a_dry_run_says_what_would_be_done(dense: Path, tmp_path: Path, command: Command) -> None:
