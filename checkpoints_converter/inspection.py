@@ -15,13 +15,9 @@ from torch import Tensor
 
 from checkpoints_converter.errors import ConversionError
 from checkpoints_converter.safetensors_files import SafetensorsReader
+from megatron_hybrid.checkpoint.files import find_checkpoint
 from megatron_hybrid.checkpoint.inert_pickle import Opaque
-from megatron_hybrid.checkpoint.reader import (
-    COMMON_FILE,
-    CheckpointReader,
-    as_matrix,
-    find_checkpoint,
-)
+from megatron_hybrid.checkpoint.reader import COMMON_FILE, CheckpointReader, as_matrix
 from megatron_hybrid.config.pattern import ATTENTION, KINDS, MAMBA, MLP, MOE
 from megatron_hybrid.config.yaml_text import parse_yaml
 from megatron_hybrid.data.saved_plan import SavedPlan, read_saved_plan

@@ -57,7 +57,8 @@ FOLDERS = (
     "convert to-hf {} out", "convert from-hf {} out", "convert verify {} out", "status {}",
     "upcycle --load {} --save out --experts 2 --granularity 1 --topk 1", "track {}",
     "pretrain --load {} run_dir=out", "data verify {}/web", "data show {}/web 0",
-    "preflight {}/run.yaml", "submit {}/run.yaml --nodes 1", "plan {}/run.yaml --gpus 8",
+    "generate {} --prompt a", "preflight {}/run.yaml", "submit {}/run.yaml --nodes 1",
+    "plan {}/run.yaml --gpus 8",
 )  # fmt: skip
 
 

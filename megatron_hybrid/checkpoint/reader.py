@@ -22,7 +22,6 @@ from torch import Tensor
 
 from megatron_hybrid.checkpoint.errors import CheckpointError
 from megatron_hybrid.checkpoint.files import INDEX_FILE, INDEX_MODULES, INDEX_NAMES
-from megatron_hybrid.checkpoint.files import find_checkpoint as find_checkpoint
 from megatron_hybrid.checkpoint.inert_pickle import read_pickle
 from megatron_hybrid.checkpoint.stored_tensor import FilePart, StoredTensor
 from megatron_hybrid.config.tracker import CONFIG_FILE

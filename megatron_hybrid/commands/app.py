@@ -1,10 +1,11 @@
-"""Groups of commands whose options have bounds: what `bounds.py` says, of every one of them."""
+"""Groups of commands whose options have bounds (what `bounds.py` says, of every one of them), and
+are all read."""
 
 import functools
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
@@ -21,7 +22,9 @@ MOST_WORD = 128 * 1024
 
 
 class App(typer.Typer):
-    """As `typer.Typer`; its commands refuse NaN, and what is too large or too long for anything."""
+    """As `typer.Typer`; its commands refuse NaN, what is too large or too long for anything, and
+    options that nothing would read (`only_with`).
+    """
 
     def command(self, *args: Any, **kwargs: Any) -> Callable[[Any], Any]:
         """As `typer.Typer.command`."""
@@ -34,8 +37,46 @@ class App(typer.Typer):
         return decorate
 
 
+def only_with[F: Callable[..., Any]](other: str, *names: str) -> Callable[[F], F]:
+    """Options that a command reads only where another is given, and refuses where it is not.
+
+    Args:
+        other: a parameter of the function, as `names`.
+    """
+
+    def decorate(function: F) -> F:
+        before = options_with(function)
+        function.only_with = {**before, **dict.fromkeys(names, other)}  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+def options_with(function: Callable[..., Any]) -> dict[str, str]:
+    """By parameter of a command, the other one that it is read with."""
+    return getattr(function, "only_with", {})
+
+
+def refuse_unread(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Refuse options of a command that nothing would read.
+
+    Args:
+        given: the command's arguments by name.
+
+    Raises:
+        typer.BadParameter: names the option, and the one that it needs.
+    """
+    parameters = inspect.signature(function).parameters
+    for name, other in options_with(function).items():
+        default = parameters[name].default
+        if given.get(name, default) != default and given.get(other) in (None, False, []):
+            raise typer.BadParameter(
+                f"only with {_typed(function, other)}", param_hint=_typed(function, name)
+            )
+
+
 def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The command, called with what lies within the bounds only, and by name, as typer does.
+    """The command, called by name, as typer does, with what it reads and lies within the bounds.
 
     Raises:
         typer.BadParameter: names the option, its value and what is allowed.
@@ -50,6 +91,7 @@ def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
                     raise typer.BadParameter(problem, param_hint=_typed(function, name))
             if isinstance(value, Path):  # the shell leaves --output=~/x as it is
                 kwargs[name] = Path(os.path.expanduser(value))  # noqa: PTH111 (or leaves it)
+        refuse_unread(function, given)
         return function(*args, **kwargs)
 
     return checked

@@ -10,15 +10,17 @@ import typer
 from launchers.environment import whole_number
 from launchers.local import launch
 from megatron_hybrid.bounds import MOST_COUNT, MOST_NEW_TOKENS, MOST_PROCESSES
+from megatron_hybrid.commands.app import only_with
 from megatron_hybrid.commands.options import ParseSpecialTokens
 from megatron_hybrid.config.flags import flags
-from megatron_hybrid.errors import UserError
+from megatron_hybrid.config.pattern import ATTENTION
 from megatron_hybrid.platform.threads import spin_before_sleeping
 
 if TYPE_CHECKING:
     from megatron_hybrid.generation import Generator, SamplingParams
 
 
+@only_with("prompts", "n", "logprobs", "max_sequences", "max_tokens")
 def generate(
     context: typer.Context,
     checkpoint: Annotated[
@@ -73,6 +75,9 @@ def generate(
     With ranks, `parallel.tensor_model_parallel_size=2` and its like say how they divide the model.
     """
     _check_usage(prompt, prompts, output, context.args)
+    from megatron_hybrid.checkpoint.files import find_checkpoint
+
+    find_checkpoint(checkpoint)  # what is not there is said before torch is loaded
     spin_before_sleeping()
     from megatron_hybrid.generation import SamplingParams
 
@@ -81,8 +86,6 @@ def generate(
         min_p=min_p, repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop or ()),
         n=n, logprobs=logprobs,
     )  # fmt: skip
-    if prompts is None and (n > 1 or logprobs is not None):
-        raise UserError("--n and --logprobs are for --prompts, whose answers have room for them")
     if nproc is not None and nproc > 1:
         _launch(context, checkpoint, nproc)
     from megatron_hybrid.generation import Generator, Limits
@@ -98,6 +101,8 @@ def generate(
         if not generator.engine.leads:
             generator.follow()
         elif prompt is not None:
+            if params.unread:
+                print(f"note: {params.unread}", file=sys.stderr)
             _stream(generator, prompt, tokens, params)
         elif prompts is not None and output is not None:
             _answer(generator, prompts, output, params)
@@ -160,9 +165,21 @@ def _answer(generator: "Generator", prompts: Path, output: Path, params: "Sampli
         TimeRemainingColumn,
     )
 
+    from megatron_hybrid.generation import Limits
     from megatron_hybrid.generation.batch_file import Answers, answer_file, read_requests
 
     requests = read_requests(prompts, params, generator.encode, generator.name)
+    if unread := [each for each in requests if each.params.unread]:
+        print(
+            f"note: {len(unread)} of {len(requests)} requests, the first in {prompts} line "
+            f"{unread[0].number}: {unread[0].params.unread}", file=sys.stderr,
+        )  # fmt: skip
+    most, pattern = generator.limits.max_tokens, generator.config.model.hybrid_layer_pattern
+    if most != Limits.max_tokens and ATTENTION not in pattern:
+        print(
+            f"note: max_tokens={most} has no effect: {pattern} has no '*' layers, which keep keys "
+            "and values of tokens", file=sys.stderr,
+        )  # fmt: skip
     start = time.monotonic()
 
     def speed(answers: Answers) -> str:

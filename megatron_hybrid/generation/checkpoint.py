@@ -1,5 +1,6 @@
 """A checkpoint opened for generation: the model of any layout, and its tokenizer."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -7,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_hybrid.checkpoint.reader import find_checkpoint
+from megatron_hybrid.checkpoint.files import find_checkpoint
 from megatron_hybrid.checkpoint.saved_config import read_config
+from megatron_hybrid.checkpoint.saved_here import STAMP_FILE
 from megatron_hybrid.config import RunConfig, load_config, rules
 from megatron_hybrid.config.flags import parse_command_line
 from megatron_hybrid.config.precision import FLOAT8_RECIPES
@@ -18,8 +20,10 @@ from megatron_hybrid.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_hybrid.errors import ConfigError, UserError
 from megatron_hybrid.platform import initialize
 from megatron_hybrid.platform.backend import resolve_backend
+from megatron_hybrid.small_files import naming
 from megatron_hybrid.training.distributed import process_groups, select_device
 
+_LOOKED_AT = 1 << 16  # bytes at either end of a file of weights
 # Whatever the ranks that trained it: one process generates, unless it is told otherwise.
 ONE_RANK = (
     "parallel.tensor_model_parallel_size=1",
@@ -70,12 +74,24 @@ def read_checkpoint(
         [*([cut] if stages > 1 else ()), *layout], base=config.model_dump(mode="json"),
         which=rules.GENERATION, world_size=world_size, has_cuda=torch.cuda.is_available(),
     )  # fmt: skip
+    refuse_unable(config, folder)
+    return config, folder, load_tokenizer(folder, parse_special_tokens=parse_special_tokens)
+
+
+def refuse_unable(config: RunConfig, name: object) -> None:
+    """Refuse what is no model of texts from left to right.
+
+    Args:
+        name: of the model, for the error.
+
+    Raises:
+        UserError: naming the field.
+    """
     if config.model.attn_mask_type != "causal":
         raise UserError(
-            f"{folder} has model.attn_mask_type={config.model.attn_mask_type}: each of its tokens "
+            f"{name} has model.attn_mask_type={config.model.attn_mask_type}: each of its tokens "
             "sees all others, so that it cannot write one after the other; allowed: causal"
         )
-    return config, folder, load_tokenizer(folder, parse_special_tokens=parse_special_tokens)
 
 
 def _stages(layout: Sequence[str]) -> int:
@@ -101,6 +117,20 @@ def _cut(pattern: str, stages: int) -> str:
     size, rest = divmod(len(layers), stages)
     ends = [0, *(size * i + min(i, rest) for i in range(1, stages + 1))]
     return "|".join(layers[a:b] for a, b in pairwise(ends) if b > a)
+
+
+def weights_digest(folder: Path) -> str:
+    """Tells a checkpoint from others that take its place, by how its files begin and end."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.distcp"), folder / STAMP_FILE]):
+        if not path.is_file():
+            continue  # a checkpoint of others has no stamp
+        with naming(path), path.open("rb") as file:
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode() + file.read(_LOOKED_AT))
+            file.seek(max(0, size - _LOOKED_AT))
+            digest.update(file.read(_LOOKED_AT))
+    return digest.hexdigest()
 
 
 @contextmanager

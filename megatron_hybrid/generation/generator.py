@@ -12,7 +12,12 @@ from torch import Tensor
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.data.tokenizer import Tokenizer
 from megatron_hybrid.errors import UserError
-from megatron_hybrid.generation.checkpoint import loaded_model, read_checkpoint
+from megatron_hybrid.generation.checkpoint import (
+    loaded_model,
+    read_checkpoint,
+    refuse_unable,
+    weights_digest,
+)
 from megatron_hybrid.generation.params import Limits, SamplingParams
 from megatron_hybrid.generation.request import Completion, Event
 from megatron_hybrid.generation.text import TextStream
@@ -42,7 +47,6 @@ class Generator:
         config: of the model.
         chunks: the model, this rank's pipeline chunks.
         vocab_size: tokens that may be drawn.
-        name: where the model is from.
         limits: sizes of the states, which are made with the first request.
 
     Raises:
@@ -64,7 +68,7 @@ class Generator:
         resources = ExitStack()
         config, chunks = resources.enter_context(loaded_model(*read, alone=ranks == 1))
         self._set(config, chunks, read[2], limits, resources)
-        self.name = str(read[1].resolve())
+        self._folder = read[1]
 
     @classmethod
     def of_model(
@@ -82,7 +86,12 @@ class Generator:
         Args:
             config: of the run.
             chunks: this rank's, as built or as wrapped for training.
+
+        Raises:
+            UserError: it cannot generate, or has fewer ids than the tokenizer.
         """
+        refuse_unable(config, "the model")
+        config = config.with_vocab_size(tokenizer.vocab_size)
         generator = cls.__new__(cls)
         generator._set(config, chunks, tokenizer, limits, ExitStack())
         return generator
@@ -100,7 +109,7 @@ class Generator:
         self.limits = limits or Limits()
         self._resources = resources
         self._engine: Engine | None = None
-        self.name = "a model in memory"
+        self._folder: Path | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -135,6 +144,11 @@ class Generator:
                 stopper=lambda prompt, stop: TextStream(self.tokenizer, prompt, stop),
             )
         return self._engine
+
+    @property
+    def name(self) -> str:
+        """Which model it is, wherever its checkpoint lies."""
+        return "a model in memory" if self._folder is None else weights_digest(self._folder)
 
     def follow(self) -> None:
         """On every rank but the first: take part until that one closes its generator."""

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from megatron_hybrid.bounds import LEAST_REAL, MOST_COUNT, MOST_NEW_TOKENS, MOST_REAL, real_problem
 from megatron_hybrid.errors import UserError
 
+# What tells draws apart; where none is made, nothing reads it.
+_OF_DRAWS = ("top_k", "top_p", "min_p", "seed")
 MOST_CONTINUATIONS = 4096
 MOST_STOPS, MOST_STOP_CHARACTERS = 64, 1000
 
@@ -50,6 +52,19 @@ class SamplingParams:
         problems = [*self._whole_problems(), *self._real_problems(), *self._stop_problems()]
         if problems:
             raise UserError("\n".join(problems))
+
+    @property
+    def unread(self) -> str | None:
+        """What has no effect beside the rest, and why; None where all has some."""
+        if self.temperature > 0:
+            return None
+        names = [name for name in _OF_DRAWS if getattr(self, name) != getattr(type(self), name)]
+        parts = [f"{name}={getattr(self, name)} has no effect" for name in names]
+        if self.n > 1:
+            parts.append(f"n={self.n} continuations are the same")
+        if not parts:
+            return None
+        return f"{', '.join(parts)}: temperature={self.temperature:g} takes the likeliest token"
 
     def _whole_problems(self) -> list[str]:
         bounds: dict[str, tuple[int, int, str]] = {

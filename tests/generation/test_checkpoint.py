@@ -1,5 +1,6 @@
 """A checkpoint opened for generation, whatever the layout that saved it."""
 
+import shutil
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -16,7 +17,7 @@ from megatron_hybrid.config.sections import GpuConfig
 from megatron_hybrid.data.tokenizer import NullTokenizer
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.generation import ONE_RANK, Generator, SamplingParams
-from megatron_hybrid.generation.checkpoint import read_checkpoint
+from megatron_hybrid.generation.checkpoint import read_checkpoint, weights_digest
 from megatron_hybrid.testing import run_distributed
 from tests.config import GOOD
 from tests.distributed.layouts import (
@@ -113,6 +114,34 @@ def test_missing_checkpoint_is_named(tmp_path: Path) -> None:
             UserError, match=rf"checkpoints holds iter_0000004, and no {TRACKER_FILE}"
         ):
             Generator(folder)
+
+
+def test_a_model_in_memory_is_held_against_its_tokenizer() -> None:
+    """As one of a checkpoint is: before its rows are read beyond their end, or from both sides."""
+    config = load_config(GOOD, which=())
+    Generator.of_model(config, [], NullTokenizer(256))
+    with pytest.raises(UserError, match=r"model\.vocab_size=256 must hold the tokenizer's 257"):
+        Generator.of_model(config, [], NullTokenizer(257))
+    both = load_config([*GOOD, "model.attn_mask_type=no_mask"], which=())
+    with pytest.raises(UserError, match=r"the model has model\.attn_mask_type=no_mask"):
+        Generator.of_model(both, [], NullTokenizer(256))
+
+
+def test_a_checkpoint_in_another_s_place(tmp_path: Path) -> None:
+    """It is another model, whose answers do not go into the other's file; a copy is the same."""
+    (tmp_path / "a").mkdir()
+    weights = tmp_path / "a" / "__0_0.distcp"
+    weights.write_bytes(bytes(200_000))
+    before = weights_digest(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert weights_digest(tmp_path / "b") == before
+    for place in (0, 199_999):
+        content = bytearray(200_000)
+        content[place] = 1
+        weights.write_bytes(content)
+        assert weights_digest(tmp_path / "a") != before
+    (tmp_path / "b" / "stamp").write_text("x")
+    assert weights_digest(tmp_path / "b") != before
 
 
 def test_a_special_token_in_a_prompt_is_characters_or_its_id(tmp_path: Path) -> None:
