@@ -207,6 +207,11 @@ class Fields:
                 for other in rule.agree:
                     self._agree(name, value, other)
         known = names_of(self.rules)
+        for name in ignored:
+            if name in known:
+                self.notes.append(f"--ignore-field {name} changes nothing: it is known here")
+            elif name not in self.values:
+                self.notes.append(f"--ignore-field {name} changes nothing: it is not there")
         for name, value in self.values.items():
             # What begins so is of the program that wrote the file.
             if name in known or name.startswith("_") or name in ignored:

@@ -41,12 +41,14 @@ class Prepared:
         folder: `RUN/jobs/DATE`.
         text: of the script to be, in it.
         configs: one a task of an array, else one.
+        notes: of them, which hold, but the user should know.
     """
 
     job: Job
     folder: Path
     text: str
     configs: tuple[RunConfig, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def script(self) -> Path:
@@ -164,17 +166,18 @@ def prepare(args: Sequence[str], job: Job, array: Sequence[str], script: Path) -
         raise UserError(f"--template {script} does not exist")
     world_size = job.nodes * job.ranks_per_node
     configs: list[RunConfig] = []
+    notes: list[str] = []
     for words in combinations(array):
         words = [*args, *words]
         if array:
             try:
                 run_dir = load_config(words, which=()).run_dir.resolve()
             except ConfigError:
-                _checked(words, world_size, job, 0)  # says that, and all else
+                _checked(words, world_size, job, 0, notes)  # says that, and all else
                 raise
             words.append(f"run_dir={run_dir / _name(words[len(args) :])}")
         # The runs of an array read the same data.
-        configs.append(_checked(words, world_size, job, 0 if configs else CHECKSUM_S))
+        configs.append(_checked(words, world_size, job, 0 if configs else CHECKSUM_S, notes))
     _refuse_shared(configs)
     base = configs[0].run_dir.resolve()
     base = base.parent if array else base
@@ -200,7 +203,7 @@ def prepare(args: Sequence[str], job: Job, array: Sequence[str], script: Path) -
     problems += [problem for each in asked if (problem := signal_problem(text, each))]
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
-    return Prepared(job, folder, text, tuple(configs))
+    return Prepared(job, folder, text, tuple(configs), tuple(dict.fromkeys(notes)))
 
 
 def _gpus(job: Job, backend: str) -> int:
@@ -210,8 +213,13 @@ def _gpus(job: Job, backend: str) -> int:
     return 0 if backend == "torch" else job.ranks_per_node
 
 
-def _checked(words: Sequence[str], world_size: int, job: Job, checksum_s: float) -> RunConfig:
+def _checked(
+    words: Sequence[str], world_size: int, job: Job, checksum_s: float, notes: list[str]
+) -> RunConfig:
     """The config of a run that the files of a preflight find nothing against.
+
+    Args:
+        notes: gets what they say of it.
 
     Raises:
         UserError: with everything that they find, and what the GPUs of the job cannot run.
@@ -225,6 +233,7 @@ def _checked(words: Sequence[str], world_size: int, job: Job, checksum_s: float)
     problems = [f"  - {problem}" for check in checks for problem in check.problems]
     if problems or config is None:
         raise UserError("\n".join(["this run would fail:", *problems]))
+    notes += [note for check in checks for note in check.notes]
     return config
 
 

@@ -74,6 +74,15 @@ def test_code_that_is_not_kept(tmp_path: Path) -> None:
     assert not_kept(ours) == []
 
 
+def test_what_is_said_of_a_config(tmp_path: Path) -> None:
+    """As by preflight and pretrain, and of every run of an array."""
+    more = ["checkpoint.keep_last=2", "optimizer.min_lr=1e-5"]
+    made = prepared(tmp_path / "run", *more, array=("training.eval_iters=2,3",))
+    assert [note.partition(" has")[0] for note in made.notes if "has no effect" in note] == [
+        "training.eval_iters=2", "optimizer.min_lr=1e-05", "training.eval_iters=3",
+    ]  # fmt: skip
+
+
 def test_every_problem_of_a_config_at_once(tmp_path: Path) -> None:
     """Of fields and of rules, though the backend is asked for before the rules are applied."""
     more = ["optimizer.lr=null", "training.train_iters=null", "training.objective=sfft"]

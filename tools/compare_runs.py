@@ -29,6 +29,12 @@ from megatron_hybrid.training.metrics import METRICS_FILE
 
 HERE = Path(__file__).resolve().parents[1]
 PICTURE = "comparison.png"
+STEPS = 20
+# That are set for both, whatever their configs say.
+OWN_FIELDS = {
+    "run_dir": "", "training.log_interval": 1, "training.exit_interval": STEPS,
+    "checkpoint.save_interval": "null",
+}  # fmt: skip
 
 
 def main() -> int:
@@ -40,7 +46,7 @@ def main() -> int:
     parser.add_argument("second", help="another")
     parser.add_argument("words", nargs="*", help="section.field=value, for both")
     parser.add_argument("--config", help="what two commits train: a preset or a file")
-    parser.add_argument("--steps", type=_positive, default=20, help="default: 20")
+    parser.add_argument("--steps", type=_positive, default=STEPS, help="default: %(default)s")
     parser.add_argument("--nproc", type=_positive, default=1, help="ranks; default: 1")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("comparison"), metavar="FOLDER",
@@ -87,7 +93,10 @@ def _tolerance(text: str) -> float:
 def _found(arguments: argparse.Namespace) -> Comparison:
     names = (arguments.first, arguments.second)
     if all((Path(name) / METRICS_FILE).is_file() for name in names):
+        _refuse_to_train(arguments)
         return compare(Path(names[0]), Path(names[1]), names)
+    if own := [word for word in arguments.words if word.partition("=")[0] in OWN_FIELDS]:
+        raise UserError(f"{', '.join(own)}: what is compared decides it, and --steps; leave it out")
     if arguments.output.exists():
         raise UserError(f"--output={arguments.output} is there already; name a new folder")
     configs = [_is_config(name) for name in names]
@@ -111,6 +120,19 @@ def _found(arguments: argparse.Namespace) -> Comparison:
         for (tree, config), folder in zip(sides, folders, strict=True):
             _train(tree, config, folder, arguments)
     return compare(folders[0], folders[1], names)
+
+
+def _refuse_to_train(arguments: argparse.Namespace) -> None:
+    """Two runs that are there already are only read."""
+    given = {
+        "--config": arguments.config is not None, "--steps": arguments.steps != STEPS,
+        "--nproc": arguments.nproc != 1, " ".join(arguments.words): bool(arguments.words),
+    }  # fmt: skip
+    if names := [name for name, is_given in given.items() if is_given]:
+        raise UserError(
+            f"{', '.join(names)}: {arguments.first} and {arguments.second} are runs that are there "
+            "already; nothing is trained"
+        )
 
 
 def _refuse_other_seeds(names: Sequence[str], words: Sequence[str]) -> None:
@@ -144,9 +166,9 @@ def _tree(commit: str) -> Iterator[Path]:
 
 
 def _train(tree: Path, config: str, folder: Path, arguments: argparse.Namespace) -> None:
+    own = OWN_FIELDS | {"run_dir": folder, "training.exit_interval": arguments.steps}
     words: Sequence[str] = [
-        "pretrain", config, *arguments.words, f"run_dir={folder}", "training.log_interval=1",
-        f"training.exit_interval={arguments.steps}", "checkpoint.save_interval=null",
+        "pretrain", config, *arguments.words, *(f"{name}={value}" for name, value in own.items()),
         *(["--nproc", str(arguments.nproc)] if arguments.nproc > 1 else []),
     ]  # fmt: skip
     path = os.pathsep.join([str(tree), *filter(None, [os.environ.get("PYTHONPATH")])])

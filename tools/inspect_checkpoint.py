@@ -33,6 +33,8 @@ from megatron_hybrid.fileio import refusals_told
 from megatron_hybrid.json_text import parse_json
 
 FILE_WIDTH = 160  # of tables that go to a file or a pipe
+# What nothing reads of one checkpoint, and of two.
+UNREAD = {1: ("values",), 2: ("tensors", "json")}
 
 
 def dtype_name(stored: Stored) -> str:
@@ -175,6 +177,12 @@ def main() -> int:
     arguments = parser.parse_args()
     if len(arguments.checkpoint) > 2:
         parser.error("give one checkpoint, or two to compare")
+    for number, names in UNREAD.items():
+        for name in names:
+            if len(arguments.checkpoint) == number and getattr(arguments, name):
+                parser.error(f"--{name} is for {3 - number} checkpoint{'s'[: 2 - number]}")
+    if arguments.json and (arguments.tensors or arguments.optimizer):
+        parser.error("--json has all tensors, the optimizer's too: no --tensors, no --optimizer")
     # Names of folders, sources and tensors are shown as they are, whatever brackets they hold.
     console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH, markup=False)
     try:

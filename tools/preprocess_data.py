@@ -32,6 +32,7 @@ TOKENIZER_TYPES: dict[str, TokenizerType] = {
     "HuggingFaceTokenizer": "huggingface",
     "NullTokenizer": "null",
 }
+MEMORY_GIB = 2.0
 # Of Megatron-LM's flags, those that would give another result than is made here.
 REFUSED = {
     "--split-sentences": "documents are not split: pre-training packs them whole",
@@ -76,6 +77,8 @@ def parse(words: list[str]) -> TokenizeSettings:
     keys = arguments.json_keys
     if len(set(keys)) < len(keys):
         parser.error(f"--json-keys {' '.join(keys)} must name each key once")
+    if arguments.shuffle_memory_gib != MEMORY_GIB and arguments.shuffle_seed is None:
+        parser.error("--shuffle-memory-gib: only with --shuffle-seed")
     prefix = arguments.output_prefix
     return TokenizeSettings(
         inputs=tuple(arguments.input),
@@ -121,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--shuffle-seed", "put the documents in a random order (default: that of the input)",
         type=int)  # fmt: skip
     add("--shuffle-memory-gib", "tokens held in memory meanwhile; what is more is written to disk "
-        "once more (default: 2)", type=float, default=2.0)  # fmt: skip
+        "once more (default: 2)", type=float, default=MEMORY_GIB)  # fmt: skip
     add("--parse-special-tokens", "let the text of a special token become its id",
         action="store_true")  # fmt: skip
     add("--encoder", "library for huggingface: %(choices)s (default: auto)", choices=ENCODERS,

@@ -8,9 +8,11 @@ import typer
 from rich.console import Console
 
 from megatron_hybrid.bounds import MOST_NEW_TOKENS
+from megatron_hybrid.commands.app import only_with
 from megatron_hybrid.commands.options import ParseSpecialTokens
 
 
+@only_with("prompt", "parse_special_tokens")
 def verify(
     checkpoint: Annotated[
         Path, typer.Argument(help="a checkpoint, a folder of them, or a run: its newest")

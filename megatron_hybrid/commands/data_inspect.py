@@ -131,6 +131,15 @@ def show(
     from megatron_hybrid.data.inspection.prefixes import find_prefixes
     from megatron_hybrid.data.inspection.show import as_text, read_documents, tokenizer_of
 
+    asked = {
+        "--tokenizer-model": tokenizer_model, "--tokenizer-type": tokenizer_type,
+        "--vocab-size": vocab_size,
+    }  # fmt: skip
+    for name, value in asked.items():
+        if tokens and value is not None:
+            raise typer.BadParameter("not with --tokens, which prints ids", param_hint=name)
+    if vocab_size is not None and tokenizer_type != "null":
+        raise typer.BadParameter("only with --tokenizer-type null", param_hint="--vocab-size")
     found = find_prefixes([prefix])
     if len(found) > 1:
         raise typer.BadParameter(f"{prefix} matches {len(found)} prefixes; name one")
@@ -195,7 +204,11 @@ def _open_tokenizer(
     model: Path | None, tokenizer_type: str | None, vocab_size: int | None, prefixes: list[Path]
 ) -> "Tokenizer | None":
     """The tokenizer of the options; None if there are none."""
-    from megatron_hybrid.data.tokenizer import build_tokenizer, load_tokenizer
+    from megatron_hybrid.data.tokenizer import (
+        SentencePieceTokenizer,
+        build_tokenizer,
+        load_tokenizer,
+    )
     from megatron_hybrid.data.tokenizing.settings import naming_flags
 
     if model is None and tokenizer_type not in (None, "null"):
@@ -206,12 +219,17 @@ def _open_tokenizer(
         raise typer.BadParameter("reads ids: no --tokenizer-model", param_hint="--tokenizer-type")
     if model is None and tokenizer_type is None:
         return None
-    tokenizer_type = tokenizer_type or _type_in_facts(prefixes)
+    said = tokenizer_type or _type_in_facts(prefixes)
     with naming_flags():
-        if model is not None and model.is_dir() and tokenizer_type != "huggingface":
-            return load_tokenizer(model)
-        by_name = "sentencepiece" if str(model).endswith(".model") else "huggingface"
-        return build_tokenizer(tokenizer_type or by_name, model, vocab_size=vocab_size)
+        if model is None:
+            return build_tokenizer("null", None, vocab_size=vocab_size)
+        if model.is_dir() and said != "huggingface":
+            if tokenizer_type is None:
+                return load_tokenizer(model)
+            model = model / SentencePieceTokenizer.file_name
+        if said in (None, "null"):  # facts of ids that were written as text, of no file
+            said = "sentencepiece" if model.name.endswith(".model") else "huggingface"
+        return build_tokenizer(said, model)
 
 
 def _type_in_facts(prefixes: list[Path]) -> str | None:

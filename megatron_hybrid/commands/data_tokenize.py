@@ -7,9 +7,12 @@ from typing import Annotated, Literal
 import typer
 
 from megatron_hybrid.bounds import MOST_PROCESSES
+from megatron_hybrid.commands.app import only_with
 from megatron_hybrid.commands.options import ParseSpecialTokens
 
 
+@only_with("chat", "chat_template")
+@only_with("shuffle", "shuffle_seed", "shuffle_memory_gib")
 def tokenize(
     inputs: Annotated[
         list[str],
@@ -80,8 +83,6 @@ def tokenize(
     """
     if chat and json_key is not None:
         raise typer.BadParameter("names a text; --chat reads whole lines", param_hint="--json-key")
-    if chat_template is not None and not chat:
-        raise typer.BadParameter("only with --chat", param_hint="--chat-template")
     from megatron_hybrid.data.tokenizing.console import tokenize_on_console
     from megatron_hybrid.data.tokenizing.settings import TokenizeSettings
 

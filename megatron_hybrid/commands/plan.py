@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megatron_hybrid.bounds import MOST_GPUS
+from megatron_hybrid.commands.app import only_with
 
 if TYPE_CHECKING:
     from megatron_hybrid.config import RunConfig
@@ -23,6 +24,9 @@ FILE_COLUMNS = 160  # of a table that goes to no terminal
 UNNEEDED = {"optimizer": {"lr": 1e-4}, "training": {"train_iters": 10**6}}
 
 
+@only_with("balance", "costs", "measure")
+@only_with("search", "top")
+@only_with("context_tokens", "batch")
 def plan(
     context: typer.Context,
     gpus: Annotated[int, typer.Option(min=1, max=MOST_GPUS, help="how many GPUs")],
@@ -66,16 +70,12 @@ def plan(
 
     if gpu not in GPUS:
         raise UserError(f"--gpu={gpu} is not known; allowed: {', '.join(GPUS)}")
-    if (costs or measure) and not balance:
-        raise typer.BadParameter("only with --balance", param_hint="--costs, --measure")
     if costs and measure:
         raise typer.BadParameter("one or the other", param_hint="--costs, --measure")
-    if batch is not None and context_tokens is None:
-        raise typer.BadParameter("only with --context-tokens", param_hint="--batch")
     kind, console = GPUS[gpu], Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = FILE_COLUMNS
-    config = _config(context.args, gpus, kind, checked=not search)
+    configs = [_config(context.args, gpus, kind, checked=not search)]
     if search:
         from rich.progress import Progress
 
@@ -84,20 +84,24 @@ def plan(
         with Progress(console=Console(stderr=True), transient=True, disable=as_json) as bar:
             task = bar.add_task("layouts", total=None)
             offers = find(
-                config, gpus, kind, top,
+                configs[0], gpus, kind, top,
                 lambda done, total: bar.update(task, completed=done, total=total),
             )  # fmt: skip
-        if as_json:
-            print(json.dumps([Report.of(o.config, gpus, kind).to_dict() for o in offers], indent=1))
-        else:
+        if not as_json:
             print_offers(offers, gpus, kind, console)
-        config = offers[0].config
+        configs = [offer.config for offer in offers]
     if balance:
-        config = _balanced(config, gpus, kind, costs, measure=measure, quiet=as_json)
-    report = Report.of(config, gpus, kind, context_tokens, batch or 1)
-    if as_json and not search:
-        print(json.dumps(report.to_dict(), indent=1))
-    elif not as_json:
+        configs[0] = _balanced(configs[0], gpus, kind, costs, measure=measure, quiet=as_json)
+    # The best alone where tables are printed, of which there is one of all.
+    reports = [
+        Report.of(config, gpus, kind, context_tokens, batch or 1)
+        for config in (configs if as_json else configs[:1])
+    ]
+    report = reports[0]
+    if as_json:
+        found = [each.to_dict() for each in reports]
+        print(json.dumps(found if search else found[0], indent=1))
+    else:
         print_report(report, console)
     if output is not None:
         from megatron_hybrid.fileio import file_errors

@@ -13,6 +13,8 @@ from megatron_hybrid.bounds import MOST_PROCESSES, MOST_SECONDS
 if TYPE_CHECKING:
     from megatron_hybrid.preflight.checks import Check
 
+WAIT_S = 20.0
+
 
 def preflight(
     context: typer.Context,
@@ -33,7 +35,7 @@ def preflight(
     ] = 20.0,
     timeout_s: Annotated[
         float, typer.Option(min=1, max=MOST_SECONDS, help="seconds to wait for a rank")
-    ] = 20.0,
+    ] = WAIT_S,
 ) -> None:
     """Check a run: `preflight PRESET|FILE.yaml [section.field=value | --flag value]...`.
 
@@ -52,7 +54,12 @@ def preflight(
             f"is for where no ranks are started; {there} says how many there are",
             param_hint="--world-size",
         )
-    if nproc and not launched:
+    if nproc and launched:
+        raise typer.BadParameter(
+            f"a launcher has started this rank already (WORLD_SIZE={os.environ['WORLD_SIZE']})",
+            param_hint="--nproc",
+        )
+    if nproc:
         words = ["--checksum-s", str(checksum_s), "--timeout-s", str(timeout_s), *context.args]
         argv = ["-m", "megatron_hybrid.cli", "preflight", *words]
         raise typer.Exit(launch(argv, nproc, forks=load_for_forks()))
@@ -66,6 +73,8 @@ def preflight(
         checks += check_ranks(config, timeout_s)
     if reports:
         _report(checks)
+        if timeout_s != WAIT_S and not launched:
+            print(f"note: --timeout-s={timeout_s:g} has no effect: there are no ranks to wait for")
     elif config is None:  # this node sees other files than rank 0's, perhaps
         for problem in checks[0].problems:
             print(

@@ -68,9 +68,14 @@ def submit(
         chain=chain, options=tuple(option or ()),
     )  # fmt: skip
     prepared = prepare(context.args, job, array or [], script)
-    config = prepared.configs[0]
-    note = hang_note(prepared.text, config.training.hang_timeout_s)
-    for each in (*([note] if note else []), *not_kept(config)):
+    found = [
+        note
+        for each in prepared.configs
+        if (note := hang_note(prepared.text, each.training.hang_timeout_s))
+    ]
+    for config in prepared.configs:
+        found += not_kept(config)
+    for each in dict.fromkeys([*prepared.notes, *found]):
         print(f"note: {each}", file=sys.stderr)
     if dry_run:
         print(prepared.text, end="")

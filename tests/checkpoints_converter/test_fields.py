@@ -319,7 +319,13 @@ def test_what_is_not_known_is_refused() -> None:
     assert chosen.read(right)[0].problems == []
     (problem,) = chosen.read(right | {"hidden_sizes": 64})[0].problems
     assert "hidden_sizes=64 is a field that is not known here; did you mean hidden_size?" in problem
-    assert chosen.read(right | {"hidden_sizes": 64}, ignored=("hidden_sizes",))[0].problems == []
+    fields, _ = chosen.read(right | {"hidden_sizes": 64}, ignored=("hidden_sizes",))
+    assert (fields.problems, fields.notes) == ([], chosen.read(right)[0].notes)
+    said_so = chosen.read(right, ignored=("hidden_size", "hidden_sizes"))[0].notes
+    assert [note for note in said_so if "--ignore-field" in note] == [
+        "--ignore-field hidden_size changes nothing: it is known here",
+        "--ignore-field hidden_sizes changes nothing: it is not there",
+    ]
 
 
 def test_published_names_that_other_programs_read() -> None:

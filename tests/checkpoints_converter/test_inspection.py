@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoints_converter import peer_models
 from tests.checkpoints_converter.conftest import ROOT, run_python
+from tools import inspect_checkpoint
 
 PATTERN = "M-M*E-"
 
@@ -104,6 +105,20 @@ def test_two_kinds_and_nothing(trained: Path, exported: Path, tmp_path: Path) ->
         done = inspect(*words)
         assert done.returncode == 2
         assert done.stderr.startswith("error: ") and expected in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", ["a --values", "a b --tensors", "a b --json", "a --json --tensors"]
+)
+def test_what_would_not_be_read_is_refused(
+    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is opened, by its name."""
+    monkeypatch.setattr("sys.argv", ["inspect_checkpoint.py", *words.split()])
+    with pytest.raises(SystemExit) as ended:
+        inspect_checkpoint.main()
+    assert ended.value.code == 2
+    assert words.split("--")[1].strip() in capsys.readouterr().err
 
 
 def test_compares_in_blocks(

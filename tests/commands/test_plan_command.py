@@ -169,8 +169,10 @@ def test_columns_stay_in_a_file() -> None:
 
 def test_json() -> None:
     """The layouts of a search, for programs."""
-    found = json.loads(plan(*MODEL, "--gpus", "8", "--search", "--top", "2", "--json"))
+    found = json.loads(plan(*MODEL, "--gpus", "8", "--search", "--top", "2", "--json",
+                            "--context-tokens", "4096"))  # fmt: skip
     assert len(found) == 2
+    assert all(each["generation"] is not None for each in found)
     assert found[0]["step"]["tokens_per_s"] >= found[1]["step"]["tokens_per_s"]
     assert found[0]["fits"]
     assert set(found[0]["flops_per_token"]) == {"M", "*", "-", "logits"}

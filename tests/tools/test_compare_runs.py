@@ -103,6 +103,26 @@ def test_a_tolerance_is_a_number(text: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert ended.value.code == 1  # not 2, which says that the runs are too far apart
 
 
+def test_runs_that_are_there_are_only_read(tmp_path: Path) -> None:
+    """What says how to train is refused, all at once."""
+    names = [str(write(tmp_path / name, [4.0])) for name in NAMES]
+    given = {"config": None, "steps": 20, "nproc": 1, "words": [], "output": tmp_path / "out"}
+    tool()._found(argparse.Namespace(first=names[0], second=names[1], **given))
+    given |= {"config": "tiny", "steps": 9, "nproc": 2, "words": ["training.seed=1"]}
+    with pytest.raises(UserError, match=r"^--config, --steps, --nproc, training.seed=1: .*there"):
+        tool()._found(argparse.Namespace(first=names[0], second=names[1], **given))
+
+
+def test_what_is_set_for_both_is_not_typed(tmp_path: Path) -> None:
+    """It would be passed over."""
+    given = argparse.Namespace(
+        first="tiny", second="tiny", config=None, words=["training.exit_interval=3"],
+        output=tmp_path / "out",
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"training\.exit_interval=3: what is compared decides it"):
+        tool()._found(given)
+
+
 def test_configs_of_two_seeds(tmp_path: Path) -> None:
     """What else differs would not be seen; a word for both mends it."""
     names = ["tiny", str(tmp_path / "other.yaml")]

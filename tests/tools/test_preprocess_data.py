@@ -56,6 +56,7 @@ def test_flags_of_megatron(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--shuffle-memory-gib", "3"], "--shuffle-memory-gib: only with --shuffle-seed"),
         (["--split-sentences"], "--split-sentences is not supported: documents are not split"),
         (["--find-optimal-num-workers"], "--find-optimal-num-workers is not supported"),
         (["--json-keys", "a", "a"], "--json-keys a a must name each key once"),

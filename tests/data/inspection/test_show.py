@@ -12,6 +12,7 @@ from megatron_hybrid.data.inspection.prefixes import find_prefixes
 from megatron_hybrid.data.tokenizer import build_tokenizer
 from megatron_hybrid.data.tokenizing import TokenizeSettings, tokenize
 from tests.data.conftest import TEXTS, write_corpus, write_jsonl
+from tests.data.tokenizer_files import FAST_KINDS, save_kind
 
 
 @pytest.fixture
@@ -62,6 +63,17 @@ def test_other_tokenizer(pair: Path, tmp_path: Path, sentencepiece_model: Path) 
         "to show text, give its --tokenizer-model, or --tokens for ids: sentencepiece with the "
         f"fingerprint {fingerprints[0]}… made {pair}"
     )
+
+
+def test_the_kind_that_is_asked_for(pair: Path, tmp_path: Path, sentencepiece_model: Path) -> None:
+    """A folder's other tokenizer is not taken in its place; facts of ids hide no file."""
+    save_kind(FAST_KINDS["gpt2"](), tmp_path / "fast")
+    found = show(pair, 0, "--tokenizer-model", tmp_path / "fast", "--tokenizer-type",
+                 "sentencepiece")  # fmt: skip
+    assert "fast/tokenizer.model" in str(found.exception)
+    facts = Path(f"{pair}.meta.json")
+    facts.write_text(facts.read_text().replace('"sentencepiece"', '"null"'))
+    assert show(pair, 2, "--tokenizer-model", sentencepiece_model).stdout == f"{TEXTS[2]}\n"
 
 
 @pytest.mark.parametrize("number", [-1, 4, 2**53])
