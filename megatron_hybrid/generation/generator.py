@@ -53,6 +53,8 @@ class Generator:
         UserError: the checkpoint cannot be used.
     """
 
+    _folder: Path | None = None  # of a checkpoint
+
     def __init__(
         self,
         checkpoint: Path,
@@ -109,7 +111,6 @@ class Generator:
         self.limits = limits or Limits()
         self._resources = resources
         self._engine: Engine | None = None
-        self._folder: Path | None = None
 
     def __enter__(self) -> Self:
         return self
