@@ -15,6 +15,7 @@ from megatron_hybrid.commands.options import ParseSpecialTokens
 from megatron_hybrid.config.flags import flags
 from megatron_hybrid.config.pattern import ATTENTION
 from megatron_hybrid.platform.threads import spin_before_sleeping
+from megatron_hybrid.platform.warm import load_for_forks
 
 if TYPE_CHECKING:
     from megatron_hybrid.generation import Generator, SamplingParams
@@ -137,7 +138,7 @@ def _launch(context: typer.Context, checkpoint: Path, nproc: int) -> None:
         if not skip and word != "--nproc" and not word.startswith("--nproc="):
             words.append(word)
         skip = word == "--nproc"
-    raise typer.Exit(launch(["-m", "megatron_hybrid.cli", *words], nproc))
+    raise typer.Exit(launch(["-m", "megatron_hybrid.cli", *words], nproc, forks=load_for_forks()))
 
 
 def _stream(

@@ -54,7 +54,7 @@ def test_each_way_to_break(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     }
     for name, text in modules.items():
         (tmp_path / f"{name}.py").write_text(text)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))  # before the installed torch
     assert import_errors([*modules, "absent"]) == {
         "broken": "FileNotFoundError: Could not find shared object file",
         "ends": "the import ended Python with code 3",
@@ -138,6 +138,9 @@ def test_modules_are_those_that_this_process_would_import(
     """Started in a folder that holds sources of a module, the installed one is meant."""
     (tmp_path / "yaml").mkdir()
     (tmp_path / "yaml" / "__init__.py").write_text("raise RuntimeError('a checkout')")
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "torch.py").write_text("")  # whose import takes seconds
+    monkeypatch.syspath_prepend(str(tmp_path / "first"))
     monkeypatch.chdir(tmp_path)
     assert import_errors(["yaml"]) == {}
     monkeypatch.syspath_prepend(str(tmp_path))
