@@ -13,11 +13,10 @@ from tests.warm import program_of, python
 
 PROGRAM = """
 import os, signal, sys, time
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(5))
 print(sys.argv[1:], os.getcwd(), os.environ.get("WARM"), sys.stdin.read(), flush=True)
 print("an error", file=sys.stderr)
 if sys.argv[1] == "wait":
-    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(5))
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     time.sleep(60)
 if sys.argv[1] == "fail":
     raise ValueError("wrong")
