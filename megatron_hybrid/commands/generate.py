@@ -1,4 +1,4 @@
-"""`megatron-hybrid generate`: text from a trained model, for one prompt or a file of them."""
+"""`megatron-hybrid generate`: text from a model, for a prompt, a file of them, or clients."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launchers.environment import whole_number
+from launchers.environment import MOST_PORT, whole_number
 from launchers.local import launch
 from megatron_hybrid.bounds import MOST_COUNT, MOST_NEW_TOKENS, MOST_PROCESSES
 from megatron_hybrid.commands.app import only_with
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from megatron_hybrid.generation import Generator, SamplingParams
 
 
-@only_with("prompts", "n", "logprobs", "max_sequences", "max_tokens")
+@only_with("prompts", "n", "logprobs")
+@only_with("serve", "host", "max_queue")
 def generate(
     context: typer.Context,
     checkpoint: Annotated[
@@ -39,6 +40,25 @@ def generate(
         Path | None,
         typer.Option(help="with --prompts: answers, a JSON line each; goes on where it ended"),
     ] = None,
+    serve: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MOST_PORT,
+            help="answer clients of OpenAI's interface at this port; what a "
+            "request does not say is as the options below",
+        ),
+    ] = None,
+    host: Annotated[
+        str,
+        typer.Option(
+            help="with --serve: the address to listen at; others than this let "
+            "anybody in who reaches it"
+        ),
+    ] = "127.0.0.1",
+    max_queue: Annotated[
+        int, typer.Option(min=0, max=MOST_COUNT, help="with --serve: answers that may wait")
+    ] = 256,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, max=MOST_NEW_TOKENS, help="tokens to add at most")
     ] = 64,
@@ -61,33 +81,41 @@ def generate(
     ] = None,
     parse_special_tokens: ParseSpecialTokens = False,
     max_sequences: Annotated[
-        int, typer.Option(min=1, max=MOST_COUNT, help="with --prompts: under way at once")
+        int, typer.Option(min=1, max=MOST_COUNT, help="not with --prompt: under way at once")
     ] = 16,
     max_tokens: Annotated[
-        int, typer.Option(min=1, max=MOST_COUNT, help="with --prompts: of all under way")
+        int, typer.Option(min=1, max=MOST_COUNT, help="not with --prompt: of all under way")
     ] = 65536,
     nproc: Annotated[
         int | None,
         typer.Option(min=1, max=MOST_PROCESSES, help="start this many ranks on this machine"),
     ] = None,
 ) -> None:
-    """Continue a text, or a file of them, with a trained model.
+    """Continue a text, a file of them, or those of clients, with a trained model.
 
     With ranks, `parallel.tensor_model_parallel_size=2` and its like say how they divide the model.
     """
-    _check_usage(prompt, prompts, output, context.args)
+    _check_usage(prompt, prompts, output, serve, context)
     from megatron_hybrid.checkpoint.files import find_checkpoint
 
     find_checkpoint(checkpoint)  # what is not there is said before torch is loaded
     spin_before_sleeping()
     from megatron_hybrid.generation import SamplingParams
+    from megatron_hybrid.training.distributed import is_rank_zero
 
     params = SamplingParams(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
         min_p=min_p, repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop or ()),
         n=n, logprobs=logprobs,
     )  # fmt: skip
+    server = None
+    if serve is not None and is_rank_zero():
+        from megatron_hybrid.generation.serving import Server
+
+        server = Server(host, serve)
     if nproc is not None and nproc > 1:
+        if server is not None:  # the place is there, and the first rank will take it
+            server.close()
         _launch(context, checkpoint, nproc)
     from megatron_hybrid.generation import Generator, Limits
 
@@ -99,7 +127,14 @@ def generate(
             # Before the engine is made, alike on every rank: what one prompt takes.
             tokens = generator.encode(prompt)
             generator.limits = Limits(max_sequences=1, max_tokens=len(tokens) + max_new_tokens)
-        if not generator.engine.leads:
+        if serve is not None:
+            from megatron_hybrid.generation.serving import serve as run
+
+            run(
+                generator, server, checkpoint.resolve().name, params, max_queue=max_queue,
+                special_in_texts=parse_special_tokens,
+            )  # fmt: skip
+        elif not generator.engine.leads:
             generator.follow()
         elif prompt is not None:
             if params.unread:
@@ -110,16 +145,26 @@ def generate(
 
 
 def _check_usage(
-    prompt: str | None, prompts: Path | None, output: Path | None, words: list[str]
+    prompt: str | None,
+    prompts: Path | None,
+    output: Path | None,
+    serve: int | None,
+    context: typer.Context,
 ) -> None:
     known = flags()
-    for word in words:
+    for word in context.args:
         if word.startswith("-") and word.partition("=")[0] not in known:
             raise typer.BadParameter(f"no such option: {word}")
-    if (prompt is None) == (prompts is None):
-        raise typer.BadParameter("give one of them", param_hint="--prompt / --prompts")
+    if sum(each is not None for each in (prompt, prompts, serve)) != 1:
+        raise typer.BadParameter("give one of them", param_hint="--prompt / --prompts / --serve")
     if (prompts is None) != (output is None):
         raise typer.BadParameter("one needs the other", param_hint="--prompts / --output")
+    for name, option in (("max_sequences", "--max-sequences"), ("max_tokens", "--max-tokens")):
+        source = context.get_parameter_source(name)
+        if prompt is not None and source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter("only with --prompts or --serve", param_hint=option)
+    if not context.params["host"]:
+        raise typer.BadParameter("it must not be empty", param_hint="--host")
 
 
 def _launch(context: typer.Context, checkpoint: Path, nproc: int) -> None:

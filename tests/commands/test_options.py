@@ -21,8 +21,8 @@ READ = {
     "preflight": "nproc world_size checksum_s",
     "plan": "gpus gpu search balance context_tokens output as_json",
     "verdict": "exit_code world_size",
-    "generate": "checkpoint prompt prompts output max_new_tokens temperature repetition_penalty "
-    "stop parse_special_tokens nproc",
+    "generate": "checkpoint prompt prompts serve output max_new_tokens temperature "
+    "repetition_penalty stop parse_special_tokens nproc",
     "status": "run as_json",
     "track": "run",
     "smoke-test": "nproc layouts keep",
@@ -43,7 +43,7 @@ READ = {
 # Where what they go with is no other option: said by a note, or refused by what they name.
 SAID = {
     "preflight": "timeout_s",  # of ranks
-    "generate": "top_k top_p min_p seed",  # of draws
+    "generate": "top_k top_p min_p seed max_sequences max_tokens",  # of draws
     "data tokenize": "tokenizer_model vocab_size json_key",  # of kinds of tokenizers, of texts
     "data show": "tokenizer_model tokenizer_type vocab_size",  # of texts
     "convert from-hf": "ignore_field",  # of what config.json has

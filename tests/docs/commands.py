@@ -18,7 +18,7 @@ from tests.warm import python
 
 PROGRAM, MODULE = "megatron-hybrid", "megatron_hybrid.cli"
 # Programs of the machine: their words are looked at no further.
-OTHERS = {".", "docker", "export", "pip", "source", "python3.12"}
+OTHERS = {".", "curl", "docker", "export", "pip", "source", "python3.12"}
 ELLIPSES = {"...", "…"}
 
 

@@ -118,6 +118,10 @@ class HuggingFaceTokenizer(Tokenizer):
         token = self._token_of_config(self._path, name)
         return None if token is None else self._tokenizer.token_to_id(token)
 
+    def parsing_special_tokens(self) -> "HuggingFaceTokenizer":
+        """The same tokenizer, with which the text of a special token becomes its id."""
+        return HuggingFaceTokenizer(self._path, parse_special_tokens=True)
+
     @property
     def special_tokens(self) -> list[str]:
         """The texts of tokens that control, rather than say, something."""
