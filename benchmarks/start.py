@@ -44,7 +44,8 @@ def spent():
     Adam([torch.zeros(1, requires_grad=True)])
     return time.process_time()
 """
-CASES = ("import torch", "--help", "pretrain, one step", "a forked rank")
+RANKS = "pretrain --nproc 4, one step"
+CASES = ("import torch", "--help", "pretrain, one step", RANKS, "a forked rank")
 
 
 def cpu_s(words: list[str], tree: Path) -> tuple[float, str]:
@@ -75,6 +76,9 @@ def measured(case: str, tree: Path) -> float:
             return cpu_s([*CLI, "--help"], tree)[0]
         if case == "pretrain, one step":
             return cpu_s([*CLI, "pretrain", *RUN, f"run_dir={folder}/run"], tree)[0]
+        if case == RANKS:
+            more = ["--nproc", "4", "training.global_batch_size=4", f"run_dir={folder}/run"]
+            return cpu_s([*CLI, "pretrain", *RUN, *more], tree)[0]
         Path(folder, "start_rank.py").write_text(RANK)
         return float(cpu_s([sys.executable, "-c", FORKED, folder], tree)[1].split()[-1])
 
@@ -93,10 +97,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--against", default="HEAD~1", metavar="COMMIT")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     arguments = parser.parse_args()
     print(f"| CPU seconds | {arguments.against} | this tree | ratio |\n|---|---|---|---|")
     with tree_of(arguments.against) as before:
-        for case in CASES:
+        for case in arguments.cases:
             for tree in (before, HERE):  # bytecode and page cache are no part of a start
                 measured(case, tree)
             turns = [
