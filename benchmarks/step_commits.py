@@ -5,6 +5,7 @@ of them runs at a time, the other is stopped (SIGSTOP), and the step within whic
 counted.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -104,10 +105,15 @@ def _running(tree: Path, words: list[str], threads: int) -> Iterator[_Run]:
         with Path(folder, "output.txt").open("wb") as output:
             process = subprocess.Popen(
                 [*command, f"run_dir={folder}/run"], env=environment, cwd=folder, stdout=output,
-                stderr=output, start_new_session=True,
+                stderr=output, start_new_session=True, preexec_fn=_die_with_parent,
             )  # fmt: skip
             try:
                 yield _Run(process, Path(folder, "run", "metrics.jsonl"))
             finally:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+def _die_with_parent() -> None:
+    """In a new run: one that is stopped would not notice that the benchmark was killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
