@@ -19,6 +19,7 @@ from megatron_hybrid.checkpoint.errors import CheckpointError
 from megatron_hybrid.checkpoint.integrity import verify_integrity, write_integrity
 from megatron_hybrid.checkpoint.progress import UPCYCLING, Progress, saved_progress
 from megatron_hybrid.checkpoint.reader import CheckpointReader
+from megatron_hybrid.checkpoint.same_samples import refuse_other_samples
 from megatron_hybrid.checkpoint.saved_config import saved_config
 from megatron_hybrid.checkpoint.threads import default_threads, in_threads
 from megatron_hybrid.checkpoint.writer import CheckpointWriter
@@ -63,8 +64,9 @@ class Upcycling:
         progress: where the dense run stood; None: unknown.
 
     Raises:
-        UserError: one cannot be made of the other, the checkpoint does not hold what it says, or
-            has neither a tokenizer that fits nor counters where they are needed.
+        UserError: one cannot be made of the other, the checkpoint does not hold what it says, has
+            neither a tokenizer that fits nor counters where they are needed, or has counted other
+            samples than those that the config goes on with.
     """
 
     def __init__(
@@ -85,6 +87,10 @@ class Upcycling:
         self._config = config = config.with_vocab_size(self._tokenizer.vocab_size)
         with CheckpointReader(source) as reader:
             self.progress = _progress(reader, config, restart_schedule)
+            saved = saved_config(source)
+            if saved is not None and self.progress is not None and self.progress.consumed_samples:
+                has_plan = (source / DATA_PLAN_FILE).exists()
+                refuse_other_samples(source, config, saved, has_plan=has_plan)
             self._tensors = UpcycledTensors(
                 reader, dense.model, config.model, self.scheme, options, config.training.seed,
                 threads or default_threads(),

@@ -160,6 +160,20 @@ def test_a_target_that_exists_is_refused(dense: Path, tmp_path: Path, command: C
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_other_data_than_were_counted_are_refused(
+    dense: Path, tmp_path: Path, command: Command
+) -> None:
+    """The run goes on at the dense one's sample, which must be the one that was counted: as where
+    `pretrain` upcycles. What changes no sample may be typed.
+    """
+    typed = "--experts 2 --granularity 4 --topk 4 --dry-run"
+    assert command(dense, tmp_path / "moe", f"{typed} training.seed=99 data.seq_length=16") == 1
+    assert "has counted other samples" in command.errors
+    assert "training.seed=99, in the checkpoint 1234" in command.errors
+    assert "data.seq_length=[16], in the checkpoint [32]" in command.errors
+    assert command(dense, tmp_path / "moe", f"{typed} optimizer.weight_decay=0.2") == 0
+
+
 def test_a_dry_run_finds_what_stands_against_it(
     dense: Path, tmp_path: Path, command: Command
 ) -> None:
