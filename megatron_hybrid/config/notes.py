@@ -10,6 +10,7 @@ from typing import NamedTuple
 from megatron_hybrid.config.derive import DERIVED
 from megatron_hybrid.config.describe import fields, shown
 from megatron_hybrid.config.effects import differences
+from megatron_hybrid.config.lengths import lengths
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE
 from megatron_hybrid.config.phases import (
     batch_sizes,
@@ -87,6 +88,14 @@ def _ends_before(name: str) -> Callable[[RunConfig], bool]:
         return interval is not None and interval > _most_steps(c)
 
     return applies
+
+
+def _decays_after_the_end(c: RunConfig) -> bool:
+    if c.optimizer.lr_decay_style != "WSD":
+        return False
+    found = lengths(c)
+    final = found.wsd_decay_tokens
+    return final is not None and found.decay_tokens - final >= found.train_tokens
 
 
 # Only values other than the default are told of.
@@ -204,6 +213,10 @@ _TABLE = (
     _Unused(
         ("optimizer.lr_wsd_decay_style",), lambda c: c.optimizer.lr_decay_style != "WSD",
         "optimizer.lr_decay_style is not WSD",
+    ),
+    _Unused(
+        ("optimizer.lr_wsd_decay_samples", "optimizer.lr_wsd_decay_tokens"), _decays_after_the_end,
+        "the run ends before the final decay begins",
     ),
     _Unused(
         ("optimizer.min_lr",), lambda c: c.optimizer.lr_decay_style == "constant",

@@ -13,13 +13,11 @@ from typing import Any, NamedTuple
 from megatron_hybrid.checkpoint import files as checkpoint_files
 from megatron_hybrid.checkpoint.carried import Carried, carried_on
 from megatron_hybrid.checkpoint.progress import Progress, saved_progress
+from megatron_hybrid.checkpoint.same_samples import refuse_other_samples
 from megatron_hybrid.checkpoint.saved_config import (
     other_functions,
     other_training,
-    refuse_other_data,
-    refuse_other_files,
     refuse_other_model,
-    refuse_other_passes,
     saved_config,
 )
 from megatron_hybrid.checkpoint.saved_here import saved_here
@@ -30,10 +28,8 @@ from megatron_hybrid.config.pattern import MOE
 from megatron_hybrid.config.rules.common import LENGTHS, values
 from megatron_hybrid.config.tracker import CONFIG_FILE
 from megatron_hybrid.data.batches import Steps
-from megatron_hybrid.data.datasets import RunData, other_passes, plan_data
-from megatron_hybrid.data.saved_files import file_digests, read_saved_files
+from megatron_hybrid.data.datasets import RunData, plan_data
 from megatron_hybrid.data.saved_plan import SavedPlan, read_saved_plan
-from megatron_hybrid.data.shard import open_shard
 from megatron_hybrid.data.tokenizer import (
     Tokenizer,
     build_tokenizer,
@@ -125,6 +121,8 @@ def find_start(config: RunConfig, tokenizer: Tokenizer, world_size: int | None) 
     saved_plan: SavedPlan | None = None
     progress = None
     consumed: int | None = 0
+    if origin.folder is not None and origin.is_own:
+        _note_other_beginning(config, origin.folder)
     if origin.folder is not None and not origin.is_own and not origin.upcycle:
         _refuse_other_arguments(config, origin.folder)
     if origin.folder is not None:
@@ -271,6 +269,26 @@ def _note_other_functions(config: RunConfig, folder: Path) -> None:
         )  # fmt: skip
 
 
+def _note_other_beginning(config: RunConfig, folder: Path) -> None:
+    """Say where a run goes on that was asked to begin otherwise than it once did."""
+    saved = saved_config(folder)
+    if saved is None:
+        return
+    asked, did = (
+        {
+            "checkpoint.load": each.checkpoint.load and str(each.checkpoint.load.resolve()),
+            "checkpoint.finetune": each.checkpoint.finetune,
+            "upcycling.from": each.upcycling.source and str(each.upcycling.source.resolve()),
+        }
+        for each in (config, saved)
+    )
+    if other := [f"{name}={shown(v)}" for name, v in asked.items() if v and v != did[name]]:
+        logger.warning(
+            "note: this run goes on from its own %s; %s is for how a run begins, and is not read: "
+            "give another beginning a run_dir of its own", folder, ", ".join(other),
+        )  # fmt: skip
+
+
 def _note_other_training(config: RunConfig, folder: Path) -> None:
     """Say what a run that goes on does otherwise than the one that saved its checkpoint."""
     saved = saved_config(folder)
@@ -306,11 +324,7 @@ def _resumed_plan(
     if saved is not None:
         if not upcycle:
             refuse_other_model(folder, config.model, saved.model)
-        refuse_other_data(folder, config, saved, has_plan=saved_plan is not None)
-        if config.data.sample_order == "megatron" and not config.data.mock_data:
-            refuse_other_passes(folder, config, saved, other_passes(config, saved))
-            shards = [open_shard(Path(prefix)) for _, prefix in config.data.data_path]
-            refuse_other_files(folder, file_digests(shards), read_saved_files(folder))
+        refuse_other_samples(folder, config, saved, has_plan=saved_plan is not None)
         its = load_tokenizer(folder)
         # A fingerprint is of the file with the vocabulary, which need not name the end token.
         if (its.fingerprint, its.eod) != (tokenizer.fingerprint, tokenizer.eod):

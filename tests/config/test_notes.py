@@ -115,6 +115,14 @@ UNUSED = {
     "gpu.cuda_graph_modules=[attn, mamba]": (
         ["model.hybrid_layer_pattern=M-E"], "model.hybrid_layer_pattern=M*E",
     ),
+    "optimizer.lr_wsd_decay_samples=5": (
+        ["optimizer.lr_decay_style=WSD", "optimizer.lr_decay_samples=10_000_000"],
+        "optimizer.lr_decay_samples=10",
+    ),
+    "optimizer.lr_wsd_decay_tokens=500": (
+        ["optimizer.lr_decay_style=WSD", "optimizer.lr_decay_tokens=1_000_000_000"],
+        "optimizer.lr_decay_tokens=1000",
+    ),
     "logging.float8_interval=5": ([], "precision.emulate=true"),
     "logging.expert_load_interval=5": (
         ["model.hybrid_layer_pattern=M-"], "model.hybrid_layer_pattern=M-E",
@@ -162,7 +170,6 @@ REFUSED = """
     data.data_path data.sources data.phases data.tokenizer_model
     training.recompute_method training.recompute_num_layers training.recompute_modules
     training.objective_options
-    optimizer.lr_wsd_decay_samples optimizer.lr_wsd_decay_tokens
     checkpoint.finetune
     upcycling.router_std upcycling.router_noise upcycling.reinit_fraction upcycling.scale_weights
 """

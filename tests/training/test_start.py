@@ -10,7 +10,7 @@ import pytest
 
 from megatron_hybrid.checkpoint.carried import carried_on, write_carried
 from megatron_hybrid.checkpoint.saved_config import FUNCTION_FIELDS, SHAPE_FIELDS, TRAINING_FIELDS
-from megatron_hybrid.config import RunConfig, load_config
+from megatron_hybrid.config import TRACKER_FILE, RunConfig, load_config
 from megatron_hybrid.config.effects import EFFECTS
 from megatron_hybrid.data.batches import Span, Steps
 from megatron_hybrid.data.datasets import plan_data
@@ -160,6 +160,28 @@ def test_the_same_tensors_as_another_function(
         f"note: {folder} minimised pretraining with training.objective_options={{}}; now "
         "{'least_ratio': 0.5}"
     ]
+
+
+def test_another_beginning_of_a_run_that_has_begun(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same words again say nothing; another checkpoint to start from is not read, and told."""
+    for name in ("a", "b"):
+        (tmp_path / name / "iter_0000001").mkdir(parents=True)
+        (tmp_path / name / TRACKER_FILE).write_text("1")
+    line = words(tmp_path / "run", f"checkpoint.load={tmp_path}/a")
+    folder = tmp_path / "run" / "checkpoints" / "iter_0000001"
+    folder.mkdir(parents=True)
+    (folder / "run_config.yaml").write_text(load_config(line, which=()).to_yaml())
+    with caplog.at_level("WARNING", "megatron_hybrid"):
+        for same in (line, words(tmp_path / "run")):
+            start._note_other_beginning(load_config(same, which=()), folder)
+        assert not caplog.messages
+        other = [f"checkpoint.load={tmp_path}/b", "checkpoint.finetune=true"]
+        start._note_other_beginning(load_config([*line, *other], which=()), folder)
+    (said,) = caplog.messages
+    assert said.startswith(f"note: this run goes on from its own {folder}; checkpoint.load=")
+    assert f"{tmp_path}/b" in said and "checkpoint.finetune=true" in said
 
 
 # In megatron-core's order, of the fields that say which tokens come: a change that other samples
