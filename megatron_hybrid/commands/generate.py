@@ -71,7 +71,9 @@ def generate(
     repetition_penalty: Annotated[
         float, typer.Option(help="against tokens that were there before; 1: none")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="of the draws")] = 1234,
+    seed: Annotated[
+        int, typer.Option(help="of the draws; with --serve of the first request's, others count on")
+    ] = 1234,
     stop: Annotated[
         list[str] | None, typer.Option(help="a text that ends the continuation; may be repeated")
     ] = None,

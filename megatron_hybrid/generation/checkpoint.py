@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from megatron_hybrid.checkpoint.carried import FOLDER
 from megatron_hybrid.checkpoint.files import find_checkpoint
 from megatron_hybrid.checkpoint.saved_config import read_config
-from megatron_hybrid.checkpoint.saved_here import STAMP_FILE
 from megatron_hybrid.config import RunConfig, load_config, rules
 from megatron_hybrid.config.flags import parse_command_line
 from megatron_hybrid.config.precision import FLOAT8_RECIPES
@@ -20,10 +20,10 @@ from megatron_hybrid.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_hybrid.errors import ConfigError, UserError
 from megatron_hybrid.platform import initialize
 from megatron_hybrid.platform.backend import resolve_backend
-from megatron_hybrid.small_files import naming
+from megatron_hybrid.small_files import naming, read_json
 from megatron_hybrid.training.distributed import process_groups, select_device
 
-_LOOKED_AT = 1 << 16  # bytes at either end of a file of weights
+_LOOKED_AT = 1 << 16  # bytes at either end of a file
 # Whatever the ranks that trained it: one process generates, unless it is told otherwise.
 ONE_RANK = (
     "parallel.tensor_model_parallel_size=1",
@@ -119,15 +119,39 @@ def _cut(pattern: str, stages: int) -> str:
     return "|".join(layers[a:b] for a, b in pairwise(ends) if b > a)
 
 
-def weights_digest(folder: Path) -> str:
-    """Tells a checkpoint from others that take its place, by how its files begin and end."""
+def carried_ends(folder: Path) -> frozenset[int]:
+    """Tokens that end a text by the Hugging Face folder that a model came from, as transformers
+    reads it: those of a turn, beside that of a document.
+
+    Args:
+        folder: the checkpoint itself.
+
+    Raises:
+        UserError: a file of that folder is damaged.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = folder / FOLDER / name
+        if not path.exists():
+            continue
+        found = read_json(path).get("eos_token_id")
+        if found is None:
+            continue
+        ends = found if isinstance(found, list) else [found]
+        if not all(type(each) is int for each in ends):
+            raise UserError(
+                f"{path}: eos_token_id={found!r:.100} must be a whole number, or a list of them"
+            )
+        return frozenset(ends)
+    return frozenset()
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """Tells a checkpoint from others that take its place, by how all its files begin and end."""
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.distcp"), folder / STAMP_FILE]):
-        if not path.is_file():
-            continue  # a checkpoint of others has no stamp
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with naming(path), path.open("rb") as file:
             size = path.stat().st_size
-            digest.update(f"{path.name} {size}".encode() + file.read(_LOOKED_AT))
+            digest.update(f"{path.relative_to(folder)} {size}".encode() + file.read(_LOOKED_AT))
             file.seek(max(0, size - _LOOKED_AT))
             digest.update(file.read(_LOOKED_AT))
     return digest.hexdigest()

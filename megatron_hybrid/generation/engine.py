@@ -7,7 +7,7 @@ of them at the start of a step, and the tokens are those that a rank of the last
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -48,7 +48,7 @@ class Engine:
     Args:
         decoder: the model of this rank.
         vocab_size: tokens that may be drawn; rows beyond it are padding.
-        eod: the token that ends a document.
+        ends: tokens that end a text.
         stopper: makes, of a prompt and its stop texts, what knows when one of them has come: its
             `add` takes each token, its `stopped` tells. None: stop texts are refused.
 
@@ -62,11 +62,12 @@ class Engine:
         limits: Limits,
         *,
         vocab_size: int,
-        eod: int,
+        ends: Collection[int],
         stopper: Callable[[list[int], tuple[str, ...]], Any] | None = None,
     ) -> None:
         self.decoder, self.limits = decoder, limits
-        self.vocab_size, self.eod, self._stopper = vocab_size, eod, stopper
+        self.vocab_size, self._stopper = vocab_size, stopper
+        self._ends = frozenset(ends)
         self.states = decoder.make_states(limits)
         self._ranks = Ranks(decoder)
         self._batches = Batches(self.states, decoder.device, decoder.kept_dtype)
@@ -344,7 +345,7 @@ class Engine:
         end = None
         if params.max_new_tokens == 0:
             event, end = replace(event, token=None, logprob=None), "length"
-        elif token == self.eod and not params.ignore_eod:
+        elif token in self._ends and not params.ignore_eod:
             end = "eod"
         else:
             sequence.tokens.append(token)

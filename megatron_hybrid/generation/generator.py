@@ -13,10 +13,11 @@ from megatron_hybrid.config import RunConfig
 from megatron_hybrid.data.tokenizer import Tokenizer
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.generation.checkpoint import (
+    carried_ends,
+    checkpoint_digest,
     loaded_model,
     read_checkpoint,
     refuse_unable,
-    weights_digest,
 )
 from megatron_hybrid.generation.params import Limits, SamplingParams
 from megatron_hybrid.generation.request import Completion, Event
@@ -54,6 +55,7 @@ class Generator:
     """
 
     _folder: Path | None = None  # of a checkpoint
+    _ends: frozenset[int] = frozenset()  # beside the tokenizer's
 
     def __init__(
         self,
@@ -71,6 +73,7 @@ class Generator:
         config, chunks = resources.enter_context(loaded_model(*read, alone=ranks == 1))
         self._set(config, chunks, read[2], limits, resources)
         self._folder = read[1]
+        self._ends = carried_ends(self._folder)
 
     @classmethod
     def of_model(
@@ -141,7 +144,7 @@ class Generator:
                 Decoder(self.chunks),
                 self.limits,
                 vocab_size=self.vocab_size,
-                eod=self.tokenizer.eod,
+                ends={self.tokenizer.eod, *self._ends},
                 stopper=lambda prompt, stop: TextStream(self.tokenizer, prompt, stop),
             )
         return self._engine
@@ -149,7 +152,7 @@ class Generator:
     @property
     def name(self) -> str:
         """Which model it is, wherever its checkpoint lies."""
-        return "a model in memory" if self._folder is None else weights_digest(self._folder)
+        return "a model in memory" if self._folder is None else checkpoint_digest(self._folder)
 
     def follow(self) -> None:
         """On every rank but the first: take part until that one closes its generator."""

@@ -28,7 +28,7 @@ class SamplingParams:
         seed: of the draws; a request's draws depend on it, the continuation and the place alone.
         n: continuations of the prompt, which is computed once for all of them.
         stop: texts that end it; they are not part of its text.
-        ignore_eod: go on beyond the token that ends a document.
+        ignore_eod: go on beyond the tokens that end a text.
         logprobs: None, or how many of the likeliest tokens are told at each place, with their
             log-probabilities and that of the chosen one. They are the model's own: before penalty,
             temperature and filters.

@@ -17,7 +17,8 @@ from megatron_hybrid.config.sections import GpuConfig
 from megatron_hybrid.data.tokenizer import NullTokenizer
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.generation import ONE_RANK, Generator, SamplingParams
-from megatron_hybrid.generation.checkpoint import read_checkpoint, weights_digest
+from megatron_hybrid.generation import generator as generator_module
+from megatron_hybrid.generation.checkpoint import carried_ends, checkpoint_digest, read_checkpoint
 from megatron_hybrid.testing import run_distributed
 from tests.config import GOOD
 from tests.distributed.layouts import (
@@ -96,6 +97,11 @@ def from_checkpoint(checkpoint: Path) -> None:
         assert "".join(pieces) == whole.text and len(pieces) == 20
         [[stopped]] = generator.generate(["1 2 3"], replace(asked, stop=(pieces[4], pieces[3])))
         assert (stopped.text, stopped.end) == ("".join(pieces[:3]), "stop")
+    generator_module.carried_ends = lambda folder: frozenset({whole.tokens[3]})
+    with Generator(checkpoint) as generator:
+        [[ended]] = generator.generate(["1 2 3"], replace(asked, ignore_eod=False))
+        assert ended.end == "eod"
+        assert ended.tokens == whole.tokens[: whole.tokens.index(whole.tokens[3])]
 
 
 def test_a_checkpoint_of_any_layout(checkpoint: Path) -> None:
@@ -132,16 +138,38 @@ def test_a_checkpoint_in_another_s_place(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     weights = tmp_path / "a" / "__0_0.distcp"
     weights.write_bytes(bytes(200_000))
-    before = weights_digest(tmp_path / "a")
+    before = checkpoint_digest(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    assert weights_digest(tmp_path / "b") == before
+    assert checkpoint_digest(tmp_path / "b") == before
     for place in (0, 199_999):
         content = bytearray(200_000)
         content[place] = 1
         weights.write_bytes(content)
-        assert weights_digest(tmp_path / "a") != before
-    (tmp_path / "b" / "stamp").write_text("x")
-    assert weights_digest(tmp_path / "b") != before
+        assert checkpoint_digest(tmp_path / "a") != before
+    for name in ("stamp", "run_config.yaml", "hugging_face/generation_config.json"):
+        (tmp_path / "b" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "b" / name).write_text("x")
+        after = checkpoint_digest(tmp_path / "b")
+        assert after != before, name
+        before = after
+
+
+def test_tokens_that_end_a_text(tmp_path: Path) -> None:
+    """Those of the Hugging Face folder that a model came from: of generation_config.json, else of
+    config.json, as transformers takes them; generation ends at each.
+    """
+    folder = tmp_path / "hugging_face"
+    assert carried_ends(tmp_path) == frozenset()
+    folder.mkdir()
+    (folder / "config.json").write_text('{"eos_token_id": 2}')
+    assert carried_ends(tmp_path) == {2}
+    (folder / "generation_config.json").write_text('{"eos_token_id": null}')
+    assert carried_ends(tmp_path) == {2}
+    (folder / "generation_config.json").write_text('{"eos_token_id": [3, 11]}')
+    assert carried_ends(tmp_path) == {3, 11}
+    (folder / "generation_config.json").write_text('{"eos_token_id": [3, "x"]}')
+    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id=\[3, 'x'\] must"):
+        carried_ends(tmp_path)
 
 
 def test_a_special_token_in_a_prompt_is_characters_or_its_id(tmp_path: Path) -> None:

@@ -107,7 +107,8 @@ REQUESTS: list[tuple[dict[str, Any], list[list[int]], SamplingParams]] = [
     ({"prompt": ["4 5", "6"], "max_tokens": 9, "temperature": 1.2, "seed": 3, "n": 2, "top_k": 40},
      [[4, 5], [6]], SamplingParams(max_new_tokens=9, temperature=1.2, seed=3, n=2, top_k=40)),
     ({"prompt": [7, 8], "max_tokens": 12, "stop": "1", "repetition_penalty": 1.3, "top_p": 0.9,
-      "min_p": 0.01, "temperature": 1.0, "user": "x", "best_of": None, "frequency_penalty": 0.0},
+      "min_p": 0.01, "temperature": 1.0, "seed": 1234, "user": "x", "best_of": None,
+      "frequency_penalty": 0.0},
      [[7, 8]], SamplingParams(max_new_tokens=12, stop=("1",), repetition_penalty=1.3, top_p=0.9,
                               min_p=0.01, temperature=1.0)),
 ]  # fmt: skip
@@ -132,6 +133,16 @@ def clients(server: Server, expected: list[list[list[Completion]]]) -> None:
         assert content["usage"]["prompt_tokens"] == sum(map(len, prompts))
         tokens = sum(len(each.tokens) + (each.end == "eod") for each in flat)
         assert content["usage"]["completion_tokens"] == tokens
+
+
+def draws(server: Server) -> None:
+    """A prompt that is sent again gets another answer, unless both ask for the same seed."""
+    body = {"prompt": "1 2 3", "max_tokens": 16, "temperature": 1.5, "ignore_eos": True}
+    said = [
+        ask(server, each)[1]["choices"][0]["text"]
+        for each in (body, body, {**body, "seed": 7}, {**body, "seed": 7})
+    ]
+    assert said[0] != said[1] and said[2] == said[3]
 
 
 def streamed(server: Server, body: dict[str, Any]) -> tuple[list[tuple[str, str]], Any]:
@@ -281,6 +292,7 @@ def one_server() -> None:
             with pytest.raises(UserError, match=r"--serve \d+ cannot listen at .* in use"):
                 Server(*server.socket.getsockname()[:2])
             clients(server, expected)
+            draws(server)
             scored(server, scores)
             refusals(server)
             hang_ups(server)

@@ -4,7 +4,7 @@ What is not known, or cannot be done, is refused by name; null is as if the fiel
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,7 +41,8 @@ class Served:
 
     Attributes:
         name: of the model.
-        defaults: of what a request does not say.
+        defaults: of what a request does not say, but for the seed.
+        seeds: of requests that have none, one after the other.
         encode: a text's tokens.
         problems: why the engine could never answer, a sentence each.
         chat: None, or why there is no chat.
@@ -51,6 +52,7 @@ class Served:
     created: int
     tokenizer: Tokenizer
     defaults: SamplingParams
+    seeds: Iterator[int]
     encode: Callable[[str], list[int]]
     problems: Callable[[list[int], SamplingParams], list[str]]
     chat: ChatPrompts | str
@@ -115,7 +117,7 @@ def read_asked(content: Any, served: Served, *, chat: bool) -> Asked:
     stream = fields.flag("stream")
     include_usage = _include_usage(fields, stream)
     echo = fields.flag("echo") and not chat
-    params = _params(fields, served.defaults, chat=chat, echo=echo)
+    params = _params(fields, served, chat=chat, echo=echo)
     prompts = _chat_prompts(fields, served) if chat else _prompts(fields, served)
     if params is not None:
         for number, prompt in enumerate(prompts):
@@ -166,11 +168,11 @@ def _include_usage(fields: _Fields, stream: bool) -> bool:
     return options.get("include_usage") is True
 
 
-def _params(
-    fields: _Fields, defaults: SamplingParams, *, chat: bool, echo: bool
-) -> SamplingParams | None:
+def _params(fields: _Fields, served: Served, *, chat: bool, echo: bool) -> SamplingParams | None:
     given = fields.given
     own = {name: given[name] for name in _SAMPLING if name in given}
+    # The same prompt sent again is to get another answer.
+    own.setdefault("seed", next(served.seeds))
     fields.whole("n", MOST_CHOICES)
     stop = given.get("stop")
     if isinstance(stop, str | list):
@@ -194,7 +196,7 @@ def _params(
         own["logprobs"] = fields.whole("logprobs", MOST_LOGPROBS)
     own["prompt_logprobs"] = echo and own.get("logprobs") is not None
     try:
-        return replace(defaults, **own)
+        return replace(served.defaults, **own)
     except UserError as error:
         for line in str(error).splitlines():
             fields.refuse(*_theirs(line, chat))

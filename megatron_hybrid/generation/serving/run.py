@@ -2,6 +2,7 @@
 
 import logging
 import time
+from itertools import count
 
 import torch.distributed as dist
 
@@ -34,7 +35,8 @@ def serve(
     Args:
         server: of the first rank; the others follow it.
         name: of the model.
-        defaults: of what a request does not say.
+        defaults: of what a request does not say; its seed is the first request's, from which those
+            of later ones count on.
         max_queue: continuations that may wait for a slot.
         special_in_texts: as of `ChatPrompts`.
 
@@ -54,8 +56,8 @@ def serve(
             chat = str(error)
             logger.warning("no chat: %s", chat)
         served = Served(
-            name, int(time.time()), generator.tokenizer, defaults, generator.encode,
-            loop.problems, chat,
+            name, int(time.time()), generator.tokenizer, defaults, count(defaults.seed),
+            generator.encode, loop.problems, chat,
         )  # fmt: skip
         try:
             server.open(Api(served, loop))
