@@ -69,10 +69,15 @@ def refuse_unread(function: Callable[..., Any], given: Mapping[str, Any]) -> Non
     parameters = inspect.signature(function).parameters
     for name, other in options_with(function).items():
         default = parameters[name].default
-        if given.get(name, default) != default and given.get(other) in (None, False, []):
+        if given.get(name, default) != default and _is_missing(given.get(other)):
             raise typer.BadParameter(
                 f"only with {_typed(function, other)}", param_hint=_typed(function, name)
             )
+
+
+def _is_missing(value: object) -> bool:
+    """Whether an option was not given; 0 is a value."""
+    return value is None or value is False or value == []
 
 
 def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
