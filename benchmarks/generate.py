@@ -9,32 +9,28 @@ compared. The run fails unless both write the same greedy text.
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 from generate_sides import SEED, Case, Run, serve
 from rich.console import Console
 from rich.table import Table
+from side_process import side_process
 from step_model import Case as StepCase
 from step_model import our_config
 
 from megatron_hybrid.config import RunConfig, load_config, rules
-from megatron_hybrid.platform.threads import spin_before_sleeping
 
 MODELS = ("2M", "33M")
 # Wide enough that the likeliest token leads: of what both compute alike, rounding decides nothing.
 INIT_STD = {"2M": 0.08, "33M": 0.05}
-BUILD_TIMEOUT_S = 300
 TABLE_WIDTH = 132
 # Of requests whose whole greedy text is the same on both sides; bf16 rounds too much to ask it.
 SAME_TEXT = 0.9
@@ -85,40 +81,14 @@ def make_model(name: str, folder: Path) -> None:
         subprocess.run(line, cwd=folder, check=True, capture_output=True)
 
 
-@contextmanager
-def side_process(side: str, folder: Path, dtype: str, threads: int) -> Iterator[Connection]:
-    """A process that has built `side`, and the pipe that gives it cases."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=serve, args=(side, folder, dtype, threads, there))
-    environment = dict(os.environ)
-    if side == "ours":
-        spin_before_sleeping()  # as the command line does
-    process.start()
-    os.environ.clear()
-    os.environ.update(environment)
-    there.close()
-    try:
-        if not here.poll(BUILD_TIMEOUT_S):
-            raise TimeoutError(f"{side} was not built within {BUILD_TIMEOUT_S} s")
-        here.recv()
-        yield here
-        here.send(None)
-    except EOFError:
-        raise SystemExit(f"the process of {side} has ended; its error stands above") from None
-    except BaseException:
-        process.terminate()
-        raise
-    finally:
-        process.join()
-
-
 def compare(folder: Path, case: Case, rounds: int) -> tuple[dict[str, Measured], float]:
     """Both sides in turns, and the share of requests with the same text."""
     answers: dict[str, list[tuple[Run, float]]] = {}
     with ExitStack() as processes:
         pipes = {
-            side: processes.enter_context(side_process(side, folder, case.dtype, case.threads))
+            side: processes.enter_context(
+                side_process(side, serve, folder, case.dtype, case.threads)
+            )
             for side in ("peer", "ours")
         }
         for _ in range(rounds + 1):

@@ -5,7 +5,6 @@ of them runs at a time, the other is stopped (SIGSTOP), and the step within whic
 counted.
 """
 
-import ctypes
 import json
 import os
 import signal
@@ -21,6 +20,8 @@ from pathlib import Path
 
 from start import HERE, tree_of
 from step_model import PATTERN, VOCAB_SIZE
+
+from launchers.forks import end_with_parent
 
 _COMMON = [
     "data.mock_data=true", "data.tokenizer_type=null", "data.num_workers=0", "backend=torch",
@@ -105,7 +106,7 @@ def _running(tree: Path, words: list[str], threads: int) -> Iterator[_Run]:
         with Path(folder, "output.txt").open("wb") as output:
             process = subprocess.Popen(
                 [*command, f"run_dir={folder}/run"], env=environment, cwd=folder, stdout=output,
-                stderr=output, start_new_session=True, preexec_fn=_die_with_parent,
+                stderr=output, start_new_session=True, preexec_fn=_end_with_us,
             )  # fmt: skip
             try:
                 yield _Run(process, Path(folder, "run", "metrics.jsonl"))
@@ -114,6 +115,6 @@ def _running(tree: Path, words: list[str], threads: int) -> Iterator[_Run]:
                 process.wait()
 
 
-def _die_with_parent() -> None:
+def _end_with_us() -> None:
     """In a new run: one that is stopped would not notice that the benchmark was killed."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    end_with_parent(signal.SIGKILL)

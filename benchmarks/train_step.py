@@ -10,28 +10,24 @@ in between.
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from side_process import side_process
 from step_commits import CASES, compare_commits
 from step_model import Case, our_config
 from step_sides import GEMM_FLOPS, serve
 
 from megatron_hybrid.model.counts import flops_per_token
-from megatron_hybrid.platform.threads import spin_before_sleeping
 
 # First losses of the same weights, in nats: fp32 differs by rounding, bf16 by far more.
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
-BUILD_TIMEOUT_S = 300
 TABLE_WIDTH = 118
 
 
@@ -53,34 +49,6 @@ class Measured:
     last_loss: float
 
 
-@contextmanager
-def side_process(side: str, case: Case, weights: Path) -> Iterator[Connection]:
-    """A process that has built `side`, and the pipe that asks it for steps."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=serve, args=(side, case, weights, there))
-    environment = dict(os.environ)
-    if side == "ours":
-        spin_before_sleeping()  # as the command line does; the peer's threads spin 3 ms as they are
-    process.start()
-    os.environ.clear()
-    os.environ.update(environment)
-    there.close()
-    try:
-        if not here.poll(BUILD_TIMEOUT_S):
-            raise TimeoutError(f"{side} was not built within {BUILD_TIMEOUT_S} s")
-        here.recv()
-        yield here
-        here.send(False)
-    except EOFError:
-        raise SystemExit(f"the process of {side} has ended; its error stands above") from None
-    except BaseException:
-        process.terminate()
-        raise
-    finally:
-        process.join()
-
-
 def compare(case: Case, rounds: int) -> tuple[dict[str, Measured], float]:
     """Both sides over `rounds` turns after one to warm up, and the GEMM roofline in GFLOP/s."""
     answers: dict[str, list[tuple[float, float, float]]] = {}
@@ -88,7 +56,7 @@ def compare(case: Case, rounds: int) -> tuple[dict[str, Measured], float]:
         weights = Path(folder) / "weights.pt"
         # The peer draws the weights that ours starts from, so it is built first.
         pipes = {
-            side: processes.enter_context(side_process(side, case, weights))
+            side: processes.enter_context(side_process(side, serve, case, weights))
             for side in ("peer", "ours", "gemm")
         }
         for _ in range(rounds + 1):

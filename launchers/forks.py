@@ -83,9 +83,9 @@ class Fork:
         self.send_signal(signal.SIGKILL)
 
 
-def end_with_parent() -> None:
-    """In a new process: if its parent is killed, get SIGTERM, so as to save and exit (Linux)."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def end_with_parent(number: int = signal.SIGTERM) -> None:
+    """In a new process: get this signal if the parent is killed, by default to save (Linux)."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _run(argv: list[str], environment: dict[str, str], output: int | None) -> None:

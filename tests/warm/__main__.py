@@ -4,7 +4,6 @@ Linux only, as the tests that need it: namespaces (a test's Slurm has a machine 
 """
 
 import contextlib
-import ctypes
 import fcntl
 import gc
 import importlib
@@ -19,7 +18,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from launchers.forks import leave_handlers, run_python
+from launchers.forks import end_with_parent, leave_handlers, run_python
 from megatron_hybrid.platform.warm import load
 
 MOST_FDS = 64
@@ -122,7 +121,7 @@ def _fork(
         if code < 0:
             os.kill(os.getpid(), -code)
         os._exit(code)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: ended with the process between
+    end_with_parent(signal.SIGKILL)  # the process between
     try:
         _become(request, fds, connection)
     except SystemExit as end:
