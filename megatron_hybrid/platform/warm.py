@@ -10,13 +10,20 @@ from megatron_hybrid.platform.threads import NVIDIA_DRIVER
 # All that a rank that trains and saves has: each fork would import it again.
 MODULES = (
     "megatron_hybrid.training.pretrain",
+    "megatron_hybrid.training.trainer",
+    "megatron_hybrid.training.checkpoint",
+    "megatron_hybrid.training.lasting_output",
+    "megatron_hybrid.training.upcycle",
+    "megatron_hybrid.model.build",
     "megatron_hybrid.model.hybrid",
     "megatron_hybrid.layers.attention",
     "megatron_hybrid.layers.cross_entropy",
+    "megatron_hybrid.objectives.pretraining",
     "megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader",
     "megatron.core.dist_checkpointing.strategies.fully_parallel",
     "megatron.core.dist_checkpointing.strategies.state_dict_saver",
     "megatron.core.models.mimo.optimizer",  # which the engine's optimizer asks for
+    "torch.utils.serialization.config",
 )
 
 

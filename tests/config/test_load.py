@@ -258,6 +258,24 @@ tricky = st.sampled_from(
 )
 
 
+def test_both_readers_of_yaml_agree() -> None:
+    """What is read in C is what Python's reader, which bounds nesting, makes of it."""
+    from megatron_hybrid.config import yaml_text
+
+    root = Path(__file__).parents[2]
+    texts = [path.read_text("utf-8") for path in root.rglob("*.yaml") if ".venv" not in path.parts]
+    assert len(texts) > 20
+    texts += [
+        "a: [8e-4, 1e5, .5, 0x1f, 07, no, yes, ~, null, True, .inf, -.nan, 1_000, 2026-01-01]"
+    ]
+    for text in texts:
+        python = yaml_text.yaml.load(text, Loader=yaml_text._Loader)
+        assert repr(yaml_text.parse_yaml(text)) == repr(python)
+    for deep in ("- " * 5000 + "a", "[" * 5000, "".join(" " * n + "a:\n" for n in range(600))):
+        with pytest.raises(ValueError, match="nested"):
+            yaml_text.parse_yaml(deep)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     run_dir=text | tricky,

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_hybrid.testing import RankError, init_model_parallel, run_distributed
+from tests.training.runs import MOE, outcomes, words
 
 
 class UnpicklableError(Exception):
@@ -236,3 +238,18 @@ def test_world_size_is_checked() -> None:
     """A world of no ranks is refused with its value."""
     with pytest.raises(ValueError, match="world_size=0 must be at least 1"):
         run_distributed(chatter, 0)
+
+
+def imported_by_runs(lines: Sequence[Sequence[str]]) -> list[str]:
+    before = set(sys.modules)
+    assert outcomes(lines) == ["finished"] * len(lines)
+    return sorted(name for name in sys.modules if name not in before)
+
+
+def test_ranks_that_train_import_nothing(tmp_path: Path) -> None:
+    """What every rank needs is imported once, before the fork, of which a machine has eight."""
+    more = "checkpoint.save_interval=2", "training.eval_interval=2", "training.eval_iters=1"
+    lines = [words(tmp_path / "dense", *more), words(tmp_path / "moe", *MOE, *more)]
+    lines += [[*lines[0], "training.train_iters=6"]]  # goes on from a checkpoint
+    [found] = run_distributed(imported_by_runs, 1, lines)
+    assert [name for name in found if not name.startswith("torch.profiler.")] == []
