@@ -20,6 +20,7 @@ from megatron_hybrid.commands import convert as convert_commands
 from megatron_hybrid.commands import data as data_commands
 from megatron_hybrid.commands.app import App
 from megatron_hybrid.commands.config import config as config_command
+from megatron_hybrid.commands.evaluate import evaluate
 from megatron_hybrid.commands.generate import generate
 from megatron_hybrid.commands.plan import UNNEEDED, plan
 from megatron_hybrid.commands.preflight import preflight
@@ -176,6 +177,10 @@ app.command(
     context_settings=_CONFIG_WORDS,
     options_metavar="[OPTIONS] [parallel.field=value]...",
 )(generate)
+app.command(
+    context_settings=_CONFIG_WORDS,
+    options_metavar="[OPTIONS] [section.field=value]...",
+)(evaluate)
 app.command()(status)
 app.command()(track)
 app.command("smoke-test")(smoke_test)

@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -153,10 +153,7 @@ def _check_usage(
     serve: int | None,
     context: typer.Context,
 ) -> None:
-    known = flags()
-    for word in context.args:
-        if word.startswith("-") and word.partition("=")[0] not in known:
-            raise typer.BadParameter(f"no such option: {word}")
+    refuse_options(context)
     if sum(each is not None for each in (prompt, prompts, serve)) != 1:
         raise typer.BadParameter("give one of them", param_hint="--prompt / --prompts / --serve")
     if (prompts is None) != (output is None):
@@ -169,17 +166,35 @@ def _check_usage(
         raise typer.BadParameter("it must not be empty", param_hint="--host")
 
 
-def _launch(context: typer.Context, checkpoint: Path, nproc: int) -> None:
-    """Start the ranks and exit as they do, after what can be refused without them."""
-    if launched := os.environ.get("WORLD_SIZE"):
+def refuse_options(context: typer.Context) -> None:
+    """Refuse words that look like options and are none, not Megatron-LM's either."""
+    known = flags()
+    for word in context.args:
+        if word.startswith("-") and word.partition("=")[0] not in known:
+            raise typer.BadParameter(f"no such option: {word}")
+
+
+def check_launcher(nproc: int | None) -> None:
+    """Refuse to start ranks where a launcher has."""
+    if nproc is not None and nproc > 1 and (launched := os.environ.get("WORLD_SIZE")):
         whole_number(os.environ, "WORLD_SIZE", least=1)
         raise typer.BadParameter(
             f"a launcher has started this rank already (WORLD_SIZE={launched})",
             param_hint="--nproc",
         )
+
+
+def _launch(context: typer.Context, checkpoint: Path, nproc: int) -> None:
+    """Start the ranks and exit as they do, after what can be refused without them."""
+    check_launcher(nproc)
     from megatron_hybrid.generation.checkpoint import read_checkpoint
 
     read_checkpoint(checkpoint, context.args, world_size=nproc)
+    start_ranks(nproc)
+
+
+def start_ranks(nproc: int) -> NoReturn:
+    """Run this command line on so many ranks, and exit as they do."""
     words, skip = [], False
     for word in sys.argv[1:]:
         if not skip and word != "--nproc" and not word.startswith("--nproc="):

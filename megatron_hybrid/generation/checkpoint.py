@@ -14,6 +14,7 @@ from megatron_hybrid.checkpoint.saved_config import read_config
 from megatron_hybrid.config import RunConfig, load_config, rules
 from megatron_hybrid.config.flags import parse_command_line
 from megatron_hybrid.config.precision import FLOAT8_RECIPES
+from megatron_hybrid.config.ranks import PP
 from megatron_hybrid.config.rules.generation import LAYOUT_FIELDS
 from megatron_hybrid.config.sections import PrecisionConfig
 from megatron_hybrid.data.tokenizer import Tokenizer, load_tokenizer
@@ -65,17 +66,37 @@ def read_checkpoint(
         UserError: there is no whole checkpoint, it is not of a model that can generate, or the
             ranks cannot hold it so.
     """
-    stages = _stages(layout)
+    check_words(layout, LAYOUT_FIELDS, "generation")
     folder = find_checkpoint(checkpoint)
+    config = read_layout(folder, layout, world_size=world_size, which=rules.GENERATION)
+    return config, folder, load_tokenizer(folder, parse_special_tokens=parse_special_tokens)
+
+
+def read_layout(
+    folder: Path, words: Sequence[str], *, world_size: int, which: tuple[rules.Rule, ...]
+) -> RunConfig:
+    """The config of a checkpoint's model in a layout of other ranks than those that trained it.
+
+    Args:
+        folder: the checkpoint itself.
+        words: that `check_words` lets pass.
+        which: rules of such a layout.
+
+    Raises:
+        UserError: it is not of a model that can generate, or the ranks cannot hold it so.
+    """
     # How a run of an earlier version was trained is for no rule of today's to judge.
     config = read_config(folder, *ONE_RANK, which=rules.MODEL)
-    cut = f"model.hybrid_layer_pattern={_cut(config.model.hybrid_layer_pattern, stages)}"
+    stages = dict(parse_command_line(words).values).get(PP, 1)
+    cut = []
+    if type(stages) is int and stages > 1:  # its type refuses what else it is
+        cut = [f"model.hybrid_layer_pattern={_cut(config.model.hybrid_layer_pattern, stages)}"]
     config = load_config(
-        [*([cut] if stages > 1 else ()), *layout], base=config.model_dump(mode="json"),
-        which=rules.GENERATION, world_size=world_size, has_cuda=torch.cuda.is_available(),
+        [*cut, *words], base=config.model_dump(mode="json"),
+        which=which, world_size=world_size, has_cuda=torch.cuda.is_available(),
     )  # fmt: skip
     refuse_unable(config, folder)
-    return config, folder, load_tokenizer(folder, parse_special_tokens=parse_special_tokens)
+    return config
 
 
 def refuse_unable(config: RunConfig, name: object) -> None:
@@ -94,21 +115,26 @@ def refuse_unable(config: RunConfig, name: object) -> None:
         )
 
 
-def _stages(layout: Sequence[str]) -> int:
-    """How many pipeline stages the words of a layout ask for; UserError for other words."""
-    line = parse_command_line(layout)
+def check_words(words: Sequence[str], fields: Sequence[str], purpose: str) -> None:
+    """Refuse words that are not of these fields.
+
+    Args:
+        purpose: what they are said for, as "generation".
+
+    Raises:
+        ConfigError: every word that is not.
+    """
+    line = parse_command_line(words)
     problems = list(line.problems)
     if line.source is not None:
         problems.append(f"{line.source!r} is no word of a layout")
     problems += [
-        f"{name} is not for generation to change; allowed: {', '.join(LAYOUT_FIELDS)}"
+        f"{name} is not for {purpose} to change; allowed: {', '.join(fields)}"
         for name, _ in line.values
-        if name not in LAYOUT_FIELDS
+        if name not in fields
     ]
     if problems:
         raise ConfigError(problems)
-    stages = dict(line.values).get("parallel.pipeline_model_parallel_size", 1)
-    return stages if type(stages) is int and stages > 0 else 1  # its type refuses what else it is
 
 
 def _cut(pattern: str, stages: int) -> str:

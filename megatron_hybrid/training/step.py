@@ -181,7 +181,7 @@ class Stepper:
     ) -> tuple[Tensor, partial[tuple[Tensor, Tensor, Tensor]]]:
         """The engine's forward_step_func: the output, and what the last stage makes of it."""
         batch = self.objective.prepare(next(data))
-        local = self._local(batch)
+        local = local_batch(batch, self.device)
         wanted = self.objective.output
         with _without_output_layer(model) if wanted == "hidden" else nullcontext():
             output = model(
@@ -192,23 +192,6 @@ class Stepper:
                 packed_seq_params=packed_seq_params(batch, self.backend, self.device),
             )
         return output, partial(self._add_up, local, model)
-
-    def _local(self, batch: Batch) -> Batch:
-        """A micro batch as this context parallel rank has it, on the device."""
-        whole = {
-            "tokens": batch.tokens,
-            "labels": batch.labels,
-            "loss_mask": batch.loss_mask,
-            "position_ids": batch.position_ids,
-            **batch.extra,
-        }
-        local = get_batch_on_this_cp_rank(
-            {name: value.to(self.device, non_blocking=True) for name, value in whole.items()},
-            is_hybrid_cp=False,
-            cp_group=parallel_state.get_context_parallel_group(),
-        )
-        extra = {name: local.pop(name) for name in batch.extra}
-        return replace(batch, **local, extra=extra)
 
     def _add_up(
         self, batch: Batch, model: torch.nn.Module, output: Tensor
@@ -256,6 +239,24 @@ class Stepper:
             )
         found = loss_sum / max(count, 1.0), self.objective.report(reported, count)
         return found, [list(islice(numbers, len(each))) for each in others]
+
+
+def local_batch(batch: Batch, device: torch.device) -> Batch:
+    """A micro batch as this context parallel rank has it, on the device."""
+    whole = {
+        "tokens": batch.tokens,
+        "labels": batch.labels,
+        "loss_mask": batch.loss_mask,
+        "position_ids": batch.position_ids,
+        **batch.extra,
+    }
+    local = get_batch_on_this_cp_rank(
+        {name: value.to(device, non_blocking=True) for name, value in whole.items()},
+        is_hybrid_cp=False,
+        cp_group=parallel_state.get_context_parallel_group(),
+    )
+    extra = {name: local.pop(name) for name in batch.extra}
+    return replace(batch, **local, extra=extra)
 
 
 def packed_seq_params(batch: Batch, backend: str, device: torch.device) -> PackedSeqParams | None:

@@ -6,6 +6,7 @@ of its own (see `config/partial.py`), so a bad value is reported once and hides 
 
 from megatron_hybrid.config.rules.common import Facts, Rule
 from megatron_hybrid.config.rules.data import DATA, has_plan
+from megatron_hybrid.config.rules.evaluation import EVALUATION, OWN_DATA
 from megatron_hybrid.config.rules.files import DATA_FILES, FILES, INPUTS, data_given
 from megatron_hybrid.config.rules.generation import GENERATION
 from megatron_hybrid.config.rules.gpu import GPU
@@ -24,6 +25,6 @@ DRY_RUN: tuple[Rule, ...] = (*NO_FILES, *FILES)
 ALL: tuple[Rule, ...] = (*DRY_RUN, *INPUTS)
 
 __all__ = [
-    "ALL", "DRY_RUN", "GENERATION", "MODEL", "NO_FILES", "PLAN", "REPLACED", "REPLACED_INSIDE",
-    "Facts", "Rule",
+    "ALL", "DRY_RUN", "EVALUATION", "GENERATION", "MODEL", "NO_FILES", "OWN_DATA", "PLAN",
+    "REPLACED", "REPLACED_INSIDE", "Facts", "Rule",
 ]  # fmt: skip

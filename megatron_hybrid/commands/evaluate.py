@@ -1,0 +1,154 @@
+"""`megatron-hybrid evaluate`: losses of a model on texts, token files, or its run's own data."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from megatron_hybrid.bounds import MOST_COUNT, MOST_PROCESSES
+from megatron_hybrid.commands.app import only_with
+from megatron_hybrid.commands.generate import check_launcher, refuse_options, start_ranks
+from megatron_hybrid.commands.options import ParseSpecialTokens
+from megatron_hybrid.platform.threads import spin_before_sleeping
+
+if TYPE_CHECKING:
+    from megatron_hybrid.evaluation.run import Asked
+
+
+@only_with("inputs", "json_key", "append_eod", "parse_special_tokens")
+def evaluate(
+    context: typer.Context,
+    checkpoint: Annotated[
+        Path, typer.Argument(help="a run's folder, its checkpoints', or one of them")
+    ],
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            help="a text file or glob, as of `data tokenize`, of which each line is a document, or "
+            "a .txt, which is one; may be repeated",
+        ),
+    ] = None,
+    prefixes: Annotated[
+        list[str] | None,
+        typer.Option("--prefix", help="token files, by prefix or glob; may be repeated"),
+    ] = None,
+    json_key: Annotated[str, typer.Option(help="field, or column, of the text")] = "text",
+    append_eod: Annotated[
+        bool, typer.Option(help="end each text with the tokenizer's end token, which is counted")
+    ] = True,
+    parse_special_tokens: ParseSpecialTokens = False,
+    overlap: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=MOST_COUNT,
+            help="with --input or --prefix: tokens that a window has again from the one before it, "
+            "as context alone",
+        ),
+    ] = 0,
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=MOST_COUNT, help="windows that a rank computes at once")
+    ] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="print the record as JSON")] = False,
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, max=MOST_PROCESSES, help="start this many ranks on this machine"),
+    ] = None,
+) -> None:
+    """Loss and perplexity of a model, by source: of files, or of what its run evaluates itself on.
+
+    A document is read in windows of `data.seq_length` tokens, which do not overlap unless they are
+    told to. Each of its tokens is counted once; the first, which nothing comes before, is not. Any
+    layout gives the same: `parallel.context_parallel_size=2` and its like say how ranks divide
+    model and sequences, and the rest of them divide what is evaluated.
+    """
+    refuse_options(context)
+    if overlap and not inputs and not prefixes:
+        raise typer.BadParameter("only with --input or --prefix", param_hint="--overlap")
+    check_launcher(nproc)
+    from megatron_hybrid.checkpoint.files import find_checkpoint
+
+    find_checkpoint(checkpoint)  # what is not there is said before torch is loaded
+    spin_before_sleeping()
+    from megatron_hybrid.evaluation.run import Asked, open_evaluation
+
+    asked = Asked(
+        inputs or (), prefixes or (), json_key, append_eod, overlap, batch_size,
+        parse_special_tokens,
+    )  # fmt: skip
+    if nproc is not None and nproc > 1:
+        open_evaluation(checkpoint, asked, context.args, world_size=nproc)
+        start_ranks(nproc)
+    _evaluate(checkpoint, asked, context.args, as_json=as_json)
+
+
+def _evaluate(checkpoint: Path, asked: "Asked", words: list[str], *, as_json: bool) -> None:
+    from megatron_hybrid.evaluation.run import evaluate as run
+    from megatron_hybrid.evaluation.run import keep, open_evaluation
+    from megatron_hybrid.training.distributed import is_rank_zero, launched_world_size
+
+    ranks = launched_world_size()
+    opened = open_evaluation(checkpoint, asked, words, world_size=ranks)
+    with _progress(shown=is_rank_zero()) as told:
+        record = run(opened, ranks=ranks, told=told)
+    if not is_rank_zero():
+        return
+    if as_json:
+        print(json.dumps(record, indent=1))
+    else:
+        _print_table(record)
+    kept = keep(record, opened.folder)
+    where = f"recorded in {kept}" if kept else "not recorded: no metrics.jsonl of a run to write to"
+    print(where, file=sys.stderr)
+
+
+@contextmanager
+def _progress(*, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Tokens that were read, and how many a second, on stderr."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn
+
+    start, done = time.monotonic(), 0
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), console=Console(stderr=True),
+        disable=not shown, transient=True,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("loading")
+
+        def told(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            speed = done / max(time.monotonic() - start, 1e-9)
+            bar.update(task, description=f"{done:,} tokens, {speed:,.0f} tokens/s")
+
+        yield told
+
+
+def _print_table(record: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{record['checkpoint']}, windows of {record['seq_length']} tokens")
+    columns = ("loss", "perplexity", "tokens", "documents", "tokens_without_context")
+    there = [each for each in columns if each in record["total"]]
+    table.add_column("source", overflow="fold")
+    for name in there:
+        table.add_column(name.replace("_", " "), justify="right")
+    rows = [*record["sources"].items()]
+    for name, figures in [*rows, *([("total", record["total"])] if len(rows) > 1 else [])]:
+        table.add_row(name, *(_shown(figures[each]) for each in there))
+    console = Console(markup=False)  # of names of files
+    console.width = max(console.width, 100)
+    console.print(table)
+
+
+def _shown(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
