@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_hybrid.generation.cache import States
 from megatron_hybrid.generation.request import Sequence
+from megatron_hybrid.ops.mamba2_texts import Texts
 from megatron_hybrid.ops.paged_attention import PageTable
 
 
@@ -28,7 +29,6 @@ class Chunk:
     rows: slice
     start: int
     length: int
-    slots: list[int]
     context: tuple[Tensor, int] | None = None
 
 
@@ -42,6 +42,8 @@ class Batch:
         places: `[T]` int64, of their keys and values in the pool; None without attention.
         decoding: how many sequences decode: slots 0 to B - 1.
         table: of their pages; None where there are none.
+        filling: the slots of the chunks' sequences, one after the other.
+        texts: their layout.
         wanted: rows after which logits are wanted, int64; None for all.
     """
 
@@ -51,6 +53,8 @@ class Batch:
     decoding: int
     table: PageTable | None
     chunks: list[Chunk]
+    filling: Tensor | None = None
+    texts: Texts | None = None
     wanted: Tensor | None = None
 
 
@@ -163,7 +167,7 @@ class Batches:
                 positions += range(start, start + length)
                 if states.paged:
                     places += [states.place(sequence, t) for t in range(start, start + length)]
-            chunk = Chunk(group, rows, start, length, [s.slot for s in group])
+            chunk = Chunk(group, rows, start, length)
             if start and states.paged:
                 (sequence,) = group
                 chunk.context = (
@@ -178,6 +182,8 @@ class Batches:
         made = Batch(
             on_device(tokens), on_device(positions), on_device(places) if states.paged else None,
             first, None, grouped,
+            on_device([s.slot for chunk in grouped for s in chunk.sequences]),
+            Texts([chunk.length for chunk in grouped for _ in chunk.sequences], device),
         )  # fmt: skip
         if decoding is not None:
             made.tokens = torch.cat((decoding.tokens, made.tokens))

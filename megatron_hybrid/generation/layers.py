@@ -20,7 +20,8 @@ from megatron_hybrid.generation.cache import MambaSlots, Pages
 from megatron_hybrid.generation.linears import Group, Linear, Norm, sum_over
 from megatron_hybrid.ops.attention import causal_attention
 from megatron_hybrid.ops.mamba2_fused import Norm as NormSizes
-from megatron_hybrid.ops.mamba2_states import CoreParameters, Mamba2Step, mamba2_chunk
+from megatron_hybrid.ops.mamba2_states import CoreParameters, Mamba2Step
+from megatron_hybrid.ops.mamba2_texts import mamba2_texts
 from megatron_hybrid.ops.paged_attention import paged_attention
 from megatron_hybrid.ops.squared_relu import squared_relu
 from megatron_hybrid.ops.ssd.buffers import Sizes
@@ -67,8 +68,11 @@ class MambaLayer:
         y = projected.new_empty(len(x), self.sizes.channels)
         if decoding:
             y[:decoding] = self._step(decoding)(projected[:decoding], self.parameters)
-        for chunk in batch.chunks:
-            self._chunk(projected, y, chunk)
+        slots, conv, ssm = batch.filling, self.slots.conv, self.slots.ssm
+        assert batch.texts is not None
+        taps, states = conv[slots], ssm[slots]  # copies
+        mamba2_texts(projected[decoding:], self.parameters, batch.texts, taps, states, y[decoding:])
+        conv[slots], ssm[slots] = taps, states
         return self.out_proj.add_to(x, y)
 
     def _step(self, sequences: int) -> Mamba2Step:
@@ -81,15 +85,6 @@ class MambaLayer:
                 self.parameters.norm.eps,
             )
         return self._steps[sequences]
-
-    def _chunk(self, projected: Tensor, y: Tensor, chunk: Chunk) -> None:
-        shape = (len(chunk.slots), chunk.length, -1)
-        conv, ssm = self.slots.conv, self.slots.ssm
-        taps = conv[chunk.slots]  # a copy
-        y[chunk.rows] = mamba2_chunk(
-            projected[chunk.rows].view(shape), self.parameters, taps, [ssm[s] for s in chunk.slots]
-        ).flatten(0, 1)
-        conv[chunk.slots] = taps
 
 
 class Rotary:

@@ -147,10 +147,16 @@ class Core:
 
     Args:
         before: the inputs of the convolution before the first token `[b, k - 1, c]`; None: zeros.
+        shapes: as `BlockScan` takes them.
     """
 
     def __init__(
-        self, inputs: Inputs, sizes: Sizes, norm: Norm | None, before: Tensor | None = None
+        self,
+        inputs: Inputs,
+        sizes: Sizes,
+        norm: Norm | None,
+        before: Tensor | None = None,
+        shapes: list[BlockShape] | None = None,
     ) -> None:
         zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, norm_weight, documents = inputs
         dtypes = DTypes.of(zxbcdt)
@@ -165,7 +171,7 @@ class Core:
         self.z, self.xbc, dt = zxbcdt.split([sizes.channels, sizes.all_channels, sizes.heads], -1)
         self.dt_before_softplus = dt.to(compute) + dt_bias.to(compute)
         dt = F.softplus(self.dt_before_softplus)
-        self.scan = BlockScan(sizes, dt, A, D, documents, dtypes)
+        self.scan = BlockScan(sizes, dt, A, D, documents, dtypes, shapes)
         self._document_numbers = [] if documents is None else documents.tolist()
         self._buffers: dict[BlockShape, _CoreBuffers] = {}
 

@@ -17,6 +17,7 @@ from megatron_hybrid.ops.mamba2_states import (
     empty_states,
     mamba2_chunk,
 )
+from megatron_hybrid.ops.mamba2_texts import Texts, mamba2_texts
 from megatron_hybrid.ops.ssd.buffers import Sizes
 
 NAMES = ("y", "dzxbcdt", "dconv1d_weight", "dconv1d_bias", "ddt_bias", "dA", "dD", "dnorm_weight")
@@ -254,6 +255,37 @@ def test_with_states_equals_the_full_forward(dtype: torch.dtype, parts: list[int
     mamba2_chunk(case.zxbcdt, parameters, *whole)
     assert torch.equal(states[0], whole[0])
     assert (states[1] - whole[1]).norm() <= limit * whole[1].norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_many_texts_at_once_equal_each_alone(dtype: torch.dtype) -> None:
+    """Texts of any lengths, some after a part of theirs, have the outputs and states of each."""
+    lengths = [1, 2, 2, 3, 64, 64, 65, 70, 130, 130]
+    case = cast(make_case(sum(lengths), 2), dtype)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    conv, bias, dt_bias, A, D, norm_weight = (each.to(compute) for each in case[1:7])
+    parameters = CoreParameters(
+        Sizes(HEADS, HEAD_DIM, 2, STATE), conv.t().contiguous(), bias, dt_bias, A[:, None],
+        D[:, None], norm_weight, Norm(keywords(case, 2)["norm_group_size"], 1e-5),
+    )  # fmt: skip
+    draws = torch.Generator().manual_seed(5)
+    states = [
+        torch.randn(each.shape, generator=draws, dtype=compute)
+        for each in empty_states(parameters, len(lengths), compute)
+    ]
+    alone, tokens = [each.clone() for each in states], case.zxbcdt[0]
+    want = [
+        mamba2_chunk(part[None], parameters, alone[0][i : i + 1], [alone[1][i]])[0]
+        for i, part in enumerate(tokens.split(lengths))
+    ]
+    out = torch.full((len(tokens), HEADS * HEAD_DIM), torch.nan, dtype=dtype)
+    mamba2_texts(tokens, parameters, Texts(lengths, tokens.device), *states, out)
+    limit = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 8e-3}[dtype]
+    for got, expected in zip(out.split(lengths), want, strict=True):
+        assert (got - expected).double().norm() <= limit * expected.double().norm()
+    assert torch.equal(states[0], alone[0])
+    for ours, each in zip(states[1], alone[1], strict=True):
+        assert (ours - each).norm() <= limit * each.norm()
 
 
 def test_wrong_sizes_are_all_named() -> None:

@@ -69,6 +69,7 @@ class BlockScan:
         D: skip [h].
         documents: [b, l] int32 or None.
         dtypes: of computing, of the GEMMs and of what is kept.
+        shapes: of the blocks; None: as many chunks in a row as the cache holds.
     """
 
     def __init__(
@@ -79,18 +80,14 @@ class BlockScan:
         D: Tensor,
         documents: Tensor | None,
         dtypes: DTypes,
+        shapes: list[BlockShape] | None = None,
     ) -> None:
         self.sizes, self.dtypes, self._length = sizes, dtypes, dt.shape[1]
-        chunk = min(CHUNK_TOKENS, self._length)
+        chunk = shapes[0].tokens if shapes else min(CHUNK_TOKENS, self._length)
         self.steps = Steps(dt, A, documents, chunk)
         self.D = D.to(dtypes.compute).view(sizes.groups, sizes.heads_a_group)
         self.states_shape = (*self.steps.through.shape, sizes.head_dim, sizes.state)
-        chunks, rest = divmod(self._length, chunk)
-        elements = BLOCK_ELEMENTS_A_THREAD * torch.get_num_threads()
-        step = max(1, elements // (chunk * sizes.channels))
-        self.shapes = [
-            BlockShape(min(step, chunks - first), chunk) for first in range(0, chunks, step)
-        ] + [BlockShape(1, rest)] * (rest > 0)
+        self.shapes = shapes or self._in_a_row(chunk)
         self._buffers = {
             shape: Buffers(sizes, shape, dtypes, dt.device)
             for shape in sorted(set(self.shapes), key=lambda shape: -shape.all_tokens)
@@ -100,6 +97,14 @@ class BlockScan:
         if self.steps.documents is not None:
             edges = self.steps.documents[..., :1] != self.steps.documents[..., -1:]
             self._has_start = edges.any(-1).tolist()
+
+    def _in_a_row(self, chunk: int) -> list[BlockShape]:
+        chunks, rest = divmod(self._length, chunk)
+        elements = BLOCK_ELEMENTS_A_THREAD * torch.get_num_threads()
+        step = max(1, elements // (chunk * self.sizes.channels))
+        return [
+            BlockShape(min(step, chunks - first), chunk) for first in range(0, chunks, step)
+        ] + [BlockShape(1, rest)] * (rest > 0)
 
     def blocks(self, row: int) -> Iterator[Block]:
         """The blocks of one row in order; the last one holds what fills no chunk."""
@@ -131,8 +136,8 @@ class BlockScan:
 
         Args:
             block: which tokens; x, B and C are in its buffers.
-            carry: state before the block [h, p, n]; becomes the state after it. None: `states`
-                are given.
+            carry: state before the block [h, p, n]; becomes the state after it. [K, h, p, n]: of
+                each chunk, which are of as many texts. None: `states` are given.
             states: states before each chunk [K, h, p, n], kept dtype; written from `carry`, read
                 without.
 
@@ -153,10 +158,14 @@ class BlockScan:
         multiply_into(at.at_end, at.x_by_group, to_end, at.product_by_group)
         if carry is not None:
             torch.bmm(at.at_end_mm.mT, at.B_mm, out=at.added_mm)
-            through = steps.through[..., None, None].unbind()
-            for k in range(K):
-                states[k].copy_(carry)
-                carry.mul_(through[k]).add_(copy_if_other(at.added_c[k], at.added[k]))
+            through = steps.through[..., None, None]
+            if carry.dim() == states.dim():
+                states.copy_(carry)
+                carry.mul_(through).add_(copy_if_other(at.added_c, at.added))
+            else:
+                for k, passes in enumerate(through.unbind()):
+                    states[k].copy_(carry)
+                    carry.mul_(passes).add_(copy_if_other(at.added_c[k], at.added[k]))
         states = at.states_as(self.dtypes.operands, states)
         torch.bmm(at.C_mm, states.view(at.added_mm.shape).mT, out=at.outer_mm)
         from_start = steps.from_start.view(K, Q, g, r, 1).transpose(1, 2)
