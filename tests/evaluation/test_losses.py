@@ -1,18 +1,24 @@
 """Losses of tokens: those of one rank's forward pass, however ranks and batches divide them."""
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from megatron_hybrid import cli
 from megatron_hybrid.evaluation.windows import NOWHERE, counted_into, padded, rows_of
 from megatron_hybrid.generation import Limits, SamplingParams
 from megatron_hybrid.testing import run_distributed
 from tests.distributed.layouts import LAYOUTS, MOE, VOCAB_SIZE, layout_config, sample, save_weights
 from tests.distributed.layouts import ONE_RANK as ALONE
 from tests.generation.models import of_config
+from tests.training.runs import GLOBAL_BATCH_SIZE, SEQ_LENGTH, records
+from tests.training.runs import words as run_words
 
 LAYOUT = {layout.name: layout for layout in (ALONE, *LAYOUTS)}
 # Every way of dividing, in as few starts.
@@ -89,3 +95,48 @@ def test_what_fills_a_batch_up_is_counted_nowhere() -> None:
     assert set(into[packed.loss_mask == 0].tolist()) == {NOWHERE}
     assert set(into[packed.loss_mask == 1].tolist()) == {4}
     assert math.prod(into.shape) > int((into == 4).sum())
+
+
+def own_losses(line: list[str], run_dir: Path) -> list[dict[str, Any]]:
+    """On a rank: a run to its end, then evaluations of what it evaluates itself on."""
+    from megatron_hybrid.evaluation.run import Asked, evaluate, open_evaluation
+    from tests.training.runs import outcomes
+
+    ended = outcomes([line])
+    assert ended == ["finished"], ended
+    torch.distributed.destroy_process_group()  # an evaluation makes its own
+    found = []
+    for rows in (8, 5):  # 8 samples, with and without some to fill up
+        opened = open_evaluation(run_dir, Asked(batch_size=rows), [], world_size=1)
+        found.append(evaluate(opened, ranks=1, told=lambda tokens: None))
+    return found
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_run_s_own_data_have_the_loss_that_it_found(tmp_path: Path, packed: bool) -> None:
+    """Of the same samples, by source, with the labels that packing leaves out left out."""
+    for number, name in enumerate("ab"):
+        texts = np.random.default_rng(number).integers(0, VOCAB_SIZE - 1, (30, 40))
+        lines = (json.dumps({"text": " ".join(map(str, text))}) + "\n" for text in texts)
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+        words = f"data tokenize --input {tmp_path}/{name}.jsonl --output {tmp_path}/{name}"
+        null = f"--tokenizer-type null --vocab-size {VOCAB_SIZE} --workers 1"
+        done = CliRunner().invoke(cli.app, [*words.split(), *null.split()])
+        assert done.exit_code == 0, done.output
+    run_dir = tmp_path / "run"
+    line = run_words(
+        run_dir, "data.mock_data=false",
+        f"data.data_path=[[0.7,{tmp_path}/a],[0.3,{tmp_path}/b]]",
+        "data.split=6,4,0", f"data.packed_documents={str(packed).lower()}",
+        "training.eval_interval=4", "training.eval_iters=2", f"model.vocab_size={VOCAB_SIZE}",
+    )  # fmt: skip
+    [found] = run_distributed(own_losses, 1, line, run_dir)
+    [own] = records(run_dir, "validation")
+    for record in found:
+        assert record["total"]["loss"] == pytest.approx(own["loss"], rel=1e-6)
+        a, b = record["sources"].values()
+        assert a["tokens"] > b["tokens"] > 0 and a["loss"] != b["loss"]
+        assert a["tokens"] + b["tokens"] == record["total"]["tokens"]
+    assert found[0]["total"] == pytest.approx(found[1]["total"], rel=1e-6)
+    whole = 2 * GLOBAL_BATCH_SIZE * SEQ_LENGTH
+    assert (found[0]["total"]["tokens"] < whole) if packed else (record["total"]["tokens"] == whole)
