@@ -24,7 +24,8 @@ def source_config(reader: CheckpointReader, source: str | None) -> RunConfig:
     Of Megatron-LM's own checkpoints, only the model section and the sequence length are known.
 
     Args:
-        source: a preset or YAML file that describes the model, where the checkpoint does not.
+        source: a preset or YAML file that describes the model, where the checkpoint does not; one
+            that has a config is held against it, and its own is what is given back.
 
     Raises:
         UserError: nothing describes it, or what does is wrong, or not what the checkpoint says.
@@ -74,7 +75,8 @@ def _described(
             f"{reader.folder} holds another model than --model {source}: {', '.join(found)}; "
             "allowed: no --model, as the checkpoint itself says which it is"
         )
-    return config
+    # Lengths, data and precision are the run's that saved it, which a file of a model only repeats.
+    return config if saved is None else saved
 
 
 def refuse_other_arguments(folder: Path, arguments: object, model: ModelConfig) -> None:

@@ -31,7 +31,10 @@ def verify(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="preset or YAML file of the model, where the checkpoint names none"),
+        typer.Option(
+            help="preset or YAML file of the model, where the checkpoint names none; held against "
+            "the config of one that has it"
+        ),
     ] = None,
     parse_special_tokens: ParseSpecialTokens = False,
     json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,

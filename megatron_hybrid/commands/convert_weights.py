@@ -41,7 +41,10 @@ def to_hf(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="preset or YAML file of the model, where the checkpoint names none"),
+        typer.Option(
+            help="preset or YAML file of the model, where the checkpoint names none; held against "
+            "the config of one that has it"
+        ),
     ] = None,
     in_place: Annotated[
         bool,

@@ -81,7 +81,10 @@ def upcycle(
     ] = True,
     model: Annotated[
         str | None,
-        typer.Option(help="preset or YAML file of the model, where the checkpoint names none"),
+        typer.Option(
+            help="preset or YAML file of the model, where the checkpoint names none; held against "
+            "the config of one that has it"
+        ),
     ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, max=MOST_PROCESSES, help="that write; by default up to 8")

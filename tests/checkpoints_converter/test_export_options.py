@@ -215,7 +215,7 @@ def test_the_model_that_is_named_is_the_checkpoints(
     change: dict[str, Any], problem: str | None, pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """Beside a checkpoint that says itself which model it holds, --model is held against that;
-    what it leaves open is no assertion's.
+    what it leaves open is no assertion's, and how the run was trained is not the file's to say.
     """
     values = yaml.safe_load((pair[1] / "run_config.yaml").read_text())
     values["model"] |= change
@@ -223,7 +223,12 @@ def test_the_model_that_is_named_is_the_checkpoints(
     named = tmp_path / "named.yaml"
     named.write_text(yaml.safe_dump(values))
     if problem is None:
+        length = values["data"]["seq_length"]
+        values["data"]["seq_length"] = 4 * length
+        named.write_text(yaml.safe_dump(values))
         export(pair[1], tmp_path / "out", ExportOptions(model=str(named)))
+        written = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert written["max_position_embeddings"] == length
         return
     with pytest.raises(UserError, match=problem):
         export(pair[1], tmp_path / "out", ExportOptions(model=str(named)))
