@@ -1,6 +1,5 @@
 """`megatron-hybrid evaluate`: losses of a model on texts, token files, or its run's own data."""
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -89,43 +88,50 @@ def evaluate(
 
 
 def _evaluate(checkpoint: Path, asked: "Asked", words: list[str], *, as_json: bool) -> None:
+    import orjson
+
     from megatron_hybrid.evaluation.run import evaluate as run
     from megatron_hybrid.evaluation.run import keep, open_evaluation
     from megatron_hybrid.training.distributed import is_rank_zero, launched_world_size
 
     ranks = launched_world_size()
     opened = open_evaluation(checkpoint, asked, words, world_size=ranks)
-    with _progress(shown=is_rank_zero()) as told:
+    with _progress(opened.tokens, shown=is_rank_zero()) as told:
         record = run(opened, ranks=ranks, told=told)
     if not is_rank_zero():
         return
     if as_json:
-        print(json.dumps(record, indent=1))
+        print(orjson.dumps(record, option=orjson.OPT_INDENT_2).decode())
     else:
         _print_table(record)
     kept = keep(record, opened.folder)
-    where = f"recorded in {kept}" if kept else "not recorded: no metrics.jsonl of a run to write to"
+    where = f"recorded in {kept}" if kept else "not recorded: no whole metrics.jsonl to write to"
     print(where, file=sys.stderr)
 
 
 @contextmanager
-def _progress(*, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Tokens that were read, and how many a second, on stderr."""
+def _progress(total: int | None, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Tokens that were read, how many a second, and where that is known the time left, on stderr.
+
+    Args:
+        total: tokens to be read; None: not known.
+    """
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     start, done = time.monotonic(), 0
     with Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), console=Console(stderr=True),
-        disable=not shown, transient=True,
+        TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(),
+        console=Console(stderr=True), disable=not shown, transient=True,
     ) as bar:  # fmt: skip
-        task = bar.add_task("loading")
+        task = bar.add_task("loading", total=total)
 
         def told(tokens: int) -> None:
             nonlocal done
             done += tokens
             speed = done / max(time.monotonic() - start, 1e-9)
-            bar.update(task, description=f"{done:,} tokens, {speed:,.0f} tokens/s")
+            text = f"{done:,} tokens, {speed:,.0f} tokens/s"
+            bar.update(task, completed=done, description=text)
 
         yield told
 

@@ -1,1 +1,1 @@
-"""Evaluation: losses of texts and token files, and tasks of lm-eval, by a checkpoint's model."""
+"""Evaluation: losses of texts, token files and a run's own data by a checkpoint's model."""

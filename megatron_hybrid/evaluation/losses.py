@@ -46,9 +46,8 @@ class TokenLosses:
         # Zigzag halves for each context parallel rank, of which sequence parallelism cuts each.
         self._multiple = 2 * ranks[CP] * ranks[TP]
         # So that no stage of a pipeline waits for long.
-        self._at_once = 4 * config.parallel.pipeline_model_parallel_size
-        if config.parallel.pipeline_model_parallel_size == 1:
-            self._at_once = 1
+        stages = config.parallel.pipeline_model_parallel_size
+        self._at_once = 4 * stages if stages > 1 else 1
         self._sums = torch.zeros(0)
 
     def of(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:

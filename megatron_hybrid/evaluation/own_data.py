@@ -64,6 +64,12 @@ class OwnData:
             tokenizer, data, ["made-up tokens" if config.data.mock_data else "data.data_path"]
         )
 
+    @property
+    def tokens(self) -> int:
+        """Of all samples together."""
+        steps = self.data.valid_steps
+        return 0 if steps is None else steps.samples * steps.seq_length(0)
+
     def calls(
         self, config: RunConfig, batch_size: int, told: Callable[[int], None]
     ) -> Iterator[list[Batch]]:

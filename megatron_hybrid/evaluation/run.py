@@ -2,21 +2,22 @@
 
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import orjson
 
 from megatron_hybrid.checkpoint.files import find_checkpoint
 from megatron_hybrid.config import RunConfig, rules
+from megatron_hybrid.config.flags import parse_command_line
 from megatron_hybrid.config.rules.evaluation import EVALUATED_DATA, EVALUATED_LAYOUT, WINDOWS
 from megatron_hybrid.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.evaluation.own_data import OwnData
-from megatron_hybrid.evaluation.sources import Documents, check_ids, find_texts, find_tokens
+from megatron_hybrid.evaluation.sources import Documents, Tokens, check_ids, find_texts, find_tokens
 from megatron_hybrid.evaluation.windows import Row, rows_of
 from megatron_hybrid.generation.checkpoint import check_words, loaded_model, read_layout
 from megatron_hybrid.platform.backend import resolve_backend
@@ -63,6 +64,14 @@ class Opened:
     documents: Sequence[Documents] = ()
     own: OwnData | None = None
 
+    @property
+    def tokens(self) -> int | None:
+        """How many there are to read; None: texts are among them, which are yet to be encoded."""
+        if self.own is not None:
+            return self.own.tokens
+        known = [each.source.tokens for each in self.documents if isinstance(each, Tokens)]
+        return sum(known) if len(known) == len(self.documents) else None
+
 
 def open_evaluation(
     checkpoint: Path, asked: Asked, words: Sequence[str], *, world_size: int
@@ -94,7 +103,8 @@ def open_evaluation(
         )
     tokenizer = load_tokenizer(folder, parse_special_tokens=asked.parse_special_tokens)
     if own:
-        changed = any(word.startswith(tuple(EVALUATED_DATA)) for word in words)
+        said = [name for name, _ in parse_command_line(words).values]
+        changed = any(name.startswith(EVALUATED_DATA) for name in said)
         found = OwnData.find(config, folder, tokenizer, changed=changed)
         return Opened(asked, config, folder, tokenizer, own=found)
     documents = [
@@ -174,11 +184,11 @@ class _Rows:
 
 
 def _figures(loss_sum: float, count: float) -> dict[str, Any]:
-    """JSON has no NaN: a source of which no token is counted has a loss of null."""
+    """What JSON has no number for, as the loss of no token, is null."""
     loss = loss_sum / count if count else None
     perplexity = None
-    if loss is not None and math.isfinite(loss):
-        perplexity = float(np.exp(np.float64(min(loss, 700.0))))
+    if loss is not None and loss < math.log(sys.float_info.max):
+        perplexity = math.exp(loss)
     return {"loss": loss, "perplexity": perplexity, "tokens": int(count)}
 
 
@@ -194,12 +204,18 @@ def keep(record: dict[str, Any], folder: Path) -> Path | None:
         folder: the checkpoint itself.
 
     Returns:
-        The file; None: there is none, or none that may be written.
+        The file; None: there is none that may be written, or a kill has left half a line at its
+        end, which a start of the run takes away.
     """
     for place in list(folder.resolve().parents)[:2]:
         path = place / METRICS_FILE
         if path.is_file() and os.access(path, os.W_OK):
-            with path.open("ab", buffering=0) as file:  # one write, whole beside a run's own
+            with path.open("ab+", buffering=0) as file:
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":
+                        return None
+                # One write, whole beside a run's own.
                 file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
             return path
     return None

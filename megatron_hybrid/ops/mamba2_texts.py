@@ -26,16 +26,20 @@ class _Group:
     """Texts that go side by side, the longest first.
 
     Attributes:
-        texts: their numbers.
+        texts, number: their numbers, as a list and as a tensor.
+        lengths, starts: of each, `[K, 1]` int64.
         shapes: the texts that have a first chunk, a second, …; all chunks have the same length.
-        source: which of the T tokens is where in the blocks, int64; None: those from `start` on.
+        source: which of the T tokens is where in the blocks, int64; None: those from the first
+            text's start on.
         filling: which of them fill up a chunk; None: none does.
         rows: numbers of the others.
     """
 
     texts: list[int]
+    number: Tensor
+    lengths: Tensor
+    starts: Tensor
     shapes: list[BlockShape]
-    start: int
     source: Tensor | None
     filling: Tensor | None
     rows: Tensor | None
@@ -78,11 +82,14 @@ class Texts:
         chunk = min(lengths[0], CHUNK_TOKENS)
         firsts = range(0, lengths[0], chunk)
         shapes = [BlockShape(sum(n > first for n in lengths), chunk) for first in firsts]
+        number, count, start = (
+            torch.tensor(each, device=self.device) for each in (texts, lengths, starts)
+        )
+        count, start = count[:, None], start[:, None]
         in_order = all(start == starts[0] + i * chunk for i, start in enumerate(starts))
         if lengths[-1] == chunk == lengths[0] and in_order:
-            return _Group(texts, shapes, starts[0], None, None, None)
+            return _Group(texts, number, count, start, shapes, None, None, None)
         offsets = torch.arange(chunk, device=self.device)
-        count, start = (torch.tensor(t, device=self.device)[:, None] for t in (lengths, starts))
         source, filling = [], []
         for first, shape in zip(firsts, shapes, strict=True):
             place, held = offsets + first, count[: shape.chunks]
@@ -90,7 +97,7 @@ class Texts:
             filling.append((place >= held).flatten())
         fills = torch.cat(filling)
         rows = torch.nonzero(~fills).flatten()
-        return _Group(texts, shapes, starts[0], torch.cat(source), fills, rows)
+        return _Group(texts, number, count, start, shapes, torch.cat(source), fills, rows)
 
 
 class _SideBySide(Core):
@@ -157,27 +164,28 @@ def _side_by_side(
     sizes, count = parameters.sizes, len(group.texts)
     if group.source is None:
         size = sum(shape.all_tokens for shape in group.shapes)
-        place = slice(group.start, group.start + size)
+        first = texts.starts[group.texts[0]]
+        place = slice(first, first + size)
         laid, laid_out = zxbcdt[place], out[place]
     else:
         laid = zxbcdt.index_select(0, group.source)
         laid[:, -sizes.heads :].masked_fill_(group.filling[:, None], -torch.inf)  # type: ignore[index]
         laid_out = out.new_empty(len(laid), sizes.channels)
-    before = conv_state[group.texts]
+    before = conv_state[group.number]
     inputs = Inputs(
         laid[None], parameters.conv_weight.t(), parameters.conv_bias, parameters.dt_bias,
         parameters.A.squeeze(1), parameters.D.squeeze(1), parameters.norm_weight, None,
     )  # fmt: skip
     core = _SideBySide(inputs, sizes, parameters.norm, before, group.shapes)
     by_head = (count, sizes.groups, sizes.state, sizes.heads_a_group, sizes.head_dim)
-    states = ssm_state[group.texts].view(by_head).permute(0, 1, 3, 4, 2)  # [K, g, r, p, n]
+    states = ssm_state[group.number].view(by_head).permute(0, 1, 3, 4, 2)  # [K, g, r, p, n]
     carry = states.flatten(1, 2).contiguous()
     for block in core.scan.blocks(0):
         core.forward(
             block, carry[: block.shape.chunks], block.buffers.states, laid_out[block.tokens]
         )
     moved = carry.view(states.shape).permute(0, 1, 4, 2, 3)
-    ssm_state[group.texts] = moved.reshape(count, *ssm_state.shape[1:])
+    ssm_state[group.number] = moved.reshape(count, *ssm_state.shape[1:])
     if group.source is not None:
         assert group.rows is not None
         out.index_copy_(0, group.source[group.rows], laid_out[group.rows])
@@ -189,13 +197,9 @@ def _keep_inputs(
 ) -> None:
     """The last k - 1 inputs of each text, of which some may be from before this part."""
     kept, channels = before.shape[1:]
-    lengths, starts = (
-        torch.tensor([of[i] for i in group.texts], device=zxbcdt.device)[:, None]
-        for of in (texts.lengths, texts.starts)
-    )
-    places = lengths - kept + torch.arange(kept, device=zxbcdt.device)
-    last = zxbcdt[starts + places.clamp(min=0), first : first + channels].to(before.dtype)
+    places = group.lengths - kept + torch.arange(kept, device=zxbcdt.device)
+    last = zxbcdt[group.starts + places.clamp(min=0), first : first + channels].to(before.dtype)
     if any(texts.lengths[i] < kept for i in group.texts):
         index = (places + kept).clamp(max=kept - 1)[..., None].expand(-1, -1, channels)
         last = torch.where(places[..., None] < 0, before.gather(1, index), last)
-    conv_state[group.texts] = last
+    conv_state[group.number] = last

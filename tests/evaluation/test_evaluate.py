@@ -1,6 +1,7 @@
 """What `evaluate` reads, refuses and writes down."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from megatron_hybrid.config import TRACKER_FILE, load_config, rules
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.tokenizer import NullTokenizer
 from megatron_hybrid.errors import UserError
-from megatron_hybrid.evaluation.run import Asked, keep, open_evaluation
+from megatron_hybrid.evaluation.own_data import OwnData
+from megatron_hybrid.evaluation.run import Asked, _figures, keep, open_evaluation
 from megatron_hybrid.evaluation.sources import find_texts, find_tokens
 from megatron_hybrid.training.metrics import read_records
 
@@ -43,15 +45,21 @@ def test_texts_are_the_tokens_that_data_tokenize_makes_of_them(tmp_path: Path) -
         list(broken.documents())
 
 
-def test_what_cannot_be_is_refused_before_any_model_is_loaded(tmp_path: Path) -> None:
-    """Words, windows, layouts and files, each by its name."""
+def checkpoint(run: Path) -> Path:
+    """A run's folder with a checkpoint that has all but weights."""
     words = "tiny --mock-data --tokenizer-type null model.vocab_size=256 training.train_iters=1"
     trained = load_config([*words.split(), "run_dir=x"], which=rules.NO_FILES)
-    folder = tmp_path / "iter_0000001"
+    folder = run / "iter_0000001"
     folder.mkdir()
-    (tmp_path / TRACKER_FILE).write_text("1")
+    (run / TRACKER_FILE).write_text("1")
     (folder / "run_config.yaml").write_text(trained.to_yaml())
     NullTokenizer(256).save_copy(folder)
+    return run
+
+
+def test_what_cannot_be_is_refused_before_any_model_is_loaded(tmp_path: Path) -> None:
+    """Words, windows, layouts and files, each by its name."""
+    checkpoint(tmp_path)
     text = tmp_path / "a.txt"
     text.write_text("1 2")
     files = Asked(inputs=[str(text)])
@@ -76,6 +84,18 @@ def test_what_cannot_be_is_refused_before_any_model_is_loaded(tmp_path: Path) ->
     assert open_evaluation(tmp_path, Asked(), [], world_size=1).own is not None
 
 
+def test_other_data_are_other_by_whatever_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flag of Megatron-LM's says so as a field does: the run's own plan is not for them."""
+    folder = checkpoint(tmp_path)
+    changed: list[bool] = []
+    monkeypatch.setattr(OwnData, "find", lambda *_, **how: changed.append(how["changed"]))
+    for words in ([], ["data.seq_length=8"], ["data.split=1,1,1"], ["--split", "1,1,1"]):
+        open_evaluation(folder, Asked(), words, world_size=1)
+    assert changed == [False, False, True, True]
+
+
 def test_a_record_is_kept_with_the_run(tmp_path: Path) -> None:
     """After what is there; nowhere, where there is no run."""
     folder = tmp_path / "checkpoints" / "iter_0000003"
@@ -86,3 +106,15 @@ def test_a_record_is_kept_with_the_run(tmp_path: Path) -> None:
     path.write_text('{"kind":"event","iteration":1}\n')
     assert keep(record, folder) == path
     assert read_records(path)[1:] == [record]
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"kind":"train","iter')  # of a run that was killed
+    assert keep(record, folder) is None
+    assert path.read_bytes() == whole + b'{"kind":"train","iter'
+
+
+def test_a_loss_beyond_what_json_has() -> None:
+    """No figure is made up: what overflows, or was never counted, is null."""
+    assert _figures(3.0, 2.0) == {"loss": 1.5, "perplexity": math.exp(1.5), "tokens": 2}
+    assert _figures(0.0, 0.0) == {"loss": None, "perplexity": None, "tokens": 0}
+    for loss in (800.0, math.inf, math.nan):
+        assert _figures(loss, 1.0)["perplexity"] is None
