@@ -104,7 +104,7 @@ def open_evaluation(
     tokenizer = load_tokenizer(folder, parse_special_tokens=asked.parse_special_tokens)
     if own:
         said = [name for name, _ in parse_command_line(words).values]
-        changed = any(name.startswith(EVALUATED_DATA) for name in said)
+        changed = any(name.startswith((*EVALUATED_DATA, WINDOWS)) for name in said)
         found = OwnData.find(config, folder, tokenizer, changed=changed)
         return Opened(asked, config, folder, tokenizer, own=found)
     documents = [

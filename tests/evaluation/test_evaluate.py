@@ -87,13 +87,13 @@ def test_what_cannot_be_is_refused_before_any_model_is_loaded(tmp_path: Path) ->
 def test_other_data_are_other_by_whatever_word(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A flag of Megatron-LM's says so as a field does: the run's own plan is not for them."""
+    """A flag of Megatron-LM's says so as a field does; the run's own plan has one length."""
     folder = checkpoint(tmp_path)
     changed: list[bool] = []
     monkeypatch.setattr(OwnData, "find", lambda *_, **how: changed.append(how["changed"]))
     for words in ([], ["data.seq_length=8"], ["data.split=1,1,1"], ["--split", "1,1,1"]):
         open_evaluation(folder, Asked(), words, world_size=1)
-    assert changed == [False, False, True, True]
+    assert changed == [False, True, True, True]
 
 
 def test_a_record_is_kept_with_the_run(tmp_path: Path) -> None:
