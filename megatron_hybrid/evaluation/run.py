@@ -102,6 +102,7 @@ def open_evaluation(
             f"window; allowed: 0 to {seq_length - 1}"
         )
     tokenizer = load_tokenizer(folder, parse_special_tokens=asked.parse_special_tokens)
+    config = config.with_vocab_size(tokenizer.vocab_size)
     if own:
         said = [name for name, _ in parse_command_line(words).values]
         changed = any(name.startswith((*EVALUATED_DATA, WINDOWS)) for name in said)
