@@ -149,10 +149,10 @@ def our_answers(
     Raises:
         UserError: the checkpoint cannot be loaded.
     """
-    from megatron_hybrid.generation import Limits, SamplingParams, open_model
+    from megatron_hybrid.generation import Generator, Limits, SamplingParams
 
     answers = []
-    with open_model(config, folder, tokenizer) as generator:
+    with Generator.of_checkpoint(config, folder, tokenizer) as generator:
         model: Any = generator.chunks[0]
         longest = max(len(prompt.tokens) for prompt in prompts) + max_new_tokens
         generator.limits = Limits(max_sequences=1, max_tokens=longest)

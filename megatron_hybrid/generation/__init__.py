@@ -9,12 +9,12 @@ uses its `engine`: `submit` at any time, `step` for events, `cancel`.
 """
 
 from megatron_hybrid.generation.checkpoint import ONE_RANK
-from megatron_hybrid.generation.generator import Generator, open_checkpoint, open_model
+from megatron_hybrid.generation.generator import Generator
 from megatron_hybrid.generation.params import Limits, SamplingParams
 from megatron_hybrid.generation.request import Completion, Event, TokenLogprob
 from megatron_hybrid.generation.text import TextStream
 
 __all__ = [
-    "ONE_RANK", "Completion", "Event", "Generator", "Limits", "SamplingParams",
-    "TextStream", "TokenLogprob", "open_checkpoint", "open_model",
+    "ONE_RANK", "Completion", "Event", "Generator", "Limits", "SamplingParams", "TextStream",
+    "TokenLogprob",
 ]  # fmt: skip

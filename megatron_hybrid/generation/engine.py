@@ -8,7 +8,7 @@ of them at the start of a step, and the tokens are those that a rank of the last
 
 from collections import deque
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class _Submitted:
     request: int
     prompt: list[int]
     params: SamplingParams
+    given: list[list[int]] = field(default_factory=list)  # continuations that are only looked at
 
 
 @dataclass
@@ -109,12 +110,37 @@ class Engine:
         Raises:
             UserError: the states could never hold it, or it asks for what cannot be; all at once.
         """
-        problems = self.problems(prompt, params)
+        return self._submit(prompt, params, [])
+
+    def score(self, prompt: list[int], given: list[list[int]], top: int = 0) -> int:
+        """Take a request in that only looks at continuations which are there already.
+
+        The prompt is computed once for all of them. Each has one event, whose `prompt_logprobs` are
+        those of its own tokens.
+
+        Args:
+            given: continuations, of at least one token each.
+            top: how many of the likeliest tokens are told at each place.
+
+        Returns:
+            Its number, which its events bear.
+
+        Raises:
+            UserError: as `submit`.
+        """
+        looking = SamplingParams(max_new_tokens=0, prompt_logprobs=True, logprobs=top)
+        return self._submit(prompt, looking, [list(each) for each in given])
+
+    def _submit(self, prompt: list[int], params: SamplingParams, given: list[list[int]]) -> int:
+        longest = max(given, key=len, default=[])
+        problems = self.problems([*prompt, *longest] if prompt else [], params)
+        if not all(given):
+            problems.append("a continuation is empty: give at least one token")
         if problems:
             raise UserError("\n".join(problems))
         request = self._next_request
         self._next_request += 1
-        self._orders.submitted.append(_Submitted(request, list(prompt), params))
+        self._orders.submitted.append(_Submitted(request, list(prompt), params, given))
         return request
 
     def cancel(self, request: int) -> None:
@@ -146,10 +172,12 @@ class Engine:
         events, self._events = self._events, []
         return events
 
-    def follow(self) -> None:
+    def follow(self, each_step: Callable[[], None] | None = None) -> None:
         """On ranks other than the first: take part in its steps until it ends them."""
         while not self._ranks.ended:
             self.step()
+            if each_step is not None:
+                each_step()
 
     def end(self) -> None:
         """On the first rank: let the others go."""
@@ -192,13 +220,15 @@ class Engine:
 
     def _enqueue(self, each: _Submitted) -> None:
         """Continuations that share a prompt's states, in groups that have room at once."""
-        pages = self.states.pages_needed(len(each.prompt) + each.params.max_new_tokens)
-        group = min(each.params.n, self.limits.max_sequences)
+        tails = each.given or [[]] * each.params.n
+        longest = len(each.prompt) + max(map(len, tails)) + each.params.max_new_tokens
+        pages = self.states.pages_needed(longest)
+        group = min(len(tails), self.limits.max_sequences)
         if pages:
             group = min(group, self.states.page_limit // pages)
         sequences = [
-            Sequence(each.request, i, each.params, list(each.prompt), len(each.prompt))
-            for i in range(each.params.n)
+            Sequence.of(each.request, i, each.params, each.prompt, tail)
+            for i, tail in enumerate(tails)
         ]
         for sequence in sequences:
             if each.params.stop:
@@ -230,12 +260,13 @@ class Engine:
                     )
         while self._waiting:
             head = self._waiting[0]
-            together = 1 + len(head.siblings)
-            pages = self.states.pages_needed(head.prompt_tokens + head.params.max_new_tokens)
-            if not self.states.room(together, pages):
+            family = (head, *head.siblings)
+            longest = max(each.prompt_tokens for each in family) + head.params.max_new_tokens
+            pages = self.states.pages_needed(longest)
+            if not self.states.room(len(family), pages):
                 return
             self._waiting.popleft()
-            for sequence in (head, *head.siblings):
+            for sequence in family:
                 self.states.admit(sequence, pages)
             self._filling.append(head)
 
@@ -243,7 +274,7 @@ class Engine:
         """Whose prompts go on in this step, and by how many tokens."""
         left, chunks = self.limits.prefill_tokens, []
         for sequence in self._filling:
-            length = min(sequence.prompt_tokens - sequence.seen, left)
+            length = min(sequence.goal - sequence.seen, left)
             if length:
                 chunks.append((sequence, length))
             left -= length
@@ -255,7 +286,7 @@ class Engine:
             return
         batch = self._batches.make(self._decoding, chunks)
         rows = list(self._decoding)
-        whole: list[tuple[Sequence, slice, slice]] = []  # prompts of which every token is told
+        whole: list[tuple[Sequence, slice, range]] = []  # prompts of which every token is told
         if chunks:
             rows += self._want(batch, whole)
         longest = max(s.seen for s in self._decoding) + 1 if self._decoding else 0
@@ -265,36 +296,43 @@ class Engine:
             sequence.seen += 1
         for sequence, length in chunks:
             sequence.seen += length
-        finished = [s for s, _ in chunks if s.seen == s.prompt_tokens]
+        at_goal = [s for s, _ in chunks if s.seen == s.goal]
         drawn, told, prompts = self._ranks.shared(lambda: self._draw(logits, rows, whole))
         for sequence, found in zip((s for s, _, _ in whole), prompts, strict=True):
             sequence.prompt_logprobs += found
-        if finished:
-            self._promote(finished)
+        for head in at_goal:
+            self._promote(head)
         for sequence, token, logprob in zip(rows, drawn, told, strict=True):
             self._tell(sequence, token, logprob)
 
-    def _want(self, batch: Batch, whole: list[tuple[Sequence, slice, slice]]) -> list[Sequence]:
-        """Which rows' logits are wanted of chunks, after those of the sequences that decode."""
+    def _want(self, batch: Batch, whole: list[tuple[Sequence, slice, range]]) -> list[Sequence]:
+        """Which rows' logits are wanted of chunks, after those of the sequences that decode.
+
+        Returns:
+            The sequences whose prompts end here, and of which a token is to be drawn.
+        """
         wanted = list(range(batch.decoding))
-        tokens_of: list[tuple[Sequence, int, int, int]] = []
         rows: list[Sequence] = []
+        told: list[tuple[Sequence, int, range]] = []  # of which tokens, after which row the first
         for chunk in batch.chunks:
             for index, sequence in enumerate(chunk.sequences):
                 first = chunk.rows.start + index * chunk.length
-                if chunk.start + chunk.length == sequence.prompt_tokens:
-                    family = (sequence, *sequence.siblings)
+                end = chunk.start + chunk.length
+                family = (sequence, *sequence.siblings) if end == sequence.goal else (sequence,)
+                if end == sequence.prompt_tokens and sequence.params.max_new_tokens:
                     rows += family
                     wanted += [first + chunk.length - 1] * len(family)
-                if sequence.params.prompt_logprobs and sequence.continuation == 0:
-                    tokens_of.append((sequence, first, chunk.start, chunk.length))
-        for sequence, first, start, length in tokens_of:
-            # The logits after a token tell of the next; after the prompt's last of a new one.
-            count = min(length, sequence.prompt_tokens - 1 - start)
-            whole.append(
-                (sequence, slice(len(wanted), len(wanted) + count), slice(start, start + count))
-            )
-            wanted += range(first, first + count)
+                # The logits after a token tell of the next; after the prompt's last of a new one.
+                own = range(chunk.start + 1, min(end, sequence.prompt_tokens - 1) + 1)
+                for each in family:
+                    of = [t for t in (own if each is sequence else own[-1:]) if each.tells_of(t)]
+                    if of:
+                        told.append(
+                            (each, first - chunk.start - 1 + of[0], range(of[0], of[-1] + 1))
+                        )
+        for sequence, row, places in told:
+            whole.append((sequence, slice(len(wanted), len(wanted) + len(places)), places))
+            wanted += range(row, row + len(places))
         batch.wanted = torch.tensor(wanted, dtype=torch.long, device=self.decoder.device)
         return rows
 
@@ -302,7 +340,7 @@ class Engine:
         self,
         logits: torch.Tensor | None,
         rows: list[Sequence],
-        whole: list[tuple[Sequence, slice, slice]],
+        whole: list[tuple[Sequence, slice, range]],
     ) -> tuple[list[int], list[TokenLogprob | None], list[list[TokenLogprob | None]]]:
         """Tokens of the rows and what is to be told of them and of prompts: on the last stage."""
         assert logits is not None
@@ -318,34 +356,35 @@ class Engine:
             told = sampler.logprobs(own, tokens)
         prompts: list[list[TokenLogprob | None]] = []
         for sequence, places, text in whole:
-            following = sequence.tokens[text.start + 1 : text.stop + 1]
+            following = sequence.tokens[text.start : text.stop]
             tops = [sequence.params.logprobs or 0] * len(following)
-            found = token_logprobs(logits[places], following, tops) if following else []
-            prompts.append([*found])
+            prompts.append([*token_logprobs(logits[places], following, tops)])
         return tokens, told, prompts
 
-    def _promote(self, finished: list[Sequence]) -> None:
-        """Sequences whose prompt is done decode from now on, their siblings with them."""
-        for head in finished:
-            self._filling.remove(head)
-            for sibling in head.siblings:
-                self.states.fork(head, sibling)
-            family, head.siblings = [head, *head.siblings], []
-            for sequence in family:
-                self.states.swap(sequence.slot, len(self._decoding))
-                self._decoding.append(sequence)
+    def _promote(self, head: Sequence) -> None:
+        """A sequence that is as far as was its goal, and its siblings, go on: each with what is
+        left of its prompt, with new tokens, or to its end.
+        """
+        at = self._filling.index(head)
+        for sibling in head.siblings:
+            self.states.fork(head, sibling)
+        family, head.siblings = [head, *head.siblings], []
+        self._filling[at : at + 1] = [each for each in family if each.seen < each.goal]
+        for sequence in family:
+            if sequence.seen < sequence.goal:
+                continue
+            if not sequence.params.max_new_tokens:
+                self._leave(sequence)
+                self._events.append(self._event(sequence, None, None, "length"))
+                continue
+            self.states.swap(sequence.slot, len(self._decoding))
+            self._decoding.append(sequence)
 
     def _tell(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
         """Append a drawn token to its sequence, and end it where it is to end."""
-        params, first = sequence.params, sequence.new_tokens == 0
-        prompt = None
-        if first and params.prompt_logprobs and sequence.continuation == 0:
-            prompt = tuple(sequence.prompt_logprobs)
-        event = Event(sequence.request, sequence.continuation, token, logprob, None, prompt)
-        end = None
-        if params.max_new_tokens == 0:
-            event, end = replace(event, token=None, logprob=None), "length"
-        elif token in self._ends and not params.ignore_eod:
+        params, end = sequence.params, None
+        first = sequence.new_tokens == 0
+        if token in self._ends and not params.ignore_eod:
             end = "eod"
         else:
             sequence.tokens.append(token)
@@ -355,11 +394,22 @@ class Engine:
                 end = "stop"
             elif sequence.new_tokens == params.max_new_tokens:
                 end = "length"
-        if end is None:
-            self._events.append(event)
-            return
-        self._leave(sequence)
-        self._events.append(replace(event, end=end))
+        if end is not None:
+            self._leave(sequence)
+        self._events.append(self._event(sequence, token, logprob, end, with_prompt=first))
+
+    @staticmethod
+    def _event(
+        sequence: Sequence,
+        token: int | None,
+        logprob: TokenLogprob | None,
+        end: str | None,
+        *,
+        with_prompt: bool = True,
+    ) -> Event:
+        told = with_prompt and sequence.params.prompt_logprobs and sequence.tells
+        prompt = tuple(sequence.prompt_logprobs) if told else None
+        return Event(sequence.request, sequence.continuation, token, logprob, end, prompt)
 
     def _leave(self, sequence: Sequence) -> None:
         """Take everything back from a sequence; the last that decodes moves into its slot."""

@@ -1,7 +1,7 @@
 """`Generator`: prompts in, completions out, with a checkpoint's model or one that is trained."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -20,7 +20,7 @@ from megatron_hybrid.generation.checkpoint import (
     refuse_unable,
 )
 from megatron_hybrid.generation.params import Limits, SamplingParams
-from megatron_hybrid.generation.request import Completion, Event
+from megatron_hybrid.generation.request import Completion, Event, TokenLogprob
 from megatron_hybrid.generation.text import TextStream
 from megatron_hybrid.training.distributed import launched_world_size
 
@@ -69,11 +69,48 @@ class Generator:
         read = read_checkpoint(
             checkpoint, layout, world_size=ranks, parse_special_tokens=parse_special_tokens
         )
+        self._open(*read, limits, alone=ranks == 1)
+
+    @classmethod
+    def of_checkpoint(
+        cls,
+        config: RunConfig,
+        folder: Path,
+        tokenizer: Tokenizer,
+        *,
+        limits: Limits | None = None,
+        alone: bool = True,
+    ) -> Self:
+        """Of a checkpoint that was read, as `read_checkpoint` does.
+
+        Args:
+            config: of a layout in which ranks generate.
+            folder: the checkpoint itself, `.../iter_0000100`, saved by any layout.
+            alone: this process is the only rank, whatever the environment says.
+
+        Raises:
+            UserError: it cannot be loaded, is of another model, or has fewer ids than the
+                tokenizer.
+        """
+        generator = cls.__new__(cls)
+        generator._open(config, folder, tokenizer, limits, alone=alone)
+        return generator
+
+    def _open(
+        self,
+        config: RunConfig,
+        folder: Path,
+        tokenizer: Tokenizer,
+        limits: Limits | None,
+        *,
+        alone: bool,
+    ) -> None:
+        refuse_unable(config, folder)
         resources = ExitStack()
-        config, chunks = resources.enter_context(loaded_model(*read, alone=ranks == 1))
-        self._set(config, chunks, read[2], limits, resources)
-        self._folder = read[1]
-        self._ends = carried_ends(self._folder)
+        opened = loaded_model(config, folder, tokenizer, alone=alone)
+        config, chunks = resources.enter_context(opened)
+        self._set(config, chunks, tokenizer, limits, resources)
+        self._folder, self._ends = folder, carried_ends(folder)
 
     @classmethod
     def of_model(
@@ -154,21 +191,26 @@ class Generator:
         """Which model it is, wherever its checkpoint lies."""
         return "a model in memory" if self._folder is None else checkpoint_digest(self._folder)
 
-    def follow(self) -> None:
+    def follow(self, each_step: Callable[[], None] | None = None) -> None:
         """On every rank but the first: take part until that one closes its generator."""
-        self.engine.follow()
+        self.engine.follow(each_step)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Tokens of a prompt; those that are given stay as they are."""
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
     def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
+        told: Callable[[], None] | None = None,
     ) -> list[list[Completion]]:
         """All completions, in the order of the prompts: `n` for each.
 
         Args:
             params: for all, or one for each.
+            told: called whenever a completion is done.
 
         Raises:
             UserError: a prompt is empty or longer than the states hold; before any work.
@@ -180,9 +222,7 @@ class Generator:
             try:
                 requests[self.engine.submit(self.encode(prompt), own)] = index
             except UserError as error:
-                for request in requests:
-                    self.engine.cancel(request)
-                self.engine.step()
+                self._cancel(requests)
                 raise UserError(
                     f"prompt {index}: {error}" if len(prompts) > 1 else str(error)
                 ) from None
@@ -194,7 +234,51 @@ class Generator:
                 if event.end is not None:
                     prompt = self.encode(prompts[index])
                     completion.text = self.text(prompt, completion.tokens, each[index].stop)
+                    if told is not None:
+                        told()
         return completions
+
+    def score(
+        self,
+        requests: Iterable[tuple[Sequence[int], Sequence[Sequence[int]]]],
+        *,
+        top: int = 0,
+        told: Callable[[], None] | None = None,
+    ) -> list[list[Sequence[TokenLogprob]]]:
+        """Log-probabilities of the tokens of continuations that are there already.
+
+        Each prompt is computed once for all of its continuations.
+
+        Args:
+            requests: tokens of a prompt, and of its continuations.
+            top: how many of the likeliest tokens are told at each place.
+            told: called whenever a continuation is done.
+
+        Raises:
+            UserError: a prompt or a continuation is empty, or longer than the states hold.
+        """
+        found: list[list[Sequence[TokenLogprob]]] = []
+        requests_of: dict[int, int] = {}
+        for prompt, given in requests:
+            try:
+                number = self.engine.score(list(prompt), [list(each) for each in given], top)
+            except UserError as error:
+                self._cancel(requests_of)
+                raise UserError(f"request {len(found)}: {error}") from None
+            requests_of[number] = len(found)
+            found.append([()] * len(given))
+        while self.engine.busy:
+            for event in self.engine.step():
+                told_of = event.prompt_logprobs or ()
+                found[requests_of[event.request]][event.continuation] = [e for e in told_of if e]
+                if told is not None:
+                    told()
+        return found
+
+    def _cancel(self, requests: Iterable[int]) -> None:
+        for request in requests:
+            self.engine.cancel(request)
+        self.engine.step()
 
     def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[str]:
         """The text of a continuation, piece by piece as it is generated."""
@@ -251,25 +335,3 @@ def add_event(completion: Completion, event: Event) -> None:
     if event.logprob is not None:
         assert completion.logprobs is not None
         completion.logprobs.append(event.logprob)
-
-
-@contextmanager
-def open_checkpoint(checkpoint: Path, *, parse_special_tokens: bool = False) -> Iterator[Generator]:
-    """`Generator(checkpoint)` for the time of the block."""
-    with Generator(checkpoint, parse_special_tokens=parse_special_tokens) as generator:
-        yield generator
-
-
-@contextmanager
-def open_model(config: RunConfig, folder: Path, tokenizer: Tokenizer) -> Iterator[Generator]:
-    """A generator of the model of one rank, with the weights of a checkpoint.
-
-    Args:
-        config: of a single rank (`ONE_RANK`).
-        folder: the checkpoint itself, `.../iter_0000100`, saved by any layout.
-
-    Raises:
-        UserError: it cannot be loaded, is of another model, or has fewer ids than the tokenizer.
-    """
-    with loaded_model(config, folder, tokenizer) as (config, chunks):
-        yield Generator.of_model(config, chunks, tokenizer)

@@ -30,7 +30,8 @@ class Event:
         end: one of `ENDS` with the last event of a continuation, else None. The token of an event
             that ends with "eod" is that token.
         prompt_logprobs: with the first event of a request that asked for them: one for each token
-            of the prompt, None for the first.
+            of the prompt, None for the first. With that of a continuation that was given: one for
+            each of its tokens.
     """
 
     request: int
@@ -66,8 +67,9 @@ class Sequence:
 
     Attributes:
         request, continuation: as in `Event`.
-        tokens: the prompt and what followed.
-        prompt_tokens: how many of them are the prompt.
+        tokens: the prompt, with a continuation that was given, and what followed.
+        prompt_tokens: how many of them were there from the start.
+        shared: how many of those its siblings have, too.
         seen: how many of `tokens` the states hold.
         slot: of Mamba-2's states; -1 while it waits.
         pages: of keys and values, in order of the text; the first is that of token
@@ -82,6 +84,7 @@ class Sequence:
     params: SamplingParams
     tokens: list[int]
     prompt_tokens: int
+    shared: int
     seen: int = 0
     slot: int = -1
     pages: list[int] = field(default_factory=list)
@@ -89,8 +92,44 @@ class Sequence:
     reserved_pages: int = 0
     siblings: list["Sequence"] = field(default_factory=list)
     stopper: Any = None
-    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     cancelled: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        request: int,
+        continuation: int,
+        params: SamplingParams,
+        prompt: list[int],
+        given: list[int],
+    ) -> "Sequence":
+        """One of a prompt, with a continuation that was given or with none."""
+        tokens = [*prompt, *given]
+        sequence = cls(request, continuation, params, tokens, len(tokens), len(prompt))
+        if not given:
+            sequence.prompt_logprobs.append(None)  # nothing tells of the first
+        return sequence
+
+    @property
+    def goal(self) -> int:
+        """How many tokens are to be seen before it does something else.
+
+        Those that it shares with siblings first, then all that are there; but for the last one
+        where no other follows, as only what follows would be known by it.
+        """
+        all_there = max(1, self.prompt_tokens - (self.params.max_new_tokens == 0))
+        return min(self.shared, all_there) if self.siblings else all_there
+
+    @property
+    def tells(self) -> bool:
+        """Whether it, rather than a sibling, tells of tokens that were there from the start."""
+        return self.continuation == 0 or self.shared < self.prompt_tokens
+
+    def tells_of(self, token: int) -> bool:
+        """Whether it tells the log-probability of a token that was there, by its place."""
+        first = self.shared if self.shared < self.prompt_tokens else 1
+        return self.params.prompt_logprobs and self.tells and first <= token < self.prompt_tokens
 
     @property
     def new_tokens(self) -> int:

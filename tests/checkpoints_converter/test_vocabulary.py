@@ -12,7 +12,7 @@ from checkpoints_converter.importing import Imported, ImportOptions, import_mode
 from checkpoints_converter.verify import verify
 from megatron_hybrid.config import UpcyclingConfig, load_config
 from megatron_hybrid.errors import UserError
-from megatron_hybrid.generation import open_checkpoint
+from megatron_hybrid.generation import Generator
 from megatron_hybrid.preflight.files import check_files
 from megatron_hybrid.training.start import open_run
 from megatron_hybrid.upcycling.request import Request, upcycled_config
@@ -44,7 +44,7 @@ def test_conversions_note_it(imported: Imported, tmp_path: Path) -> None:
 def test_whatever_gives_the_model_ids_refuses_it(imported: Imported, tmp_path: Path) -> None:
     """generate, verify, upcycle, pretrain and preflight, before any work."""
     folder, config = imported.folder, imported.config
-    with pytest.raises(UserError, match=SENTENCE), open_checkpoint(folder):
+    with pytest.raises(UserError, match=SENTENCE), Generator(folder):
         pass
     export(folder, tmp_path / "out", ExportOptions())
     with pytest.raises(UserError, match=SENTENCE):
@@ -66,7 +66,7 @@ WITHOUT_MODEL = {
     "megatron_hybrid/data/inspection/show.py",
     "megatron_hybrid/data/tokenizing/settings.py",
     "megatron_hybrid/checkpoint/carried.py",  # compares two tokenizers, neither of them a model's
-    "checkpoints_converter/verify.py",  # its model is `generation.open_model`'s
+    "checkpoints_converter/verify.py",  # its model is `Generator`'s
 }
 
 

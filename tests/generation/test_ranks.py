@@ -33,12 +33,14 @@ def generated(name: str, weights: Path) -> list[tuple[list[int], str, list[float
             generator.engine.follow()
             return None
         found = generator.generate(prompts, params)
+        given = generator.score([(prompts[1], [[1, 2, 3], [4]])])
         generator.close()
 
     def told(each: Completion) -> tuple[list[int], str, list[float]]:
         return each.tokens, each.end, [one.logprob for one in each.logprobs or ()]
 
-    return [told(each) for completions in found for each in completions]
+    scores = [([], "given", [one.logprob for one in each]) for each in given[0]]
+    return [*(told(each) for completions in found for each in completions), *scores]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from megatron_hybrid.generation.sampling import Sampler, draw_key, token_logprob
 
 
 def sampler(*params: SamplingParams, prompt: tuple[int, ...] = (0,)) -> Sampler:
-    sequences = [Sequence(i, 0, each, list(prompt), len(prompt)) for i, each in enumerate(params)]
+    sequences = [Sequence.of(i, 0, each, list(prompt), []) for i, each in enumerate(params)]
     return Sampler(sequences, torch.device("cpu"))
 
 

@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
+from megatron_hybrid.errors import UserError
 from megatron_hybrid.generation import Completion, Generator, Limits, SamplingParams
 from megatron_hybrid.testing import run_distributed
 from tests.generation.models import MODELS, VOCAB_SIZE, built, small_config
@@ -119,6 +121,53 @@ def chunked(sizes: list[int]) -> float:
 def test_chunks_of_any_size_have_the_full_forward() -> None:
     """All log-probabilities at all places, by chunks of a token to chunks of the whole: 1e-5."""
     assert run_distributed(chunked, 1, [1, 2, 3, 64, 65, 149, 150])[0] <= 1e-5
+
+
+def scored(name: str, sizes: list[Limits]) -> float:
+    """On a rank: the largest error of what is told of continuations that are there."""
+    draws = torch.Generator().manual_seed(4)
+
+    def text(length: int) -> list[int]:
+        return torch.randint(VOCAB_SIZE, (length,), generator=draws).tolist()
+
+    requests = [
+        (text(25), [text(n) for n in (1, 9, 1, 3, 12, 1, 2)]), (text(1), [text(1), text(4)]),
+        (text(40), [text(20)]), (text(8), [text(1)]),
+    ]  # fmt: skip
+    worst = 0.0
+    for limits in sizes:
+        with built(small_config(name), limits) as generator:
+            count = 0
+
+            def told() -> None:
+                nonlocal count
+                count += 1
+
+            found = generator.score(requests, top=2, told=told)
+            assert count == sum(len(given) for _, given in requests)
+            states = generator.engine.states
+            assert (states.owners, states.reserved_pages) == ([], 0)
+            for (prompt, given), each in zip(requests, found, strict=True):
+                for tokens, got in zip(given, each, strict=True):
+                    logits = generator.logits(torch.tensor([[*prompt, *tokens]]))
+                    after = logits[0, len(prompt) - 1 : -1, :VOCAB_SIZE].log_softmax(-1)
+                    want = after.gather(1, torch.tensor(tokens)[:, None]).squeeze(1)
+                    have = torch.tensor([one.logprob for one in got])
+                    tops = torch.tensor([[value for _, value in one.top] for one in got])
+                    worst = max(worst, (want - have).abs().max().item())
+                    worst = max(worst, (after.topk(2).values - tops).abs().max().item())
+            with pytest.raises(UserError, match="request 1: a continuation is empty"):
+                generator.score([([1], [[2]]), ([1], [[2], []])])
+            assert generator.score([([1], [[2]])])[0][0]
+    return worst
+
+
+@pytest.mark.parametrize("name", ["all kinds", "window"])
+def test_continuations_that_are_there_share_their_prompt(name: str) -> None:
+    """By slots for all of them or for one at a time, in chunks that cut prompt and continuation:
+    as in the forward of each whole text."""
+    sizes = [Limits(9, 900, 41, 8), Limits(3, 300, 7, 8), Limits(1, 64, 64, 64)]
+    assert run_distributed(scored, 1, name, sizes)[0] <= 1e-5
 
 
 def every_expert() -> list[tuple[float, float]]:

@@ -19,6 +19,9 @@ class ChatPrompts:
     Args:
         special_in_texts: let messages hold the texts of special tokens, which become their ids.
 
+    Attributes:
+        template_text: of the template.
+
     Raises:
         DataError: the tokenizer has no chat template, or one that is none.
     """
@@ -32,8 +35,9 @@ class ChatPrompts:
                 "the model's tokenizer has no chat template (chat_template.jinja, or one in its "
                 "tokenizer_config.json); allowed: /v1/completions"
             )
+        self.template_text = templates["default"]
         self._template = ChatTemplate(
-            templates["default"], tokenizer.named_tokens(), "the chat template"
+            self.template_text, tokenizer.named_tokens(), "the chat template"
         )
         self._tokenizer = tokenizer.parsing_special_tokens()
         special = [] if special_in_texts else filter(None, tokenizer.special_tokens)
@@ -41,11 +45,18 @@ class ChatPrompts:
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     def encode(self, messages: Sequence[Any], settings: Mapping[str, Any]) -> list[int]:
-        """The tokens before an answer.
+        """The tokens before an answer; see `render`."""
+        return self._tokenizer.encode(self.render(messages, settings))
+
+    def render(
+        self, messages: Sequence[Any], settings: Mapping[str, Any], *, answer: bool = True
+    ) -> str:
+        """The text before an answer, or before the rest of one that has begun.
 
         Args:
             messages: as `read_messages` gives them.
             settings: more variables of the template.
+            answer: an answer is to follow; else the last message is to go on.
 
         Raises:
             DataError: the template refuses them, or a text holds a special token.
@@ -58,8 +69,12 @@ class ChatPrompts:
                         "tokenizer, which would control what it is only to say; a server with "
                         "--parse-special-tokens lets it"
                     )
-        text = self._template.render(messages, None, settings, prompts=True).text
-        return self._tokenizer.encode(text)
+        text = self._template.render(messages, None, settings, prompts=answer).text
+        if answer:
+            return text
+        begun = messages[-1]["content"].strip()
+        end = text.rfind(begun) + len(begun)
+        return text[:end]
 
 
 def read_messages(value: Any) -> tuple[list[dict[str, str]], list[str]]:
