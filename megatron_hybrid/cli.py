@@ -34,7 +34,7 @@ from megatron_hybrid.config import RunConfig, load_config, rules, validate
 from megatron_hybrid.config.notes import notes
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import file_errors, refusal
-from megatron_hybrid.log import JSON, LEVEL, Level, show_log
+from megatron_hybrid.log import JSON, LEVEL, Level, show_log, unsaid
 from megatron_hybrid.platform.imports import importing
 from megatron_hybrid.platform.threads import spin_before_sleeping
 from megatron_hybrid.platform.warm import load_for_forks
@@ -149,11 +149,8 @@ def _check_files(config: RunConfig, world_size: int) -> None:
     from megatron_hybrid.training.start import claims, open_run
 
     refuse_if_alive(claims(config))
-    ours = logging.getLogger("megatron_hybrid")
-    level = ours.level
-    ours.setLevel(logging.ERROR)  # rank 0 says the rest
-    open_run(config, world_size)
-    ours.setLevel(level)
+    with unsaid():
+        open_run(config, world_size)
 
 
 app.command(

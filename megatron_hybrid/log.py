@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TextIO
@@ -48,6 +50,18 @@ def show_log(level: Level, *, as_json: bool) -> None:
             each.removeHandler(old)
     (root if as_json else ours).addHandler(handler)
     logging.captureWarnings(as_json)
+
+
+@contextmanager
+def unsaid() -> Iterator[None]:
+    """Within it nothing below an error is shown: rank 0, which does the same, says it."""
+    ours = logging.getLogger(OURS)
+    level = ours.level
+    ours.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ours.setLevel(level)
 
 
 class _Stderr(logging.StreamHandler[TextIO]):

@@ -13,6 +13,7 @@ from megatron_hybrid.bounds import MOST_COUNT, MOST_PROCESSES
 from megatron_hybrid.commands.app import only_with
 from megatron_hybrid.commands.generate import check_launcher, refuse_options, start_ranks
 from megatron_hybrid.commands.options import ParseSpecialTokens
+from megatron_hybrid.log import unsaid
 from megatron_hybrid.platform.threads import spin_before_sleeping
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ def evaluate(
         parse_special_tokens,
     )  # fmt: skip
     if nproc is not None and nproc > 1:
-        open_evaluation(checkpoint, asked, context.args, world_size=nproc)
+        with unsaid():
+            open_evaluation(checkpoint, asked, context.args, world_size=nproc)
         start_ranks(nproc)
     _evaluate(checkpoint, asked, context.args, as_json=as_json)
 
@@ -105,7 +107,8 @@ def _evaluate(checkpoint: Path, asked: "Asked", words: list[str], *, as_json: bo
     else:
         _print_table(record)
     kept = keep(record, opened.folder)
-    where = f"recorded in {kept}" if kept else "not recorded: no whole metrics.jsonl to write to"
+    none = "not recorded: no whole metrics.jsonl of the run that saved it"
+    where = f"recorded in {kept}" if kept else none
     print(where, file=sys.stderr)
 
 

@@ -1,6 +1,7 @@
 """What a run evaluates itself on, by source: the same samples as at its validation interval."""
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,18 +9,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_hybrid.config import RunConfig
+from megatron_hybrid.config.base import FrozenDict
+from megatron_hybrid.config.notes import notes
 from megatron_hybrid.data.batch import Batch
 from megatron_hybrid.data.batches import Span, Steps
 from megatron_hybrid.data.datasets import RunData, open_windows, plan_data
 from megatron_hybrid.data.loader import Replica, build_iterator
-from megatron_hybrid.data.saved_plan import read_saved_plan
+from megatron_hybrid.data.saved_files import read_saved_files
+from megatron_hybrid.data.saved_plan import SavedPlan, read_saved_plan
 from megatron_hybrid.data.tokenizer import Tokenizer
 from megatron_hybrid.data.windows import Windows
-from megatron_hybrid.errors import UserError
+from megatron_hybrid.errors import ConfigError, UserError
 from megatron_hybrid.evaluation.windows import NOWHERE, counted_into
+from megatron_hybrid.objectives.registry import objective_problems
+
+logger = logging.getLogger(__name__)
 
 _CONVERSATIONS = "sft"
 _OURS = ("pretraining", _CONVERSATIONS)
+# However often a run of these data would read them: nothing is trained on.
+_NO_CAP = 1e30
+_DIGESTS = ("digest", "older_digest")  # of a `Shard`, in plans
 
 
 @dataclass(frozen=True)
@@ -36,16 +46,17 @@ class OwnData:
 
     @classmethod
     def find(
-        cls, config: RunConfig, folder: Path, tokenizer: Tokenizer, *, changed: bool
+        cls, config: RunConfig, folder: Path, tokenizer: Tokenizer, *, said: Collection[str]
     ) -> "OwnData":
         """Plan them, from files alone.
 
         Args:
             folder: the checkpoint itself.
-            changed: the data are not those of the run.
+            said: fields that make the data others than the run's.
 
         Raises:
-            UserError: there are none, or their files cannot be used.
+            UserError: there are none, or their files cannot be used, or are no longer those that
+                the run has read.
         """
         if config.training.objective not in _OURS:
             raise UserError(
@@ -54,9 +65,18 @@ class OwnData:
                 f"without: {', '.join(_OURS)}"
             )
         config = _evaluated(config)
-        saved = None if changed else read_saved_plan(folder)
+        if problems := objective_problems(config):
+            raise ConfigError(problems)
+        for note in notes(config):
+            if note.startswith(tuple(f"{name}{end}" for name in said for end in "=. ")):
+                logger.warning("note: %s", note)
+        saved = read_saved_plan(folder)
         conversations = config.training.objective == _CONVERSATIONS
-        data = plan_data(config, tokenizer, saved, conversations=conversations)
+        data = plan_data(
+            _uncapped(config), tokenizer, None if said else saved, conversations=conversations
+        )
+        if not any(name in ("data.data_path", "data.sources") or ".path" in name for name in said):
+            _refuse_other_files(folder, config, data, saved)
         if data.valid_plan is not None:
             uses = data.valid_plan.consumed(data.valid_plan.samples)
             return cls(tokenizer, data, [use.name for use in uses])
@@ -108,6 +128,38 @@ class OwnData:
             return [0] * samples
         found: list[int] = plan.locate(np.arange(samples)).sources.tolist()
         return found
+
+
+def _refuse_other_files(
+    folder: Path, config: RunConfig, data: RunData, saved: SavedPlan | None
+) -> None:
+    """Refuse files that were made anew under the paths of those that the run has read.
+
+    Raises:
+        UserError: naming each.
+    """
+    known = read_saved_files(folder)
+    others = [name for name, digest in data.files.items() if known.get(name, digest) != digest]
+    for source in () if saved is None else saved.plan.sources:
+        shards = data.sources[source.name].shards if source.name in data.sources else ()
+        digests = [tuple(getattr(each, name) for each in shards) for name in _DIGESTS]
+        if shards and source.shards not in digests:
+            others.append(source.name)
+    if others:
+        field = "data.data_path" if config.data.data_path else "data.sources"
+        lines = "".join(f"\n  - {field}: {name} holds other tokens than then" for name in others)
+        raise UserError(
+            f"what {folder} evaluated itself on is no longer there; allowed: {field}=..., or "
+            f"--prefix, to name what is meant:{lines}"
+        )
+
+
+def _uncapped(config: RunConfig) -> RunConfig:
+    """A config whose sources may be read any number of times."""
+    cap = {"max_epochs": _NO_CAP}
+    sources = FrozenDict({n: s.model_copy(update=cap) for n, s in config.data.sources.items()})
+    data = config.data.model_copy(update={**cap, "sources": sources})
+    return config.model_copy(update={"data": data})
 
 
 def _evaluated(config: RunConfig) -> RunConfig:

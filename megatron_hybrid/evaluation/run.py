@@ -3,14 +3,17 @@
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from megatron_hybrid.checkpoint.errors import CheckpointError
 from megatron_hybrid.checkpoint.files import find_checkpoint
+from megatron_hybrid.checkpoint.saved_here import saved_here
 from megatron_hybrid.config import RunConfig, rules
 from megatron_hybrid.config.flags import parse_command_line
 from megatron_hybrid.config.rules.evaluation import EVALUATED_DATA, EVALUATED_LAYOUT, WINDOWS
@@ -47,6 +50,13 @@ class Asked:
     batch_size: int = 8
     parse_special_tokens: bool = False
 
+    @property
+    def texts(self) -> dict[str, Any]:
+        """How texts become tokens, as far as it is not as by default."""
+        names = ("json_key", "append_eod", "parse_special_tokens")
+        found = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in found.items() if value != getattr(Asked, name)}
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -54,6 +64,7 @@ class Opened:
 
     Attributes:
         folder: the checkpoint itself.
+        changed: fields of the data that were said, with their values.
         documents: a source each; empty where it is the run's own data.
     """
 
@@ -61,6 +72,7 @@ class Opened:
     config: RunConfig
     folder: Path
     tokenizer: Tokenizer
+    changed: Mapping[str, Any]
     documents: Sequence[Documents] = ()
     own: OwnData | None = None
 
@@ -103,16 +115,19 @@ def open_evaluation(
         )
     tokenizer = load_tokenizer(folder, parse_special_tokens=asked.parse_special_tokens)
     config = config.with_vocab_size(tokenizer.vocab_size)
+    changed = {
+        name: value
+        for name, value in parse_command_line(words).values
+        if name.startswith((*EVALUATED_DATA, WINDOWS))
+    }
     if own:
-        said = [name for name, _ in parse_command_line(words).values]
-        changed = any(name.startswith((*EVALUATED_DATA, WINDOWS)) for name in said)
-        found = OwnData.find(config, folder, tokenizer, changed=changed)
-        return Opened(asked, config, folder, tokenizer, own=found)
+        found = OwnData.find(config, folder, tokenizer, said=changed)
+        return Opened(asked, config, folder, tokenizer, changed, own=found)
     documents = [
         *find_texts(asked.inputs, asked.json_key, tokenizer, append_eod=asked.append_eod),
         *find_tokens(asked.prefixes, tokenizer),
     ]
-    return Opened(asked, config, folder, tokenizer, documents)
+    return Opened(asked, config, folder, tokenizer, changed, documents)
 
 
 def evaluate(opened: Opened, *, ranks: int, told: Callable[[int], None]) -> dict[str, Any]:
@@ -157,6 +172,7 @@ def evaluate(opened: Opened, *, ranks: int, told: Callable[[int], None]) -> dict
         "checkpoint": folder.name,
         "seq_length": opened.config.data.seq_length,
         "overlap": asked.overlap,
+        "changed": {**opened.changed, **asked.texts},
         "sources": sources,
         "total": _figures(*sums.sum(dim=0).tolist())
         | {
@@ -199,24 +215,39 @@ def _iteration(folder: Path) -> int:
 
 
 def keep(record: dict[str, Any], folder: Path) -> Path | None:
-    """Append a record to the metrics of the run that a checkpoint is of.
+    """Append a record to the metrics of the run that saved a checkpoint.
 
     Args:
         folder: the checkpoint itself.
 
     Returns:
         The file; None: there is none that may be written, or a kill has left half a line at its
-        end, which a start of the run takes away.
+        end, which a start of the run takes away; or no run has saved the checkpoint where it is.
     """
-    for place in list(folder.resolve().parents)[:2]:
+    folder = folder.resolve()
+    with suppress(CheckpointError):  # what the list says when it is damaged is the run's to hear
+        if folder.name not in saved_here(folder.parent):
+            return None
+    for place in list(folder.parents)[:2]:
         path = place / METRICS_FILE
         if path.is_file() and os.access(path, os.W_OK):
-            with path.open("ab+", buffering=0) as file:
-                if file.tell():
-                    file.seek(-1, os.SEEK_END)
-                    if file.read(1) != b"\n":
-                        return None
-                # One write, whole beside a run's own.
-                file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
-            return path
+            return path if _append(path, record) else None
     return None
+
+
+def _append(path: Path, record: dict[str, Any]) -> bool:
+    """Whether a record could follow a whole line. It is no sign of life of the run, which the time
+    of the file's last change is."""
+    line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
+    with path.open("ab+", buffering=0) as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                return False
+        before = os.fstat(file.fileno())
+        file.write(line)  # one write, whole beside a run's own
+        after = os.fstat(file.fileno())
+        if after.st_size == before.st_size + len(line):  # the run has written nothing meanwhile
+            with suppress(PermissionError):  # of somebody else's run
+                os.utime(file.fileno(), ns=(after.st_atime_ns, before.st_mtime_ns))
+    return True

@@ -1,5 +1,6 @@
 """What is evaluated: documents of text files and of token files, each file a source of its own."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +17,10 @@ from megatron_hybrid.data.tokenizing.inputs import Input, find_inputs, reading
 from megatron_hybrid.data.tokenizing.records import read_records
 from megatron_hybrid.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 _PLAIN = ".txt"
+_KEY = "text"  # unless another is said
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,11 @@ def find_texts(
     if not patterns:
         return []
     inputs, problems = find_inputs(patterns, [json_key])
+    if json_key != _KEY and all(each.path.suffix == _PLAIN for each in inputs):
+        problems.append(
+            f"--json-key {json_key}: every --input is a {_PLAIN}, which has no fields; allowed: no "
+            "--json-key"
+        )
     if problems:
         raise UserError("\n".join(problems))
     return [Texts(each, json_key, tokenizer, append_eod) for each in inputs]
@@ -119,6 +128,13 @@ def find_tokens(prefixes: Sequence[str], tokenizer: Tokenizer) -> list[Documents
         DataError: every file that is missing, damaged or of another tokenizer.
     """
     opened = open_sources({each: [each] for each in prefixes}, tokenizer.fingerprint, tokenizer.eod)
+    shards = [shard for source in opened.values() for shard in source.shards]
+    if found := [str(shard.prefix) for shard in shards if shard.has_mask]:
+        logger.warning(
+            "note: %s: conversations, of which every token is counted, whoever speaks; what the "
+            "assistant says is counted of the data of a run with training.objective=sft",
+            ", ".join(found),
+        )
     return [
         Tokens(str(shard.prefix), Source(str(shard.prefix), (shard,), source.files))
         for source in opened.values()

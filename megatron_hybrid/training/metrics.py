@@ -8,7 +8,8 @@
   "float8"      emulated float8: iteration, consumed_tokens, and how each linear's operands fit
                 the format (`callbacks.float8_fit.summary`)
   "evaluation"  by `megatron-hybrid evaluate`: iteration and name of the checkpoint, seq_length,
-                overlap, and by source and in total loss, perplexity and tokens
+                overlap, what was changed of data and texts, and by source and in total loss,
+                perplexity and tokens
   "event"       anything else:   iteration, name, message
 in the order in which they happened. Floats are written with all their digits, so that two runs
 can be compared bit for bit; NaN and infinities, which JSON does not have, are written as null.

@@ -1,21 +1,28 @@
 """What `evaluate` reads, refuses and writes down."""
 
 import json
+import logging
 import math
+import os
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from megatron_hybrid import cli
-from megatron_hybrid.config import TRACKER_FILE, load_config, rules
+from megatron_hybrid.checkpoint.saved_here import remember, stamp
+from megatron_hybrid.config import TRACKER_FILE, RunConfig, load_config, rules
+from megatron_hybrid.data.datasets import plan_data
 from megatron_hybrid.data.errors import DataError
+from megatron_hybrid.data.saved_files import DATA_FILES_FILE, files_json
+from megatron_hybrid.data.saved_plan import DATA_PLAN_FILE, SavedPlan
 from megatron_hybrid.data.tokenizer import NullTokenizer
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.evaluation.own_data import OwnData
 from megatron_hybrid.evaluation.run import Asked, _figures, keep, open_evaluation
 from megatron_hybrid.evaluation.sources import find_texts, find_tokens
 from megatron_hybrid.training.metrics import read_records
+from tests.data.conftest import VOCAB_SIZE, write_conversations, write_corpus
 
 TEXTS = ["3 1 4", "", "1 5 9 2 6", "7"]
 DOCUMENTS = [[3, 1, 4, 74], [1, 5, 9, 2, 6, 74], [7, 74]]
@@ -89,23 +96,100 @@ def test_other_data_are_other_by_whatever_word(
 ) -> None:
     """A flag of Megatron-LM's says so as a field does; the run's own plan has one length."""
     folder = checkpoint(tmp_path)
-    changed: list[bool] = []
-    monkeypatch.setattr(OwnData, "find", lambda *_, **how: changed.append(how["changed"]))
+    changed: list[dict[str, object]] = []
+    monkeypatch.setattr(OwnData, "find", lambda *_, **how: changed.append(how["said"]))
     for words in ([], ["data.seq_length=8"], ["data.split=1,1,1"], ["--split", "1,1,1"]):
         open_evaluation(folder, Asked(), words, world_size=1)
-    assert changed == [False, True, True, True]
+    assert changed == [{}, {"data.seq_length": 8}, *2 * [{"data.split": "1,1,1"}]]
+    layout = ["parallel.tensor_model_parallel_size=2"]
+    text = Asked(inputs=[str(folder / "a.txt")], append_eod=False)
+    (folder / "a.txt").write_text("1")
+    assert open_evaluation(folder, text, layout, world_size=2).changed == {}
+    assert text.texts == {"append_eod": False} and Asked().texts == {}
+
+
+def reading(*words: str) -> RunConfig:
+    """A short run of samples of 32 tokens."""
+    start = "tiny --tokenizer-type null --seq-length 32 --train-iters 5 --global-batch-size 8"
+    return load_config([*start.split(), f"model.vocab_size={VOCAB_SIZE}", *words], which=())
+
+
+@pytest.mark.parametrize("order", ["plan", "megatron"])
+def test_files_that_were_made_anew_are_not_the_runs_own(order: str, tmp_path: Path) -> None:
+    """Whatever else is said, but for files; and no cap of the training is in the way of others."""
+    tokenizer = NullTokenizer(VOCAB_SIZE)
+    texts = [[i % 7 for i in range(60)] for _ in range(40)]
+    path = write_corpus(tmp_path / "a", texts)
+    config = reading(f"data.data_path={path}", f"data.sample_order={order}", "data.split=1,1,0")
+    data = plan_data(config, tokenizer, None)
+    if data.plan is not None:
+        (tmp_path / DATA_PLAN_FILE).write_text(SavedPlan(data.plan, 8).to_json())
+    else:
+        (tmp_path / DATA_FILES_FILE).write_text(files_json(data.files))
+    for said in ((), ("training.eval_iters",)):
+        assert OwnData.find(config, tmp_path, tokenizer, said=said).data.valid_steps
+    write_corpus(tmp_path / "a", [texts[0][::-1], *texts[1:]])
+    for said in ((), ("training.eval_iters",)):
+        with pytest.raises(UserError, match="other tokens than"):
+            OwnData.find(config, tmp_path, tokenizer, said=said)
+    assert OwnData.find(config, tmp_path, tokenizer, said=["data.data_path"])
+    if order == "plan":
+        capped = config.data.model_copy(update={"max_epochs": 0.01})
+        config = config.model_copy(update={"data": capped})
+        assert OwnData.find(config, tmp_path, tokenizer, said=["data.data_path"])
+
+
+def test_what_is_said_of_other_data_has_an_effect_or_none_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fields of no effect, masks that nobody reads, a key of files without any; and what
+    `training.objective` refuses of a run is refused here."""
+    tokenizer = NullTokenizer(VOCAB_SIZE)
+    paths = [write_corpus(tmp_path / name, [[1, 2, 3] * 900]) for name in "ab"]
+    sources = {n: {"path": p, "split": "1,1,0"} for n, p in zip("ab", paths, strict=True)}
+    config = reading(
+        f"data.sources={json.dumps(sources)}", "data.phases=[{name: all, weights: {a: 1}}]",
+        "data.split=5,3,2",
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        OwnData.find(config, tmp_path, tokenizer, said=["training.eval_iters"])
+        assert not caplog.messages
+        OwnData.find(config, tmp_path, tokenizer, said=["data.split", "data.sources"])
+    assert [each.partition(":")[2].partition(":")[0] for each in caplog.messages] == [
+        " data.split=5,3,2 has no effect", " data.sources.b has no effect",
+    ]  # fmt: skip
+    training = config.training.model_copy(update={"objective": "sft"})
+    with pytest.raises(UserError, match="packed_documents must be true"):
+        OwnData.find(config.model_copy(update={"training": training}), tmp_path, tokenizer, said=())
+    talks = write_conversations(tmp_path / "talks", [([1, 2, 3], [False, False, True])], VOCAB_SIZE)
+    caplog.clear()
+    find_tokens([paths[0], talks], tokenizer)
+    assert [each for each in caplog.messages if "every token is counted" in each] == [
+        each for each in caplog.messages if each.startswith(f"note: {talks}: conversations")
+    ] != []  # fmt: skip
+    plain, lines = tmp_path / "b.txt", tmp_path / "c.jsonl"
+    plain.write_text("3 1")
+    lines.write_text("{}")
+    with pytest.raises(UserError, match=r"--json-key body: every --input is a \.txt"):
+        find_texts([str(plain)], "body", tokenizer, append_eod=True)
+    assert find_texts([str(plain), str(lines)], "body", tokenizer, append_eod=True)
 
 
 def test_a_record_is_kept_with_the_run(tmp_path: Path) -> None:
-    """After what is there; nowhere, where there is no run."""
+    """After what is there, and no sign that it lives; nowhere, where no run saved the model."""
     folder = tmp_path / "checkpoints" / "iter_0000003"
     folder.mkdir(parents=True)
+    mark = stamp(folder)
     record = {"kind": "evaluation", "iteration": 3}
     assert keep(record, folder) is None
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"kind":"event","iteration":1}\n')
+    os.utime(path, (5, 5))
+    assert keep(record, folder) is None  # an import, or a copy of another run's
+    remember(folder.parent, folder.name, mark)
     assert keep(record, folder) == path
     assert read_records(path)[1:] == [record]
+    assert path.stat().st_mtime == 5
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"kind":"train","iter')  # of a run that was killed
     assert keep(record, folder) is None
