@@ -129,6 +129,8 @@ def generate(
             # Before the engine is made, alike on every rank: what one prompt takes.
             tokens = generator.encode(prompt)
             generator.limits = Limits(max_sequences=1, max_tokens=len(tokens) + max_new_tokens)
+        elif is_rank_zero():
+            _note_unread(generator)
         if serve is not None:
             from megatron_hybrid.generation.serving import serve as run
 
@@ -144,6 +146,16 @@ def generate(
             _stream(generator, prompt, tokens, params)
         elif prompts is not None and output is not None:
             _answer(generator, prompts, output, params)
+
+
+def _note_unread(generator: "Generator") -> None:
+    """Say that --max-tokens limits nothing, where that is so."""
+    most, pattern = generator.limits.max_tokens, generator.config.model.hybrid_layer_pattern
+    if most != type(generator.limits).max_tokens and ATTENTION not in pattern:
+        print(
+            f"note: max_tokens={most} has no effect: {pattern} has no '*' layers, which keep keys "
+            "and values of tokens", file=sys.stderr,
+        )  # fmt: skip
 
 
 def _check_usage(
@@ -228,7 +240,6 @@ def _answer(generator: "Generator", prompts: Path, output: Path, params: "Sampli
         TimeRemainingColumn,
     )
 
-    from megatron_hybrid.generation import Limits
     from megatron_hybrid.generation.batch_file import Answers, answer_file, read_requests
 
     requests = read_requests(prompts, params, generator.encode, generator.name)
@@ -236,12 +247,6 @@ def _answer(generator: "Generator", prompts: Path, output: Path, params: "Sampli
         print(
             f"note: {len(unread)} of {len(requests)} requests, the first in {prompts} line "
             f"{unread[0].number}: {unread[0].params.unread}", file=sys.stderr,
-        )  # fmt: skip
-    most, pattern = generator.limits.max_tokens, generator.config.model.hybrid_layer_pattern
-    if most != Limits.max_tokens and ATTENTION not in pattern:
-        print(
-            f"note: max_tokens={most} has no effect: {pattern} has no '*' layers, which keep keys "
-            "and values of tokens", file=sys.stderr,
         )  # fmt: skip
     start = time.monotonic()
 

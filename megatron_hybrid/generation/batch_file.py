@@ -131,6 +131,12 @@ def answered(output: Path, requests: list[Line], source: Path) -> int:
                     "this model and these options; allowed: another --output, or what was given "
                     "when it was begun"
                 )
+            if content.get("id") != request.id:
+                raise UserError(
+                    f"{output} line {count} has id={content.get('id')!r:.100}, {source} line "
+                    f"{request.number} id={request.id!r:.100}; allowed: another --output, or the "
+                    "ids that it was begun with"
+                )
             whole += len(text)
     with file_errors(output):
         if whole < output.stat().st_size:

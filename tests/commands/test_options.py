@@ -1,6 +1,7 @@
 """Every option of every command is read, or refused, or it is said that nothing reads it."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -8,7 +9,8 @@ from typer.testing import CliRunner
 
 from megatron_hybrid import cli
 from megatron_hybrid.commands.app import options_with, refuse_unread
-from megatron_hybrid.generation.params import SamplingParams
+from megatron_hybrid.commands.generate import _note_unread
+from megatron_hybrid.generation.params import Limits, SamplingParams
 from tests.test_bounds import COMMANDS
 
 # What each command goes by, whatever else is given.
@@ -94,6 +96,19 @@ def test_what_only_draws_go_by_is_said() -> None:
         assert SamplingParams(**{name: value}, temperature=0.5).unread is None  # type: ignore[arg-type]
     assert SamplingParams().unread is None
     assert "n=3 continuations are the same" in str(SamplingParams(n=3).unread)
+
+
+def test_tokens_that_nothing_keeps_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a server as of a file of prompts."""
+    for pattern, most, said in (
+        ("M-", 9, True),
+        ("M-", Limits.max_tokens, False),
+        ("M*", 9, False),
+    ):
+        model = SimpleNamespace(hybrid_layer_pattern=pattern)
+        config = SimpleNamespace(model=model)
+        _note_unread(SimpleNamespace(limits=Limits(max_tokens=most), config=config))  # type: ignore[arg-type]
+        assert ("max_tokens=9 has no effect" in capsys.readouterr().err) == said
 
 
 def test_preflight_refuses_ranks_of_two(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,9 @@ def killed_and_resumed(folder: Path) -> tuple[list[str], list[str], list[int]]:
             answer_file(generator, other, source, parts)
         with pytest.raises(UserError, match=r"has more answers than .* requests, 2; allowed"):
             answer_file(generator, requests(generator, source)[:2], source, parts)
+        renamed = [replace(each, id="another") for each in requests(generator, source)]
+        with pytest.raises(UserError, match=r"parts.jsonl line 1 has id=.*id='another'; allowed"):
+            answer_file(generator, renamed, source, parts)
     return whole.read_text().splitlines(), parts.read_text().splitlines(), statuses
 
 
