@@ -389,6 +389,8 @@ def chat(folder: Path) -> None:
                 assert named in content["error"]["message"]
             wrong_tools = ask(server, {**body, "tools": [{}]}, CHAT)[1]["error"]
             assert wrong_tools["param"] == "tools"
+            unread = ask(server, {**body, "chat_template_kwargs": {"thinks": False}}, CHAT)[1]
+            assert unread["error"]["param"] == "chat_template_kwargs"
 
         while_served(generator, client)
 

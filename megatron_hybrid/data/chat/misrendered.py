@@ -14,6 +14,12 @@ from megatron_hybrid.data.errors import DataError
 
 def refuse_misrendered(conversation: Conversation, text: str) -> None:
     """Raises DataError where a rendered text has a message as nobody meant it."""
+    tools = [name for name, _ in _calls(conversation.tools)]
+    if tools and not any(name in text for name in tools):
+        raise DataError(
+            f"the chat template renders nothing of 'tools', as {tools[0]!r}; allowed: no 'tools', "
+            "or a template that has them"
+        )
     for number, message in enumerate(conversation.messages):
         content = message.get("content")
         if isinstance(content, list) and content and str(content) in text:

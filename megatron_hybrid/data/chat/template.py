@@ -26,6 +26,8 @@ _KEYWORD = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Around what is generated, while it is rendered: no text has these.
 _BEGIN, _END = "\ufdd0generation\ufdd1", "\ufdd0endgeneration\ufdd1"
 _MARK = re.compile(f"{_BEGIN}|{_END}")
+# What a conversation is, whatever its settings say.
+_CONVERSATION = ("messages", "tools", "add_generation_prompt")
 
 
 class Rendered(NamedTuple):
@@ -56,10 +58,13 @@ class ChatTemplate:
         self.marks_answers = _KEYWORD.search(text) is not None
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
         self._variables = variables
+        environment = _environment()
         try:
-            self._template = _environment().from_string(text)
+            self._template = environment.from_string(text)
+            names = environment.parse(text).find_all(nodes.Name)
         except TemplateError as error:
             raise DataError(f"{name} is no Jinja template: {error}") from error
+        self._read = {each.name for each in names if each.ctx == "load"} - {*_CONVERSATION}
 
     def render(
         self,
@@ -77,8 +82,12 @@ class ChatTemplate:
             prompts: end with the beginning of an assistant turn.
 
         Raises:
-            DataError: the template refuses them, or cannot render them.
+            DataError: the template refuses them, or cannot render them, or reads nothing of a
+                setting.
         """
+        for name, value in (settings or {}).items():
+            if value is not None and name not in self._read:
+                raise DataError(f"chat_template_kwargs.{name}: the chat template reads none")
         known = {"documents": None, **self._variables, **(settings or {})}
         known |= {"messages": list(messages), "tools": tools, "add_generation_prompt": prompts}
         try:

@@ -264,7 +264,9 @@ def _chat_prompts(fields: _Fields, served: Served) -> list[list[int]]:
                 _whole_characters(text)
         return [served.chat.encode(messages, settings)]
     except UserError as error:
-        fields.refuse("messages", str(error))
+        said = str(error)
+        name = "chat_template_kwargs"
+        fields.refuse(name if said.startswith(name) else "messages", said)
         return []
 
 

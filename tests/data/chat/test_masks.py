@@ -182,6 +182,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "too deep": ({"messages": ONE, "x": json.loads("[" * 500 + "]" * 500)}, "nested more than 64"),
     "half": ({"messages": turns("a\ud83d", "b")}, r"half a character, the lone surrogate \\ud83d"),
     "special": ({"messages": turns("a</s>", "b")}, "a text holds '</s>', a special token"),
+    "unread setting": (
+        {"messages": ONE, "chat_template_kwargs": {"set": None, "thinks": False}},
+        "chat_template_kwargs.thinks: the chat template reads none",
+    ),
+    "setting of ours": (
+        {"messages": ONE, "chat_template_kwargs": {"add_generation_prompt": True}},
+        "chat_template_kwargs.add_generation_prompt: the chat template reads none",
+    ),
     "refused": ({"messages": [*ONE, ONE[1]]}, "the chat template refuses it: Roles must alternate"),
     "fails": (
         {"messages": [*turns("a", "b"), {"role": "user", "content": [{"text": "c"}]}]},
@@ -212,12 +220,17 @@ PLAIN = _ALL + "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.ar
 PLAIN += "{% endfor %}{% endfor %}"
 AS_JSON = PLAIN.replace("c.function.arguments", "c.function.arguments | tojson")
 NO_CALLS = _ALL + "{% endfor %}"
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 
 
 @pytest.mark.parametrize(
     ("template", "record", "reason"),
     [
         (NO_CALLS, PARTS, r"message 0 .* writes its content, a list of parts, as Python would"),
+        (NO_CALLS, {"messages": ONE, "tools": TOOLS}, "renders nothing of 'tools', as 'add'"),
+        ("{{ tools }}" + NO_CALLS, {"messages": ONE, "tools": TOOLS}, None),
+        ("{% if not b is defined %}{% set b = 1 %}{% endif %}{{ a }}{{ b }}" + NO_CALLS,
+         {"messages": ONE, "chat_template_kwargs": {"a": 1, "b": 2}}, None),
         (NO_CALLS, call({}), r"message 1 .* renders nothing of its call of 'add' in tool_calls"),
         (AS_JSON, call('{"a": "é"}'), "JSON in a string, as a string in JSON; allowed: an object"),
         (PLAIN, call({"a": 1}), "an object, as Python would; allowed: JSON in a string"),
