@@ -57,6 +57,11 @@ def plan(
     which = (*rules.PLAN, objective_fits)
     config = load_config(context.args, which=which, stand_in=unneeded)
     if scale is not None:
+        if config.checkpoint.load is not None and not config.checkpoint.finetune:
+            logger.warning(
+                "note: checkpoint.load=%s has no effect on the smaller run, which begins anew: "
+                "its samples are others", config.checkpoint.load,
+            )  # fmt: skip
         config = scale_config(config, parse_scale(scale))
     saved = _saved_plan(config)
     consumed = saved.consumed_samples if saved else 0

@@ -13,9 +13,9 @@ from pydantic import BaseModel
 
 from megatron_hybrid.config.check import build_config
 from megatron_hybrid.config.data import DataConfig, PhaseConfig, SourceConfig
-from megatron_hybrid.config.derive import FOLLOWING
+from megatron_hybrid.config.derive import DERIVED, FOLLOWING
 from megatron_hybrid.config.phases import ONLY_PHASE, exact
-from megatron_hybrid.config.places import set_path
+from megatron_hybrid.config.places import get_path, set_path
 from megatron_hybrid.config.rules import NO_FILES
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.errors import ConfigError
@@ -53,7 +53,7 @@ def scale_config(config: RunConfig, scale: Fraction) -> RunConfig:
     """The same run over a fraction of every source and of all its lengths.
 
     Steps are as large as before, and intervals (evaluations, checkpoints) as they were. The smaller
-    run has a folder of its own.
+    run has folders of its own.
 
     Args:
         config: valid; a blend of `data_path` becomes sources and a phase.
@@ -76,8 +76,12 @@ def scale_config(config: RunConfig, scale: Fraction) -> RunConfig:
         }
     )
     values = smaller.model_dump(mode="json")
-    for path in FOLLOWING:  # they follow the new folder
-        set_path(values, path, None)
+    for path in FOLLOWING:
+        section, _, leaf = path.partition(".")
+        if getattr(getattr(config, section), leaf) == DERIVED[path](config):
+            set_path(values, path, None)  # it follows the new folder
+    if (save := get_path(values, "checkpoint.save")) is not None:
+        set_path(values, "checkpoint.save", f"{save}-{name}")
     if not config.checkpoint.finetune:
         set_path(values, "checkpoint.load", None)  # a run cannot go on as another one
     return build_config(values, which=NO_FILES)

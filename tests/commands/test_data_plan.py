@@ -216,6 +216,8 @@ def test_a_run_with_checkpoints_is_planned_on(plan: Plan, three: str, tmp_path: 
     assert "data.phases[0].weights.code" in err
     small = report(plan, three, "--scale", "1/2")  # another run, in another folder
     assert small["consumed_samples"] == 0
+    _, _, err = plan(three, "--scale", "1/2", "checkpoint.load=runs/three/checkpoints")
+    assert "note: checkpoint.load=runs/three/checkpoints has no effect on the smaller" in err
 
 
 def test_a_checkpoint_of_other_samples(plan: Plan, three: str) -> None:

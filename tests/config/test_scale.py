@@ -46,6 +46,22 @@ def test_all_lengths_shrink_together(tmp_path: Path) -> None:
     assert small.checkpoint.load is None
 
 
+def test_what_is_set_stays(tmp_path: Path) -> None:
+    """Of what follows from other fields, all but a folder, of which each run has its own."""
+    set_ = (
+        "precision.recipe=fp8_tensorwise", "precision.num_layers_at_start_in_bf16=1",
+        "precision.num_layers_at_end_in_bf16=0", "checkpoint.save=disk/big",
+    )  # fmt: skip
+    words = ["tiny", "--data-path", "a", "--train-samples", "1000", "model.mamba_head_dim=16"]
+    small = scale_config(load_config([*words, *set_], which=rules.NO_FILES), Fraction("0.1"))
+    precision = small.precision
+    assert precision.num_layers_at_start_in_bf16 == 1
+    assert precision.num_layers_at_end_in_bf16 == 0
+    assert small.checkpoint.save == Path("disk/big-1_10")
+    followed = scale_config(load_config([*words, *set_[:1]], which=rules.NO_FILES), Fraction("0.1"))
+    assert followed.checkpoint.save == Path("runs/default-1_10/checkpoints")
+
+
 def test_a_blend_becomes_sources(tmp_path: Path) -> None:
     """Sources of --data-path take names of their own, and the fraction that it cannot say."""
     words = ["tiny", "--data-path", "3", "a/text.v1", "1", "b/text.v1", "--train-samples", "1000"]
