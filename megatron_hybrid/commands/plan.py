@@ -79,8 +79,15 @@ def plan(
     if search:
         from rich.progress import Progress
 
+        from megatron_hybrid.config.flags import parse_command_line
+        from megatron_hybrid.planner.search import SEARCHED
         from megatron_hybrid.planner.search import search as find
 
+        typed = dict(parse_command_line(context.args).values)
+        if unread := [name for name in SEARCHED if name in typed]:
+            logger.warning(
+                "note: %s: no effect, as --search tries layouts of its own", ", ".join(unread)
+            )
         with Progress(console=Console(stderr=True), transient=True, disable=as_json) as bar:
             task = bar.add_task("layouts", total=None)
             offers = find(

@@ -19,6 +19,15 @@ from megatron_hybrid.planner.memory import StageMemory, rank_memory
 from megatron_hybrid.planner.step_time import StepTime, recomputed_seconds, step_time
 
 GIB = 2**30
+# What it tries, whatever a config says of them.
+SEARCHED = (
+    "parallel.tensor_model_parallel_size", "parallel.sequence_parallel",
+    "parallel.pipeline_model_parallel_size", "parallel.virtual_pipeline_model_parallel_size",
+    "parallel.context_parallel_size", "parallel.expert_model_parallel_size",
+    "parallel.expert_tensor_parallel_size", "training.micro_batch_size",
+    "training.recompute_granularity", "training.recompute_method",
+    "training.recompute_num_layers", "training.recompute_modules",
+)  # fmt: skip
 PIPELINES, CHUNKS, MICRO_BATCHES = (1, 2, 4, 8, 16), (1, 2, 3, 4), (1, 2, 4)
 # Up to so many tokens a sequence, CP is left at 1 or 2: TP and smaller batches come first.
 SHORT_TOKENS = 8192

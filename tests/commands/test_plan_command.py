@@ -167,10 +167,13 @@ def test_columns_stay_in_a_file() -> None:
     assert [line.split()[0] for line in stages] == ["0", "1"]
 
 
-def test_json() -> None:
-    """The layouts of a search, for programs."""
+def test_json(caplog: pytest.LogCaptureFixture) -> None:
+    """The layouts of a search, for programs; what is typed of one is not gone by, which is said."""
     found = json.loads(plan(*MODEL, "--gpus", "8", "--search", "--top", "2", "--json",
-                            "--context-tokens", "4096"))  # fmt: skip
+                            "--context-tokens", "4096", "--micro-batch-size", "4"))  # fmt: skip
+    assert caplog.messages == [
+        "note: training.micro_batch_size: no effect, as --search tries layouts of its own"
+    ]
     assert len(found) == 2
     assert all(each["generation"] is not None for each in found)
     assert found[0]["step"]["tokens_per_s"] >= found[1]["step"]["tokens_per_s"]
