@@ -10,7 +10,7 @@ from typing import Any
 from megatron_hybrid.config import ModelConfig, RunConfig, load_config
 from megatron_hybrid.config.describe import shown
 from megatron_hybrid.config.effects import EFFECTS
-from megatron_hybrid.config.pattern import ATTENTION
+from megatron_hybrid.config.pattern import ATTENTION, MOE
 from megatron_hybrid.config.phases import sequence_lengths
 from megatron_hybrid.config.rules import Rule
 from megatron_hybrid.config.rules.common import LENGTHS, values
@@ -115,6 +115,12 @@ def other_functions(model: ModelConfig, said: Mapping[str, Any]) -> list[str]:
         if rotates or not name.startswith("rotary_")
         if attends or not name.startswith(("rotary_", "position_", "window_", "attn_"))
     ]
+
+
+def said_of_functions(model: ModelConfig) -> dict[str, Any]:
+    """What the config of a model says for `other_functions`; a dense one's nothing of experts."""
+    has_experts = MOE in model.hybrid_layer_pattern
+    return {name: v for name, v in model if has_experts or not name.startswith("moe_")}
 
 
 def other_training(config: RunConfig, saved: RunConfig) -> list[str]:

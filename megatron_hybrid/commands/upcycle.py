@@ -1,5 +1,6 @@
 """`megatron-hybrid upcycle`: a dense checkpoint becomes a fine-grained mixture of experts."""
 
+import logging
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,6 +9,8 @@ import typer
 
 from megatron_hybrid.bounds import MOST_EXPERTS, MOST_PROCESSES
 from megatron_hybrid.commands.progress import byte_progress
+
+logger = logging.getLogger(__name__)
 
 MOST_LAYERS = 100_000  # so that a slip of the finger does not fill the memory
 
@@ -103,6 +106,7 @@ def upcycle(
     chosen = None if layers is None else _layers(layers)
     source = find_checkpoint(load)  # what is not there is said before torch is loaded
     from megatron_hybrid.checkpoint.reader import CheckpointReader
+    from megatron_hybrid.checkpoint.saved_config import other_functions, said_of_functions
     from megatron_hybrid.checkpoint.source_model import source_config
     from megatron_hybrid.config import UpcyclingConfig
     from megatron_hybrid.upcycling.report import print_report
@@ -126,6 +130,11 @@ def upcycle(
         source, dense, config, options, restart_schedule=restart_schedule, threads=threads
     )
     print_report(dense, config, upcycling, Console())
+    if found := other_functions(config.model, said_of_functions(dense.model)):
+        logger.warning(
+            "note: %s was trained as another function of the same weights: %s",
+            source, ", ".join(found),
+        )  # fmt: skip
     if dry_run:
         return
     with byte_progress("upcycle") as advance:

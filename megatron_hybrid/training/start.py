@@ -18,13 +18,13 @@ from megatron_hybrid.checkpoint.saved_config import (
     other_functions,
     other_training,
     refuse_other_model,
+    said_of_functions,
     saved_config,
 )
 from megatron_hybrid.checkpoint.saved_here import saved_here
 from megatron_hybrid.claim import claim_file
 from megatron_hybrid.config import RunConfig, validate
 from megatron_hybrid.config.describe import shown
-from megatron_hybrid.config.pattern import MOE
 from megatron_hybrid.config.rules.common import LENGTHS, values
 from megatron_hybrid.config.tracker import CONFIG_FILE
 from megatron_hybrid.data.batches import Steps
@@ -250,13 +250,7 @@ def _note_other_functions(config: RunConfig, folder: Path) -> None:
     saved = saved_config(folder)
     if saved is None:
         return
-    said = {
-        name: value
-        for name, value in saved.model
-        # A dense model's say nothing of experts.
-        if MOE in saved.model.hybrid_layer_pattern or not name.startswith("moe_")
-    }
-    _note(config, folder, said)
+    _note(config, folder, said_of_functions(saved.model))
     was, now = saved.training.objective, config.training.objective
     if was != now:
         logger.warning("note: %s minimised %s; training.objective=%s", folder, was, now)

@@ -172,6 +172,9 @@ def test_other_data_than_were_counted_are_refused(
     assert "training.seed=99, in the checkpoint 1234" in command.errors
     assert "data.seq_length=[16], in the checkpoint [32]" in command.errors
     assert command(dense, tmp_path / "moe", f"{typed} optimizer.weight_decay=0.2") == 0
+    assert "another function" not in command.errors
+    assert command(dense, tmp_path / "moe", f"{typed} model.layernorm_epsilon=1e-3") == 0
+    assert "function of the same weights: model.layernorm_epsilon=0.001 (there" in command.errors
 
 
 def test_a_dry_run_finds_what_stands_against_it(
