@@ -17,13 +17,10 @@ from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.generation.batch import Batch
 from megatron_hybrid.generation.cache import MambaSlots, Pages, States
-from megatron_hybrid.generation.layers import (
-    AttentionLayer,
-    MambaLayer,
-    MlpLayer,
-    MoeLayer,
-    Rotary,
-)
+from megatron_hybrid.generation.layers.attention import AttentionLayer, Rotary
+from megatron_hybrid.generation.layers.mamba import MambaLayer
+from megatron_hybrid.generation.layers.mlp import MlpLayer
+from megatron_hybrid.generation.layers.moe import MoeLayer
 from megatron_hybrid.generation.linears import Group, Linear, Norm, sum_over
 from megatron_hybrid.generation.params import Limits
 from megatron_hybrid.ops.bf16 import through_fp32

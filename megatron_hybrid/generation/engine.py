@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from megatron_hybrid.errors import UserError
-from megatron_hybrid.generation.batch import Batch, Batches
+from megatron_hybrid.generation.batch import Batches
 from megatron_hybrid.generation.decoder import Decoder
+from megatron_hybrid.generation.drawing import Drawer, Drawn, Wanted, wanted
 from megatron_hybrid.generation.params import Limits, SamplingParams
 from megatron_hybrid.generation.ranks import Ranks
 from megatron_hybrid.generation.request import Event, Sequence, TokenLogprob
-from megatron_hybrid.generation.sampling import Sampler, token_logprobs
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Engine:
         self._waiting: deque[Sequence] = deque()  # the first continuation of each
         self._filling: list[Sequence] = []  # their prompts are under way
         self._decoding: list[Sequence] = []  # in slots 0 to B - 1
-        self._sampler: Sampler | None = None
+        self._drawer = Drawer(vocab_size, decoder.device)
         self._events: list[Event] = []
 
     # -- what others call --------------------------------------------------------------------------
@@ -285,10 +285,7 @@ class Engine:
         if not chunks and not self._decoding:
             return
         batch = self._batches.make(self._decoding, chunks)
-        rows = list(self._decoding)
-        whole: list[tuple[Sequence, slice, range]] = []  # prompts of which every token is told
-        if chunks:
-            rows += self._want(batch, whole)
+        asked = wanted(batch, self._decoding)
         longest = max(s.seen for s in self._decoding) + 1 if self._decoding else 0
         longest = max(longest, *(s.seen + length for s, length in chunks), 0)
         logits = self.decoder.forward(batch, longest)
@@ -297,69 +294,17 @@ class Engine:
         for sequence, length in chunks:
             sequence.seen += length
         at_goal = [s for s, _ in chunks if s.seen == s.goal]
-        drawn, told, prompts = self._ranks.shared(lambda: self._draw(logits, rows, whole))
-        for sequence, found in zip((s for s, _, _ in whole), prompts, strict=True):
-            sequence.prompt_logprobs += found
+        drawn = self._ranks.shared(lambda: self._draw(logits, asked))
+        for part, found in zip(asked.parts, drawn.parts, strict=True):
+            part.sequence.prompt_logprobs += found
         for head in at_goal:
             self._promote(head)
-        for sequence, token, logprob in zip(rows, drawn, told, strict=True):
+        for sequence, token, logprob in zip(asked.rows, drawn.tokens, drawn.told, strict=True):
             self._tell(sequence, token, logprob)
 
-    def _want(self, batch: Batch, whole: list[tuple[Sequence, slice, range]]) -> list[Sequence]:
-        """Which rows' logits are wanted of chunks, after those of the sequences that decode.
-
-        Returns:
-            The sequences whose prompts end here, and of which a token is to be drawn.
-        """
-        wanted = list(range(batch.decoding))
-        rows: list[Sequence] = []
-        told: list[tuple[Sequence, int, range]] = []  # of which tokens, after which row the first
-        for chunk in batch.chunks:
-            for index, sequence in enumerate(chunk.sequences):
-                first = chunk.rows.start + index * chunk.length
-                end = chunk.start + chunk.length
-                family = (sequence, *sequence.siblings) if end == sequence.goal else (sequence,)
-                if end == sequence.prompt_tokens and sequence.params.max_new_tokens:
-                    rows += family
-                    wanted += [first + chunk.length - 1] * len(family)
-                # The logits after a token tell of the next; after the prompt's last of a new one.
-                own = range(chunk.start + 1, min(end, sequence.prompt_tokens - 1) + 1)
-                for each in family:
-                    of = [t for t in (own if each is sequence else own[-1:]) if each.tells_of(t)]
-                    if of:
-                        told.append(
-                            (each, first - chunk.start - 1 + of[0], range(of[0], of[-1] + 1))
-                        )
-        for sequence, row, places in told:
-            whole.append((sequence, slice(len(wanted), len(wanted) + len(places)), places))
-            wanted += range(row, row + len(places))
-        batch.wanted = torch.tensor(wanted, dtype=torch.long, device=self.decoder.device)
-        return rows
-
-    def _draw(
-        self,
-        logits: torch.Tensor | None,
-        rows: list[Sequence],
-        whole: list[tuple[Sequence, slice, range]],
-    ) -> tuple[list[int], list[TokenLogprob | None], list[list[TokenLogprob | None]]]:
-        """Tokens of the rows and what is to be told of them and of prompts: on the last stage."""
-        assert logits is not None
-        logits = logits[:, : self.vocab_size]
-        sampler = self._sampler
-        if sampler is None or sampler.sequences != rows:
-            sampler = self._sampler = Sampler(rows, self.decoder.device)
-        tokens: list[int] = []
-        told: list[TokenLogprob | None] = []
-        if rows:
-            own = logits[: len(rows)]
-            tokens = sampler.choose(own)
-            told = sampler.logprobs(own, tokens)
-        prompts: list[list[TokenLogprob | None]] = []
-        for sequence, places, text in whole:
-            following = sequence.tokens[text.start : text.stop]
-            tops = [sequence.params.logprobs or 0] * len(following)
-            prompts.append([*token_logprobs(logits[places], following, tops)])
-        return tokens, told, prompts
+    def _draw(self, logits: torch.Tensor | None, asked: Wanted) -> Drawn:
+        assert logits is not None, "a rank of the last stage draws"
+        return self._drawer.draw(logits, asked)
 
     def _promote(self, head: Sequence) -> None:
         """A sequence that is as far as was its goal, and its siblings, go on: each with what is

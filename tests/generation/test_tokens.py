@@ -175,7 +175,7 @@ def every_expert() -> list[tuple[float, float]]:
     distances = []
     for name in ("all kinds", "expert bias, packed", "softmax first"):
         with built(small_config(name)) as generator, torch.no_grad():
-            from megatron_hybrid.generation.layers import MoeLayer  # which imports the engine
+            from megatron_hybrid.generation.layers.moe import MoeLayer  # which imports the engine
 
             stages = generator.engine.decoder.stages
             (layer, *_) = [each for each in stages[0] if isinstance(each, MoeLayer)]

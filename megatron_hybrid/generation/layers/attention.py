@@ -1,0 +1,127 @@
+"""Self-attention as generation runs it, over pages of keys and values.
+
+Legend: T tokens of the step, h hidden size, k key/value heads of r query heads each, d channels of
+a head.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_hybrid.generation.batch import Batch, Chunk
+from megatron_hybrid.generation.cache import Pages
+from megatron_hybrid.generation.linears import Group, Linear, Norm
+from megatron_hybrid.ops.attention import causal_attention
+from megatron_hybrid.ops.paged_attention import paged_attention
+
+
+class Rotary:
+    """Cosines and sines of RoPE, as many as texts have become long.
+
+    Args:
+        embedding: the engine's, which knows base and share of the channels.
+    """
+
+    def __init__(self, embedding: Any, dtype: torch.dtype) -> None:
+        self._embedding, self._dtype = embedding, dtype
+        self._length = 0
+        self.cos = self.sin = torch.empty(0)
+
+    def at(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """`[T, 1, 1, rotated channels]` each, of positions below `length`."""
+        if length > self._length:
+            self._length = max(length, 2 * self._length, 256)
+            angles = self._embedding(self._length).flatten(1)
+            self.cos, self.sin = (f(angles).to(self._dtype) for f in (torch.cos, torch.sin))
+        return self.cos[positions][:, None, None], self.sin[positions][:, None, None]
+
+
+class AttentionLayer:
+    """Self-attention; `pages` is set before the first call."""
+
+    pages: Pages
+
+    def __init__(self, layer: Any, group: Group) -> None:
+        attention = layer.self_attention
+        self.norm = Norm(attention.linear_qkv, "layer_norm_weight", attention.linear_qkv.eps)
+        self.qkv = Linear(attention.linear_qkv)
+        self.proj = Linear(attention.linear_proj, group=group)
+        self.heads = attention.num_query_groups_per_partition
+        self.queries = attention.num_attention_heads_per_partition // self.heads
+        self.channels = attention.hidden_size_per_attention_head
+        core = attention.core_attention
+        scale = getattr(core, "softmax_scale", None)
+        self.scale = scale if scale is not None else self.channels**-0.5
+        window = attention.config.window_size
+        self.window = None if window is None else window[0] + 1
+
+    def refresh(self) -> None:
+        """Take the parameters up again."""
+        for each in (self.norm, self.qkv, self.proj):
+            each.refresh()
+
+    def __call__(self, x: Tensor, batch: Batch, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """`[T, h]` -> `[T, h]`."""
+        tokens, queries = len(x), self.queries
+        mixed = self.qkv(self.norm(x)).view(tokens, self.heads, queries + 2, self.channels)
+        if rotary is not None:
+            _rotate(mixed[:, :, : queries + 1], *rotary)
+        query, key, value = mixed[:, :, :queries], mixed[:, :, queries], mixed[:, :, queries + 1]
+        pool = self.pages
+        assert batch.places is not None
+        for kept, new in ((pool.keys, key), (pool.values, value)):
+            kept.view(-1, self.heads, self.channels).index_copy_(
+                0, batch.places, new.to(kept.dtype)
+            )
+        decoding = batch.decoding
+        if not batch.chunks:
+            return self.proj.add_to(x, self._paged(query, batch).to(x.dtype))
+        y = x.new_empty(tokens, self.heads * queries * self.channels)
+        if decoding:
+            y[:decoding] = self._paged(query[:decoding], batch)
+        for chunk in batch.chunks:
+            y[chunk.rows] = self._attend(query, key, value, chunk)
+        return self.proj.add_to(x, y)
+
+    def _paged(self, query: Tensor, batch: Batch) -> Tensor:
+        table, pool = batch.table, self.pages
+        assert table is not None
+        pages = len(table.owner)
+        return paged_attention(
+            query.to(pool.keys.dtype), pool.keys[:pages], pool.values[:pages], table, self.scale
+        ).flatten(1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk) -> Tensor:
+        """Of a chunk's queries to its own keys, or to all in its sequence's pages."""
+        shape = (len(chunk.sequences), chunk.length)
+
+        def by_token(tensor: Tensor) -> Tensor:  # [length, sequences, heads, d]
+            return tensor[chunk.rows].flatten(1, -2).unflatten(0, shape).transpose(0, 1)
+
+        stop = chunk.start + chunk.length
+        if chunk.context is None:
+            keys, values, first = by_token(key), by_token(value), 0
+        else:
+            pages, first = chunk.context
+            keys, values = (
+                pool[pages].flatten(0, 1)[: stop - first, None].to(query.dtype)
+                for pool in (self.pages.keys, self.pages.values)
+            )
+        attended = causal_attention(
+            by_token(query), keys, values, chunks=[(chunk.start - first, stop - first)],
+            window=self.window, scale=self.scale,
+        )  # fmt: skip
+        return attended.transpose(0, 1).flatten(0, 1)
+
+
+def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Turn the first channels of `heads` `[T, k, any, d]` in place, each with that half further."""
+    part = heads[..., : cos.shape[-1]]
+    first, second = part.chunk(2, dim=-1)
+    low, high = sin.chunk(2, dim=-1)
+    turned = part * cos
+    into_first, into_second = turned.chunk(2, dim=-1)
+    into_first.addcmul_(second, low, value=-1)
+    into_second.addcmul_(first, high)
+    part.copy_(turned)
