@@ -14,7 +14,11 @@ from torch import Tensor
 
 from megatron_hybrid.ops.bf16 import through_fp32
 from megatron_hybrid.ops.gated_norm import inverse_rms
-from megatron_hybrid.ops.linear import FEW_ROWS, MIN_MULTIPLICATIONS, product
+from megatron_hybrid.ops.linear import FEW_ROWS, product
+
+# Up to here `torch.mm` is as fast as what `product` chooses, which packs the weight at each call:
+# not worth it for the rows of a step.
+FEW_MULTIPLICATIONS = 2**26
 
 Group = dist.ProcessGroup | None
 
@@ -45,9 +49,8 @@ class Linear:
         bias = getattr(self._module, f"bias{self._name}", None)
         self.bias = None if bias is None or not bias.numel() else bias.detach()
         self.weight, self.transposed = weight, weight.t()
-        # `product` chooses the fastest way, which takes a while: not worth it for a few rows.
-        fewest = MIN_MULTIPLICATIONS / weight.numel() if weight.numel() else 0
-        self.few = FEW_ROWS if through_fp32(weight) else max(fewest, FEW_ROWS)
+        few = FEW_MULTIPLICATIONS // max(weight.numel(), 1)
+        self.few = FEW_ROWS if through_fp32(weight) else max(few, FEW_ROWS)
 
     def product(self, x: Tensor) -> Tensor:
         """`[t, k]` -> `[t, n]`, without bias."""
