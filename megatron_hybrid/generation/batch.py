@@ -39,7 +39,8 @@ class Batch:
     Attributes:
         tokens: `[T]` int64.
         positions: `[T]` int64, their places in the text.
-        places: `[T]` int64, of their keys and values in the pool; None without attention.
+        places: `[T]` int64 each, the pages of their keys and values, and where in those they are;
+            None without attention.
         decoding: how many sequences decode: slots 0 to B - 1.
         table: of their pages; None where there are none.
         filling: the slots of the chunks' sequences, one after the other.
@@ -49,7 +50,7 @@ class Batch:
 
     tokens: Tensor
     positions: Tensor
-    places: Tensor | None
+    places: tuple[Tensor, Tensor] | None
     decoding: int
     table: PageTable | None
     chunks: list[Chunk]
@@ -61,7 +62,7 @@ class Batch:
 class Batches:
     """Makes each step's `Batch`; what decodes is brought forward rather than made anew.
 
-    A token more of the same sequences in the same pages adds one to every place; the tables are
+    A token more of the same sequences in the same pages adds one to each place; the tables are
     made again only when somebody comes, ends, or begins another page.
 
     Args:
@@ -72,7 +73,7 @@ class Batches:
         self.states, self.device, self.dtype = states, device, dtype
         self._version = -1
         self._batch: Batch | None = None
-        self._flat_mask = torch.empty(0)
+        self._mask = torch.empty(0)  # of the tables, [N, P]
 
     def make(self, sequences: list[Sequence], chunks: list[tuple[Sequence, int]]) -> Batch:
         """One step's work, for which pages are given out.
@@ -103,8 +104,8 @@ class Batches:
         batch.tokens = tokens
         batch.positions.add_(1)
         if batch.places is not None:
-            batch.places.add_(1)
-            self._flat_mask.index_fill_(0, batch.places, 0.0)
+            batch.places[1].add_(1)
+            self._mask[batch.places] = 0.0
         return batch
 
     def _made(self, sequences: list[Sequence], tokens: Tensor) -> Batch:
@@ -137,14 +138,15 @@ class Batches:
             hidden |= text <= now - states.window
         mask = torch.zeros(count, size, dtype=self.dtype, device=self.device)
         mask.masked_fill_(hidden, -torch.inf)
-        self._flat_mask = mask.view(-1)
+        self._mask = mask
         table = PageTable(
             owners,
             mask.view(count, 1, 1, size),
             torch.tensor(pages, device=self.device).view(-1),
             padding,
         )
-        places = torch.tensor([states.place(s, s.seen) for s in sequences], device=self.device)
+        written = torch.tensor([states.page(s, s.seen) for s in sequences], device=self.device)
+        places = written, positions % size
         return Batch(tokens, positions, places, len(sequences), table, [])
 
     def _with_chunks(self, decoding: Batch | None, chunks: list[tuple[Sequence, int]]) -> Batch:
@@ -152,7 +154,7 @@ class Batches:
         first = 0 if decoding is None else decoding.decoding
         tokens: list[int] = []
         positions: list[int] = []
-        places: list[int] = []
+        pages: list[int] = []
         grouped: list[Chunk] = []
         fresh: dict[int, list[Sequence]] = {}
         for sequence, length in chunks:
@@ -166,7 +168,7 @@ class Batches:
                 tokens += sequence.tokens[start : start + length]
                 positions += range(start, start + length)
                 if states.paged:
-                    places += [states.place(sequence, t) for t in range(start, start + length)]
+                    pages += [states.page(sequence, t) for t in range(start, start + length)]
             chunk = Chunk(group, rows, start, length)
             if start and states.paged:
                 (sequence,) = group
@@ -180,15 +182,17 @@ class Batches:
             return torch.tensor(values, dtype=torch.long, device=device)
 
         made = Batch(
-            on_device(tokens), on_device(positions), on_device(places) if states.paged else None,
-            first, None, grouped,
+            on_device(tokens), on_device(positions), None, first, None, grouped,
             on_device([s.slot for chunk in grouped for s in chunk.sequences]),
             Texts([chunk.length for chunk in grouped for _ in chunk.sequences], device),
         )  # fmt: skip
+        if states.paged:
+            made.places = on_device(pages), made.positions % states.limits.page_tokens
         if decoding is not None:
             made.tokens = torch.cat((decoding.tokens, made.tokens))
             made.positions = torch.cat((decoding.positions, made.positions))
             if decoding.places is not None and made.places is not None:
-                made.places = torch.cat((decoding.places, made.places))
+                one, other = map(torch.cat, zip(decoding.places, made.places, strict=True))
+                made.places = one, other
             made.table = decoding.table
         return made

@@ -27,14 +27,14 @@ class MambaSlots:
 
 
 class Pages:
-    """Keys and values of one attention layer, `[N, P, k, d]` each."""
+    """Keys and values of one attention layer, `[N, k, P, d]` each."""
 
     def __init__(
         self, pages: int, tokens: int, heads: int, channels: int, dtype: torch.dtype, device: object
     ) -> None:
         # Not zeros: the system hands out memory as pages are written to.
         self.keys, self.values = (
-            torch.empty(pages, tokens, heads, channels, dtype=dtype, device=device)  # type: ignore[call-overload]
+            torch.empty(pages, heads, tokens, channels, dtype=dtype, device=device)  # type: ignore[call-overload]
             for _ in range(2)
         )
 
@@ -153,10 +153,9 @@ class States:
             sequence.first_page += 1
             self.version += 1
 
-    def place(self, sequence: Sequence, token: int) -> int:
-        """Where in the pool, page by page, a token's key and value are."""
-        page, offset = divmod(token, self.limits.page_tokens)
-        return sequence.pages[page - sequence.first_page] * self.limits.page_tokens + offset
+    def page(self, sequence: Sequence, token: int) -> int:
+        """The page of a token's key and value."""
+        return sequence.pages[token // self.limits.page_tokens - sequence.first_page]
 
     def release(self, sequence: Sequence) -> None:
         """Take everything back from a sequence that has ended."""

@@ -32,16 +32,14 @@ class PageTable(NamedTuple):
 def paged_attention(
     query: Tensor, keys: Tensor, values: Tensor, table: PageTable, scale: float
 ) -> Tensor:
-    """Softmax attention of `query` `[B, k, r, d]` to `keys` and `values` `[N, P, k, d]`.
+    """Softmax attention of `query` `[B, k, r, d]` to `keys` and `values` `[N, k, P, d]`.
 
     Returns:
         `[B, k, r, d]`, dtype of the keys.
     """
     by_page = query.index_select(0, table.owner)
     attend = _flash if keys.device.type == "cpu" else _plain
-    answers, log_sums = attend(
-        by_page, keys.transpose(1, 2), values.transpose(1, 2), table.mask, scale
-    )
+    answers, log_sums = attend(by_page, keys, values, table.mask, scale)
     batch, most = query.shape[0], table.pages.shape[0] // query.shape[0]
     answers = answers.index_select(0, table.pages)
     if most == 1:

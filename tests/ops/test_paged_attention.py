@@ -20,7 +20,7 @@ def test_equals_attention_to_the_whole(
     """Sequences of other lengths, one page each or up to three; what is beyond does not count."""
     monkeypatch.setattr(module, "_flash", getattr(module, kernel))
     draws = torch.Generator().manual_seed(0)
-    keys, values = (torch.randn(8, PAGE, HEADS, CHANNELS, generator=draws) for _ in range(2))
+    keys, values = (torch.randn(8, HEADS, PAGE, CHANNELS, generator=draws) for _ in range(2))
     query = torch.randn(len(rows), HEADS, QUERIES, CHANNELS, generator=draws)
     most = max(len(PAGES[row]) for row in rows)
     owner, mask = torch.zeros(8, dtype=torch.long), torch.zeros(8, PAGE)
@@ -33,7 +33,7 @@ def test_equals_attention_to_the_whole(
     table = PageTable(owner, mask[:, None, None], pages.view(-1), padding[..., None, None])
     found = paged_attention(query, keys, values, table, 0.3)
     for place, row in enumerate(rows):
-        whole = [pool[list(PAGES[row])].flatten(0, 1)[: LENGTHS[row]] for pool in (keys, values)]
-        key, value = (each.transpose(0, 1)[None] for each in whole)
+        held = (pool[list(PAGES[row])].transpose(0, 1).flatten(1, 2) for pool in (keys, values))
+        key, value = (each[None, :, : LENGTHS[row]] for each in held)
         want = F.scaled_dot_product_attention(query[place : place + 1], key, value, scale=0.3)
         torch.testing.assert_close(found[place], want[0])

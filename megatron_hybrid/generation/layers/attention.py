@@ -71,9 +71,7 @@ class AttentionLayer:
         pool = self.pages
         assert batch.places is not None
         for kept, new in ((pool.keys, key), (pool.values, value)):
-            kept.view(-1, self.heads, self.channels).index_copy_(
-                0, batch.places, new.to(kept.dtype)
-            )
+            kept.transpose(1, 2).index_put_(batch.places, new.to(kept.dtype))
         decoding = batch.decoding
         if not batch.chunks:
             return self.proj.add_to(x, self._paged(query, batch).to(x.dtype))
@@ -105,7 +103,7 @@ class AttentionLayer:
         else:
             pages, first = chunk.context
             keys, values = (
-                pool[pages].flatten(0, 1)[: stop - first, None].to(query.dtype)
+                pool[pages].transpose(1, 2).flatten(0, 1)[: stop - first, None].to(query.dtype)
                 for pool in (self.pages.keys, self.pages.values)
             )
         attended = causal_attention(
