@@ -46,6 +46,10 @@ _TAGS = {
     "step_ms": "throughput/step_ms",
     "peak_memory_gib": "memory/peak_gib",
 }
+# That no other figure of a step may have, whose tag would be theirs.
+STEP_NAMES = frozenset(
+    tag.removeprefix("train/") for tag in _TAGS.values() if tag.startswith("train/")
+)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -116,7 +116,22 @@ def test_figures_are_numbers(figures: Any, found: dict[str, float] | None) -> No
     callbacks = Callbacks([], [("my.module:Figure", Figure(figures))])
     run: Any = SimpleNamespace(progress=SimpleNamespace(iteration=3))
     if found is not None:
-        assert callbacks.metrics(run, None) == found  # type: ignore[arg-type]
+        assert callbacks.metrics(run, None, {}) == found  # type: ignore[arg-type]
         return
     with pytest.raises(UserError, match=r"metrics of my\.module:Figure must be numbers by name"):
-        callbacks.metrics(run, None)  # type: ignore[arg-type]
+        callbacks.metrics(run, None, {})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("taken", ["loss", "params_norm", "z_loss", "masked_loss", "x", None])
+def test_no_figure_takes_the_place_of_another(taken: str | None) -> None:
+    """Ours, the objective's and those of other callbacks have their names."""
+    named = [("a:X", Figure({"x": 1})), ("b:Y", Figure({taken or "y": 2}))]
+    callbacks = Callbacks([Figure({"params_norm": 3})], named)
+    known = {"the router": {"z_loss": 4.0}, "training.objective": {"masked_loss": 5.0}}
+    run: Any = SimpleNamespace(progress=SimpleNamespace(iteration=3))
+    if taken is None:
+        found = callbacks.metrics(run, None, known)  # type: ignore[arg-type]
+        assert found == {"z_loss": 4, "masked_loss": 5, "params_norm": 3, "x": 1, "y": 2}
+        return
+    with pytest.raises(UserError, match=rf"training\.callbacks: b:Y has a figure '{taken}'"):
+        callbacks.metrics(run, None, known)  # type: ignore[arg-type]

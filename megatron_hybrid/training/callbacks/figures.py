@@ -34,6 +34,8 @@ class Figures(Callback):
         flops = flops_per_token(run.config.model, step.shape.seq_length).total
         seconds_per_token = sum(s for s, _ in self._recent) / sum(n for _, n in self._recent)
         uses = run.data.consumed(progress.consumed_samples)
+        losses = result.readings.get("moe_losses", {})
+        known = {"the router": losses, "training.objective": result.reports}
         return StepMetrics(
             iteration=progress.iteration,
             consumed_samples=progress.consumed_samples,
@@ -52,9 +54,5 @@ class Figures(Callback):
             source_tokens={use.name: use.tokens for use in uses},
             source_epochs={use.name: use.epochs for use in uses},
             expert_load=result.readings.get("expert_load"),
-            extra={
-                **result.readings.get("moe_losses", {}),
-                **result.reports,
-                **run.callbacks.metrics(run, step),
-            },
+            extra=run.callbacks.metrics(run, step, known),
         )

@@ -22,6 +22,7 @@ from megatron_hybrid.training.callbacks.profile import Profile
 from megatron_hybrid.training.callbacks.tensorboard import TensorBoard
 from megatron_hybrid.training.callbacks.trackers import Trackers
 from megatron_hybrid.training.callbacks.watchdog import Watchdog
+from megatron_hybrid.training.metrics import STEP_NAMES
 from megatron_hybrid.training.trackers.targets import targets
 
 if TYPE_CHECKING:
@@ -100,18 +101,30 @@ class Callbacks:
     def after_save(self, run: "Trainer", seconds: float) -> None:
         self._tell("after_save", run, seconds)
 
-    def metrics(self, run: "Trainer", step: Step) -> dict[str, float]:
-        """What all add to a step's figures."""
+    def metrics(
+        self, run: "Trainer", step: Step, known: Mapping[str, Mapping[str, float]]
+    ) -> dict[str, float]:
+        """A step's figures: those that are known, and what all add to them.
+
+        Args:
+            known: by what they are from.
+
+        Raises:
+            UserError: one is no number, or has the name of another.
+        """
         found: dict[str, float] = {}
+        for source, figures in known.items():
+            _add(found, source, figures)
         for callback in self._having["metrics"]:
             figures = self._call(callback, "metrics", run, step)
+            name = self._names.get(id(callback), type(callback).__name__)
             try:
-                found |= {str(name): float(value) for name, value in figures.items()}
+                own = {str(each): float(value) for each, value in figures.items()}
             except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-                name = self._names.get(id(callback), type(callback).__name__)
                 raise UserError(
                     f"{FIELD}: metrics of {name} must be numbers by name; they are {figures!r:.200}"
                 ) from error
+            _add(found, f"{FIELD}: {name}", own)
         return found
 
     def on_metrics(self, run: "Trainer", metrics: "StepMetrics") -> None:
@@ -143,6 +156,16 @@ class Callbacks:
             if isinstance(error, UserError):
                 raise UserError(f"{place}: {error}") from error
             raise CallbackError(f"{place}: {type(error).__name__}: {error}") from error
+
+
+def _add(found: dict[str, float], source: str, figures: Mapping[str, float]) -> None:
+    others = [*STEP_NAMES, *found]
+    if taken := [name for name in figures if name in others]:
+        raise UserError(
+            f"{source} has a figure {taken[0]!r}, which is another's already; allowed: names that "
+            f"are not {', '.join(sorted(others))}"
+        )
+    found |= figures
 
 
 def _has(callback: Callback, hook: str) -> bool:
