@@ -15,10 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+from generate_bound import Bound
 from generate_sides import SEED, Case, Run, serve
 from rich.console import Console
 from rich.table import Table
@@ -31,11 +33,12 @@ from megatron_hybrid.config import RunConfig, load_config, rules
 MODELS = ("2M", "33M")
 # Wide enough that the likeliest token leads: of what both compute alike, rounding decides nothing.
 INIT_STD = {"2M": 0.08, "33M": 0.05}
-TABLE_WIDTH = 132
+TABLE_WIDTH = 165
 # Of requests whose whole greedy text is the same on both sides; bf16 rounds too much to ask it.
 SAME_TEXT = 0.9
-# Where transformers takes longer over a run, it is run once, without one to warm up.
-LONG_RUN_S = 8.0
+# Of the time for a case, what transformers may take over one run before it is stopped.
+PEER_SHARE = 0.5
+LEAST_SHARE_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,16 @@ class Measured:
         tokens_per_s: all new tokens over all the time, prompts included.
         decode_per_s: after the first token of every sequence; 0 where requests are ragged.
         peak_mib: resident memory at its peak, less that of the process before the model is built.
+        runs: that the medians are of; 0: of the first alone, which warms up.
+        stopped: it was, and has no more tokens/s than these.
     """
 
     prefill_s: float
     tokens_per_s: float
     decode_per_s: float
     peak_mib: float
+    runs: int = 0
+    stopped: bool = False
 
 
 def model_config(name: str) -> RunConfig:
@@ -81,25 +88,58 @@ def make_model(name: str, folder: Path) -> None:
         subprocess.run(line, cwd=folder, check=True, capture_output=True)
 
 
-def compare(folder: Path, case: Case, rounds: int) -> tuple[dict[str, Measured], float]:
-    """Both sides in turns, and the share of requests with the same text."""
-    answers: dict[str, list[tuple[Run, float]]] = {}
-    with ExitStack() as processes:
-        pipes = {
-            side: processes.enter_context(
-                side_process(side, serve, folder, case.dtype, case.threads)
-            )
-            for side in ("peer", "ours")
-        }
-        for _ in range(rounds + 1):
-            for side, pipe in pipes.items():
-                pipe.send(case)
-                answers.setdefault(side, []).append(pipe.recv())
-            if answers["peer"][0][0].seconds > LONG_RUN_S:
-                break
+class _StoppedError(Exception):
+    """The peer takes longer over one run than it is given."""
+
+
+def compare(
+    folder: Path, case: Case, rounds: int, share_s: float
+) -> tuple[dict[str, Measured], Bound, float | None]:
+    """Both sides in turns, the bound, and the share of requests with the same text.
+
+    Args:
+        share_s: of the time of all cases; no turn begins that would end after it.
+    """
+    end, peer_limit_s = time.monotonic() + share_s, share_s * PEER_SHARE
+
+    def start(side: str) -> AbstractContextManager[Connection]:
+        return side_process(side, serve, folder, case.dtype, case.threads)
+
+    with start("ours") as ours:
+        try:
+            with start("peer") as peer:
+                answers = take_turns({"peer": peer, "ours": ours}, case, rounds, end, peer_limit_s)
+        except _StoppedError:
+            answers = take_turns({"ours": ours}, case, 1, end)
+        ours.send(("bound", case))
+        bound, _ = ours.recv()
+    sides = {side: measured(case, runs) for side, runs in answers.items()}
+    if "peer" not in sides:
+        tokens = sum(map(len, answers["ours"][0][0].tokens))
+        peer_side = Measured(0.0, tokens / peer_limit_s, 0.0, 0.0, stopped=True)
+        return {"peer": peer_side, **sides}, bound, None
     first = {side: runs[0][0].tokens for side, runs in answers.items()}
     same = [a == b for a, b in zip(first["peer"], first["ours"], strict=True)]
-    return {side: measured(case, runs) for side, runs in answers.items()}, sum(same) / len(same)
+    return sides, bound, sum(same) / len(same)
+
+
+def take_turns(
+    pipes: dict[str, Connection], case: Case, rounds: int, end: float, peer_limit_s: float = 0.0
+) -> dict[str, list[tuple[Run, float]]]:
+    """What each side answers: once to warm up, then as often as is asked and there is time for."""
+    answers: dict[str, list[tuple[Run, float]]] = {side: [] for side in pipes}
+    turn_s = 0.0
+    for turn in range(rounds + 1):
+        start = time.monotonic()
+        if turn and start + turn_s > end:
+            break
+        for side, pipe in pipes.items():
+            pipe.send(("run", case))
+            if side == "peer" and not pipe.poll(peer_limit_s):
+                raise _StoppedError
+            answers[side].append(pipe.recv())
+        turn_s = time.monotonic() - start
+    return answers
 
 
 def measured(case: Case, runs: list[tuple[Run, float]]) -> Measured:
@@ -111,46 +151,60 @@ def measured(case: Case, runs: list[tuple[Run, float]]) -> Measured:
     if not case.ragged and case.new_tokens > 1:
         gaps = [run.seconds - run.prefill_s for run in timed]
         later = (count - case.batch) / statistics.median(gaps)
-    return Measured(prefill, count / seconds, later, max(peak for _, peak in runs))
+    return Measured(prefill, count / seconds, later, max(peak for _, peak in runs), len(runs) - 1)
 
 
 def new_table(threads: int) -> Table:
     table = Table(title=f"Generation, {threads} threads; memory above the process")
     for name in ("model", "dtype", "prompt", "batch", "side", "prefill ms", "", "tokens/s", "",
-                 "after prefill", "", "peak MiB", "", "same text"):  # fmt: skip
-        table.add_column(name, justify="left" if name in ("model", "dtype", "side") else "right")
+                 "after prefill", "", "peak MiB", "", "same text", "runs, bound by"):  # fmt: skip
+        left = name in ("model", "dtype", "side", "runs, bound by")
+        table.add_column(name, justify="left" if left else "right")
     return table
 
 
-def add_rows(table: Table, case: Case, sides: dict[str, Measured], same: float) -> None:
-    peer = sides["peer"]
+def add_rows(
+    table: Table, case: Case, sides: dict[str, Measured], bound: Bound, same: float | None
+) -> None:
+    """The peer, ours and the bound; ratios to the peer: at least so much where it was stopped."""
+    peer, ours = sides["peer"], sides["ours"]
 
-    def times(ours: float, theirs: float) -> str:
-        return f"{ours / theirs:.2f}x" if theirs and ours else ""
+    def number(value: float, sign: str = "") -> str:
+        return f"{sign}{value:,.0f}" if value else ""
 
-    for side, it in sides.items():
+    def times(more: float, less: float) -> str:
+        return f"{'>' * peer.stopped}{more / less:.2f}x" if more and less else ""
+
+    def runs(it: Measured) -> str:
+        return "stopped" if it.stopped else str(it.runs or "1 cold")
+
+    def row(side: str, it: Measured, note: str) -> list[str]:
         first = side == "peer"
-        table.add_row(
-            case.model if first else "",
-            case.dtype if first else "",
-            f"{case.prompt}{' ragged' * case.ragged}" if first else "",
-            str(case.batch) if first else "",
+        return [
             side,
-            f"{1e3 * it.prefill_s:,.0f}" if it.prefill_s else "",
+            number(1e3 * it.prefill_s),
             "" if first else times(peer.prefill_s, it.prefill_s),
-            f"{it.tokens_per_s:,.0f}",
+            number(it.tokens_per_s, "<" * it.stopped),
             "" if first else times(it.tokens_per_s, peer.tokens_per_s),
-            f"{it.decode_per_s:,.0f}" if it.decode_per_s else "",
+            number(it.decode_per_s),
             "" if first else times(it.decode_per_s, peer.decode_per_s),
-            f"{it.peak_mib:,.0f}",
-            "" if first else f"{it.peak_mib / peer.peak_mib:.0%}",
-            "" if first else f"{same:.0%}",
-            end_section=not first,
-        )
+            number(it.peak_mib),
+            f"{it.peak_mib / peer.peak_mib:.0%}" if side == "ours" and peer.peak_mib else "",
+            f"{same:.0%}" if side == "ours" and same is not None else "",
+            note,
+        ]
+
+    least = Measured(0.0, bound.tokens_per_s, 0.0, 0.0)
+    if not case.ragged:
+        least = replace(least, prefill_s=bound.prefill_s, decode_per_s=bound.decode_per_s)
+    of = [case.model, case.dtype, f"{case.prompt}{' ragged' * case.ragged}", str(case.batch)]
+    table.add_row(*of, *row("peer", peer, runs(peer)))
+    table.add_row(*[""] * 4, *row("ours", ours, runs(ours)))
+    table.add_row(*[""] * 4, *row("bound", least, bound.by), end_section=True)
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
-    """What is asked for, without what would take minutes each unless that is asked for too."""
+    """What is asked for, without what takes minutes on either side unless that is asked for too."""
     asked = [
         Case(model, dtype, prompt, batch, kind == "ragged", args.new_tokens, args.threads)
         for model in args.models
@@ -164,10 +218,14 @@ def cases(args: argparse.Namespace) -> list[Case]:
 
 
 def _takes_minutes(case: Case) -> bool:
-    """What transformers would take so long over that the whole would not end in a quarter hour."""
-    if case.dtype == "bf16":
-        return case.ragged or case.prompt > 64 or case.batch > 16
-    return case.prompt > 64 and (case.ragged or (case.model == "33M" and case.batch > 16))
+    """64 prompts of 2048 tokens through 33 million parameters: ours takes minutes, too."""
+    return case.model == "33M" and case.prompt > 64 and case.batch > 16
+
+
+def _work(case: Case) -> int:
+    """About how long a case takes beside others."""
+    tokens = sum(len(prompt) + new for prompt, new in case.requests(1))
+    return tokens * int(case.model.removesuffix("M"))
 
 
 def main() -> None:
@@ -183,22 +241,34 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--full", action="store_true", help="also what takes minutes a case")
+    parser.add_argument(
+        "--minutes", type=float, default=25.0,
+        help="for all cases: each has an equal share of what is left, and fewer runs where they "
+        "are long",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     table, records, wrong = new_table(args.threads), [], []
+    found: dict[Case, tuple[dict[str, Measured], Bound, float | None]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         for name in args.models:
             make_model(name, Path(temporary) / name)
-        for case in cases(args):
+        # The short ones first, which leave some of their shares to the long ones.
+        order = sorted(cases(args), key=_work)
+        end = time.monotonic() + 60 * args.minutes
+        for number, case in enumerate(order):
             start = time.monotonic()
-            sides, same = compare(Path(temporary) / case.model, case, args.rounds)
+            share_s = max((end - start) / (len(order) - number), LEAST_SHARE_S)
+            found[case] = compare(Path(temporary) / case.model, case, args.rounds, share_s)
             print(f"{case}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-            add_rows(table, case, sides, same)
-            records.append({**asdict(case), "same_text": same,
-                            **{side: asdict(it) for side, it in sides.items()}})  # fmt: skip
-            if case.dtype == "fp32" and same < SAME_TEXT:
-                wrong.append(f"{case}: {same:.0%} of the texts are the same")
+    for case in cases(args):
+        sides, bound, same = found[case]
+        add_rows(table, case, sides, bound, same)
+        records.append({**asdict(case), "same_text": same, "bound": asdict(bound),
+                        **{side: asdict(it) for side, it in sides.items()}})  # fmt: skip
+        if case.dtype == "fp32" and same is not None and same < SAME_TEXT:
+            wrong.append(f"{case}: {same:.0%} of the texts are the same")
     # Wide enough for every column, where the output is a file too.
     Console(width=max(Console().width, TABLE_WIDTH)).print(table)
     if args.json:

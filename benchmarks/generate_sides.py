@@ -56,11 +56,14 @@ class Run:
     tokens: list[list[int]]
 
 
-Side = Callable[[Case], Run]
+# What it is asked for -> what answers that for a case: "run", and of ours "bound".
+Side = dict[str, Callable[[Case], Any]]
 
 
 def ours(folder: Path, dtype: str, resources: ExitStack) -> Side:
     """Our engine, with as many slots as the batch and room for its tokens."""
+    from generate_bound import bound
+
     from megatron_hybrid.config.sections import PrecisionConfig
     from megatron_hybrid.generation import Generator, Limits, SamplingParams
     from megatron_hybrid.generation.checkpoint import loaded_model, read_checkpoint
@@ -69,12 +72,14 @@ def ours(folder: Path, dtype: str, resources: ExitStack) -> Side:
     config = config.model_copy(update={"precision": PrecisionConfig(recipe=dtype)})
     config, chunks = resources.enter_context(loaded_model(config, checkpoint, tokenizer))
 
-    def run(case: Case) -> Run:
+    def engine_for(case: Case) -> Any:
         page = Limits.page_tokens
         room = -(-(case.prompt + case.new_tokens) // page) * page
         limits = Limits(max_sequences=case.batch, max_tokens=case.batch * room)
-        generator = Generator.of_model(config, chunks, tokenizer, limits=limits)
-        engine = generator.engine
+        return Generator.of_model(config, chunks, tokenizer, limits=limits).engine
+
+    def run(case: Case) -> Run:
+        engine = engine_for(case)
         requests = case.requests(tokenizer.vocab_size)
         start = time.perf_counter()
         for prompt, new in requests:
@@ -90,7 +95,7 @@ def ours(folder: Path, dtype: str, resources: ExitStack) -> Side:
                 prefill_s = time.perf_counter() - start
         return Run(prefill_s, time.perf_counter() - start, tokens)
 
-    return run
+    return {"run": run, "bound": lambda case: bound(engine_for(case), case)}
 
 
 def peer(folder: Path, dtype: str, resources: ExitStack) -> Side:
@@ -138,14 +143,14 @@ def peer(folder: Path, dtype: str, resources: ExitStack) -> Side:
             tokens += found
         return Run(prefill_s, time.perf_counter() - start, tokens)
 
-    return run
+    return {"run": run}
 
 
 SIDES = {"ours": ours, "peer": peer}
 
 
 def serve(side: str, folder: Path, dtype: str, threads: int, pipe: Connection) -> None:
-    """Build a side; for each case of the pipe answer (run, peak MiB of it).
+    """Build a side; for each (what, case) of the pipe answer (what came of it, peak MiB).
 
     The peak is VmHWM since the case began, less the process's VmRSS with everything imported and
     no model yet: weights, states and what generating adds.
@@ -161,8 +166,9 @@ def serve(side: str, folder: Path, dtype: str, threads: int, pipe: Connection) -
         from transformers import NemotronHForCausalLM  # noqa: F401
     baseline_mib = resident_mib("VmRSS")
     with ExitStack() as resources:
-        run = SIDES[side](folder, dtype, resources)
+        built = SIDES[side](folder, dtype, resources)
         pipe.send("ready")
-        while case := pipe.recv():
+        while asked := pipe.recv():
+            what, case = asked
             Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-            pipe.send((run(case), resident_mib("VmHWM") - baseline_mib))
+            pipe.send((built[what](case), resident_mib("VmHWM") - baseline_mib))
