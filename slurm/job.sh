@@ -27,6 +27,17 @@ unset SLURM_EXPORT_ENV
 # the source tree in which it was submitted, with every edit since, not of the copy of the code.
 export PYTHONSAFEPATH=1
 
+# Ends a job of which a variable is to be yes or no, and is something else.
+require_yes_or_no() {
+    local name
+    for name; do
+        if [ "${!name}" != yes ] && [ "${!name}" != no ]; then
+            echo "error: $name=${!name} must be yes or no" >&2
+            exit 1
+        fi
+    done
+}
+
 # Ends a job whose time limit is no longer than the notice before it: it would be told to end at
 # every start, and come back for ever. The notice is that of the script's own line.
 require_time_before_notice() {

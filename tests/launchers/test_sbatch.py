@@ -1,6 +1,7 @@
 """Batch scripts filled in."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,26 @@ def test_what_the_script_does_not_have_is_refused() -> None:
 def test_scripts_are_bash(script: Path) -> None:
     """No script has a syntax error."""
     subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_what_is_yes_or_no_is_nothing_else() -> None:
+    """Each that a script compares with either; `true` would be as good as no."""
+    there = 0
+    for script in FOLDER.glob("*.sbatch"):
+        text = script.read_text()
+        names = set(re.findall(r'"\$(\w+)" = (?:yes|no)\b', text))
+        told = re.findall(r"^require_yes_or_no (.*)$", text, re.MULTILINE)
+        assert names == set(" ".join(told).split())
+        there += len(names)
+    assert there == 2
+    for value in ("yes", "no", "true", ""):
+        done = subprocess.run(
+            ["bash", "-c", f"source {FOLDER}/job.sh; require_yes_or_no VERIFY"],
+            env={"SLURM_JOB_ID": "1", "VERIFY": value}, capture_output=True, text=True,
+        )  # fmt: skip
+        right = value in ("yes", "no")
+        assert done.returncode == (not right)
+        assert right or done.stderr == f"error: VERIFY={value} must be yes or no\n"
 
 
 def test_ranks_run_the_copy_of_the_code(tmp_path: Path) -> None:
