@@ -105,6 +105,14 @@ _TABLE = (
         "the run ends before its first evaluation",
     ),
     _Unused(
+        ("logging.expert_load_interval",), _ends_before("logging.expert_load_interval"),
+        "the run ends before its first record",
+    ),
+    _Unused(
+        ("logging.float8_interval",), _ends_before("logging.float8_interval"),
+        "the run ends before its first record",
+    ),
+    _Unused(
         ("training.exit_interval",), _ends_before("training.exit_interval"),
         "the run ends before that",
     ),

@@ -10,6 +10,10 @@ from tests.config import GOOD
 # What is typed, and what gives it an effect.
 UNUSED = {
     "training.eval_interval=11": (["training.train_iters=10"], "training.train_iters=11"),
+    "logging.expert_load_interval=11": (["training.train_iters=10"], "training.train_iters=11"),
+    "logging.float8_interval=11": (
+        ["training.train_iters=10", "precision.emulate=true"], "training.train_iters=11",
+    ),
     "training.exit_interval=11": (["training.train_iters=10"], "training.train_iters=11"),
     "training.eval_iters=3": (["training.eval_interval=null"], "training.eval_interval=2"),
     "training.loss_spike_action=skip": ([], "training.loss_spike_factor=2"),
