@@ -105,8 +105,9 @@ def conversation_sources(
         DataError: with every source that has files without a mask.
     """
     problems = [
-        f"source {source.name}: {shard.prefix} has no mask of what is to be learnt (.mask); "
-        "`megatron-hybrid data tokenize --chat` makes such files"
+        f"source {source.name}: {shard.prefix} has no "
+        f"{'facts (.meta.json) of its ' if shard.looks_masked else ''}mask of what is to be learnt "
+        "(.mask); `megatron-hybrid data tokenize --chat` makes such files"
         for source in sources.values()
         for shard in source.shards
         if not shard.has_mask
@@ -141,7 +142,7 @@ def note_templates(sources: Mapping[str, Source], tokenizer: Tokenizer) -> None:
 
 def note_masks(sources: Mapping[str, Source], objective: str) -> None:
     """Say where conversations are read as text."""
-    found = [s.name for s in sources.values() if any(shard.has_mask for shard in s.shards)]
+    found = [s.name for s in sources.values() if any(shard.looks_masked for shard in s.shards)]
     if found:
         logger.warning(
             "note: %s: conversations, of which training.objective=%s learns every token, whoever "

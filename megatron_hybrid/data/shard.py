@@ -67,13 +67,20 @@ class Shard:
         return self.facts is not None and self.facts.mask is not None
 
     @property
+    def looks_masked(self) -> bool:
+        """Whether it has a mask, or one for as many tokens lies beside it, whose facts are gone."""
+        if self.facts is not None:
+            return self.has_mask
+        return self.mask_path.is_file() and self.mask_path.stat().st_size == self.tokens
+
+    @property
     def bin_path(self) -> Path:
         """The file of its ids."""
         return indexed_paths(self.prefix)[0]
 
     @property
     def mask_path(self) -> Path:
-        """The file that says which of them are to be learnt, where `has_mask`."""
+        """The file that says which of them are to be learnt, where `looks_masked`."""
         return mask_path(self.prefix)
 
 

@@ -122,7 +122,7 @@ def open_sources(
     Args:
         paths: for each source by name, prefixes or globs of prefixes. The shards of a source are
             sorted by path.
-        fingerprint: of the run's tokenizer; None: any.
+        fingerprint: of the run's tokenizer; None: any, the same for all.
         eod: its end token; None: any.
 
     Raises:
@@ -130,6 +130,7 @@ def open_sources(
     """
     problems: list[str] = []
     sources = {}
+    opened: list[tuple[str, Shard]] = []
     files = OpenFiles()
     owners: dict[tuple[int, int], str] = {}  # by Shard.file
     for name, patterns in paths.items():
@@ -149,12 +150,26 @@ def open_sources(
             shards.append(shard)
         if fingerprint is not None:
             problems += _foreign_shards(name, shards, fingerprint)
+        opened += [(name, shard) for shard in shards]
         if eod is not None:
             problems += _foreign_ends(name, shards, eod)
         sources[name] = Source(name, tuple(shards), files)
+    if fingerprint is None:
+        problems += _of_several_tokenizers(opened)
     if problems:
         raise DataError("\n".join(problems))
     return sources
+
+
+def _of_several_tokenizers(opened: Sequence[tuple[str, Shard]]) -> list[str]:
+    """The problems of shards that another tokenizer made than the first one that says its own."""
+    said = [(name, shard.prefix, own) for name, shard in opened if (own := shard.fingerprint)]
+    return [
+        f"source {name}: {prefix} was made with another tokenizer (fingerprint {own[:12]}) than "
+        f"{said[0][1]} ({said[0][2][:12]})"
+        for name, prefix, own in said
+        if own != said[0][2]
+    ]
 
 
 def _prefixes(name: str, patterns: Sequence[str], problems: list[str]) -> list[Path]:

@@ -129,7 +129,7 @@ def find_tokens(prefixes: Sequence[str], tokenizer: Tokenizer) -> list[Documents
     """
     opened = open_sources({each: [each] for each in prefixes}, tokenizer.fingerprint, tokenizer.eod)
     shards = [shard for source in opened.values() for shard in source.shards]
-    if found := [str(shard.prefix) for shard in shards if shard.has_mask]:
+    if found := [str(shard.prefix) for shard in shards if shard.looks_masked]:
         logger.warning(
             "note: %s: conversations, of which every token is counted, whoever speaks; what the "
             "assistant says is counted of the data of a run with training.objective=sft",

@@ -182,7 +182,9 @@ def test_conversations_that_are_read_as_text(
         [1, write_corpus(tmp_path / "text", [[1] * 400])],
     ]
     tokenizer = NullTokenizer(TOKENS)
-    for order in ("plan", "megatron"):
+    for order, facts in (("plan", True), ("megatron", True), ("plan", False)):
+        if not facts:  # the mask lies there all the same
+            facts_path(tmp_path / "chat").unlink()
         plan_data(make_config({"data_path": blend, "sample_order": order}), tokenizer, None)
     said = [message for message in caplog.messages if "learns every token" in message]
     assert (
@@ -191,5 +193,7 @@ def test_conversations_that_are_read_as_text(
             f"note: {tmp_path}/chat: conversations, of which training.objective=pretraining learns "
             "every token, whoever speaks; training.objective=sft learns what the assistant says"
         ]
-        * 2
+        * 3
     )
+    with pytest.raises(DataError, match=r"has no facts \(\.meta\.json\) of its mask"):
+        conversation_sources(open_sources({"chat": [str(tmp_path / "chat")]}), ROW)

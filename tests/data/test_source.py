@@ -189,6 +189,17 @@ def test_facts_must_be_of_these_files_and_this_tokenizer(
         "than data.tokenizer_model (cdcdcdcdcdcd)"
         for source, name in (("a", "good"), ("b", "foreign"))
     ]
+    paths = {"a": [str(t / "good")], "b": [str(t / "foreign"), str(t / "bare")]}
+    open_sources(paths)
+    facts = json.loads(facts_path(t / "foreign").read_text())
+    facts["tokenizer"]["fingerprint"] = "ef" * 32
+    facts_path(t / "foreign").write_text(json.dumps(facts))
+    with pytest.raises(DataError) as error:  # whichever the run's is
+        open_sources(paths)
+    assert str(error.value) == (
+        f"source b: {t}/foreign was made with another tokenizer (fingerprint efefefefefef) than "
+        f"{t}/good (abababababab)"
+    )
     caplog.clear()
     with caplog.at_level(logging.INFO):
         open_sources({"a": [str(t / "good")], "b": [str(t / "bare")]}, FINGERPRINT)
