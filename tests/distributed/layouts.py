@@ -31,7 +31,9 @@ DIFFUSION = "*E-*"  # trained by masked diffusion
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the parallel dimensions; `segments` is how the pattern is cut with `|`."""
+    """Sizes of the parallel dimensions; `segments` is how the pattern is cut with `|`; `batch`, how
+    many samples a step of the layout test has: two micro-batches a replica, where that shows all.
+    """
 
     name: str
     ranks: int
@@ -42,24 +44,25 @@ class Layout:
     segments: int = 1
     needs_moe: bool = False
     overlap: bool = False
+    batch: int = GLOBAL_BATCH_SIZE
 
     def pattern(self, layers: str) -> str:
         size = len(layers) // self.segments
         return "|".join(layers[i : i + size] for i in range(0, len(layers), size))
 
 
-ONE_RANK = Layout("one rank", 1)
+ONE_RANK = Layout("one rank", 1, batch=2)
 LAYOUTS = (
-    Layout("TP2+SP", 2, tp=2),
-    Layout("PP2", 2, pp=2, segments=2),
+    Layout("TP2+SP", 2, tp=2, batch=2),
+    Layout("PP2", 2, pp=2, segments=2, batch=2),
     Layout("PP2xVPP2", 2, pp=2, segments=4),
-    Layout("CP2", 2, cp=2),
+    Layout("CP2", 2, cp=2, batch=2),
     Layout("DP2", 2),
     Layout("DP2 overlapped", 2, overlap=True),
     Layout("EP2", 2, ep=2, needs_moe=True),
-    Layout("TP2xPP2", 4, tp=2, pp=2, segments=2),
-    Layout("TP2xCP2", 4, tp=2, cp=2),
-    Layout("CP2xEP2", 2, cp=2, ep=2, needs_moe=True),
+    Layout("TP2xPP2", 4, tp=2, pp=2, segments=2, batch=2),
+    Layout("TP2xCP2", 4, tp=2, cp=2, batch=2),
+    Layout("CP2xEP2", 2, cp=2, ep=2, needs_moe=True, batch=2),
     Layout("PP2xEP2", 4, pp=2, ep=2, segments=2, needs_moe=True),
     Layout("DP2xEP2", 4, ep=2, needs_moe=True),
 )
@@ -73,8 +76,22 @@ class Variant(NamedTuple):
     sft: bool = False
 
 
+def steps_of_variant(layout: Layout, variant: Variant) -> int:
+    """How many: what updates the weights is the same in all variants, and is tried in the plain one
+    and on one rank; where updates overlap with what computes, in each.
+    """
+    plain = not (variant.packed or variant.recompute or variant.sft)
+    return STEPS if plain or layout.overlap or layout.ranks == 1 else 1
+
+
 def layout_config(
-    layout: Layout, layers: str, *, packed: bool, recompute: bool, sft: bool = False
+    layout: Layout,
+    layers: str,
+    *,
+    packed: bool,
+    recompute: bool,
+    sft: bool = False,
+    batch: int = GLOBAL_BATCH_SIZE,
 ) -> RunConfig:
     """A small fp32 model in a layout; the same weights and data whatever the layout."""
     objective = "masked_diffusion" if layers == DIFFUSION else "sft" if sft else "pretraining"
@@ -120,7 +137,7 @@ def layout_config(
                 "packed_documents": packed,
             },
             "training": {
-                "global_batch_size": GLOBAL_BATCH_SIZE,
+                "global_batch_size": batch,
                 "train_iters": STEPS,
                 "objective": objective,
                 "objective_options": {"mask_token_id": EOD} if layers == DIFFUSION else {},
@@ -163,15 +180,17 @@ def sample(index: int, packed: bool, sft: bool = False) -> Batch:
     )  # fmt: skip
 
 
-def batches_of_this_rank(packed: bool, sft: bool = False) -> Iterator[Batch]:
+def batches_of_this_rank(
+    packed: bool, sft: bool = False, batch: int = GLOBAL_BATCH_SIZE
+) -> Iterator[Batch]:
     """This data-parallel rank's contiguous share of each global batch, without end."""
     from megatron.core import parallel_state
 
     rank = parallel_state.get_data_parallel_rank()
-    share = GLOBAL_BATCH_SIZE // parallel_state.get_data_parallel_world_size()
+    share = batch // parallel_state.get_data_parallel_world_size()
     step = 0
     while True:
-        first = step * GLOBAL_BATCH_SIZE + rank * share
+        first = step * batch + rank * share
         yield from (sample(i, packed, sft) for i in range(first, first + share))
         step += 1
 
@@ -218,23 +237,23 @@ def train_variants(
     layout: Layout, layers: str, weights: Path, variants: Sequence[Variant]
 ) -> list[list[tuple[float, float, dict[str, Any]]]]:
     """On a rank: `train_steps` in each of several variants, for one start of ranks."""
-    return [train_steps(layout, layers, weights, *variant) for variant in variants]
+    return [train_steps(layout, layers, weights, variant) for variant in variants]
 
 
 def train_steps(
-    layout: Layout, layers: str, weights: Path, packed: bool, recompute: bool, sft: bool = False
+    layout: Layout, layers: str, weights: Path, variant: Variant
 ) -> list[tuple[float, float, dict[str, Any]]]:
     """On a rank: the steps' losses, gradient norms and this rank's parts of the gradients."""
     from megatron_hybrid.training.checkpoint import load_checkpoint
     from megatron_hybrid.training.step import BatchShape
 
-    config = layout_config(layout, layers, packed=packed, recompute=recompute, sft=sft)
+    config = layout_config(layout, layers, batch=layout.batch, **variant._asdict())
     results = []
     with built(config) as (model, optimizer, stepper):
         load_checkpoint(config, weights, model, optimizer, weights_only=True)
-        data = batches_of_this_rank(packed, sft)
-        for _ in range(STEPS):
-            shape = BatchShape(GLOBAL_BATCH_SIZE, SEQ_LENGTH)
+        data = batches_of_this_rank(variant.packed, variant.sft, layout.batch)
+        for _ in range(steps_of_variant(layout, variant)):
+            shape = BatchShape(layout.batch, SEQ_LENGTH)
             result = stepper.train(data, shape, float("inf"), [])
             assert result.refusal is None
             results.append((result.loss, result.grad_norm, gradient_parts(model)))

@@ -9,14 +9,14 @@ from megatron_hybrid.testing import run_distributed
 from tests.training.runs import losses, trainer, words
 
 PATTERN = "M|*|-|M"
+VPP2 = ["parallel.pipeline_model_parallel_size=2", "training.micro_batch_size=1"]
 LAYOUTS = {
-    "PP2 x VPP2": (2, ["parallel.pipeline_model_parallel_size=2"]),
-    "PP2 x VPP2 x DP2": (4, ["parallel.pipeline_model_parallel_size=2"]),
+    "PP2 x VPP2": (2, VPP2),
+    "PP2 x VPP2 x DP2": (4, VPP2),
     "PP2 x VPP2, overlapped": (
         2,
         [
-            "parallel.pipeline_model_parallel_size=2", "parallel.overlap_grad_reduce=true",
-            "parallel.overlap_param_gather=true",
+            *VPP2, "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true",
         ],
     ),
     "PP2": (2, ["parallel.pipeline_model_parallel_size=2", "model.hybrid_layer_pattern=M*|-M"]),

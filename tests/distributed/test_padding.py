@@ -11,7 +11,6 @@ from megatron_hybrid.config import RunConfig
 from megatron_hybrid.testing import run_distributed
 from tests.distributed import layouts
 from tests.distributed.layouts import (
-    GLOBAL_BATCH_SIZE,
     LAYOUTS,
     ONE_RANK,
     SEQ_LENGTH,
@@ -54,13 +53,13 @@ def first_step(layout: Layout, untied: bool, recipe: str, multiple: int) -> dict
     config = padded(config, multiple, untie_embeddings_and_output_weights=untied)
     precision = config.precision.model_copy(update={"recipe": recipe})
     config = config.model_copy(update={"precision": precision})
-    shape = BatchShape(GLOBAL_BATCH_SIZE, SEQ_LENGTH)
+    shape = BatchShape(layout.batch, SEQ_LENGTH)
     with built(config) as (model, optimizer, stepper):
-        evaluated = stepper.evaluate(batches_of_this_rank(packed=False), [shape])
-        result = stepper.train(batches_of_this_rank(packed=False), shape, math.inf, [])
+        evaluated = stepper.evaluate(batches_of_this_rank(False, batch=layout.batch), [shape])
+        result = stepper.train(batches_of_this_rank(False, batch=layout.batch), shape, math.inf, [])
         gradients = gradient_parts(model)
         norms = (result.grad_norm, params_norm(optimizer))
-        again = stepper.evaluate(batches_of_this_rank(packed=False), [shape])
+        again = stepper.evaluate(batches_of_this_rank(False, batch=layout.batch), [shape])
         logits = _logits(model, multiple) if layout.ranks == 1 else None
         rows = _rows(model)
         return {

@@ -9,7 +9,6 @@ import torch
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.testing import run_distributed
 from tests.distributed.layouts import (
-    GLOBAL_BATCH_SIZE,
     LAYOUTS,
     ONE_RANK,
     SEQ_LENGTH,
@@ -52,8 +51,10 @@ def step(layout: Layout, modules: tuple[str, ...] | None) -> tuple[list[Any], Co
     with built(config) as (model, _, stepper):
         for name, module in model[0].named_modules():
             module.register_forward_hook(lambda *_, name=name: calls.update([name]))
-        shape = BatchShape(GLOBAL_BATCH_SIZE, SEQ_LENGTH)
-        result = stepper.train(batches_of_this_rank(False), shape, float("inf"), [])
+        shape = BatchShape(layout.batch, SEQ_LENGTH)
+        result = stepper.train(
+            batches_of_this_rank(False, batch=layout.batch), shape, float("inf"), []
+        )
         loads, losses = result.readings["expert_load"], result.readings["moe_losses"]
         return [
             result.loss, result.grad_norm, losses, loads.tokens.tolist(),

@@ -19,7 +19,7 @@ from tests.distributed.layouts import (
     layout_config,
 )
 
-BEFORE, AFTER = 3, 3
+BEFORE, AFTER = 2, 2
 LAYOUT = {layout.name: layout for layout in (ONE_RANK, *LAYOUTS)}
 
 
