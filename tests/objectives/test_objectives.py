@@ -62,7 +62,7 @@ def test_one_file_is_enough(tmp_path: Path) -> None:
         [
             words(plain),
             words(hidden, f"training.objective={OWN}:NextByHidden"),
-            words(micro, *WEIGHTED, "training.micro_batch_size=2"),
+            words(micro, *WEIGHTED, "training.micro_batch_size=1"),
             words(resumed, *WEIGHTED, "training.exit_interval=2"),
             words(resumed, *WEIGHTED),
             # Its losses are no spikes beside those of pre-training.

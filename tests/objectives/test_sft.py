@@ -116,7 +116,7 @@ def test_runs(blend: list[str], tmp_path: Path) -> None:
             words(whole, *line),
             words(resumed, *line, "training.exit_interval=2"),
             words(resumed, *line),
-            words(micro, *line, "training.micro_batch_size=2"),
+            words(micro, *line, "training.micro_batch_size=1"),
         ],
         words(evaluated, *line, *still),
         [each / "checkpoints" / "iter_0000004" for each in (whole, resumed)],

@@ -30,7 +30,8 @@ def words(run_dir: Path, *more: str) -> list[str]:
         f"model.vocab_size={VOCAB_SIZE}", "model.make_vocab_size_divisible_by=32",
         "data.mock_data=true", "data.tokenizer_type=null", f"data.seq_length={SEQ_LENGTH}",
         "data.num_workers=0", "precision.recipe=fp32",
-        f"training.global_batch_size={GLOBAL_BATCH_SIZE}", "training.train_iters=4",
+        f"training.global_batch_size={GLOBAL_BATCH_SIZE}", "training.micro_batch_size=2",
+        "training.train_iters=4",
         "optimizer.lr=1e-3", "optimizer.lr_decay_style=constant", "logging.tensorboard=false",
         f"run_dir={run_dir}", *more,
     ]  # fmt: skip

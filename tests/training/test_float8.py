@@ -83,7 +83,7 @@ def trained(lines: list[list[str]]) -> None:
             run.run()
 
 
-STEPS, LAST = 100, 20
+STEPS, LAST = 60, 12
 
 
 def ends(recipe: str) -> tuple[str, ...]:
@@ -91,7 +91,7 @@ def ends(recipe: str) -> tuple[str, ...]:
 
 
 def test_trains_as_bf16_does(tmp_path: Path) -> None:
-    """100 steps from the same weights on the same tokens: the loss falls as far, to 2 %.
+    """60 steps from the same weights on the same tokens: the loss falls as far, to 1 %.
 
     One layer at either end in BF16, where the recipe has any, of five: Mamba-2, attention and MLP
     are in float8 under each recipe.
@@ -114,9 +114,9 @@ def test_trains_as_bf16_does(tmp_path: Path) -> None:
         found = losses(run_dir)
         assert len(found) == STEPS
         final[recipe] = sum(found[-LAST:]) / LAST
-        assert final[recipe] < 0.75 * found[0]
+        assert final[recipe] < 0.85 * found[0]
     gaps = {recipe: loss / final["bf16"] - 1 for recipe, loss in final.items()}
-    assert max(map(abs, gaps.values())) < 0.02, gaps
+    assert max(map(abs, gaps.values())) < 0.01, gaps
     for recipe in RECIPES:
         assert losses(runs[recipe]) != losses(runs["bf16"])
 
@@ -211,7 +211,10 @@ def test_layouts(tmp_path: Path) -> None:
     }  # fmt: skip
     recipes = ("fp8_blockwise", "fp8_delayed")
     for name, (ranks, more) in layouts.items():
-        lines = [line(tmp_path / name / recipe, recipe, *more) for recipe in recipes]
+        lines = [
+            line(tmp_path / name / recipe, recipe, "training.train_iters=3", *more)
+            for recipe in recipes
+        ]
         run_distributed(trained, ranks, lines)
     for recipe in recipes:
         one, *others = (torch.tensor(losses(tmp_path / name / recipe)) for name in layouts)

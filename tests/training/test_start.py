@@ -60,7 +60,8 @@ def test_the_launcher_refuses_before_any_rank_starts(sources: str, tmp_path: Pat
 
 
 def batch_config(*more: str) -> RunConfig:
-    return load_config(words(Path("nowhere"), "training.global_batch_size=8", *more))
+    sizes = ["training.global_batch_size=8", "training.micro_batch_size=1"]
+    return load_config(words(Path("nowhere"), *sizes, *more))
 
 
 @pytest.mark.parametrize(
