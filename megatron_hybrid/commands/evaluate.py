@@ -1,4 +1,6 @@
-"""`megatron-hybrid evaluate`: losses of a model on texts, token files, or its run's own data."""
+"""`megatron-hybrid evaluate`: losses of a model on texts, token files, or its run's own data, and
+what it makes of the tasks of lm-eval.
+"""
 
 import sys
 import time
@@ -19,8 +21,14 @@ from megatron_hybrid.platform.threads import spin_before_sleeping
 if TYPE_CHECKING:
     from megatron_hybrid.evaluation.run import Asked
 
+# Of files, and of the run's own data.
+_OF_LOSSES = ("inputs", "prefixes", "overlap")
 
-@only_with("inputs", "json_key", "append_eod", "parse_special_tokens")
+
+@only_with("inputs", "json_key", "append_eod")
+@only_with(
+    "tasks", "include_path", "limit", "num_fewshot", "apply_chat_template", "system_instruction"
+)
 def evaluate(
     context: typer.Context,
     checkpoint: Annotated[
@@ -53,29 +61,82 @@ def evaluate(
         ),
     ] = 0,
     batch_size: Annotated[
-        int, typer.Option(min=1, max=MOST_COUNT, help="windows that a rank computes at once")
+        int,
+        typer.Option(
+            min=1, max=MOST_COUNT, help="windows, or texts of tasks, that a rank computes at once"
+        ),
     ] = 8,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="instead of losses: tasks, groups and tags of lm-eval by name or pattern, and "
+            "paths of a task's .yaml, with commas between them"
+        ),
+    ] = None,
+    include_path: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="with --tasks: a folder of more of them, whose Python is run; may be repeated"
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=MOST_COUNT, help="with --tasks: only so many documents of each, its first"
+        ),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=MOST_COUNT,
+            help="with --tasks: examples before each question, but where a task says 0",
+        ),
+    ] = None,
+    apply_chat_template: Annotated[
+        bool,
+        typer.Option(
+            "--apply-chat-template", help="with --tasks: as messages, by the tokenizer's template"
+        ),
+    ] = False,
+    system_instruction: Annotated[
+        str | None, typer.Option(help="with --tasks: a text before each prompt")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the record as JSON")] = False,
     nproc: Annotated[
         int | None,
         typer.Option(min=1, max=MOST_PROCESSES, help="start this many ranks on this machine"),
     ] = None,
 ) -> None:
-    """Loss and perplexity of a model, by source: of files, or of what its run evaluates itself on.
+    """Loss and perplexity of a model, by source, or its answers to tasks.
+
+    The losses are of files, or of what its run evaluates itself on.
 
     A document is read in windows of `data.seq_length` tokens, which do not overlap unless they are
     told to. Each of its tokens is counted once; the first, which nothing comes before, is not. Any
     layout gives the same: `parallel.context_parallel_size=2` and its like say how ranks divide
-    model and sequences, and the rest of them divide what is evaluated.
+    model and sequences, and the rest of them divide what is evaluated. Tasks are those of lm-eval,
+    by its own harness (pip install 'megatron-hybrid[eval]'); all ranks divide the model there.
     """
     refuse_options(context)
-    if overlap and not inputs and not prefixes:
-        raise typer.BadParameter("only with --input or --prefix", param_hint="--overlap")
+    names = _check_usage(context, tasks)
     check_launcher(nproc)
     from megatron_hybrid.checkpoint.files import find_checkpoint
 
     find_checkpoint(checkpoint)  # what is not there is said before torch is loaded
     spin_before_sleeping()
+    if tasks is not None:
+        from megatron_hybrid.commands.evaluate_tasks import evaluate_tasks
+        from megatron_hybrid.evaluation.tasks import AskedTasks
+
+        asked_tasks = AskedTasks(
+            names, include_path or (), limit, num_fewshot, apply_chat_template,
+            system_instruction, parse_special_tokens,
+        )  # fmt: skip
+        evaluate_tasks(
+            checkpoint, asked_tasks, context.args, batch_size, nproc=nproc, as_json=as_json
+        )
+        return
     from megatron_hybrid.evaluation.run import Asked, open_evaluation
 
     asked = Asked(
@@ -87,6 +148,25 @@ def evaluate(
             open_evaluation(checkpoint, asked, context.args, world_size=nproc)
         start_ranks(nproc)
     _evaluate(checkpoint, asked, context.args, as_json=as_json)
+
+
+def _check_usage(context: typer.Context, tasks: str | None) -> list[str]:
+    """What would be read, or not; gives the names of tasks."""
+    names = [name for each in (tasks or "").split(",") if (name := each.strip())]
+    if tasks is not None and not names:
+        raise typer.BadParameter("it names none", param_hint="--tasks")
+    given = {name for name, value in context.params.items() if value}
+    files = given & {"inputs", "prefixes"}
+    if tasks is not None and (losses := [name for name in _OF_LOSSES if name in given]):
+        hints = {"inputs": "--input", "prefixes": "--prefix", "overlap": "--overlap"}
+        raise typer.BadParameter("not with --tasks", param_hint=hints[losses[0]])
+    if "overlap" in given and not files:
+        raise typer.BadParameter("only with --input or --prefix", param_hint="--overlap")
+    if "parse_special_tokens" in given and "inputs" not in given and tasks is None:
+        raise typer.BadParameter(
+            "only with --input or --tasks", param_hint="--parse-special-tokens"
+        )
+    return names
 
 
 def _evaluate(checkpoint: Path, asked: "Asked", words: list[str], *, as_json: bool) -> None:

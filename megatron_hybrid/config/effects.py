@@ -75,7 +75,8 @@ _FIELDS: Mapping[Effect, str] = {
         run_dir training.eval_interval training.log_interval training.exit_interval
         training.exit_duration_in_mins training.hang_timeout_s training.profile
         training.profile_step_start training.profile_step_end training.profile_ranks
-        training.callbacks
+        training.callbacks training.eval_tasks training.eval_tasks_include_path
+        training.eval_tasks_limit training.eval_tasks_num_fewshot
         checkpoint.save checkpoint.save_interval checkpoint.async_save checkpoint.keep_last
         checkpoint.verify_integrity
         logging.tensorboard logging.log_params_norm logging.float8_interval

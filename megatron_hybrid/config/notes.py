@@ -140,6 +140,13 @@ _TABLE = (
         "training.eval_interval=null evaluates nothing",
     ),
     _Unused(
+        (
+            "training.eval_tasks_include_path", "training.eval_tasks_limit",
+            "training.eval_tasks_num_fewshot",
+        ),
+        lambda c: not c.training.eval_tasks, "training.eval_tasks=[] asks nothing",
+    ),
+    _Unused(
         ("training.loss_spike_action",), lambda c: c.training.loss_spike_factor is None,
         "training.loss_spike_factor=null watches for no spikes",
     ),

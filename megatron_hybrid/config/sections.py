@@ -166,6 +166,10 @@ ClassNames = Annotated[
     tuple[Text, ...], Strict(False), Words("names such as [mypackage.mymodule:MyCallback]")
 ]
 
+TaskNames = Annotated[
+    tuple[Text, ...], Strict(False), Words("names of tasks such as [hellaswag, arc_easy]")
+]
+
 Options = Annotated[
     dict[Text, Any], AfterValidator(FrozenDict), Words("options by name such as {mask_token: 7}")
 ]
@@ -197,6 +201,20 @@ class TrainingConfig(Section):
         default=None, description="iterations between evaluations; null: none"
     )
     eval_iters: Positive = Field(default=10, description="global batches in one evaluation")
+    eval_tasks: TaskNames = Field(
+        default=(),
+        description="tasks, groups and tags of lm-eval, by name, pattern or .yaml, that the model "
+        "answers after each evaluation; what each came to is in metrics.jsonl",
+    )
+    eval_tasks_include_path: FilePath | None = Field(
+        default=None, description="a folder of more tasks, whose Python is run"
+    )
+    eval_tasks_limit: Positive | None = Field(
+        default=None, description="only so many documents of each task, its first; null: all"
+    )
+    eval_tasks_num_fewshot: Count | None = Field(
+        default=None, description="examples before each question; null: as each task says"
+    )
     log_interval: Positive = Field(default=1, description="iterations between log lines")
     exit_interval: Positive | None = Field(
         default=None, description="save and exit when the iteration divides by this; null: never"

@@ -168,7 +168,7 @@ def evaluate(opened: Opened, *, ranks: int, told: Callable[[int], None]) -> dict
     }
     return {
         "kind": KIND,
-        "iteration": _iteration(folder),
+        "iteration": iteration_of(folder),
         "checkpoint": folder.name,
         "seq_length": opened.config.data.seq_length,
         "overlap": asked.overlap,
@@ -209,7 +209,8 @@ def _figures(loss_sum: float, count: float) -> dict[str, Any]:
     return {"loss": loss, "perplexity": perplexity, "tokens": int(count)}
 
 
-def _iteration(folder: Path) -> int:
+def iteration_of(folder: Path) -> int:
+    """Of a checkpoint, by the name of its folder; 0 where that does not say."""
     number = folder.name.rpartition("_")[2]
     return int(number) if number.isdigit() else 0
 

@@ -10,6 +10,9 @@
   "evaluation"  by `megatron-hybrid evaluate`: iteration and name of the checkpoint, seq_length,
                 overlap, what was changed of data and texts, and by source and in total loss,
                 perplexity and tokens
+  "tasks"       of lm-eval, in the run (`training.eval_tasks`) or by `megatron-hybrid evaluate`:
+                iteration, by task and group its metrics, samples, num_fewshot and version, and
+                limit, max_length and the release of lm_eval
   "event"       anything else:   iteration, name, message
 in the order in which they happened. Floats are written with all their digits, so that two runs
 can be compared bit for bit; NaN and infinities, which JSON does not have, are written as null.
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 REWOUND_FILE = "metrics_rewound.jsonl"  # steps that were done again, as they were before
 TENSORBOARD_FOLDER = "tensorboard"
+TASKS = "tasks"  # a kind
 
 # Under which names TensorBoard and trackers have the figures of a step.
 _TAGS = {
@@ -139,7 +143,7 @@ def peak_memory_gib(device: "torch.device") -> float:
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a record, but for nulls, by the tags of TensorBoard and trackers.
 
-    Kinds other than "train" and "validation" have none.
+    Kinds other than "train", "validation" and "tasks" have none.
     """
     found: dict[str, Any]
     if record["kind"] == "train":
@@ -151,6 +155,12 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     elif record["kind"] == "validation":
         found = {"validation/loss": record["loss"]}
         found |= {f"validation/{name}": value for name, value in record.get("extra", {}).items()}
+    elif record["kind"] == TASKS:
+        found = {
+            f"tasks/{name}/{metric}": value
+            for name, each in {**record["tasks"], **record["groups"]}.items()
+            for metric, value in each["metrics"].items()
+        }
     else:
         return {}
     return {tag: float(value) for tag, value in found.items() if value is not None}

@@ -213,6 +213,10 @@ class Trainer:
         """Report something that happened at a step, such as "checkpoint", in a line for people."""
         self.callbacks.on_event(self, iteration, name, message)
 
+    def progressed(self) -> None:
+        """Tell who watches over hangs that what takes long goes on."""
+        self.callbacks.on_progress(self)
+
     def record(self, kind: str, values: Mapping[str, Any]) -> None:
         """Report figures of the last step that are no scalars, as a line of `metrics.jsonl`."""
         place = {"iteration": self.progress.iteration, "consumed_tokens": self.consumed_tokens()}

@@ -25,7 +25,7 @@ READ = {
     "verdict": "exit_code world_size",
     "generate": "checkpoint prompt prompts serve output max_new_tokens temperature "
     "repetition_penalty stop parse_special_tokens nproc",
-    "evaluate": "checkpoint inputs prefixes batch_size as_json nproc",
+    "evaluate": "checkpoint inputs prefixes tasks batch_size as_json nproc",
     "status": "run as_json",
     "track": "run",
     "smoke-test": "nproc layouts keep",
@@ -47,7 +47,7 @@ READ = {
 SAID = {
     "preflight": "timeout_s",  # of ranks
     "generate": "top_k top_p min_p seed max_sequences max_tokens",  # of draws
-    "evaluate": "overlap",  # of windows of files
+    "evaluate": "overlap parse_special_tokens",  # of windows of files; of texts
     "data tokenize": "tokenizer_model vocab_size json_key",  # of kinds of tokenizers, of texts
     "data show": "tokenizer_model tokenizer_type vocab_size",  # of texts
     "convert from-hf": "ignore_field",  # of what config.json has

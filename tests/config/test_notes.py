@@ -127,6 +127,9 @@ UNUSED = {
         ["optimizer.lr_decay_style=WSD", "optimizer.lr_decay_tokens=1_000_000_000"],
         "optimizer.lr_decay_tokens=1000",
     ),
+    "training.eval_tasks_include_path=here": ([], "training.eval_tasks=[x]"),
+    "training.eval_tasks_limit=5": ([], "training.eval_tasks=[x]"),
+    "training.eval_tasks_num_fewshot=5": ([], "training.eval_tasks=[x]"),
     "logging.float8_interval=5": ([], "precision.emulate=true"),
     "logging.expert_load_interval=5": (
         ["model.hybrid_layer_pattern=M-"], "model.hybrid_layer_pattern=M-E",
@@ -192,7 +195,8 @@ READ = """
     training.micro_batch_size training.global_batch_size training.batch_size_schedule
     training.train_iters training.train_samples training.train_tokens training.seed
     training.log_interval training.exit_duration_in_mins training.hang_timeout_s training.profile
-    training.objective training.callbacks training.nonfinite_action training.loss_spike_factor
+    training.objective training.callbacks training.eval_tasks training.nonfinite_action
+    training.loss_spike_factor
     optimizer.lr optimizer.lr_decay_style optimizer.lr_warmup_samples optimizer.lr_warmup_tokens
     optimizer.lr_warmup_fraction optimizer.weight_decay optimizer.adam_beta1 optimizer.adam_beta2
     optimizer.adam_eps optimizer.clip_grad

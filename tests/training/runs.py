@@ -40,7 +40,7 @@ def words(run_dir: Path, *more: str) -> list[str]:
 @contextmanager
 def trainer(line: Sequence[str], backend: str = "torch") -> Iterator[Any]:
     """On a rank: the Trainer of a command line, as `pretrain` makes it."""
-    from megatron_hybrid.data.tokenizer import NullTokenizer
+    from megatron_hybrid.data.tokenizer import build_tokenizer
     from megatron_hybrid.platform import initialize
     from megatron_hybrid.training.distributed import model_parallel_groups
     from megatron_hybrid.training.start import find_start
@@ -48,8 +48,9 @@ def trainer(line: Sequence[str], backend: str = "torch") -> Iterator[Any]:
 
     world_size, platform = torch.distributed.get_world_size(), initialize()
     config = load_config(line, world_size=world_size, has_cuda=platform.has_cuda)
-    assert config.model.vocab_size is not None
-    tokenizer = NullTokenizer(config.model.vocab_size)
+    tokenizer = build_tokenizer(
+        config.data.tokenizer_type, config.data.tokenizer_model, vocab_size=config.model.vocab_size
+    )
     start = find_start(config, tokenizer, world_size)
     with model_parallel_groups(config, platform):
         yield Trainer(config, platform, backend, tokenizer, start, time.monotonic())

@@ -97,6 +97,13 @@ def load_folder(c: RunConfig, _: Facts) -> Problems:
         yield from load_problems(dense, "upcycling.from")
 
 
+def task_folder(c: RunConfig, _: Facts) -> Problems:
+    """Tasks of one's own are in a folder."""
+    path = c.training.eval_tasks_include_path
+    if path is not None and not path.is_dir():
+        yield f"training.eval_tasks_include_path={path} is no folder"
+
+
 def writable(c: RunConfig, _: Facts) -> Problems:
     """The run can write where it must."""
     outputs = {
@@ -128,7 +135,16 @@ def trackers(c: RunConfig, _: Facts) -> Problems:
             )
 
 
+def task_harness(c: RunConfig, _: Facts) -> Problems:
+    """lm-eval is installed where the run starts."""
+    if c.training.eval_tasks and find_spec("lm_eval") is None:
+        yield (
+            f"training.eval_tasks=[{', '.join(c.training.eval_tasks)}] needs the package lm_eval; "
+            "allowed: [], or pip install 'megatron-hybrid[eval]'"
+        )
+
+
 # Whether inputs are named at all; a config may be looked at before they are.
-INPUTS: tuple[Rule, ...] = (data_given, tokenizer_given, trackers)
+INPUTS: tuple[Rule, ...] = (data_given, tokenizer_given, trackers, task_harness)
 DATA_FILES: tuple[Rule, ...] = (data_files,)
-FILES: tuple[Rule, ...] = (*DATA_FILES, tokenizer_file, load_folder, writable)
+FILES: tuple[Rule, ...] = (*DATA_FILES, tokenizer_file, load_folder, task_folder, writable)

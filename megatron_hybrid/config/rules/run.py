@@ -210,6 +210,25 @@ def profiled_steps(c: RunConfig, facts: Facts) -> Problems:
         )
 
 
+def eval_tasks(c: RunConfig, _: Facts) -> Problems:
+    """Who answers tasks generates text from left to right, on ranks that divide the model alone."""
+    t, asked = c.training, f"training.eval_tasks=[{', '.join(c.training.eval_tasks)}]"
+    if not t.eval_tasks:
+        return
+    if t.eval_interval is None:
+        yield f"{asked} needs training.eval_interval, which is null; set it, or ask no tasks"
+    if c.model.attn_mask_type != "causal":
+        yield f"{asked} needs model.attn_mask_type=causal; it is {c.model.attn_mask_type}"
+    if c.parallel.context_parallel_size > 1:
+        yield (
+            f"{asked} is for parallel.context_parallel_size=1; it is "
+            f"{c.parallel.context_parallel_size}. `megatron-hybrid evaluate --tasks` asks its "
+            "checkpoints"
+        )
+    if c.data.tokenizer_type == "null":
+        yield f"{asked} needs a tokenizer of texts; data.tokenizer_type=null has numbers alone"
+
+
 RUN: tuple[Rule, ...] = (
     alternatives,
     run_length,
@@ -221,4 +240,5 @@ RUN: tuple[Rule, ...] = (
     beginning,
     upcycling,
     profiled_steps,
+    eval_tasks,
 )

@@ -76,6 +76,9 @@ class Callback:
     def after_evaluation(self, run: "Trainer", evaluation: Evaluation) -> None:
         """After an evaluation."""
 
+    def on_progress(self, run: "Trainer") -> None:
+        """Something that takes long, and is no step, goes on: for who watches over hangs."""
+
     def after_save(self, run: "Trainer", seconds: float) -> None:
         """After a checkpoint is written, or handed over to be written in the background.
 

@@ -1,9 +1,11 @@
 """The console: a line a step, evaluation and event."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from megatron_hybrid.training.callbacks.base import Callback, Evaluation
 from megatron_hybrid.training.console import RunConsole
+from megatron_hybrid.training.metrics import TASKS, scalars
 
 if TYPE_CHECKING:
     from megatron_hybrid.training.step_metrics import StepMetrics
@@ -26,6 +28,13 @@ class Console(Callback):
     def after_evaluation(self, run: "Trainer", evaluation: Evaluation) -> None:
         assert self._console is not None
         self._console.validation(run.progress.iteration, run.consumed_tokens(), evaluation)
+
+    def on_record(self, run: "Trainer", kind: str, record: Mapping[str, Any]) -> None:
+        assert self._console is not None
+        if kind == TASKS:
+            figures = scalars({"kind": kind, **record}).items()
+            told = [f"{name} {value:.4f}" for name, value in figures if "_stderr" not in name]
+            self._console.line(f"iteration {run.progress.iteration}: {', '.join(told)}")
 
     def on_event(self, run: "Trainer", iteration: int, name: str, message: str) -> None:
         assert self._console is not None

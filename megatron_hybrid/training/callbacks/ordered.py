@@ -13,6 +13,7 @@ from megatron_hybrid.extensions import load_class
 from megatron_hybrid.training.callbacks.attempts import Attempts
 from megatron_hybrid.training.callbacks.base import Callback, Evaluation, Step
 from megatron_hybrid.training.callbacks.console import Console
+from megatron_hybrid.training.callbacks.eval_tasks import EvalTasks
 from megatron_hybrid.training.callbacks.expert_load import ExpertLoadRecords
 from megatron_hybrid.training.callbacks.figures import Figures
 from megatron_hybrid.training.callbacks.float8_fit import Float8Fit
@@ -58,6 +59,7 @@ def built_in(config: RunConfig, *, reports: bool) -> list[Callback]:
         Float8Fit(logging.float8_interval) if logging.float8_interval else None,
         ExpertLoadRecords(logging.expert_load_interval) if logging.expert_load_interval else None,
         Profile(config) if training.profile else None,
+        EvalTasks(config) if training.eval_tasks else None,
     ]
     return [callback for callback in found if callback is not None]
 
@@ -97,6 +99,9 @@ class Callbacks:
 
     def after_evaluation(self, run: "Trainer", evaluation: Evaluation) -> None:
         self._tell("after_evaluation", run, evaluation)
+
+    def on_progress(self, run: "Trainer") -> None:
+        self._tell("on_progress", run)
 
     def after_save(self, run: "Trainer", seconds: float) -> None:
         self._tell("after_save", run, seconds)

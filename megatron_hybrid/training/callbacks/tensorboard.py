@@ -31,13 +31,17 @@ class TensorBoard(Callback):
         found = {"kind": "validation", "loss": evaluation.loss, "extra": evaluation.extra}
         self._write(run.progress.iteration, found)
 
+    def on_record(self, run: "Trainer", kind: str, record: Mapping[str, Any]) -> None:
+        self._write(run.progress.iteration, {"kind": kind, **record})
+
     def on_run_end(self, run: "Trainer", reason: str | None) -> None:
         assert self._events is not None
         self._events.close()
 
     def _write(self, step: int, record: Mapping[str, Any]) -> None:
         assert self._events is not None
-        self._events.write(step, scalars(record))
+        if values := scalars(record):
+            self._events.write(step, values)
 
 
 class _EventFile:

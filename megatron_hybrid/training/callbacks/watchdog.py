@@ -65,6 +65,9 @@ class Watchdog(Callback):
     def after_evaluation(self, run: "Trainer", evaluation: Evaluation) -> None:
         self._beat(run)
 
+    def on_progress(self, run: "Trainer") -> None:
+        self._beat(run)
+
     def after_save(self, run: "Trainer", seconds: float) -> None:
         self._beat(run)
 
