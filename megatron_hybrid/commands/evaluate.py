@@ -173,7 +173,7 @@ def _evaluate(checkpoint: Path, asked: "Asked", words: list[str], *, as_json: bo
     import orjson
 
     from megatron_hybrid.evaluation.run import evaluate as run
-    from megatron_hybrid.evaluation.run import keep, open_evaluation
+    from megatron_hybrid.evaluation.run import keep, open_evaluation, where_kept
     from megatron_hybrid.training.distributed import is_rank_zero, launched_world_size
 
     ranks = launched_world_size()
@@ -186,10 +186,7 @@ def _evaluate(checkpoint: Path, asked: "Asked", words: list[str], *, as_json: bo
         print(orjson.dumps(record, option=orjson.OPT_INDENT_2).decode())
     else:
         _print_table(record)
-    kept = keep(record, opened.folder)
-    none = "not recorded: no whole metrics.jsonl of the run that saved it"
-    where = f"recorded in {kept}" if kept else none
-    print(where, file=sys.stderr)
+    print(where_kept(keep(record, opened.folder)), file=sys.stderr)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ def evaluate_tasks(
     """Ask a checkpoint's model, on so many ranks, and print the record or a table of it."""
     import orjson
 
-    from megatron_hybrid.evaluation.run import keep
+    from megatron_hybrid.evaluation.run import keep, where_kept
     from megatron_hybrid.evaluation.task_run import evaluate_tasks as run
     from megatron_hybrid.evaluation.task_run import open_model
     from megatron_hybrid.evaluation.tasks import Tasks
@@ -44,9 +44,7 @@ def evaluate_tasks(
         print(orjson.dumps(record, option=orjson.OPT_INDENT_2).decode())
     else:
         _print_table(record)
-    kept = keep(record, opened.folder)
-    where = f"recorded in {kept}" if kept else "not recorded: no whole metrics.jsonl to write to"
-    print(where, file=sys.stderr)
+    print(where_kept(keep(record, opened.folder)), file=sys.stderr)
 
 
 @contextmanager

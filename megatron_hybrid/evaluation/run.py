@@ -236,6 +236,13 @@ def keep(record: dict[str, Any], folder: Path) -> Path | None:
     return None
 
 
+def where_kept(path: Path | None) -> str:
+    """What to say of what `keep` gave."""
+    if path is None:
+        return "not recorded: no whole metrics.jsonl of the run that saved it"
+    return f"recorded in {path}"
+
+
 def _append(path: Path, record: dict[str, Any]) -> bool:
     """Whether a record could follow a whole line. It is no sign of life of the run, which the time
     of the file's last change is."""

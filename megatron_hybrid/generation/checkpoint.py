@@ -5,10 +5,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from megatron_hybrid.checkpoint.carried import FOLDER
+from megatron_hybrid.checkpoint.carried import FOLDER, Carried
 from megatron_hybrid.checkpoint.files import find_checkpoint
 from megatron_hybrid.checkpoint.saved_config import read_config
 from megatron_hybrid.config import RunConfig, load_config, rules
@@ -19,11 +20,13 @@ from megatron_hybrid.config.rules.generation import LAYOUT_FIELDS
 from megatron_hybrid.config.sections import PrecisionConfig
 from megatron_hybrid.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_hybrid.errors import ConfigError, UserError
+from megatron_hybrid.json_text import parse_json
 from megatron_hybrid.platform import initialize
 from megatron_hybrid.platform.backend import resolve_backend
 from megatron_hybrid.small_files import naming, read_json
 from megatron_hybrid.training.distributed import process_groups, select_device
 
+_SAY_ENDS = ("generation_config.json", "config.json")  # the first that does
 _LOOKED_AT = 1 << 16  # bytes at either end of a file
 # Whatever the ranks that trained it: one process generates, unless it is told otherwise.
 ONE_RANK = (
@@ -155,11 +158,23 @@ def carried_ends(folder: Path) -> frozenset[int]:
     Raises:
         UserError: a file of that folder is damaged.
     """
-    for name in ("generation_config.json", "config.json"):
-        path = folder / FOLDER / name
-        if not path.exists():
-            continue
-        found = read_json(path).get("eos_token_id")
+    paths = (folder / FOLDER / name for name in _SAY_ENDS)
+    return _ends((path, read_json(path)) for path in paths if path.exists())
+
+
+def ends_of(carried: Carried) -> frozenset[int]:
+    """As `carried_ends`, of what a run has of that folder."""
+
+    def content(name: str) -> dict[str, Any]:
+        with naming(Path(FOLDER, name)):
+            return dict(parse_json(carried[name]))
+
+    return _ends((Path(FOLDER, name), content(name)) for name in _SAY_ENDS if name in carried)
+
+
+def _ends(said: Iterator[tuple[Path, dict[str, Any]]]) -> frozenset[int]:
+    for path, content in said:
+        found = content.get("eos_token_id")
         if found is None:
             continue
         ends = found if isinstance(found, list) else [found]

@@ -120,6 +120,7 @@ class Generator:
         tokenizer: Tokenizer,
         *,
         limits: Limits | None = None,
+        ends: frozenset[int] = frozenset(),
     ) -> Self:
         """Of a model in memory, as one that is being trained: its weights are shared.
 
@@ -128,6 +129,7 @@ class Generator:
         Args:
             config: of the run.
             chunks: this rank's, as built or as wrapped for training.
+            ends: tokens that end a text, beside the tokenizer's.
 
         Raises:
             UserError: it cannot generate, or has fewer ids than the tokenizer.
@@ -136,6 +138,7 @@ class Generator:
         config = config.with_vocab_size(tokenizer.vocab_size)
         generator = cls.__new__(cls)
         generator._set(config, chunks, tokenizer, limits, ExitStack())
+        generator._ends = ends
         return generator
 
     def _set(

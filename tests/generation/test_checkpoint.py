@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 import torch
 
+from megatron_hybrid.checkpoint.carried import read_carried
 from megatron_hybrid.checkpoint.saved_config import read_config
 from megatron_hybrid.config import TRACKER_FILE, load_config, rules
 from megatron_hybrid.config.describe import fields
@@ -18,7 +19,12 @@ from megatron_hybrid.data.tokenizer import NullTokenizer
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.generation import ONE_RANK, Generator, SamplingParams
 from megatron_hybrid.generation import generator as generator_module
-from megatron_hybrid.generation.checkpoint import carried_ends, checkpoint_digest, read_checkpoint
+from megatron_hybrid.generation.checkpoint import (
+    carried_ends,
+    checkpoint_digest,
+    ends_of,
+    read_checkpoint,
+)
 from megatron_hybrid.testing import run_distributed
 from tests.config import GOOD
 from tests.distributed.layouts import (
@@ -159,17 +165,21 @@ def test_tokens_that_end_a_text(tmp_path: Path) -> None:
     config.json, as transformers takes them; generation ends at each.
     """
     folder = tmp_path / "hugging_face"
-    assert carried_ends(tmp_path) == frozenset()
+    assert carried_ends(tmp_path) == ends_of({}) == frozenset()
     folder.mkdir()
     (folder / "config.json").write_text('{"eos_token_id": 2}')
     assert carried_ends(tmp_path) == {2}
     (folder / "generation_config.json").write_text('{"eos_token_id": null}')
     assert carried_ends(tmp_path) == {2}
     (folder / "generation_config.json").write_text('{"eos_token_id": [3, 11]}')
-    assert carried_ends(tmp_path) == {3, 11}
+    assert carried_ends(tmp_path) == ends_of(read_carried(tmp_path)) == {3, 11}
     (folder / "generation_config.json").write_text('{"eos_token_id": [3, "x"]}')
     with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id=\[3, 'x'\] must"):
         carried_ends(tmp_path)
+    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id=\[3, 'x'\] must"):
+        ends_of(read_carried(tmp_path))
+    with pytest.raises(UserError, match=r"hugging_face/config\.json is damaged"):
+        ends_of({"config.json": b"{"})
 
 
 def test_a_special_token_in_a_prompt_is_characters_or_its_id(tmp_path: Path) -> None:

@@ -52,11 +52,14 @@ class EvalTasks(Callback):
         """
         from megatron_hybrid.evaluation.task_run import limits_for
         from megatron_hybrid.generation import Generator
+        from megatron_hybrid.generation.checkpoint import ends_of
 
         max_length = self._config.data.seq_length
         limits = limits_for(max_length, _TEXTS_AT_ONCE)
         found: list[Any] = [None]
-        generator = Generator.of_model(run.config, run.model, run.tokenizer, limits=limits)
+        generator = Generator.of_model(
+            run.config, run.model, run.tokenizer, limits=limits, ends=ends_of(run.carried)
+        )
         with generator:
             if self._tasks is None:
                 generator.follow(run.progressed)
