@@ -122,10 +122,10 @@ def test_bad_rows(tmp_path: Path) -> None:
     assert report.facts["text"].input.empty == 1
 
 
-def test_a_line_of_100_megabytes(tmp_path: Path, fast_tokenizer: Path) -> None:
-    """It is one document among the others, plain or compressed, by two workers."""
+def test_a_line_of_many_chunks(tmp_path: Path, fast_tokenizer: Path) -> None:
+    """20 MB: it is one document among the others, plain or compressed, by two workers."""
     word = "the quick brown fox "
-    long = word * (100_000_000 // len(word))
+    long = word * (20 * chunks.CHUNK_BYTES // len(word))
     write_lines(tmp_path / "in.jsonl", [*(f'{{"text": "{text}"}}' for text in ("a", long, "b"))])
     packed = tmp_path / "in.jsonl.gz"
     packed.write_bytes(gzip.compress((tmp_path / "in.jsonl").read_bytes(), 1))
