@@ -132,7 +132,9 @@ def test_configs_of_two_seeds(tmp_path: Path) -> None:
     tool()._refuse_other_seeds(names, ["training.seed=5"])
 
 
-def test_two_configs_are_trained(tmp_path: Path) -> None:
+def test_two_configs_are_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """For so many steps, from the same seed: only the weight decay is another, from step 2 on."""
     for name, decay in zip(NAMES, (0.1, 0.2), strict=True):
         fields = [word.split("=") for word in words(tmp_path, f"optimizer.weight_decay={decay}")]
@@ -146,9 +148,14 @@ def test_two_configs_are_trained(tmp_path: Path) -> None:
             for section, values in sections.items()
         ).replace("tokenizer_type: null", 'tokenizer_type: "null"')
         (tmp_path / f"{name}.yaml").write_text(text)
-    done = run("a.yaml", "b.yaml", "--steps", 3, "--tolerance", 1e-9, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert "the same numbers up to step 1; they part at step 2" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", python())
+    line = ["compare_runs.py", "a.yaml", "b.yaml", "--steps=3", "--tolerance=1e-9"]
+    monkeypatch.setattr(sys, "argv", line)
+    code = tool().main()
+    said = capfd.readouterr()
+    assert code == 2, said.err
+    assert "the same numbers up to step 1; they part at step 2" in said.out
     assert (tmp_path / "comparison" / "comparison.png").exists()
     assert len(records(tmp_path / "comparison" / "a")) == 3
     again = run("a.yaml", "b.yaml", cwd=tmp_path)
