@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from checkpoints_converter.importing import ImportOptions, import_model
 from megatron_hybrid import cli
+from megatron_hybrid.checkpoint.saved_here import remember, stamp
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.evaluation.task_run import evaluate_tasks, open_model
 from megatron_hybrid.evaluation.tasks import AskedTasks, Tasks, unknown
@@ -129,6 +130,7 @@ def all_ways(source: Path, ours: Path, folder: Path) -> dict[str, dict[str, Any]
         found[name] = record
     line = ["--tasks", "pets, book", "--include-path", str(folder / "tasks"), "--limit", "3"]
     (ours.parent / METRICS_FILE).touch()
+    remember(opened.folder.parent, opened.folder.name, stamp(opened.folder))  # as a run does
     for more in ([], ["--json"]):
         words = ["evaluate", str(ours), *line, *more, f"data.seq_length={LENGTH}"]
         done = CliRunner().invoke(cli.app, words)
