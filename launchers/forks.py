@@ -14,6 +14,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -118,6 +119,7 @@ def run_python(argv: Sequence[str], environment: Mapping[str, str]) -> None:
     atexit._clear()  # what the process before us has to do at its end
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # that of TMPDIR as it was, where an import has asked for it
     threads = environment.get("OMP_NUM_THREADS", "")  # read as OpenMP was loaded, before this
     if threads.isdigit() and int(threads) and "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(int(threads))

@@ -12,9 +12,10 @@ import pytest
 from tests.warm import program_of, python
 
 PROGRAM = """
-import os, signal, sys, time
+import os, signal, sys, tempfile, time
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit(5))
 print(sys.argv[1:], os.getcwd(), os.environ.get("WARM"), sys.stdin.read(), flush=True)
+print(tempfile.gettempdir(), flush=True)
 print("an error", file=sys.stderr)
 if sys.argv[1] == "wait":
     time.sleep(60)
@@ -36,10 +37,11 @@ def script(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("how", ["end", "fail", "kill"])
 def test_streams_words_place_and_end(how: str, script: Path) -> None:
     """As those of Python itself, to the last byte."""
+    own = {"WARM": "yes", "TMPDIR": str(script.parent), "PYTHONPATH": ""}
     cold, warm = (
         subprocess.run(
             [each, script, how, "a b", "\u00fc"], cwd=script.parent, input="given", text=True,
-            env=os.environ | {"WARM": "yes", "PYTHONPATH": ""}, capture_output=True, check=False,
+            env=os.environ | own, capture_output=True, check=False,
         )
         for each in (sys.executable, python())
     )  # fmt: skip
