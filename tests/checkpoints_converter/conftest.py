@@ -74,8 +74,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, sentencepiece_model: Path)
     done = run_cli(
         "pretrain", *MODEL, f"data.data_path={folder / 'text'}", "data.split=100,0,0",
         f"data.tokenizer_model={sentencepiece_model}", "data.seq_length=64", "data.num_workers=0",
-        "precision.recipe=fp32", "training.global_batch_size=4", "training.train_iters=30",
-        "optimizer.lr=1e-2", "logging.tensorboard=false", f"run_dir={folder / 'run'}",
+        "precision.recipe=fp32", "training.global_batch_size=4", "training.micro_batch_size=4",
+        "training.train_iters=30", "optimizer.lr=1e-2", "logging.tensorboard=false",
+        f"run_dir={folder / 'run'}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return folder / "run"

@@ -40,7 +40,7 @@ data:
   seq_length: 64
   num_workers: 0
 training:
-  {{micro_batch_size: 2, global_batch_size: 8, train_tokens: 14336, eval_interval: null}}
+  {{micro_batch_size: 4, global_batch_size: 8, train_tokens: 14336, eval_interval: null}}
 checkpoint: {{save_interval: 5, keep_last: null}}
 """
 
