@@ -36,6 +36,10 @@ def evaluate_tasks(
     ranks = launched_world_size()
     opened = open_model(checkpoint, asked, words, world_size=ranks)
     tasks = Tasks(asked) if is_rank_zero() else None
+    if tasks is not None:
+        tasks.check(opened.tokenizer, opened.max_length)
+        if (note := opened.tokenizer.around_texts()) is not None:
+            print(f"note: {note}", file=sys.stderr)
     with _progress(shown=tasks is not None) as told:
         record = run(opened, tasks, batch_size, ranks=ranks, told=told)
     if record is None:

@@ -4,7 +4,8 @@ Only here is lm-eval imported. What its own model of transformers does with a re
 too, so that both give the same figures: where a text begins, what is cut off, what ends an answer.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from megatron_hybrid.data.tokenizer import Tokenizer
 from megatron_hybrid.data.tokenizer.hugging_face import HuggingFaceTokenizer
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.generation import Generator, SamplingParams, TokenLogprob
@@ -44,23 +46,28 @@ class HarnessModel(TemplateLM):
     """A model for lm-eval.
 
     Args:
-        generator: on the rank that leads.
         max_length: tokens of a text at most; a longer one loses its beginning.
+        generator: on the rank that leads; None: nothing is asked, only `check`ed.
         parse_special_tokens: chat messages may hold the text of special tokens.
         told: called with the requests that are done and all there are, of a kind.
+
+    Attributes:
+        answering: requests are under way, rather than what lm-eval does before and after.
     """
 
     def __init__(
         self,
-        generator: Generator,
+        tokenizer: Tokenizer,
         max_length: int,
+        generator: Generator | None = None,
         *,
         parse_special_tokens: bool = False,
         told: Callable[[str, int, int], None] = lambda kind, done, total: None,
     ) -> None:
         super().__init__()
-        self._generator, self._tokenizer = generator, generator.tokenizer
+        self._tokenizer, self._generator = tokenizer, generator
         self.max_length, self._told = max_length, told
+        self.answering = False
         self._special_in_texts = parse_special_tokens
         self._chat: ChatPrompts | None = None
 
@@ -81,13 +88,14 @@ class HarnessModel(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        return self._generator.name
+        """In the names of requests that are kept, as none are."""
+        return ""
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
         """Tokens of a text, to which nothing is added."""
-        return self._generator.encode(string)
+        return self._tokenizer.encode(string)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template's text, for lm-eval's record of it."""
@@ -98,11 +106,50 @@ class HarnessModel(TemplateLM):
     ) -> str:
         return self._chats().render(chat_history, {}, answer=add_generation_prompt)
 
+    def check(self, kind: str, arguments: tuple[Any, ...]) -> None:
+        """Look at a request without an answer to it; encoded only where that may tell something.
+
+        Raises:
+            UserError: it cannot be asked.
+        """
+        if kind == "generate_until":
+            self._sampling(arguments[1], 0)
+        elif kind == "loglikelihood":
+            context, continuation = arguments
+            likely = context.strip() and continuation.strip()
+            if not likely or len(continuation.encode()) > self.max_length:
+                self._pair(context, continuation)
+
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-        return found
+        return self._loglikelihood_tokens(
+            [(each.args, *self._pair(*each.args)) for each in requests]
+        )
+
+    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokens of both; of a continuation without a context the prefix is one, or its first."""
+        if context:
+            before, after = self._encode_pair(context, continuation)
+        else:
+            after = self.tok_encode(continuation, add_special_tokens=False)
+            begins = after[:1] == [self.prefix_token_id]
+            before, after = (after[:1], after[1:]) if begins else ([self.prefix_token_id], after)
+        if not before:
+            raise UserError(
+                f"the context {context!r:.50} is of blanks alone; allowed: none at all, or a text"
+            )
+        if not after:
+            raise UserError(
+                f"the continuation {continuation!r:.50} has no token of its own after the context "
+                f"{context[-20:]!r}; allowed: at least one"
+            )
+        if len(after) > self.max_length:
+            raise UserError(
+                f"a continuation of {len(after)} tokens has no room for a context; allowed: at "
+                f"most data.seq_length={self.max_length}"
+            )
+        return before, after
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
@@ -116,11 +163,12 @@ class HarnessModel(TemplateLM):
         for each in asked:
             together.setdefault(each.context, []).append(each)
         groups = list(together.values())
-        scores = self._generator.score(
-            ((group[0].context, [each.continuation for each in group]) for group in groups),
-            top=1,
-            told=self._counter("loglikelihood", len(asked)),
-        )
+        with self._asked() as generator:
+            scores = generator.score(
+                ((group[0].context, [each.continuation for each in group]) for group in groups),
+                top=1,
+                told=self._counter("loglikelihood", len(asked)),
+            )
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(asked)
         for group, found in zip(groups, scores, strict=True):
             for each, tokens in zip(group, found, strict=True):
@@ -130,11 +178,6 @@ class HarnessModel(TemplateLM):
     def _scored(self, number: int, context: list[int], continuation: list[int]) -> _Scored:
         """As far as the model's length goes: the last token needs no room."""
         room = self.max_length + 1 - len(continuation)
-        if room < 1:
-            raise UserError(
-                f"a continuation of {len(continuation)} tokens has no room for a context; allowed: "
-                f"at most data.seq_length={self.max_length}"
-            )
         return _Scored(number, tuple(context[-room:]), tuple(continuation))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -159,15 +202,11 @@ class HarnessModel(TemplateLM):
             context, settings = request.args
             asked = self._sampling(settings, number)
             room = self.max_length - asked.max_new_tokens
-            if room < 1:
-                raise UserError(
-                    f"an answer of max_gen_toks={asked.max_new_tokens} has no room for a context; "
-                    f"allowed: less than data.seq_length={self.max_length}"
-                )
             prompts.append((self.tok_encode(context) or [self.prefix_token_id])[-room:])
             params.append(asked)
         told = self._counter("generate_until", len(prompts))
-        answers = self._generator.generate(prompts, params, told=told)
+        with self._asked() as generator:
+            answers = generator.generate(prompts, params, told=told)
         return [completion.text or "" for [completion] in answers]
 
     def _sampling(self, settings: Mapping[str, Any], number: int) -> SamplingParams:
@@ -176,6 +215,11 @@ class HarnessModel(TemplateLM):
             raise UserError(
                 f"generation_kwargs.{unknown[0]}={said[unknown[0]]!r:.50} is not supported; "
                 f"allowed: {', '.join(sorted(_READ))}"
+            )
+        if said["max_gen_toks"] >= self.max_length:
+            raise UserError(
+                f"an answer of max_gen_toks={said['max_gen_toks']} has no room for a context; "
+                f"allowed: less than data.seq_length={self.max_length}"
             )
         own = {name: said[each] for each, name in _SAMPLING.items() if each in said}
         if not said["do_sample"]:
@@ -187,6 +231,13 @@ class HarnessModel(TemplateLM):
             stop=tuple(each for each in said["until"] if each),
             **own,
         )
+
+    @contextmanager
+    def _asked(self) -> Iterator[Generator]:
+        assert self._generator is not None, "one that only checks is asked nothing"
+        self.answering = True
+        yield self._generator
+        self.answering = False
 
     def _counter(self, kind: str, total: int) -> Callable[[], None]:
         done = 0

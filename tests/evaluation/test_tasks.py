@@ -5,6 +5,7 @@ transformers with the same weights.
 import json
 import os
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from typer.testing import CliRunner
 from checkpoints_converter.importing import ImportOptions, import_model
 from megatron_hybrid import cli
 from megatron_hybrid.checkpoint.saved_here import remember, stamp
+from megatron_hybrid.data.tokenizer import load_tokenizer
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.evaluation.task_run import evaluate_tasks, open_model
-from megatron_hybrid.evaluation.tasks import AskedTasks, Tasks, unknown
+from megatron_hybrid.evaluation.tasks import AskedTasks, Tasks, unknown, unread
 from megatron_hybrid.generation import Generator
 from megatron_hybrid.testing import run_distributed
 from megatron_hybrid.training.metrics import METRICS_FILE, read_records, scalars
@@ -156,11 +158,14 @@ def all_ways(source: Path, ours: Path, folder: Path) -> dict[str, dict[str, Any]
 
 
 def by_harness(asked: AskedTasks, **model: Any) -> dict[str, Any]:
-    from lm_eval.evaluator import simple_evaluate
+    from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
+    evaluator.add_env_info = lambda storage: None  # of the machine, by programs: many seconds
     manager = TaskManager(include_path=list(map(str, asked.include_path)), include_defaults=False)
-    return simple_evaluate(tasks=list(NAMES), task_manager=manager, bootstrap_iters=0, **model)
+    return evaluator.simple_evaluate(
+        tasks=list(NAMES), task_manager=manager, bootstrap_iters=0, **model
+    )
 
 
 def test_each_way_of_asking_gives_the_figures_of_transformers(
@@ -240,24 +245,81 @@ def of_checkpoint(checkpoint: Path, asked: AskedTasks) -> dict[str, Any] | None:
     return evaluate_tasks(opened, Tasks(asked), 3, ranks=1, told=lambda *_: None)
 
 
-def test_what_cannot_be_asked_is_refused_before_any_model_is_loaded(tmp_path: Path) -> None:
-    """Names, folders, files that are none, what runs programs; and settings of answers."""
+def write_more(folder: Path, name: str, *changes: tuple[str, str], of: str = "say") -> None:
+    """Another task, by the text of one that is there."""
+    text = (folder / f"{of}.yaml").read_text().replace(f"task: {of}", f"task: {name}")
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (folder / f"{name}.yaml").write_text(text)
+
+
+def test_what_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
+    """Names, folders, files that are none, what runs programs."""
+    from lm_eval.tasks import TaskManager
+
     folder = write_tasks(tmp_path / "tasks")
-    unsafe = (folder / "say.yaml").read_text().replace("task: say", "task: unsafe")
-    (folder / "unsafe.yaml").write_text(f"{unsafe}unsafe_code: true\n")
-    gone = (folder / "say.yaml").read_text().replace("say", "gone")
-    (folder / "gone.yaml").write_text(gone)
+    write_more(folder, "unsafe", ("task: unsafe", "task: unsafe\nunsafe_code: true"))
+    write_more(folder, "gone", ("say.jsonl", "gone.jsonl"))
+    write_more(folder, "empty", ("say.jsonl", "empty.jsonl"))
+    (folder / "empty.jsonl").touch()
+    (folder / "torn.yaml").write_text("task: torn\n  x: [")
+    write_more(folder, "twice", ("task: twice", "task: say"), ("toks: 8", "toks: 9"))
     for asked, problem in (
         (AskedTasks(["pets"], [tmp_path / "x", folder / "say.yaml"]),
          rf"{tmp_path}/x is no folder of tasks\n.*say\.yaml is no folder"),
         (AskedTasks(["unsafe", "pets"], [folder]), "task unsafe runs what a model writes as a pro"),
-        (AskedTasks(["gone"], [folder]), r"tasks gone cannot be loaded: FileNotFoundError: .*gone"),
+        (AskedTasks(["gone", "empty"], [folder]),
+         r"task gone cannot be loaded: FileNotFoundError: .*gone.*\n.*empty .*: it has no documen"),
+        (AskedTasks(["say", str(folder / "twice.yaml")], [folder]), r"say of .*twice\.yaml is a"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=problem):
             Tasks(asked)
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    assert f"{folder}/torn.yaml cannot be read as a task: Scann" in unread(
+        manager, "torn", [folder]
+    )
     assert Tasks(AskedTasks([str(folder / "say.yaml")])).names == ["say"]
     close = unknown("pts", ["pets", "say"])
     assert close.startswith("no task, group or tag is called pts, and no file; similar: pets; allo")
+
+
+def test_what_no_model_could_be_asked_is_refused_before_there_is_one(
+    both: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Of each task: settings and lengths of answers, texts without a token; what it may be asked
+    is not, though it is named by itself, by its group and by its tag."""
+    folder = write_tasks(tmp_path / "tasks")
+    write_more(folder, "beams", ("toks: 8", "toks: 8, num_beams: 3"))
+    write_more(folder, "room", ("toks: 8", f"toks: {LENGTH}"))
+    for name, context, choice in (
+        ("blank", "  ", "red"), ("long", "red", "red " * 2 * LENGTH), ("fits", "", "red"),
+        ("few", "Q: red", "red"),
+    ):  # fmt: skip
+        row = {"q": context, "choices": [choice, "the"], "gold": 0}
+        (folder / f"{name}.jsonl").write_text(json.dumps(row))
+        few = ("test", "test") if name == "few" else ("num_fewshot: 1", "num_fewshot: 0")
+        changes = (("pets.jsonl", f"{name}.jsonl"), ("'Q: {{q}} A:'", "'{{q}}'"), few)
+        write_more(folder, name, *changes, of="pets")
+    fits = folder / "fits.yaml"
+    fits.write_text(f"{fits.read_text()}\ntag: small\n")
+    (folder / "group.yaml").write_text("group: group\ntask: [fits, say]\n")
+    tokenizer = load_tokenizer(both[1])
+    asked = Tasks(AskedTasks(["fits", "group", "small", "pets", "say"], [folder], num_fewshot=2))
+    asked.check(tokenizer, LENGTH)
+    assert sorted(asked.names) == ["fits", "pets", "say"]
+    names = ["beams", "room", "blank", "long", "few"]
+    with pytest.raises(UserError) as caught:
+        Tasks(AskedTasks(names, [folder])).check(tokenizer, LENGTH)
+    told = str(caught.value).splitlines()
+    for line, problem in zip(told, (
+        r"task beams, document 0: generation_kwargs\.num_beams=3 is not supported; allowed: do_sa",
+        rf"task room, document 0: an answer of max_gen_toks={LENGTH} has no room for a context",
+        r"task blank, document 0: the context '  ' is of blanks alone",
+        r"task long, document 0: a continuation of \d+ tokens has no room for a context; allowed:",
+        r"task few: ValueError: Sample larger than population",
+    ), strict=True):  # fmt: skip
+        assert re.match(problem, line)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ class ChatPrompts:
         if "default" not in templates or not isinstance(tokenizer, HuggingFaceTokenizer):
             raise DataError(
                 "the model's tokenizer has no chat template (chat_template.jinja, or one in its "
-                "tokenizer_config.json); allowed: /v1/completions"
+                "tokenizer_config.json); allowed: prompts that are texts"
             )
         self.template_text = templates["default"]
         self._template = ChatTemplate(
@@ -66,7 +66,7 @@ class ChatPrompts:
                 if found := self._special.search(text):
                     raise DataError(
                         f"messages[{number}] holds {found.group()!r}, a special token of the "
-                        "tokenizer, which would control what it is only to say; a server with "
+                        "tokenizer, which would control what it is only to say; "
                         "--parse-special-tokens lets it"
                     )
         text = self._template.render(messages, None, settings, prompts=answer).text

@@ -29,7 +29,7 @@ class EvalTasks(Callback):
         """Load the tasks and their documents.
 
         Raises:
-            UserError: one of them is not known, or cannot be had.
+            UserError: one of them is not known, cannot be had, or asks what cannot be asked.
         """
         if dist.get_rank() == 0:
             from megatron_hybrid.evaluation.tasks import AskedTasks, Tasks
@@ -42,6 +42,7 @@ class EvalTasks(Callback):
                     training.eval_tasks_limit, training.eval_tasks_num_fewshot,
                 )
             )  # fmt: skip
+            self._tasks.check(run.tokenizer, self._config.data.seq_length)
             run.progressed()
 
     def after_evaluation(self, run: "Trainer", evaluation: Evaluation) -> None:
