@@ -47,7 +47,8 @@ def verify_integrity(folder: Path, saved: RunConfig | None, threads: int) -> Non
         if saved is not None and saved.checkpoint.verify_integrity:
             raise CheckpointError(
                 f"{folder}: {INTEGRITY_FILE} is missing, which the run wrote; "
-                "checkpoint.verify_integrity=false loads the checkpoint unchecked"
+                "checkpoint.verify_integrity=false loads the checkpoint unchecked, or for a "
+                "conversion --no-verify-integrity"
             )
         return
     manifest = read_json(path, CheckpointError, fields=("algorithm", "files"))

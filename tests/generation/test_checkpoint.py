@@ -257,6 +257,8 @@ def test_a_layout_that_generates(tmp_path: Path) -> None:
         assert config.model.hybrid_layer_pattern == pattern
     flags = ["--tensor-model-parallel-size", "2", "parallel.expert_model_parallel_size=4"]
     assert model_ranks(read_checkpoint(tmp_path, flags, world_size=4)[0])[TP] == 2
+    unchecked = "checkpoint.verify_integrity=false"  # as the error of a lost manifest says
+    assert not read_checkpoint(tmp_path, [unchecked])[0].checkpoint.verify_integrity
     with pytest.raises(UserError) as error:
         read_checkpoint(tmp_path, [f"{TP}=3", f"{PP}=9"], world_size=2)
     for text in ("=3 must divide model.num_query_groups=4", "=9 must be at most the layers",

@@ -13,8 +13,8 @@ from megatron_hybrid.config.rules.parallel import (
 )
 from megatron_hybrid.config.run import RunConfig
 
-# What may be said of a layout that generates; the rest of a run's is put off.
-LAYOUT_FIELDS = (TP, PP, EP, ETP)
+# What may be said of a layout that generates, and of loading for it; the rest of a run's is put off.
+LAYOUT_FIELDS = (TP, PP, EP, ETP, "checkpoint.verify_integrity")
 
 
 def pipeline_stages(c: RunConfig, _: Facts) -> Problems:
