@@ -26,6 +26,7 @@ _OURS = """
 --align-param-gather --gradient-accumulation-fusion --apply-rope-fusion --bias-activation-fusion
 --bias-dropout-fusion --recipe --emulate --sources --phases --max-epochs --sample-order
 --block-tokens --packed-documents --batch-size-schedule --train-tokens --hang-timeout-s
+--eval-tasks --eval-tasks-include-path --eval-tasks-limit --eval-tasks-num-fewshot
 --objective --objective-options --callbacks --nonfinite-action --loss-spike-factor
 --loss-spike-action --lr-warmup-tokens --lr-decay-tokens --lr-wsd-decay-tokens
 --restart-schedule --keep-last --load-optim --load-rng --router-std --router-noise

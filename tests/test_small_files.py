@@ -32,6 +32,7 @@ PARSERS = {
     "megatron_hybrid/data/tokenizer/hugging_face.py": "a tokenizer's config, which it names",
     "megatron_hybrid/data/tokenizing/records.py": "lines of documents",
     "megatron_hybrid/generation/batch_file.py": "lines of requests and answers, which it names",
+    "megatron_hybrid/generation/checkpoint.py": "a file that a run carries, which it names",
     "megatron_hybrid/generation/serving/connection.py": "the body of a request",
     "megatron_hybrid/json_text.py": "text; whoever calls it has the file",
     "megatron_hybrid/planner/costs.py": "--costs, which it names",

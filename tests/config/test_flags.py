@@ -27,6 +27,7 @@ TEXTS = {
     "training.recompute_modules": "[mlp, moe]",
     "training.batch_size_schedule": "[[1e6, 2]]",
     "training.profile_ranks": "[0, 1]",
+    "training.eval_tasks": "[one, two]",
     "training.callbacks": "[package.module:Name]",
     "training.objective_options": "{name: 1}",
     "preset": "tiny",

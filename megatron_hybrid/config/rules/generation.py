@@ -13,7 +13,7 @@ from megatron_hybrid.config.rules.parallel import (
 )
 from megatron_hybrid.config.run import RunConfig
 
-# What may be said of a layout that generates, and of loading for it; the rest of a run's is put off.
+# What may be said where a model generates, of layout and loading; the rest of a run's is put off.
 LAYOUT_FIELDS = (TP, PP, EP, ETP, "checkpoint.verify_integrity")
 
 
