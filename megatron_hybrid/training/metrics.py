@@ -143,7 +143,8 @@ def peak_memory_gib(device: "torch.device") -> float:
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a record, but for nulls, by the tags of TensorBoard and trackers.
 
-    Kinds other than "train", "validation" and "tasks" have none.
+    Kinds other than "train", "validation" and the run's own "tasks" have none: what `evaluate` adds
+    is of any checkpoint, asked in any way.
     """
     found: dict[str, Any]
     if record["kind"] == "train":
@@ -155,7 +156,7 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     elif record["kind"] == "validation":
         found = {"validation/loss": record["loss"]}
         found |= {f"validation/{name}": value for name, value in record.get("extra", {}).items()}
-    elif record["kind"] == TASKS:
+    elif record["kind"] == TASKS and "checkpoint" not in record:
         found = {
             f"tasks/{name}/{metric}": value
             for name, each in {**record["tasks"], **record["groups"]}.items()

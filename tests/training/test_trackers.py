@@ -155,10 +155,17 @@ def test_a_service_that_is_away(
     found, run = in_mlflow(tmp_path)
     assert (found, run.info.status) == ({"validation/loss": [(1, 0.5), (2, 1.0)]}, "KILLED")
     write(tmp_path, 3)
+    task = {"qa": {"metrics": {"exact_match,strict-match": 0.25, "chrf++": 4.0}}}
+    for more in ({}, {"checkpoint": "iter_0000002"}):  # of the run, and of `evaluate`
+        line = {"kind": "tasks", "iteration": 3 - len(more), "tasks": task, "groups": {}} | more
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
     (tmp_path / "attempts.jsonl").write_text('{"event": "end", "reason": "finished"}\n')
     track(tmp_path)
     found, run = in_mlflow(tmp_path)
     assert found["validation/loss"] == [(1, 0.5), (2, 1.0), (3, 1.5)]
+    assert found["tasks/qa/exact_match_strict-match"] == [(3, 0.25)]
+    assert found["tasks/qa/chrf__"] == [(3, 4.0)]
     assert run.info.status == "FINISHED"
     with follow.alone(target, wait=False), pytest.raises(UserError, match="by its run"):
         track(tmp_path)

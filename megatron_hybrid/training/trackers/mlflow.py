@@ -1,5 +1,6 @@
 """MLflow: a run of an experiment, in a folder, a database or behind a server."""
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -62,7 +63,7 @@ class MLflow:
         now = int(time.time() * 1000)
         metrics = [
             Metric(tag, value, now, row.step)
-            for tag, value in row.values.items()
+            for tag, value in ((_as_name(tag), value) for tag, value in row.values.items())
             if row.step > self._last.get(tag, -1)
         ]
         if metrics:
@@ -84,6 +85,11 @@ class MLflow:
         ]
         for first in range(0, len(parameters), _MOST):
             self._client.log_batch(run, params=parameters[first : first + _MOST])
+
+
+def _as_name(tag: str) -> str:
+    """MLflow takes a whole row or nothing, and no "exact_match,strict" of a task."""
+    return re.sub(r"[^\w.:/ -]", "_", tag)
 
 
 def _flat(values: Mapping[str, Any], place: str = "") -> list[tuple[str, Any]]:
