@@ -204,11 +204,21 @@ def told_figures(results: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def trained(lines: list[list[str]]) -> None:
-    """On a rank: runs to their ends."""
+def trained_and_asked(
+    lines: list[list[str]], checkpoints: list[Path], asked: AskedTasks
+) -> list[dict[str, Any] | None]:
+    """On a rank: runs to their ends, and on the first the records of their checkpoints."""
+    first = torch.distributed.get_rank() == 0
     for line in lines:
         with trainer(line) as run:
             assert run.run() == "finished"
+    torch.distributed.destroy_process_group()  # generation makes its own
+    return [of_checkpoint(each, asked) for each in checkpoints] if first else []
+
+
+def of_checkpoint(checkpoint: Path, asked: AskedTasks) -> dict[str, Any] | None:
+    opened = open_model(checkpoint, asked, [], world_size=1)
+    return evaluate_tasks(opened, Tasks(asked), 3, ranks=1, told=lambda *_: None)
 
 
 def test_tasks_of_a_run_are_those_of_its_checkpoints_and_change_nothing(
@@ -226,23 +236,17 @@ def test_tasks_of_a_run_are_those_of_its_checkpoints_and_change_nothing(
             f"training.eval_tasks_include_path={folder}"]  # fmt: skip
     split = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
     runs = {"dp": [], "tp": split, "asked dp": asks, "asked tp": [*split, *asks]}
-    run_distributed(trained, 2, [words(tmp_path / n, *common, *w) for n, w in runs.items()])
-    for name in ("dp", "tp"):
-        own = tmp_path / f"asked {name}"
+    lines = [words(tmp_path / n, *common, *w) for n, w in runs.items()]
+    asking = [tmp_path / "asked dp", tmp_path / "asked tp"]
+    checkpoints = [each / "checkpoints" for each in asking]
+    asked = AskedTasks(["pets"], [folder], limit=4)
+    found = run_distributed(trained_and_asked, 2, lines, checkpoints, asked)[0]
+    for name, own, record in zip(("dp", "tp"), asking, found, strict=True):
         assert losses(own) == losses(tmp_path / name)
         told = records(own, "tasks")
         assert [record["iteration"] for record in told] == [2, 4]
-        asked = AskedTasks(["pets"], [folder], limit=4)
-        [record] = run_distributed(of_checkpoint, 1, own / "checkpoints", asked)
         assert record is not None and record["tasks"] == told[1]["tasks"]
         assert scalars(told[1])["tasks/pets/acc"] == record["tasks"]["pets"]["metrics"]["acc"]
-
-
-def of_checkpoint(checkpoint: Path, asked: AskedTasks) -> dict[str, Any] | None:
-    """On a rank: a checkpoint's record."""
-    torch.distributed.destroy_process_group()  # generation makes its own
-    opened = open_model(checkpoint, asked, [], world_size=1)
-    return evaluate_tasks(opened, Tasks(asked), 3, ranks=1, told=lambda *_: None)
 
 
 def write_more(folder: Path, name: str, *changes: tuple[str, str], of: str = "say") -> None:
