@@ -333,9 +333,16 @@ def _common_state(folder: Path) -> dict[str, Any]:
 
 
 def _reason(error: BaseException) -> str:
-    """An error in a line or few; torch's hold every rank's traceback, or every tensor's name."""
+    """An error in a line or few; torch's hold every rank's traceback, or every tensor's name.
+
+    Raises:
+        KeyboardInterrupt: that is what torch took for one: Ctrl-C is no fault of a checkpoint.
+    """
     if isinstance(error, CheckpointException):
         inner = {rank: wrapped[0] for rank, wrapped in error.failures.items()}
+        for cause in inner.values():
+            if isinstance(cause, KeyboardInterrupt):
+                raise cause
         return "; ".join(f"rank {rank}: {_reason(cause)}" for rank, cause in inner.items())
     text = in_words(error)
     return text if len(text) <= 400 else f"{text[:400]} ..."

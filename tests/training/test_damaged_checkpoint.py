@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_hybrid.config import TRACKER_FILE
 from megatron_hybrid.testing import run_distributed
+from megatron_hybrid.training.checkpoint import _reason
 from tests.training.runs import (
     outcomes,
     trainer,
@@ -193,6 +194,13 @@ def hostile(run_dir: Path, place: str, mark: Path) -> tuple[str, bool, bool]:
         with contextlib.suppress(Exception, CheckpointException):
             dist_checkpointing.load({"rng_state": rng_state()}, str(folder))
         return ended, ran, mark.exists()
+
+
+def test_an_interrupt_is_no_damage() -> None:
+    """Which torch gathers with the failures of ranks."""
+    told = {0: (ValueError("no"), None), 1: (KeyboardInterrupt(), None)}
+    with pytest.raises(KeyboardInterrupt):
+        _reason(CheckpointException("load", told))
 
 
 @pytest.mark.parametrize("place", ["index", "common state", "generators"])
