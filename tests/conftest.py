@@ -56,6 +56,12 @@ def pytest_collection() -> Iterator[None]:
     with importing():
         yield
     gc.freeze()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Several of us share the cores: a thread that waits for another that waits for its core
+        # spins, and matrix products took three times as long.
+        import torch
+
+        torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
