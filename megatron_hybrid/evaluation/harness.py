@@ -21,10 +21,7 @@ from megatron_hybrid.generation.serving.chat import ChatPrompts
 
 _MOST_NEW_TOKENS = 256  # of an answer whose task does not say
 # What a task may say of its answers, and how it is called here.
-_SAMPLING = {
-    "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-}  # fmt: skip
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _READ = {"do_sample", "until", "max_gen_toks", *_SAMPLING}
 
 
@@ -221,7 +218,7 @@ class HarnessModel(TemplateLM):
                 f"an answer of max_gen_toks={said['max_gen_toks']} has no room for a context; "
                 f"allowed: less than data.seq_length={self.max_length}"
             )
-        own = {name: said[each] for each, name in _SAMPLING.items() if each in said}
+        own = {name: said[name] for name in _SAMPLING if name in said}
         if not said["do_sample"]:
             own["temperature"] = 0.0
         return SamplingParams(

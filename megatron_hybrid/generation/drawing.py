@@ -66,12 +66,11 @@ def wanted(batch: Batch, decoding: list[Sequence]) -> Wanted:
                 rows += family
                 numbers += [first + chunk.length - 1] * len(family)
             # The logits after a token tell of the next; after the prompt's last of a new one.
-            own = range(chunk.start + 1, min(end, sequence.prompt_tokens - 1) + 1)
             for each in family:
-                of = [t for t in (own if each is sequence else own[-1:]) if each.tells_of(t)]
-                if of:
-                    row = first - chunk.start - 1 + of[0]
-                    told.append((each, row, range(of[0], of[-1] + 1)))
+                begin = chunk.start + 1 if each is sequence else end
+                begin, stop = max(begin, each.told.start), min(end + 1, each.told.stop)
+                if begin < stop:
+                    told.append((each, first - chunk.start - 1 + begin, range(begin, stop)))
     parts = []
     for sequence, row, places in told:
         parts.append(Part(sequence, slice(len(numbers), len(numbers) + len(places)), places))

@@ -136,6 +136,11 @@ class Engine:
         problems = self.problems([*prompt, *longest] if prompt else [], params)
         if not all(given):
             problems.append("a continuation is empty: give at least one token")
+        strange = [t for each in given for t in each if not 0 <= t < self.vocab_size]
+        if strange:
+            problems.append(
+                f"a continuation holds token {strange[0]}; allowed: 0 to {self.vocab_size - 1}"
+            )
         if problems:
             raise UserError("\n".join(problems))
         request = self._next_request

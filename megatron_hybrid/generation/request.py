@@ -126,10 +126,12 @@ class Sequence:
         """Whether it, rather than a sibling, tells of tokens that were there from the start."""
         return self.continuation == 0 or self.shared < self.prompt_tokens
 
-    def tells_of(self, token: int) -> bool:
-        """Whether it tells the log-probability of a token that was there, by its place."""
-        first = self.shared if self.shared < self.prompt_tokens else 1
-        return self.params.prompt_logprobs and self.tells and first <= token < self.prompt_tokens
+    @property
+    def told(self) -> range:
+        """Places of the tokens that were there from the start and that it tells of."""
+        if not (self.params.prompt_logprobs and self.tells):
+            return range(0)
+        return range(self.shared if self.shared < self.prompt_tokens else 1, self.prompt_tokens)
 
     @property
     def new_tokens(self) -> int:

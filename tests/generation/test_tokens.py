@@ -158,6 +158,8 @@ def scored(name: str, sizes: list[Limits]) -> float:
                     worst = max(worst, (after.topk(2).values - tops).abs().max().item())
             with pytest.raises(UserError, match="request 1: a continuation is empty"):
                 generator.score([([1], [[2]]), ([1], [[2], []])])
+            with pytest.raises(UserError, match=f"continuation holds token {VOCAB_SIZE}; allowed"):
+                generator.score([([1], [[VOCAB_SIZE], [2, 3]])])  # not the longest
             assert generator.score([([1], [[2]])])[0][0]
     return worst
 

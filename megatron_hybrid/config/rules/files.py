@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_hybrid.config.data import SourceConfig
-from megatron_hybrid.config.rules.common import Facts, Problems, Rule, each
+from megatron_hybrid.config.rules.common import Facts, Problems, Rule, each, values
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.token_files import prefixes, restore
 from megatron_hybrid.config.tracker import load_problems
@@ -120,31 +120,27 @@ def writable(c: RunConfig, _: Facts) -> Problems:
             yield f"{name}={path}: {why}"
 
 
-# By the fields of `logging` that ask for them, what trackers need.
-_TRACKERS = {"wandb_project": ("wandb", "wandb"), "mlflow_experiment": ("mlflow", "mlflow")}
+# By the fields that ask for them: packages, the extras that bring them, and what asks for none.
+_PACKAGES = {
+    "logging.wandb_project": ("wandb", "wandb", "null"),
+    "logging.mlflow_experiment": ("mlflow", "mlflow", "null"),
+    "training.eval_tasks": ("lm_eval", "eval", "[]"),
+}
 
 
-def trackers(c: RunConfig, _: Facts) -> Problems:
-    """The library of a tracker is installed where the run starts."""
-    for field, (module, extra) in _TRACKERS.items():
-        value = getattr(c.logging, field)
-        if value is not None and find_spec(module) is None:
+def packages(c: RunConfig, _: Facts) -> Problems:
+    """The library of a tracker, or of tasks, is installed where the run starts."""
+    for path, value in values(c, (*_PACKAGES,)).items():
+        module, extra, none = _PACKAGES[path]
+        if value not in (None, ()) and find_spec(module) is None:
+            said = f"[{', '.join(value)}]" if isinstance(value, tuple) else value
             yield (
-                f"logging.{field}={value} needs the package {module}; allowed: null, or "
+                f"{path}={said} needs the package {module}; allowed: {none}, or "
                 f"pip install 'megatron-hybrid[{extra}]'"
             )
 
 
-def task_harness(c: RunConfig, _: Facts) -> Problems:
-    """lm-eval is installed where the run starts."""
-    if c.training.eval_tasks and find_spec("lm_eval") is None:
-        yield (
-            f"training.eval_tasks=[{', '.join(c.training.eval_tasks)}] needs the package lm_eval; "
-            "allowed: [], or pip install 'megatron-hybrid[eval]'"
-        )
-
-
 # Whether inputs are named at all; a config may be looked at before they are.
-INPUTS: tuple[Rule, ...] = (data_given, tokenizer_given, trackers, task_harness)
+INPUTS: tuple[Rule, ...] = (data_given, tokenizer_given, packages)
 DATA_FILES: tuple[Rule, ...] = (data_files,)
 FILES: tuple[Rule, ...] = (*DATA_FILES, tokenizer_file, load_folder, task_folder, writable)
