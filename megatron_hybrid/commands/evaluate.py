@@ -170,23 +170,35 @@ def _check_usage(context: typer.Context, tasks: str | None) -> list[str]:
 
 
 def _evaluate(checkpoint: Path, asked: "Asked", words: list[str], *, as_json: bool) -> None:
-    import orjson
-
     from megatron_hybrid.evaluation.run import evaluate as run
-    from megatron_hybrid.evaluation.run import keep, open_evaluation, where_kept
+    from megatron_hybrid.evaluation.run import open_evaluation
     from megatron_hybrid.training.distributed import is_rank_zero, launched_world_size
 
     ranks = launched_world_size()
     opened = open_evaluation(checkpoint, asked, words, world_size=ranks)
     with _progress(opened.tokens, shown=is_rank_zero()) as told:
         record = run(opened, ranks=ranks, told=told)
-    if not is_rank_zero():
-        return
-    if as_json:
+    if is_rank_zero():
+        report(record, opened.folder, None if as_json else _print_table)
+
+
+def report(
+    record: dict[str, Any], folder: Path, table: Callable[[Mapping[str, Any]], None] | None
+) -> None:
+    """Print a record, as JSON or by what prints its table, and keep it with its run.
+
+    Args:
+        folder: the checkpoint itself.
+    """
+    import orjson
+
+    from megatron_hybrid.evaluation.run import keep, where_kept
+
+    if table is None:
         print(orjson.dumps(record, option=orjson.OPT_INDENT_2).decode())
     else:
-        _print_table(record)
-    print(where_kept(keep(record, opened.folder)), file=sys.stderr)
+        table(record)
+    print(where_kept(keep(record, folder)), file=sys.stderr)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_hybrid.commands.evaluate import report
 from megatron_hybrid.commands.generate import start_ranks
 
 if TYPE_CHECKING:
@@ -22,9 +23,6 @@ def evaluate_tasks(
     as_json: bool,
 ) -> None:
     """Ask a checkpoint's model, on so many ranks, and print the record or a table of it."""
-    import orjson
-
-    from megatron_hybrid.evaluation.run import keep, where_kept
     from megatron_hybrid.evaluation.task_run import evaluate_tasks as run
     from megatron_hybrid.evaluation.task_run import open_model
     from megatron_hybrid.evaluation.tasks import Tasks
@@ -42,13 +40,8 @@ def evaluate_tasks(
             print(f"note: {note}", file=sys.stderr)
     with _progress(shown=tasks is not None) as told:
         record = run(opened, tasks, batch_size, ranks=ranks, told=told)
-    if record is None:
-        return
-    if as_json:
-        print(orjson.dumps(record, option=orjson.OPT_INDENT_2).decode())
-    else:
-        _print_table(record)
-    print(where_kept(keep(record, opened.folder)), file=sys.stderr)
+    if record is not None:
+        report(record, opened.folder, None if as_json else _print_table)
 
 
 @contextmanager

@@ -204,7 +204,11 @@ def test_a_library_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("megatron_hybrid.config.rules.files.find_spec", lambda name: None)
     with pytest.raises(ConfigError) as error:
         load_config(words(tmp_path, *TRACKERS, "training.eval_tasks=[a, b]"))
-    assert "training.eval_tasks=[a, b] needs the package lm_eval; allowed: [], or" in str(error.value)
-    assert "logging.wandb_project=hybrids needs the package wandb; allowed: null, or" in str(error.value)
+    assert "training.eval_tasks=[a, b] needs the package lm_eval; allowed: [], or" in str(
+        error.value
+    )
+    assert "logging.wandb_project=hybrids needs the package wandb; allowed: null, or" in str(
+        error.value
+    )
     assert "megatron-hybrid[mlflow]" in str(error.value)
     load_config(words(tmp_path, *TRACKERS), which=rules.NO_FILES)
