@@ -11,9 +11,9 @@ from megatron_hybrid.config import ModelConfig, RunConfig, load_config
 from megatron_hybrid.config.describe import shown
 from megatron_hybrid.config.effects import EFFECTS
 from megatron_hybrid.config.pattern import ATTENTION, MOE
-from megatron_hybrid.config.phases import sequence_lengths
+from megatron_hybrid.config.phases import run_tokens, sequence_lengths
 from megatron_hybrid.config.rules import Rule
-from megatron_hybrid.config.rules.common import LENGTHS, values
+from megatron_hybrid.config.rules.common import LENGTHS, number_set, values
 from megatron_hybrid.config.tracker import CONFIG_FILE
 from megatron_hybrid.data.megatron_blend import parse_split
 from megatron_hybrid.errors import UserError
@@ -44,10 +44,14 @@ _NOT_COMPARED = {
     "optimizer.restart_schedule", "training.objective", "training.objective_options",
     "training.seed",
 }  # fmt: skip
+# Of what comes in, how steps take it.
+_OF_STEPS = (
+    "data.packed_documents", "training.global_batch_size", "training.batch_size_schedule",
+)  # fmt: skip
 TRAINING_FIELDS = tuple(
     name
     for name, effect in EFFECTS.items()
-    if effect in ("weights", "training", "differs") or name == "data.packed_documents"
+    if effect in ("weights", "training", "differs") or name in _OF_STEPS
     if name not in _NOT_COMPARED and not name.startswith(("checkpoint.", "upcycling."))
 )
 
@@ -130,11 +134,28 @@ def other_training(config: RunConfig, saved: RunConfig) -> list[str]:
         A part of a sentence for each field that differs.
     """
     now, then = values(config, TRAINING_FIELDS), values(saved, TRAINING_FIELDS)
-    return [
+    found = [
         f"{name}={shown(value)} (there {shown(then[name])})"
         for name, value in now.items()
         if value != then[name]
     ]
+    ends = _schedule_end(config), _schedule_end(saved)
+    if None not in ends and ends[0] != ends[1] and not config.optimizer.restart_schedule:
+        found.append(
+            f"a schedule of the learning rate to the run's end at {ends[0]} tokens "
+            f"(there {ends[1]})"
+        )
+    return found
+
+
+def _schedule_end(config: RunConfig) -> int | None:
+    """Tokens at which the learning rate is at its lowest, where the run's length decides it."""
+    options = config.optimizer
+    said = (options.lr_decay_samples, options.lr_decay_tokens) != (None, None)
+    steady = options.lr_decay_style == "constant" and not options.lr_warmup_fraction
+    if said or steady or number_set(config, LENGTHS) != 1:
+        return None
+    return run_tokens(config)
 
 
 def _shape_value(model: ModelConfig, name: str) -> Any:

@@ -129,6 +129,34 @@ def validation_plan(config: RunConfig, opened: Mapping[str, Source], plan: Plan)
     Raises:
         DataError: with each source of the training plan that has less than a sample held out.
     """
+    valid = _validation_plan(config, opened, plan)
+    for use in valid.consumed(valid.samples):
+        if use.epochs > 1:
+            logger.warning(
+                "every evaluation reads what is held out of source %s %.2f times",
+                *(use.name, use.epochs),
+            )
+    return valid
+
+
+def evaluated(config: RunConfig, opened: Mapping[str, Source], plan: Plan) -> list[str]:
+    """What an evaluation is of: a part of a sentence for each source, or why there is none."""
+    if missing := [name for name in sources(config) if name not in opened]:
+        return [f"samples of {', '.join(missing)}"]
+    try:
+        valid = _validation_plan(config, opened, plan)
+    except DataError as error:
+        return [str(error)]
+    uses = zip(valid.sources, valid.consumed(valid.samples), strict=True)
+    return [
+        f"{use.samples} samples of {config.data.seq_length} tokens from tokens {source.begin} to "
+        f"{source.end} of {source.name}"
+        for source, use in uses
+        if use.samples
+    ]
+
+
+def _validation_plan(config: RunConfig, opened: Mapping[str, Source], plan: Plan) -> Plan:
     training, seq_length = config.training, config.data.seq_length
     weights = {use.name: use.tokens / plan.tokens for use in plan.consumed(plan.samples)}
     weights = {name: weight for name, weight in weights.items() if weight}
@@ -139,16 +167,9 @@ def validation_plan(config: RunConfig, opened: Mapping[str, Source], plan: Plan)
     samples = training.eval_iters * training.global_batch_size
     phase = Phase("validation", 0, samples * seq_length, weights, seq_length)
     try:
-        valid = make_plan([phase], held_out, [(0, samples)], training.seed)
+        return make_plan([phase], held_out, [(0, samples)], training.seed)
     except DataError as error:
         raise DataError(f"training.eval_interval={training.eval_interval}: {error}") from error
-    for use in valid.consumed(samples):
-        if use.epochs > 1:
-            logger.warning(
-                "every evaluation reads what is held out of source %s %.2f times",
-                *(use.name, use.epochs),
-            )
-    return valid
 
 
 def _region(source: Source, split: str, part: int) -> tuple[int, int]:

@@ -29,6 +29,7 @@ from megatron_hybrid.config.rules.common import LENGTHS, values
 from megatron_hybrid.config.tracker import CONFIG_FILE
 from megatron_hybrid.data.batches import Steps
 from megatron_hybrid.data.datasets import RunData, plan_data
+from megatron_hybrid.data.run_plan import evaluated
 from megatron_hybrid.data.saved_plan import SavedPlan, read_saved_plan
 from megatron_hybrid.data.tokenizer import (
     Tokenizer,
@@ -135,10 +136,14 @@ def find_start(config: RunConfig, tokenizer: Tokenizer, world_size: int | None) 
         saved_plan = _resumed_plan(config, tokenizer, origin.folder, upcycle=origin.upcycle)
         if not origin.upcycle:
             _note_other_training(config, origin.folder)
+        if not origin.is_own and not _starts_elsewhere(config, origin.folder):
+            _note_left_out(config, origin.folder)
         # Without a plan, the state in the checkpoint alone knows how far it has read.
         consumed = saved_plan.consumed_samples if saved_plan is not None else None
     conversations = find_objective(config.training.objective).conversations
     data = plan_data(config, tokenizer, saved_plan, conversations=conversations)
+    if origin.folder is not None and not origin.weights_only:
+        _note_other_evaluations(config, origin.folder, data, saved_plan)
     if progress is not None:
         consumed = progress.consumed_samples
         _refuse_nothing_left(config, origin, data.steps, consumed)
@@ -288,6 +293,40 @@ def _note_other_training(config: RunConfig, folder: Path) -> None:
     saved = saved_config(folder)
     if saved is not None and (found := other_training(config, saved)):
         logger.warning("note: %s was trained with other settings: %s", folder, ", ".join(found))
+
+
+def _note_other_evaluations(
+    config: RunConfig, folder: Path, data: RunData, saved_plan: SavedPlan | None
+) -> None:
+    """Say where evaluations are of other samples than those of the run so far."""
+    saved = saved_config(folder)
+    if saved is None or data.valid_steps is None or saved.training.eval_interval is None:
+        return
+    if data.plan is None:
+        now, then = (
+            [f"{c.training.eval_iters * c.training.global_batch_size} samples of "
+             f"{c.data.seq_length} tokens"] for c in (config, saved)
+        )  # fmt: skip
+    elif saved_plan is not None:
+        now = evaluated(config, data.sources, data.plan)
+        then = evaluated(saved, data.sources, saved_plan.plan)
+    else:
+        return
+    if now != then:
+        logger.warning(
+            "note: evaluations are of %s; those of %s were of %s", ", ".join(now), folder,
+            ", ".join(then),
+        )  # fmt: skip
+
+
+def _note_left_out(config: RunConfig, folder: Path) -> None:
+    """Say what a run does not take up of its own checkpoint, as every start of it would not."""
+    for name in ("load_optim", "load_rng"):
+        if not getattr(config.checkpoint, name):
+            logger.warning(
+                "note: checkpoint.%s=false is of every start of this run, as after a requeue, also "
+                "where it goes on from its own %s", name, folder,
+            )  # fmt: skip
 
 
 def _note(config: RunConfig, folder: Path, said: Mapping[str, Any]) -> None:

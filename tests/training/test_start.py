@@ -16,6 +16,7 @@ from megatron_hybrid.data.batches import Span, Steps
 from megatron_hybrid.data.datasets import plan_data
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.saved_files import DATA_FILES_FILE, files_json
+from megatron_hybrid.data.saved_plan import DATA_PLAN_FILE, SavedPlan
 from megatron_hybrid.data.tokenizer import NullTokenizer
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.training import start
@@ -284,6 +285,22 @@ def test_other_settings_of_a_run_that_goes_on(
         f"note: {tmp_path} was trained with other settings: optimizer.weight_decay=0.1 (there "
         "0.2), data.packed_documents=false (there true), precision.recipe='bf16' (there 'fp32')"
     ]
+    caplog.clear()
+    decays = ["optimizer.lr_decay_style=cosine", "training.train_iters=8"]
+    (tmp_path / "run_config.yaml").write_text(load_config([*line, *decays]).to_yaml())
+    for more, said in {
+        (): "",
+        ("training.train_iters=9",): "a schedule of the learning rate to the run's end at 1152 "
+        "tokens (there 1024)",
+        ("training.train_iters=9", "optimizer.restart_schedule=true"): "",
+        ("training.global_batch_size=8", "training.train_iters=4"):
+        "training.global_batch_size=8 (there 4)",
+        ("training.train_iters=9", "optimizer.lr_decay_samples=32"):
+        "optimizer.lr_decay_samples=32 (there null)",
+    }.items():  # fmt: skip
+        start._note_other_training(load_config([*line, *decays, *more], which=()), tmp_path)
+        assert "".join(caplog.messages).partition("settings: ")[2] == said
+        caplog.clear()
     begins = ("checkpoint.", "upcycling.")
     effects = {"weights", "training", "differs"}
     left_out = {name for name, effect in EFFECTS.items() if effect in effects} - {*TRAINING_FIELDS}
@@ -291,6 +308,42 @@ def test_other_settings_of_a_run_that_goes_on(
         "optimizer.restart_schedule", "training.objective", "training.objective_options",
         "training.seed",
     }  # fmt: skip
+
+
+def test_a_run_that_goes_on_as_it_began_or_otherwise(
+    sources: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Evaluations of other samples are told, with both; so is what each start leaves out of the
+    run's own checkpoint. The same words again say nothing."""
+    saves = tmp_path / "run" / "checkpoints"
+    folder = saves / "iter_0000002"
+    evaluated = ["training.eval_interval=4", "training.eval_iters=3"]
+    line = phased_words(tmp_path / "run", sources, *evaluated)
+    config, _, begun = start.open_run(load_config(line), 1)
+    assert begun.data.plan is not None
+    folder.mkdir(parents=True)
+    (saves / TRACKER_FILE).write_text("2")
+    (folder / "run_config.yaml").write_text(config.to_yaml())
+    (folder / DATA_PLAN_FILE).write_text(SavedPlan(begun.data.plan, 8).to_json())
+    NullTokenizer(64).save_copy(folder)
+    held_out = "samples of 32 tokens from tokens 4816 to "
+    blend = "data.phases[3].weights={math: 1, web: 3}"
+    for more, said in {
+        (): [],
+        ("training.eval_interval=8", "optimizer.restart_schedule=false"): [],
+        ("training.eval_iters=2",): [f"evaluations are of 2 {held_out}6020 of web, "],
+        (blend,): [f" {held_out}6020 of web, "],
+        ("data.split=80,10,10",): [f"evaluations are of 4 {held_out}5418 of web, "],
+        ("checkpoint.load_optim=false",): ["checkpoint.load_optim=false is of every start of "],
+    }.items():  # fmt: skip
+        caplog.clear()
+        with caplog.at_level("WARNING", "megatron_hybrid"):
+            start.open_run(load_config([*line, *more]), 1)
+        notes = [each for each in caplog.messages if each.startswith("note: ")]
+        assert len(notes) == len(said)
+        assert all(
+            text in note and str(folder) in note for text, note in zip(said, notes, strict=True)
+        )
 
 
 def test_weights_alone_are_looked_at_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
