@@ -99,7 +99,7 @@ def pretrain(
         which = (*rules.DRY_RUN, *NAMED)
         config = load_config(context.args, which=which, world_size=world_size)
         print(config.to_yaml(), end="")
-        for note in notes(config):
+        for note in notes(config, world_size):
             logging.getLogger("megatron_hybrid.cli").warning("note: %s", note)
         return
     if nproc and launched:

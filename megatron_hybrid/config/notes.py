@@ -5,6 +5,8 @@ later, and so is not refused.
 """
 
 from collections.abc import Callable, Iterator
+from math import prod
+from pathlib import Path
 from typing import NamedTuple
 
 from megatron_hybrid.config.derive import DERIVED
@@ -18,6 +20,7 @@ from megatron_hybrid.config.phases import (
     sequence_length_fields,
     sequence_lengths,
 )
+from megatron_hybrid.config.ranks import expert_ranks, model_ranks
 from megatron_hybrid.config.run import RunConfig
 
 
@@ -115,6 +118,10 @@ _TABLE = (
     _Unused(
         ("training.exit_interval",), _ends_before("training.exit_interval"),
         "the run ends before that",
+    ),
+    _Unused(
+        ("training.log_interval",), _ends_before("training.log_interval"),
+        "the run ends before its first line: no step of it is recorded",
     ),
     _Unused(
         ("checkpoint.save_interval",), _ends_before("checkpoint.save_interval"),
@@ -293,15 +300,32 @@ _TABLE = (
 )  # fmt: skip
 
 
-def notes(config: RunConfig) -> list[str]:
-    """A sentence for each thing that whoever starts a valid config should know of it."""
+def notes(config: RunConfig, world_size: int | None = None) -> list[str]:
+    """A sentence for each thing that whoever starts a valid config should know of it.
+
+    Args:
+        world_size: ranks of the run; None: not known.
+    """
     unused = [
         f"{name}={_typed(value)} has no effect: {each.why}"
         for each in _TABLE
         if each.applies(config)
         for name, value in _set(config, each.names)
     ]
-    return differences(config) + unused + _unread_sources(config)
+    return differences(config) + unused + _unread_sources(config) + _alone(config, world_size)
+
+
+def _alone(c: RunConfig, world_size: int | None) -> list[str]:
+    """What overlaps with reductions of gradients, where no two ranks have one to reduce."""
+    copies = [prod(model_ranks(c).values()) // c.parallel.context_parallel_size]
+    if MOE in c.model.hybrid_layer_pattern:
+        copies.append(prod(expert_ranks(c).values()))
+    if any(ranks != world_size for ranks in copies):
+        return []
+    return [
+        f"{name}=true has no effect: the run's ranks, {world_size}, hold the model once"
+        for name, _ in _set(c, ("parallel.overlap_grad_reduce", "parallel.overlap_param_gather"))
+    ]
 
 
 def _unread_sources(c: RunConfig) -> list[str]:
@@ -322,4 +346,4 @@ def _set(config: RunConfig, names: tuple[str, ...]) -> Iterator[tuple[str, objec
 
 
 def _typed(value: object) -> str:
-    return value if isinstance(value, str) else shown(value)
+    return str(value) if isinstance(value, str | Path) else shown(value)

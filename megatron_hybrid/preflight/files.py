@@ -49,7 +49,7 @@ def check_files(
     unknown = "every rule holds but those about the number of ranks: --world-size tells it"
     known = f"every rule holds, for {world_size} ranks"
     found = unknown if world_size is None else known
-    checks = [Check("config", found, notes=tuple(notes(config)))]
+    checks = [Check("config", found, notes=tuple(notes(config, world_size)))]
     tokenizer, named = _tokenizer(config)
     checks += [named, *_data(config, tokenizer, hash_s)]
     if tokenizer is None:

@@ -49,7 +49,7 @@ def pretrain(config: RunConfig) -> str:
         if is_rank_zero():
             ranks = f"{launched_world_size()} ranks on {platform.device}, backend {backend}"
             say(ranks)
-            for note in notes(config):
+            for note in notes(config, launched_world_size()):
                 say(f"note: {note}")
             _draw_plan(config, start)
         with process_groups(config, platform):

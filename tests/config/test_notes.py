@@ -15,6 +15,7 @@ UNUSED = {
         ["training.train_iters=10", "precision.emulate=true"], "training.train_iters=11",
     ),
     "training.exit_interval=11": (["training.train_iters=10"], "training.train_iters=11"),
+    "training.log_interval=11": (["training.train_iters=10"], "training.train_iters=11"),
     "training.eval_iters=3": (["training.eval_interval=null"], "training.eval_interval=2"),
     "training.loss_spike_action=skip": ([], "training.loss_spike_factor=2"),
     "training.profile_step_start=3": ([], "training.profile=true"),
@@ -194,7 +195,7 @@ READ = """
     data.tokenizer_type data.mock_data data.num_workers
     training.micro_batch_size training.global_batch_size training.batch_size_schedule
     training.train_iters training.train_samples training.train_tokens training.seed
-    training.log_interval training.exit_duration_in_mins training.hang_timeout_s training.profile
+    training.exit_duration_in_mins training.hang_timeout_s training.profile
     training.objective training.callbacks training.eval_tasks training.nonfinite_action
     training.loss_spike_factor
     optimizer.lr optimizer.lr_decay_style optimizer.lr_warmup_samples optimizer.lr_warmup_tokens
@@ -237,3 +238,19 @@ def test_the_length_in_tokens_counts_too() -> None:
     few, many = "training.eval_interval=489", "training.eval_interval=492"
     assert not notes(load_config([*line, "data.seq_length=256", few], which=()))
     assert notes(load_config([*line, "data.seq_length=256", many], which=()))
+
+
+def test_reductions_that_nobody_takes_part_in() -> None:
+    """Where all ranks together hold the model once; experts may be there twice while the rest of
+    their layer is not."""
+    overlap = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
+    dense = ["model.hybrid_layer_pattern=M*-", "model.num_moe_experts=null"]
+    two = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+    for more, ranks, said in (
+        (dense, 1, 2), (dense, 2, 0), (dense, None, 0), ([], 1, 2), ([], 2, 0),
+        ([*dense, *two], 2, 2), (two, 2, 0),
+        ([*two, "parallel.expert_model_parallel_size=2"], 2, 2),
+    ):  # fmt: skip
+        config = load_config([*GOOD, *overlap, *more], which=())
+        found = [each for each in notes(config, ranks) if each.startswith("parallel.overlap_")]
+        assert len(found) == said, (more, ranks)
