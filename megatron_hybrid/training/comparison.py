@@ -65,7 +65,10 @@ class Comparison:
         if at is None:
             found = [f"the same numbers in all {len(self.steps)} steps, to the last bit"]
         else:
-            found = [f"the same numbers up to step {at - 1}; they part at step {at}"]
+            before = max(self.steps[self.steps < at], default=self.steps[0] - 1)
+            # Of the steps between, nothing is recorded (`training.log_interval`).
+            parted = "they part at" if before == at - 1 else "they have parted by"
+            found = [f"the same numbers up to step {before}; {parted} step {at}"]
             found += [
                 f"more than {level:g} apart from step {step} on"
                 for level in _LEVELS

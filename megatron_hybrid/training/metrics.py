@@ -22,6 +22,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,8 +127,20 @@ def rewound_steps(run_dir: Path, iteration: int) -> tuple[int, float, float | No
     again = [r for r in read_records(path) if r["kind"] == "train" and r["iteration"] > iteration]
     last = max((record["iteration"] for record in again), default=iteration)
     with naming(path):
-        seconds = sum(record["step_ms"] for record in again) / 1000
+        numbers = [record["iteration"] for record in again]
+        seconds = seconds_of_steps(numbers, [r["step_ms"] for r in again], after=iteration)
     return last - iteration, seconds, path.stat().st_mtime
+
+
+def seconds_of_steps(steps: Iterable[float], step_ms: Iterable[float], *, after: float) -> float:
+    """How long all steps after one took, of which some are recorded: each stands for those between
+    it and the one before it (`training.log_interval`).
+
+    Args:
+        steps: numbers of those that are recorded, ascending.
+    """
+    pairs = pairwise([after, *steps])
+    return float(sum((b - a) * ms for (a, b), ms in zip(pairs, step_ms, strict=True))) / 1000
 
 
 def peak_memory_gib(device: "torch.device") -> float:

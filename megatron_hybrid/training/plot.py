@@ -17,7 +17,7 @@ from megatron_hybrid.errors import UserError
 from megatron_hybrid.human import human_count, human_duration
 from megatron_hybrid.plotting import COLORS, INK, PALE_INK, STYLE, save_png, title, token_axis
 from megatron_hybrid.small_files import naming
-from megatron_hybrid.training.metrics import METRICS_FILE, read_records
+from megatron_hybrid.training.metrics import METRICS_FILE, read_records, seconds_of_steps
 
 _VALIDATION_COLOR = "#ea580c"
 _LETTER_WIDTH = 0.009  # of the width of the loss panel
@@ -261,10 +261,14 @@ def _write_heading(figure: Figure, runs: Sequence[Run]) -> None:
 def _summary(run: Run) -> str:
     """One line of final figures."""
     train, steps = run.train, int(run.train["iteration"][-1])
+    # A run that goes on from another one's checkpoint does not begin at 0.
+    between = float(np.median(np.diff(train["iteration"]))) if len(train["iteration"]) > 1 else 1.0
+    first = max(0.0, train["iteration"][0] - between)
+    seconds = seconds_of_steps(train["iteration"], train["step_ms"], after=first)
     parts = [
         f"{human_count(train['consumed_tokens'][-1])} tokens in {steps:,} step{'s'[: steps - 1]}",
         f"loss {train['loss'][0]:.2f} → {_smoothed_loss(run)[-1]:.2f}",
-        f"{human_duration(float(np.sum(train['step_ms'])) / 1000)} of training",
+        f"{human_duration(seconds)} of training",
     ]
     if len(run.validation["loss"]):
         parts.insert(2, f"validation {run.validation['loss'][-1]:.2f}")

@@ -51,6 +51,11 @@ def test_where_two_runs_part(tmp_path: Path) -> None:
     assert imread(tmp_path / "comparison.png").shape[:2] == (1280, 1760)
     broken = write(tmp_path / "broken", [4.0, None])
     assert compare(one, broken, NAMES).parts_at(1e-3) == 2
+    for run_dir in (one, other):  # as with training.log_interval=2
+        lines = (run_dir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+        (run_dir / "metrics.jsonl").write_bytes(b"".join(lines[1::2]))
+    few = compare(one, other, NAMES).lines()
+    assert few[0] == "the same numbers up to step 2; they have parted by step 4"
 
 
 def test_what_cannot_be_compared(tmp_path: Path) -> None:

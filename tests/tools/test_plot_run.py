@@ -14,8 +14,8 @@ from matplotlib.image import imread
 
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.plotting import save_png
-from megatron_hybrid.training.metrics import METRICS_FILE
-from megatron_hybrid.training.plot import load_run, plot_runs
+from megatron_hybrid.training.metrics import METRICS_FILE, rewound_steps
+from megatron_hybrid.training.plot import _summary, load_run, plot_runs
 from megatron_hybrid.training.plot_experts import draw_expert_load
 from megatron_hybrid.training.plot_float8 import draw_float8
 from megatron_hybrid.training.step_metrics import StepMetrics
@@ -60,6 +60,20 @@ def test_one_run_becomes_a_picture_beside_its_metrics(tmp_path: Path) -> None:
     assert 800 < height < 3000
     assert {(0x25, 0x63, 0xEB), (0xEA, 0x58, 0x0C)} <= colors(run / "plot.png")
     assert 20e3 < (run / "plot.png").stat().st_size < 1e6
+
+
+def test_time_of_steps_that_are_not_recorded(tmp_path: Path) -> None:
+    """With `training.log_interval` a record stands for the steps since the one before it: in the
+    picture's heading, and where steps are done again."""
+    run = write_run(tmp_path / "run", 60)
+    lines = (run / METRICS_FILE).read_bytes().splitlines(keepends=True)
+    trained = [line for line in lines if b'"kind":"train"' in line]
+    (run / METRICS_FILE).write_bytes(b"".join(trained[9::10]))
+    assert _summary(load_run(run)).endswith("00:00:48 of training")
+    assert rewound_steps(run, 20)[:2] == (40, 32.0)
+    # Of a run that goes on from step 40 of another.
+    (run / METRICS_FILE).write_bytes(b"".join(trained[40:]))
+    assert _summary(load_run(run)).endswith("00:00:16 of training")
 
 
 def test_several_runs_are_overlaid_in_their_own_colours(tmp_path: Path) -> None:
