@@ -6,16 +6,20 @@ The trainer has no use for any of it; it goes from checkpoint to checkpoint, so 
 the trained model has it again.
 """
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_hybrid.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from megatron_hybrid.fileio import write_atomic
+from megatron_hybrid.json_text import parse_json
+from megatron_hybrid.small_files import naming
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "hugging_face"
+SAY_ENDS = ("generation_config.json", "config.json")  # which tokens end a text; the first that does
 Carried = Mapping[str, bytes]  # content by path below the folder
 # How the files of tokenizers begin that transformers knows.
 _OF_TOKENIZERS = (
@@ -41,13 +45,34 @@ def carried_on(checkpoint: Path, tokenizer: Tokenizer) -> dict[str, bytes]:
         # Of a kind that is none of ours: what is used instead is another.
         if not any(Path(name).name.startswith(_OF_TOKENIZERS) for name in carried):
             return carried
-    elif load_tokenizer(checkpoint).fingerprint == tokenizer.fingerprint:
-        return carried
+    elif (its := load_tokenizer(checkpoint)).fingerprint == tokenizer.fingerprint:
+        # A fingerprint is of the file with the vocabulary, which need not name the end token.
+        return carried if its.eod == tokenizer.eod else _ending_too(carried, tokenizer.eod)
     logger.warning(
         "%s is of another tokenizer than the run's; its checkpoints do not carry on: %s",
         checkpoint, ", ".join(carried),
     )  # fmt: skip
     return {}
+
+
+def _ending_too(carried: Carried, eod: int) -> dict[str, bytes]:
+    """The same files, of which those that say what ends a text say one token more."""
+    found = dict(carried)
+    for name in SAY_ENDS:
+        with naming(Path(FOLDER, name)):
+            content = dict(parse_json(carried.get(name, b"{}")))
+        said = content.get("eos_token_id")
+        ends = said if isinstance(said, list) else [said]
+        if said is None or eod in ends:
+            continue
+        found[name] = (
+            json.dumps(content | {"eos_token_id": [*ends, eod]}, indent=2).encode() + b"\n"
+        )
+        logger.warning(
+            "note: %s of the model ends texts at %s; from here on also at the end token of "
+            "data.tokenizer_model, %s", name, said, eod,
+        )  # fmt: skip
+    return found
 
 
 def write_carried(checkpoint: Path, carried: Carried) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_hybrid.checkpoint.carried import FOLDER, Carried
+from megatron_hybrid.checkpoint.carried import FOLDER, SAY_ENDS, Carried
 from megatron_hybrid.checkpoint.files import find_checkpoint
 from megatron_hybrid.checkpoint.saved_config import read_config
 from megatron_hybrid.config import RunConfig, load_config, rules
@@ -26,7 +26,6 @@ from megatron_hybrid.platform.backend import resolve_backend
 from megatron_hybrid.small_files import naming, read_json
 from megatron_hybrid.training.distributed import process_groups, select_device
 
-_SAY_ENDS = ("generation_config.json", "config.json")  # the first that does
 _LOOKED_AT = 1 << 16  # bytes at either end of a file
 # Whatever the ranks that trained it: one process generates, unless it is told otherwise.
 ONE_RANK = (
@@ -158,7 +157,7 @@ def carried_ends(folder: Path) -> frozenset[int]:
     Raises:
         UserError: a file of that folder is damaged.
     """
-    paths = (folder / FOLDER / name for name in _SAY_ENDS)
+    paths = (folder / FOLDER / name for name in SAY_ENDS)
     return _ends((path, read_json(path)) for path in paths if path.exists())
 
 
@@ -169,7 +168,7 @@ def ends_of(carried: Carried) -> frozenset[int]:
         with naming(Path(FOLDER, name)):
             return dict(parse_json(carried[name]))
 
-    return _ends((Path(FOLDER, name), content(name)) for name in _SAY_ENDS if name in carried)
+    return _ends((Path(FOLDER, name), content(name)) for name in SAY_ENDS if name in carried)
 
 
 def _ends(said: Iterator[tuple[Path, dict[str, Any]]]) -> frozenset[int]:

@@ -254,6 +254,26 @@ def test_a_run_carries_them_on(
     assert "do not carry on: " in caplog.text and "generation_config.json" in caplog.text
 
 
+def test_another_end_token_is_said_where_ends_are(
+    imported: Imported, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A base model that is fine-tuned with an end of turns: an export says it beside its own ends,
+    as the tokenizer's file is the same."""
+    write_tokenizer(tmp_path)
+    named = json.dumps(SPECIALS | {"eos_token": "<s>"})
+    (tmp_path / "tokenizer_config.json").write_text(named)
+    with caplog.at_level(logging.WARNING):
+        carried = dict(start_from(imported, tmp_path, f"data.tokenizer_model={tmp_path}").carried)
+    before = read_carried(imported.folder)
+    for name in ("generation_config.json", "config.json"):
+        was, now = json.loads(before.pop(name)), json.loads(carried.pop(name))
+        assert now == was | {"eos_token_id": [57, 58, 59]}
+        assert (
+            f"note: {name} of the model ends texts at [57, 58]; from here on also " in caplog.text
+        )
+    assert carried == before
+
+
 @pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
 def test_tokens_that_a_tokenizer_s_own_file_lacks(file: str, source: Path, tmp_path: Path) -> None:
     """transformers adds them; here a text with them is one of characters, which is said."""
