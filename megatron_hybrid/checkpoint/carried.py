@@ -8,13 +8,15 @@ the trained model has it again.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_hybrid.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
+from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import write_atomic
 from megatron_hybrid.json_text import parse_json
-from megatron_hybrid.small_files import naming
+from megatron_hybrid.small_files import naming, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,44 @@ def carried_on(checkpoint: Path, tokenizer: Tokenizer) -> dict[str, bytes]:
         checkpoint, ", ".join(carried),
     )  # fmt: skip
     return {}
+
+
+def carried_ends(folder: Path) -> frozenset[int]:
+    """Tokens that end a text by the Hugging Face folder that a model came from, as transformers
+    reads it: those of a turn, beside that of a document.
+
+    Args:
+        folder: the checkpoint itself.
+
+    Raises:
+        UserError: a file of that folder is damaged.
+    """
+    paths = (folder / FOLDER / name for name in SAY_ENDS)
+    return _ends((path, read_json(path)) for path in paths if path.exists())
+
+
+def ends_of(carried: Carried) -> frozenset[int]:
+    """As `carried_ends`, of what a run has of that folder."""
+
+    def content(name: str) -> dict[str, Any]:
+        with naming(Path(FOLDER, name)):
+            return dict(parse_json(carried[name]))
+
+    return _ends((Path(FOLDER, name), content(name)) for name in SAY_ENDS if name in carried)
+
+
+def _ends(said: Iterator[tuple[Path, dict[str, Any]]]) -> frozenset[int]:
+    for path, content in said:
+        found = content.get("eos_token_id")
+        if found is None:
+            continue
+        ends = found if isinstance(found, list) else [found]
+        if not all(type(each) is int for each in ends):
+            raise UserError(
+                f"{path}: eos_token_id={found!r:.100} must be a whole number, or a list of them"
+            )
+        return frozenset(ends)
+    return frozenset()
 
 
 def _ending_too(carried: Carried, eod: int) -> dict[str, bytes]:

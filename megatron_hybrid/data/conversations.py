@@ -8,7 +8,7 @@ is learnt.
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import NamedTuple
@@ -24,6 +24,8 @@ from megatron_hybrid.data.source import Source
 from megatron_hybrid.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 logger = logging.getLogger(__name__)
+
+_LOOKED_AT = 64  # conversations of a source, for what ends them
 
 
 class _Part(NamedTuple):
@@ -85,6 +87,14 @@ class ConversationSource(Source):
                 return super().describe(first + token % self.seq_length - place)
         return f"source {self.name}: the end of a row, which no conversation fills"
 
+    def learns(self, ids: Collection[int]) -> bool:
+        """Whether one of these tokens is learnt in the first conversations, of which some are
+        looked at."""
+        end = int(self.starts[: _LOOKED_AT + 1][-1])
+        found = np.empty(end, dtype=np.int64)
+        super().read(0, found)
+        return bool(np.isin(found[self.mask(0, end)], list(ids)).any())
+
     def _parts(self, offset: int) -> Iterator[_Part]:
         row, inside = divmod(offset, self.seq_length)
         assert inside == 0, "windows are rows"
@@ -137,6 +147,26 @@ def note_templates(sources: Mapping[str, Source], tokenizer: Tokenizer) -> None:
             "note: %s: conversations were made with another chat template than that of "
             "data.tokenizer_model%s: whoever chats with the model must use theirs",
             ", ".join(sorted(set(others))), "" if carried else ", which has none",
+        )  # fmt: skip
+
+
+def note_ends(sources: Mapping[str, Source], ends: Collection[int], tokenizer: Tokenizer) -> None:
+    """Say where nothing that is learnt ends a text, so that answers of the model do not end.
+
+    Args:
+        sources: of conversations.
+        ends: tokens at which generation ends.
+    """
+    without = [
+        name for name, source in sources.items()
+        if isinstance(source, ConversationSource) and source.tokens > 1 and not source.learns(ends)
+    ]  # fmt: skip
+    if without:
+        named = ", ".join(f"{each} ({tokenizer.decode([each])!r})" for each in sorted(ends))
+        logger.warning(
+            "note: %s: of what is learnt, no token ends a text, as %s does: answers of the model "
+            "go on to their limit, or to a text of --stop; a tokenizer whose eos_token ends turns "
+            "would end them", ", ".join(without), named,
         )  # fmt: skip
 
 

@@ -5,11 +5,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from megatron_hybrid.checkpoint.carried import FOLDER, SAY_ENDS, Carried
 from megatron_hybrid.checkpoint.files import find_checkpoint
 from megatron_hybrid.checkpoint.saved_config import read_config
 from megatron_hybrid.config import RunConfig, load_config, rules
@@ -20,10 +18,9 @@ from megatron_hybrid.config.rules.generation import LAYOUT_FIELDS
 from megatron_hybrid.config.sections import PrecisionConfig
 from megatron_hybrid.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_hybrid.errors import ConfigError, UserError
-from megatron_hybrid.json_text import parse_json
 from megatron_hybrid.platform import initialize
 from megatron_hybrid.platform.backend import resolve_backend
-from megatron_hybrid.small_files import naming, read_json
+from megatron_hybrid.small_files import naming
 from megatron_hybrid.training.distributed import process_groups, select_device
 
 _LOOKED_AT = 1 << 16  # bytes at either end of a file
@@ -145,44 +142,6 @@ def _cut(pattern: str, stages: int) -> str:
     size, rest = divmod(len(layers), stages)
     ends = [0, *(size * i + min(i, rest) for i in range(1, stages + 1))]
     return "|".join(layers[a:b] for a, b in pairwise(ends) if b > a)
-
-
-def carried_ends(folder: Path) -> frozenset[int]:
-    """Tokens that end a text by the Hugging Face folder that a model came from, as transformers
-    reads it: those of a turn, beside that of a document.
-
-    Args:
-        folder: the checkpoint itself.
-
-    Raises:
-        UserError: a file of that folder is damaged.
-    """
-    paths = (folder / FOLDER / name for name in SAY_ENDS)
-    return _ends((path, read_json(path)) for path in paths if path.exists())
-
-
-def ends_of(carried: Carried) -> frozenset[int]:
-    """As `carried_ends`, of what a run has of that folder."""
-
-    def content(name: str) -> dict[str, Any]:
-        with naming(Path(FOLDER, name)):
-            return dict(parse_json(carried[name]))
-
-    return _ends((Path(FOLDER, name), content(name)) for name in SAY_ENDS if name in carried)
-
-
-def _ends(said: Iterator[tuple[Path, dict[str, Any]]]) -> frozenset[int]:
-    for path, content in said:
-        found = content.get("eos_token_id")
-        if found is None:
-            continue
-        ends = found if isinstance(found, list) else [found]
-        if not all(type(each) is int for each in ends):
-            raise UserError(
-                f"{path}: eos_token_id={found!r:.100} must be a whole number, or a list of them"
-            )
-        return frozenset(ends)
-    return frozenset()
 
 
 def checkpoint_digest(folder: Path) -> str:

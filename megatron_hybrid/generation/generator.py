@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
+from megatron_hybrid.checkpoint.carried import carried_ends
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.data.tokenizer import Tokenizer
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.generation.checkpoint import (
-    carried_ends,
     checkpoint_digest,
     loaded_model,
     read_checkpoint,

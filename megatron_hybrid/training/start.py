@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_hybrid.checkpoint import files as checkpoint_files
-from megatron_hybrid.checkpoint.carried import Carried, carried_on
+from megatron_hybrid.checkpoint.carried import Carried, carried_on, ends_of
 from megatron_hybrid.checkpoint.progress import Progress, saved_progress
 from megatron_hybrid.checkpoint.same_samples import refuse_other_samples
 from megatron_hybrid.checkpoint.saved_config import (
@@ -28,6 +28,7 @@ from megatron_hybrid.config.describe import shown
 from megatron_hybrid.config.rules.common import LENGTHS, values
 from megatron_hybrid.config.tracker import CONFIG_FILE
 from megatron_hybrid.data.batches import Steps
+from megatron_hybrid.data.conversations import note_ends
 from megatron_hybrid.data.datasets import RunData, plan_data
 from megatron_hybrid.data.run_plan import evaluated
 from megatron_hybrid.data.saved_plan import SavedPlan, read_saved_plan
@@ -152,6 +153,8 @@ def find_start(config: RunConfig, tokenizer: Tokenizer, world_size: int | None) 
     if consumed is not None:
         check_batch_sizes(config, data.steps, consumed, world_size)
     carried = carried_on(origin.folder, tokenizer) if origin.folder is not None else {}
+    if conversations:
+        note_ends(data.sources, {tokenizer.eod, *ends_of(carried)}, tokenizer)
     return Start(origin, data, saved_plan, carried, consumed)
 
 

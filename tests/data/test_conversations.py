@@ -14,6 +14,7 @@ from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.conversations import (
     ConversationSource,
     conversation_sources,
+    note_ends,
     note_templates,
 )
 from megatron_hybrid.data.datasets import plan_data
@@ -170,6 +171,21 @@ def test_templates_that_conversations_were_made_with(
     tokenizer = HuggingFaceTokenizer(tokenizer_folder(tmp_path / "tokenizer", own))
     note_templates(open_sources(paths), tokenizer)
     assert caplog.messages == told
+
+
+def test_answers_of_which_no_token_ends_a_text(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A model that learns them does not end, which is told; an end token that only the user says,
+    or with which rows are filled up, is none that is learnt."""
+    chats = {"a": ([5, EOD, 6, 7], [0, 0, 1, 1]), "b": ([5, 6, EOD], [0, 1, 1])}
+    paths = {n: [write_conversations(tmp_path / n, [it], VOCAB_SIZE)] for n, it in chats.items()}
+    sources = conversation_sources(open_sources(paths), ROW)
+    note_ends(sources, {EOD, 7}, NullTokenizer(VOCAB_SIZE))
+    assert not caplog.messages
+    note_ends(sources, {EOD, 8}, NullTokenizer(VOCAB_SIZE))
+    (said,) = caplog.messages
+    assert said.startswith("note: a: of what is learnt, no token ends a text, as 8 ('8'), 49 (")
 
 
 def test_conversations_that_are_read_as_text(

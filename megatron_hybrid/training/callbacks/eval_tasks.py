@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from megatron_hybrid.checkpoint.carried import ends_of
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.training.callbacks.base import Callback, Evaluation
 from megatron_hybrid.training.metrics import TASKS
@@ -53,7 +54,6 @@ class EvalTasks(Callback):
         """
         from megatron_hybrid.evaluation.task_run import limits_for
         from megatron_hybrid.generation import Generator
-        from megatron_hybrid.generation.checkpoint import ends_of
 
         max_length = self._config.data.seq_length
         limits = limits_for(max_length, _TEXTS_AT_ONCE)
