@@ -5,6 +5,7 @@ from importlib import import_module
 from checkpoints_converter.errors import ConversionError
 from checkpoints_converter.family import Family
 from megatron_hybrid.config import ModelConfig
+from megatron_hybrid.config.layers import unlike_problem
 
 # model_type -> module; in the order in which they are tried for a model of ours.
 MODULES = {
@@ -47,6 +48,8 @@ def family_for(model: ModelConfig, model_type: str | None = None) -> Family:
     Raises:
         ConversionError: the model cannot be held, with every field that stands against it.
     """
+    if problem := unlike_problem(model, "an export"):
+        raise ConversionError(problem)
     reasons = []
     for name in [model_type] if model_type else MODULES:
         candidate = family(name)

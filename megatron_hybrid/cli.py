@@ -98,7 +98,7 @@ def pretrain(
     if dry_run:
         which = (*rules.DRY_RUN, *NAMED)
         config = load_config(context.args, which=which, world_size=world_size)
-        print(config.to_yaml(), end="")
+        print(config.to_yaml() + cli_text.unlike_layers_text(config), end="")
         for note in notes(config, world_size):
             logging.getLogger("megatron_hybrid.cli").warning("note: %s", note)
         return

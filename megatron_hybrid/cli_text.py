@@ -8,8 +8,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_hybrid.config import RunConfig, presets
-from megatron_hybrid.config.describe import allowed, fields, items_of, plain_type, section_of
+from megatron_hybrid.config.describe import (
+    allowed,
+    fields,
+    items_of,
+    plain_type,
+    section_of,
+)
 from megatron_hybrid.config.flags import flags
+from megatron_hybrid.config.layers import are_unlike, layers, numbers_text, shown_size
 from megatron_hybrid.config.pattern import KINDS
 from megatron_hybrid.config.phases import sequence_lengths
 from megatron_hybrid.model.counts import count_parameters, flops_per_token
@@ -79,6 +86,17 @@ def default_of(info: FieldInfo) -> str:
     return "null" if value is None else str(list(value) if isinstance(value, tuple) else value)
 
 
+def unlike_layers_text(config: RunConfig) -> str:
+    """The sizes of every layer, a line each, as comments of YAML; nothing where all are alike."""
+    if not are_unlike(config.model):
+        return ""
+    lines = ["# layers, as resolved:"]
+    for layer in layers(config.model):
+        sizes = ", ".join(f"{name}={shown_size(value)}" for name, value in layer.sizes.items())
+        lines.append(f"# {layer.number:>4} {layer.kind} {sizes}")
+    return "\n".join([*lines, ""])
+
+
 def print_counts(config: RunConfig, console: Console) -> None:
     """Parameters and training FLOPs of a config's model, by kind of layer."""
     model, seq_length = config.model, max(sequence_lengths(config))
@@ -86,19 +104,22 @@ def print_counts(config: RunConfig, console: Console) -> None:
     table = Table("part")
     for title in ("layers", "parameters each", "parameters", "MFLOPs a token"):
         table.add_column(title, justify="right")
-    for kind, layers in found.layers.items():
-        each = found.per_layer[kind]
-        name = f"{KINDS[kind]} ({kind})"
-        cost = f"{flops.by_kind[kind] / 1e6:,.1f}"
-        table.add_row(name, f"{layers:,}", f"{each:,}", f"{each * layers:,}", cost)
+    for sort, (kind, cost) in zip(found.sorts, flops.by_sort, strict=True):
+        count, name = len(sort.numbers), f"{KINDS[kind]} ({kind})"
+        if kind not in found.per_layer:
+            name += f" {numbers_text(sort.numbers)}"
+        table.add_row(
+            name, f"{count:,}", f"{sort.each:,}", f"{sort.each * count:,}", f"{cost / 1e6:,.1f}"
+        )
     table.add_row(
         "embeddings, output", "", "", f"{found.embedding:,}", f"{flops.logits / 1e6:,.1f}"
     )
     table.add_row("final norm", "", "", f"{found.final_norm:,}", "")
     table.add_section()
-    layers = sum(found.layers.values())
     total = f"{flops.total / 1e6:,.1f}"
-    table.add_row("[bold]total[/]", f"{layers:,}", "", f"[bold]{found.total:,}[/]", total)
+    table.add_row(
+        "[bold]total[/]", f"{sum(found.layers.values()):,}", "", f"[bold]{found.total:,}[/]", total
+    )
     if found.active != found.total:
         table.add_row("active for a token", "", "", f"{found.active:,}", "")
     console.print(table)

@@ -24,7 +24,7 @@ _OURS = """
 --run-dir --backend --preset --activation --attn-mask-type --layernorm-epsilon
 --add-bias-linear --num-moe-experts --virtual-pipeline-model-parallel-size --overlap-p2p-comm
 --align-param-gather --gradient-accumulation-fusion --apply-rope-fusion --bias-activation-fusion
---bias-dropout-fusion --recipe --emulate --sources --phases --max-epochs --sample-order
+--bias-dropout-fusion --recipe --emulate --layers --sources --phases --max-epochs --sample-order
 --block-tokens --packed-documents --batch-size-schedule --train-tokens --hang-timeout-s
 --eval-tasks --eval-tasks-include-path --eval-tasks-limit --eval-tasks-num-fewshot
 --objective --objective-options --callbacks --nonfinite-action --loss-spike-factor

@@ -3,13 +3,15 @@
 Read from files alone, before the engine starts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_hybrid.config import ModelConfig, RunConfig, load_config
 from megatron_hybrid.config.describe import shown
 from megatron_hybrid.config.effects import EFFECTS
+from megatron_hybrid.config.layers import SIZES, layers
+from megatron_hybrid.config.layers import rotates as rotates_
 from megatron_hybrid.config.pattern import ATTENTION, MOE
 from megatron_hybrid.config.phases import run_tokens, sequence_lengths
 from megatron_hybrid.config.rules import Rule
@@ -38,6 +40,10 @@ FUNCTION_FIELDS = (
     "moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax",
     "moe_router_topk_scaling_factor",
 )  # fmt: skip
+
+# Of these, what each layer may have of its own, and where that is among what a model says.
+_OF_LAYERS = frozenset(name for names in SIZES.values() for name in names)
+LAYER_SIZES = "sizes of layers"
 
 # How a run begins, and what is held or said by itself. The rest is compared.
 _NOT_COMPARED = {
@@ -93,8 +99,14 @@ def refuse_other_model(folder: Path, model: ModelConfig, saved: ModelConfig) -> 
         f"  - model.{name}={ours!r}, in the checkpoint {theirs!r}"
         for name in SHAPE_FIELDS
         if not (name == "padded_vocab_size" and model.vocab_size == saved.vocab_size)
+        and not (name in _OF_LAYERS and (model.layers or saved.layers))
         and (ours := _shape_value(model, name)) != (theirs := _shape_value(saved, name))
     ]
+    if not differences:
+        found = _other_sizes(model, layer_sizes(saved), SHAPE_FIELDS)
+        differences = [
+            f"  - {name}={ours!r}, in the checkpoint {theirs!r}" for name, ours, theirs in found
+        ]
     if differences:
         raise UserError("\n".join([f"{folder} holds another model:", *differences]))
 
@@ -110,12 +122,17 @@ def other_functions(model: ModelConfig, said: Mapping[str, Any]) -> list[str]:
     Returns:
         A part of a sentence for each field that differs.
     """
+    theirs = said.get(LAYER_SIZES)
+    unlike = theirs is not None and bool(model.layers or said.get("layers"))
     rotates = "rope" in (model.position_embedding_type, said.get("position_embedding_type"))
+    rotates = rotates or (unlike and rotates_(model))
     attends = ATTENTION in model.hybrid_layer_pattern
-    return [
+    of_layers = _other_sizes(model, theirs, FUNCTION_FIELDS) if unlike and theirs else []
+    return [f"{name}={ours!r} (there {value!r})" for name, ours, value in of_layers] + [
         f"model.{name}={ours!r} (there {said[name]!r})"
         for name in FUNCTION_FIELDS
         if name in said and (ours := getattr(model, name)) != said[name]
+        if not (unlike and name in _OF_LAYERS)
         if rotates or not name.startswith("rotary_")
         if attends or not name.startswith(("rotary_", "position_", "window_", "attn_"))
     ]
@@ -124,7 +141,23 @@ def other_functions(model: ModelConfig, said: Mapping[str, Any]) -> list[str]:
 def said_of_functions(model: ModelConfig) -> dict[str, Any]:
     """What the config of a model says for `other_functions`; a dense one's nothing of experts."""
     has_experts = MOE in model.hybrid_layer_pattern
-    return {name: v for name, v in model if has_experts or not name.startswith("moe_")}
+    found = {name: v for name, v in model if has_experts or not name.startswith("moe_")}
+    return found | {LAYER_SIZES: layer_sizes(model)}
+
+
+def layer_sizes(model: ModelConfig) -> list[dict[str, Any]]:
+    """The sizes of each layer, by field."""
+    return [layer.sizes for layer in layers(model)]
+
+
+def _other_sizes(
+    model: ModelConfig, theirs: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> Iterator[tuple[str, Any, Any]]:
+    """The sizes of layers that are of the same kinds there, and of other values: field, both."""
+    for layer, sizes in zip(layers(model), theirs, strict=False):
+        for name, ours in layer.sizes.items():
+            if name in names and name in sizes and ours != sizes[name]:
+                yield f"model.layers.{layer.number}.{name}", ours, sizes[name]
 
 
 def other_training(config: RunConfig, saved: RunConfig) -> list[str]:

@@ -126,6 +126,8 @@ def check_types(values: Values) -> tuple[RunConfig, set[str], list[str]]:
                 if info.is_required():
                     set_path(values, place, _stand_in(info))
         config = RunConfig.model_validate(values)
+    if any(path.startswith("model.layers.") for path in broken):
+        broken.add("model.layers")  # what a layer is depends on all entries
     pattern = "model.hybrid_layer_pattern"
     if pattern not in broken and (found := pattern_problems(config.model.hybrid_layer_pattern)):
         text = config.model.hybrid_layer_pattern

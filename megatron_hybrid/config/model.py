@@ -1,18 +1,21 @@
 """The `model` section: what the network is, whatever it runs on."""
 
+from enum import Enum
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, Strict
+from pydantic import AfterValidator, BeforeValidator, Field, Strict, model_serializer
 
 from megatron_hybrid.bounds import text_problem
 from megatron_hybrid.config.base import (
     Amount,
     Far,
+    FrozenDict,
     Positive,
     PositiveReal,
     Real,
     Section,
+    Text,
     Whole,
     Words,
 )
@@ -20,6 +23,65 @@ from megatron_hybrid.config.base import (
 # Room for ten times the layers of any model.
 LayerPattern = Annotated[str, Far(partial(text_problem, most=10_000))]
 Window = Annotated[tuple[Whole, Whole], Strict(False), Words("two whole numbers such as [128, 0]")]
+Activation = Literal["squared_relu", "swiglu", "gelu"]
+Positions = Literal["none", "rope"]
+
+
+class Unsaid(Enum):
+    """What an entry of `model.layers` leaves to the model: null means something of its own."""
+
+    UNSAID = "the model's"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+UNSAID = Unsaid.UNSAID
+
+
+def _unsaid(description: str) -> Any:
+    return Field(default=UNSAID, description=description)
+
+
+class LayerConfig(Section):
+    """Sizes of a layer (3), a range (10-20) or a kind (M), in place of the model's. A number wins
+    over a range, a range over a kind; what none of them says is the model's."""
+
+    ffn_hidden_size: Positive = _unsaid("MLP: inner width")
+    activation: Activation = _unsaid("MLP, MoE: activation")
+    num_attention_heads: Positive = _unsaid("attention: query heads")
+    num_query_groups: Positive = _unsaid("attention: key and value heads")
+    kv_channels: Positive = _unsaid("attention: channels of a head")
+    window_size: Window | None = _unsaid("attention: [tokens seen to the left, 0]; null: all")
+    position_embedding_type: Positions = _unsaid("attention: positions")
+    mamba_num_heads: Positive = _unsaid("Mamba-2: heads")
+    mamba_head_dim: Positive = _unsaid("Mamba-2: channels of a head")
+    mamba_state_dim: Positive = _unsaid("Mamba-2: SSM states of a channel")
+    mamba_num_groups: Positive = _unsaid("Mamba-2: groups of heads that share B and C")
+    num_moe_experts: Positive = _unsaid("MoE: experts")
+    moe_ffn_hidden_size: Positive = _unsaid("MoE: inner width of one expert")
+    moe_router_topk: Positive = _unsaid("MoE: experts a token goes to")
+    moe_shared_expert_intermediate_size: Positive | None = _unsaid(
+        "MoE: inner width of the expert that every token goes to; null: none"
+    )
+
+    @model_serializer
+    def said(self) -> dict[str, Any]:
+        """What it says, by field."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: value for name, value in values.items() if value is not UNSAID}
+
+
+def _null_is_nothing(value: Any) -> Any:
+    return {} if value is None else value
+
+
+Layers = Annotated[
+    dict[Text, LayerConfig],
+    BeforeValidator(_null_is_nothing),
+    AfterValidator(FrozenDict),
+    Words("sizes by kind, range or number such as {M: {mamba_num_heads: 8}, 10-20: {...}}"),
+]
 
 
 class ModelConfig(Section):
@@ -33,7 +95,7 @@ class ModelConfig(Section):
     ffn_hidden_size: Positive | None = Field(
         default=None, description="inner width of an MLP layer; null: 4 * hidden_size"
     )
-    activation: Literal["squared_relu", "swiglu", "gelu"] = Field(
+    activation: Activation = Field(
         default="squared_relu", description="activation of MLP layers and experts"
     )
     num_attention_heads: Positive | None = Field(
@@ -53,7 +115,7 @@ class ModelConfig(Section):
         default="causal",
         description="what a token of an attention layer sees: those up to its own, or all",
     )
-    position_embedding_type: Literal["none", "rope"] = Field(
+    position_embedding_type: Positions = Field(
         default="none", description="positions in attention layers"
     )
     # A number like any other, of models that read millions of tokens above 2**31.
@@ -133,6 +195,11 @@ class ModelConfig(Section):
     )
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = Field(
         default="alltoall", description="how tokens travel to their experts"
+    )
+    layers: Layers = Field(
+        default=FrozenDict(),
+        description="sizes of layers that are unlike the others, by layer number (from 1), range "
+        "or kind",
     )
 
     @property

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from megatron_hybrid.config.derive import DERIVED
 from megatron_hybrid.config.describe import fields, shown
 from megatron_hybrid.config.effects import differences
+from megatron_hybrid.config.layers import SIZES, layers, rotates
 from megatron_hybrid.config.lengths import lengths
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE
 from megatron_hybrid.config.phases import (
@@ -197,8 +198,7 @@ _TABLE = (
     ),
     _Unused(
         ("model.rotary_base", "model.rotary_percent"),
-        lambda c: c.model.position_embedding_type != "rope" or not _attends(c),
-        "no layer of this model has RoPE",
+        lambda c: not rotates(c.model), "no layer of this model has RoPE",
     ),
     _Unused(
         ("model.moe_router_bias_update_rate",),
@@ -213,8 +213,7 @@ _TABLE = (
     ),
     _Unused(
         ("gpu.apply_rope_fusion",),
-        lambda c: c.model.position_embedding_type != "rope" or not _attends(c),
-        "no layer of this model has RoPE",
+        lambda c: not rotates(c.model), "no layer of this model has RoPE",
     ),
     _Unused(
         ("gpu.cp_comm_type",), lambda c: c.parallel.context_parallel_size == 1 or not _attends(c),
@@ -312,7 +311,10 @@ def notes(config: RunConfig, world_size: int | None = None) -> list[str]:
         if each.applies(config)
         for name, value in _set(config, each.names)
     ]
-    return differences(config) + unused + _unread_sources(config) + _alone(config, world_size)
+    of_fields = differences(config) + unused
+    return [
+        *of_fields, *_unread_sources(config), *_unread_sizes(config), *_alone(config, world_size),
+    ]  # fmt: skip
 
 
 def _alone(c: RunConfig, world_size: int | None) -> list[str]:
@@ -333,6 +335,28 @@ def _unread_sources(c: RunConfig) -> list[str]:
         f"data.sources.{name} has no effect: no phase has a weight for it"
         for name in c.data.sources
         if name not in _weighed(c)
+    ]
+
+
+# Sizes from which others of the model follow.
+_DERIVED_FROM = ("ffn_hidden_size", "num_attention_heads", "mamba_head_dim")
+
+
+def _unread_sizes(c: RunConfig) -> list[str]:
+    """The model's sizes that no layer has, as each has one of its own."""
+    if not c.model.layers:
+        return []
+    resolved = layers(c.model)
+    names = dict.fromkeys(name for layer in resolved for name in SIZES[layer.kind])
+    unread = [
+        f"model.{name}"
+        for name in names
+        if name not in _DERIVED_FROM
+        and all(name in layer.keys for layer in resolved if name in SIZES[layer.kind])
+    ]
+    return [
+        f"{name}={_typed(value)} has no effect: model.layers says it of every layer"
+        for name, value in _set(c, tuple(unread))
     ]
 
 

@@ -1,5 +1,6 @@
 """A config with holes: rules read what is good, and stop where they meet what is not."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_hybrid.config.base import Section
@@ -26,6 +27,11 @@ class Partial:
         if path in self._broken:
             raise UnreadableError(path)
         return self._wrap(getattr(self._section, name), path)
+
+    def model_copy(self, *, update: Mapping[str, Any]) -> "Partial":
+        """As a section's: the fields that get another value are good in the copy."""
+        broken = self._broken - {self._prefix + name for name in update}
+        return Partial(self._section.model_copy(update=update), broken, self._prefix)
 
     def _wrap(self, value: Any, path: str) -> Any:
         """The value at `path`, with every section in it read as this one is."""

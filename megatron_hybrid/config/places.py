@@ -9,8 +9,8 @@ from typing import Any
 
 Values = dict[str, Any]
 Place = tuple[str | int, ...]
-PLACE = r"[A-Za-z_]\w*(?:\.[\w+-]+|\[-?\d+\])*"
-_PART = re.compile(r"\[(-?\d+)\]|([\w+-]+)")
+PLACE = r"[A-Za-z_]\w*(?:\.[\w+*-]+|\[-?\d+\])*"
+_PART = re.compile(r"\[(-?\d+)\]|([\w+*-]+)")
 
 
 def read_place(text: str) -> Place:

@@ -31,7 +31,7 @@ _BLOCK_NESTING = re.compile(r"^[ ?:-]*", re.MULTILINE)
 
 
 class _NoneTwice(yaml.constructor.SafeConstructor):
-    """Plain values, and no silent overwriting."""
+    """Plain values, names that are text (`3:` is "3"), and no silent overwriting."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -42,7 +42,8 @@ class _NoneTwice(yaml.constructor.SafeConstructor):
                     None, None, f"line {line}: {key.value} is given twice", None
                 )
             seen.add(str(key.value))
-        return super().construct_mapping(node, deep=deep)
+        made = super().construct_mapping(node, deep=deep)
+        return {str(key) if type(key) is int else key: value for key, value in made.items()}
 
 
 class _Loader(_NoneTwice, yaml.SafeLoader):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_hybrid.checkpoint.carried import carried_ends
 from megatron_hybrid.config import RunConfig
+from megatron_hybrid.config.layers import refuse_unlike
 from megatron_hybrid.data.tokenizer import Tokenizer
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.generation.checkpoint import (
@@ -106,6 +107,7 @@ class Generator:
         alone: bool,
     ) -> None:
         refuse_unable(config, folder)
+        refuse_unlike(config.model, "generation")
         resources = ExitStack()
         opened = loaded_model(config, folder, tokenizer, alone=alone)
         config, chunks = resources.enter_context(opened)
@@ -135,6 +137,7 @@ class Generator:
             UserError: it cannot generate, or has fewer ids than the tokenizer.
         """
         refuse_unable(config, "the model")
+        refuse_unlike(config.model, "generation")
         config = config.with_vocab_size(tokenizer.vocab_size)
         generator = cls.__new__(cls)
         generator._set(config, chunks, tokenizer, limits, ExitStack())

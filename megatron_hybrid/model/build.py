@@ -7,12 +7,15 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 from megatron_hybrid.config import RunConfig
+from megatron_hybrid.config.layers import are_unlike, rotates
 from megatron_hybrid.config.pattern import parse_pattern
 from megatron_hybrid.config.phases import sequence_lengths
 from megatron_hybrid.layers.router import TopKRouter
 from megatron_hybrid.layers.vocabulary import draw_vocabulary, leave_out_padding
 from megatron_hybrid.model.float8 import emulate_float8
+from megatron_hybrid.model.own_sizes import with_own_sizes
 from megatron_hybrid.model.specs import hybrid_stack_spec, layer_classes
+from megatron_hybrid.model.transformer_config import layer_configs
 from megatron_hybrid.platform import initialize
 
 
@@ -38,16 +41,21 @@ def build_model(
     assert words is not None and rows is not None, (
         "resolved from the tokenizer before the model is built"
     )
+    stack = hybrid_stack_spec(backend, model.attn_mask_type)
+    if are_unlike(model):
+        on_meta = engine_config.use_cpu_initialization
+        device = torch.device("meta") if on_meta else initialize().device
+        stack = with_own_sizes(stack, model, layer_configs(config, backend, device))
     built = layer_classes(backend).model(
         config=engine_config,
-        hybrid_stack_spec=hybrid_stack_spec(backend, model.attn_mask_type),
+        hybrid_stack_spec=stack,
         vocab_size=rows,
         max_sequence_length=max(sequence_lengths(config)),
         hybrid_layer_pattern=pattern.engine_text(pp_group.size()),
         pre_process=pp_group.rank() == 0 and vp_stage in (None, 0),
         post_process=pp_group.rank() == pp_group.size() - 1 and vp_stage in (None, last_chunk),
         share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
-        position_embedding_type=model.position_embedding_type,
+        position_embedding_type="rope" if rotates(model) else "none",
         rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,
         vp_stage=vp_stage,

@@ -7,14 +7,31 @@ u = 3 matrices (swiglu) or 2; MoE: E experts, of which a token visits t.
 """
 
 from dataclasses import dataclass
-from types import MappingProxyType
 
+from megatron_hybrid.config.layers import sorts
 from megatron_hybrid.config.linears import linears
 from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.pattern import ATTENTION, KINDS, MAMBA, MOE, parse_pattern
+from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MOE
 from megatron_hybrid.errors import ConfigError
 
 CONV_KERNEL = 4
+
+
+@dataclass(frozen=True)
+class LayerCounts:
+    """Parameters of one of some layers that are alike.
+
+    Attributes:
+        kind: symbol.
+        numbers: the layers, from 1.
+        each: of one layer, its norm included.
+        active: the same, counting of a MoE layer the experts a token visits.
+    """
+
+    kind: str
+    numbers: tuple[int, ...]
+    each: int
+    active: int
 
 
 @dataclass(frozen=True)
@@ -22,32 +39,42 @@ class Counts:
     """Parameters of a model.
 
     Attributes:
-        layers: symbol of a kind -> how many layers of it; kinds the model has only.
-        per_layer: symbol -> parameters of one such layer, its norm included.
-        active_per_layer: the same, counting of a MoE layer the experts a token visits.
+        sorts: of the layers, by what they are alike in.
         embedding: of the embedding, and of the output layer where it has weights of its own.
         final_norm: of the last norm.
     """
 
-    layers: MappingProxyType[str, int]
-    per_layer: MappingProxyType[str, int]
-    active_per_layer: MappingProxyType[str, int]
+    sorts: tuple[LayerCounts, ...]
     embedding: int
     final_norm: int
 
     @property
+    def layers(self) -> dict[str, int]:
+        """How many there are by symbol of a kind; kinds the model has only."""
+        found: dict[str, int] = {}
+        for sort in self.sorts:
+            found[sort.kind] = found.get(sort.kind, 0) + len(sort.numbers)
+        return found
+
+    @property
+    def per_layer(self) -> dict[str, int]:
+        """Of one layer by symbol of a kind; kinds whose layers are all alike only."""
+        kinds = [sort.kind for sort in self.sorts]
+        return {sort.kind: sort.each for sort in self.sorts if kinds.count(sort.kind) == 1}
+
+    @property
     def total(self) -> int:
         """All parameters."""
-        return self._sum(self.per_layer)
+        return sum(sort.each * len(sort.numbers) for sort in self.sorts) + self._ends
 
     @property
     def active(self) -> int:
         """Parameters that one token passes through."""
-        return self._sum(self.active_per_layer)
+        return sum(sort.active * len(sort.numbers) for sort in self.sorts) + self._ends
 
-    def _sum(self, per_layer: MappingProxyType[str, int]) -> int:
-        blocks = sum(per_layer[kind] * count for kind, count in self.layers.items())
-        return blocks + self.embedding + self.final_norm
+    @property
+    def _ends(self) -> int:
+        return self.embedding + self.final_norm
 
 
 @dataclass(frozen=True)
@@ -55,17 +82,25 @@ class Flops:
     """Model FLOPs of one token, forward and backward.
 
     Attributes:
-        by_kind: symbol -> all layers of that kind together.
+        by_sort: symbol of the kind and all layers of a sort together, in the order of `sorts`.
         logits: the output layer.
     """
 
-    by_kind: MappingProxyType[str, float]
+    by_sort: tuple[tuple[str, float], ...]
     logits: float
+
+    @property
+    def by_kind(self) -> dict[str, float]:
+        """Symbol -> all layers of that kind together."""
+        found: dict[str, float] = {}
+        for kind, flops in self.by_sort:
+            found[kind] = found.get(kind, 0.0) + flops
+        return found
 
     @property
     def total(self) -> float:
         """All of them."""
-        return sum(self.by_kind.values()) + self.logits
+        return sum(flops for _, flops in self.by_sort) + self.logits
 
 
 def _vocabulary(model: ModelConfig) -> int:
@@ -116,6 +151,8 @@ def layer_parameters(
 ) -> Parameters:
     """Of one layer with its norm, whole or on a tensor- and expert-parallel rank.
 
+    `model` has the layer's own sizes, as that of `config.layers.Layer` has.
+
     Linears, with biases but in Mamba-2; Mamba-2: convolution c(K+1), gated norm i, and 3h in fp32;
     MoE: the router's d*E.
     """
@@ -153,16 +190,18 @@ def count_parameters(model: ModelConfig) -> Counts:
     Raises:
         ConfigError: `model.vocab_size` is null.
     """
-    pattern, d = parse_pattern(model.hybrid_layer_pattern), model.hidden_size
-    kinds = [kind for kind in KINDS if pattern.has(kind)]
-    matrices = 2 if model.untie_embeddings_and_output_weights else 1
+    d, matrices = model.hidden_size, 2 if model.untie_embeddings_and_output_weights else 1
     return Counts(
-        layers=MappingProxyType({kind: pattern.count(kind) for kind in kinds}),
-        per_layer=MappingProxyType({kind: layer_parameters(model, kind).total for kind in kinds}),
-        active_per_layer=MappingProxyType({kind: _active(model, kind) for kind in kinds}),
+        sorts=tuple(
+            LayerCounts(
+                sort.kind, sort.numbers,
+                layer_parameters(sort.model, sort.kind).total, _active(sort.model, sort.kind),
+            )
+            for sort in sorts(model)
+        ),
         embedding=matrices * _vocabulary(model) * d,
         final_norm=d,
-    )
+    )  # fmt: skip
 
 
 def mean_keys(model: ModelConfig, seq_length: int) -> float:
@@ -210,10 +249,8 @@ def flops_per_token(model: ModelConfig, seq_length: int) -> Flops:
     Raises:
         ConfigError: `model.vocab_size` is null.
     """
-    pattern = parse_pattern(model.hybrid_layer_pattern)
-    by_kind = {
-        kind: 3.0 * pattern.count(kind) * _forward_flops(model, kind, seq_length)
-        for kind in KINDS
-        if pattern.has(kind)
-    }
-    return Flops(MappingProxyType(by_kind), 3.0 * 2 * model.hidden_size * _vocabulary(model))
+    by_sort = tuple(
+        (sort.kind, 3.0 * len(sort.numbers) * _forward_flops(sort.model, sort.kind, seq_length))
+        for sort in sorts(model)
+    )
+    return Flops(by_sort, 3.0 * 2 * model.hidden_size * _vocabulary(model))

@@ -9,8 +9,9 @@ from megatron.core.activations import squared_relu as engine_squared_relu
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 
-from megatron_hybrid.config import RunConfig
-from megatron_hybrid.config.pattern import MOE, parse_pattern
+from megatron_hybrid.config import ModelConfig, RunConfig
+from megatron_hybrid.config.layers import layers, rotates, sorts
+from megatron_hybrid.config.pattern import ATTENTION, MOE, parse_pattern
 from megatron_hybrid.config.precision import AMAX_HISTORY, FLOAT8_RECIPES
 from megatron_hybrid.layers.vocabulary import draw_vocabulary
 from megatron_hybrid.ops.squared_relu import squared_relu
@@ -83,13 +84,46 @@ def _gpu_arguments(config: RunConfig) -> dict[str, Any]:
 
 
 def transformer_config(config: RunConfig, backend: str, device: torch.device) -> TransformerConfig:
-    """The engine's config of a resolved RunConfig.
+    """The engine's config of a resolved RunConfig; of unlike layers see `layer_configs`.
 
     Args:
         backend: "torch" or "transformer_engine", as `platform.resolve_backend` chose it.
         device: where parameters are made; "meta" makes none (for counting).
     """
-    model, parallel = config.model, config.parallel
+    return _made(config, _common(config.model), backend, device)
+
+
+def layer_configs(
+    config: RunConfig, backend: str, device: torch.device
+) -> dict[int, TransformerConfig]:
+    """The engine's config of each layer by its number; arguments as of `transformer_config`."""
+    common = _common(config.model)
+    found: dict[int, TransformerConfig] = {}
+    for sort in sorts(config.model):
+        own = common.model_copy(update=sort.layer.sizes)
+        found |= dict.fromkeys(sort.numbers, _made(config, own, backend, device))
+    return found
+
+
+def _common(model: ModelConfig) -> ModelConfig:
+    """The model with the sizes of the first layer of each kind: what no layer has may not even be
+    possible. Of attention it is the first with RoPE, whose angles are made for the whole model.
+    """
+    if not model.layers:
+        return model
+    own: dict[str, Any] = {}
+    first_rotating = rotates(model)
+    for layer in reversed(layers(model)):
+        if layer.kind != ATTENTION or not first_rotating or layer.rotates:
+            own |= layer.sizes
+    return model.model_copy(update=own)
+
+
+def _made(
+    config: RunConfig, model: ModelConfig, backend: str, device: torch.device
+) -> TransformerConfig:
+    """The engine's config of a run whose layers have the sizes of `model`."""
+    parallel = config.parallel
     pattern = parse_pattern(model.hybrid_layer_pattern)
     activation, gated = ACTIVATIONS[model.activation]
     dtype = torch.bfloat16 if config.precision.weights == "bf16" else torch.float32

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from megatron_hybrid.config.layers import refuse_unlike
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, parse_pattern
 from megatron_hybrid.model.counts import CONV_KERNEL, count_parameters
@@ -42,6 +43,7 @@ def generation_memory(
         number_bytes: of a weight, a key or a value.
         state_bytes: of a number of a state; `megatron-hybrid generate` itself keeps fp32 ones (4).
     """
+    refuse_unlike(model, "the planner")
     pattern = parse_pattern(model.hybrid_layer_pattern)
     keys_values = ssm = conv = 0
     if pattern.has(ATTENTION):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_hybrid.config import RunConfig, build_config
+from megatron_hybrid.config.layers import refuse_unlike
 from megatron_hybrid.config.pattern import ATTENTION, MLP, MOE, parse_pattern
 from megatron_hybrid.config.phases import sequence_lengths
 from megatron_hybrid.config.precision import FLOAT8_RECIPES
@@ -26,6 +27,7 @@ def measure_costs(config: RunConfig) -> Costs:
     Within `training.distributed.model_parallel_groups` of one rank. The fastest of a few repeats:
     what else the machine does only adds.
     """
+    refuse_unlike(config.model, "the planner")
     found: dict[str, Cost] = {}
     kinds = sorted(set(parse_pattern(config.model.hybrid_layer_pattern).layers))
     for number, kind in enumerate(kinds):

@@ -1,6 +1,6 @@
 """How evenly the tokens of a step fell on the experts, layer by layer.
 
-Legend: l MoE layers of the model, E experts.
+Legend: l MoE layers of the model, E experts, of the layer that has most.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_hybrid.config import ModelConfig
-from megatron_hybrid.config.pattern import MOE, parse_pattern
+from megatron_hybrid.config.layers import layers
+from megatron_hybrid.config.pattern import MOE
 from megatron_hybrid.layers.router import TopKRouter
 
 
@@ -24,11 +25,19 @@ class ExpertLoad:
         layers: numbers of the MoE layers in the pattern, from 1.
         tokens: `[l, E]` int64: tokens that each expert took.
         asked: `[l]` int64: pairs of a token and an expert before any were dropped.
+        experts: `[l]`: how many a layer has; None: E.
     """
 
     layers: tuple[int, ...]
     tokens: np.ndarray
     asked: np.ndarray
+    experts: tuple[int, ...] | None = None
+
+    @property
+    def _counts(self) -> np.ndarray:
+        """`[l]` int64: experts."""
+        every = self.experts or (self.tokens.shape[1],) * len(self.tokens)
+        return np.asarray(every, dtype=np.int64)
 
     @property
     def shares(self) -> np.ndarray:
@@ -36,9 +45,15 @@ class ExpertLoad:
         return self.tokens / np.maximum(self.tokens.sum(axis=1, keepdims=True), 1)
 
     @property
+    def rows(self) -> list[list[float]]:
+        """`shares`, of each layer those of the experts that it has."""
+        every = zip(self.shares.tolist(), self._counts.tolist(), strict=True)
+        return [row[:experts] for row, experts in every]
+
+    @property
     def max_over_mean(self) -> np.ndarray:
         """`[l]`: tokens of the busiest expert over those of the average one; 1 is even."""
-        return self.shares.max(axis=1) * self.tokens.shape[1]
+        return self.shares.max(axis=1) * self._counts
 
     @property
     def dropped(self) -> np.ndarray:
@@ -48,7 +63,7 @@ class ExpertLoad:
     @property
     def dead(self) -> np.ndarray:
         """`[l]` int: experts that took no token."""
-        return (self.tokens == 0).sum(axis=1)
+        return self._counts - (self.tokens > 0).sum(axis=1)
 
     def summary(self) -> dict[str, list[Any]]:
         """What is recorded of each step: a number a layer."""
@@ -82,9 +97,9 @@ class ExpertLoads:
     name = "expert_load"
 
     def __init__(self, model: ModelConfig, chunks: Sequence[torch.nn.Module]) -> None:
-        pattern = parse_pattern(model.hybrid_layer_pattern).layers
-        self.layers = tuple(n for n, symbol in enumerate(pattern, start=1) if symbol == MOE)
-        self._experts = model.num_moe_experts or 0
+        moe = [layer for layer in layers(model) if layer.kind == MOE]
+        self.layers = tuple(layer.number for layer in moe)
+        self._experts = tuple(layer.model.num_moe_experts or 0 for layer in moe)
         self._routers = [
             module
             for chunk in chunks
@@ -97,14 +112,20 @@ class ExpertLoads:
 
         Each token is routed on one rank of its pipeline stage, so that the sum counts it once.
         """
-        counts = like.new_zeros(len(self.layers), self._experts + 1)
+        counts = like.new_zeros(len(self.layers), max(self._experts, default=0) + 1)
         for router in self._routers:
             load = router.take_load()
-            if load is not None:
-                counts[self.layers.index(router.layer_number)] += load
+            if load is None:
+                continue
+            row = counts[self.layers.index(router.layer_number)]
+            if len(load) == len(row):
+                row += load
+            else:
+                row[: len(load) - 1] += load[:-1]
+                row[-1] += load[-1]
         return counts.flatten()
 
     def read(self, counts: Sequence[float]) -> ExpertLoad:
         """What the sums over ranks say."""
         table = np.asarray(counts, dtype=np.int64).reshape(len(self.layers), -1)
-        return ExpertLoad(self.layers, table[:, :-1], table[:, -1])
+        return ExpertLoad(self.layers, table[:, :-1], table[:, -1], self._experts)

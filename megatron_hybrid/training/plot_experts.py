@@ -79,12 +79,17 @@ def _draw_busy(axes: Axes, layers: Sequence[int], tokens: np.ndarray, busy: np.n
 
 def _draw_shares(axes: Axes, layers: Sequence[int], shares: Sequence[dict[str, Any]]) -> None:
     """Layers by experts: shares of the tokens at the end, busiest first in each layer."""
-    last = np.mean([record["shares"] for record in shares[-_AVERAGED:]], axis=0)
-    experts = last.shape[1]
-    values = -np.sort(-last, axis=1) * experts
+    counts = np.array([len(row) for row in shares[-1]["shares"]])
+    experts = int(counts.max())
+    # A layer of fewer experts has nothing in its last columns.
+    rows = [
+        [row + [np.nan] * (experts - len(row)) for row in record["shares"]]
+        for record in shares[-_AVERAGED:]
+    ]
+    values = -np.sort(-np.mean(rows, axis=0), axis=1) * counts[:, None]
     mesh = axes.pcolormesh(
         np.arange(experts + 1), np.arange(len(layers) + 1), values, cmap=_SHARE,
-        norm=TwoSlopeNorm(1.0, 0.0, max(2.0, float(values.max()))),
+        norm=TwoSlopeNorm(1.0, 0.0, max(2.0, float(np.nanmax(values)))),
         edgecolors="white", linewidth=0.4 if experts <= 64 else 0.0,
     )  # fmt: skip
     for row, dead in enumerate((values == 0).sum(axis=1)):

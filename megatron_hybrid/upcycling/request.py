@@ -8,6 +8,7 @@ from typing import Any
 from megatron_hybrid.checkpoint.errors import CheckpointError
 from megatron_hybrid.config import ModelConfig, RunConfig, load_config, rules
 from megatron_hybrid.config.flags import parse_command_line
+from megatron_hybrid.config.layers import refuse_unlike
 from megatron_hybrid.config.pattern import MLP, MOE, parse_pattern
 from megatron_hybrid.config.rules.common import LENGTHS, divisors, listing
 from megatron_hybrid.errors import ConfigError
@@ -69,6 +70,7 @@ def upcycled_config(
         CheckpointError: the request does not fit the dense model, with every reason.
         ConfigError: the changes are wrong, or the config that they make.
     """
+    refuse_unlike(dense.model, "upcycling")
     typed = dict(parse_command_line(words).values)
     problems = _problems(dense.model, request, typed) + _said_twice(typed)
     if problems:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from megatron_hybrid.checkpoint.errors import CheckpointError
 from megatron_hybrid.checkpoint.saved_config import SHAPE_FIELDS
+from megatron_hybrid.config.layers import refuse_unlike
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.pattern import MLP, MOE, parse_pattern
 from megatron_hybrid.config.rules.common import divisors, listing
@@ -109,6 +110,8 @@ def scheme_between(dense: ModelConfig, moe: ModelConfig, *, scale_weights: bool)
     Raises:
         CheckpointError: the one cannot become the other, with every reason.
     """
+    for model in (dense, moe):
+        refuse_unlike(model, "upcycling")
     layers, problems = _changed_layers(dense, moe)
     problems += [
         f"model.{name}={ours!r}, in the dense checkpoint {theirs!r}"

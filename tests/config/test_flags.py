@@ -19,6 +19,7 @@ from tests.config import GOOD
 TEXTS = {
     "model.hybrid_layer_pattern": "M-M*",
     "model.window_size": "128,0",
+    "model.layers": "{M: {mamba_num_heads: 2}}",
     "data.data_path": "0.3",
     "data.sources": "{web: {path: some/path}}",
     "data.phases": "[{name: all, weights: {web: 1}}]",

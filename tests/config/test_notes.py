@@ -186,7 +186,7 @@ READ = """
     run_dir backend preset
     model.hybrid_layer_pattern model.hidden_size model.normalization model.layernorm_epsilon
     model.init_method_std model.vocab_size model.make_vocab_size_divisible_by
-    model.untie_embeddings_and_output_weights model.hidden_dropout
+    model.untie_embeddings_and_output_weights model.hidden_dropout model.layers
     parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size
     parallel.context_parallel_size parallel.overlap_grad_reduce
     gpu.gradient_accumulation_fusion gpu.bias_dropout_fusion gpu.cross_entropy_loss_fusion

@@ -27,6 +27,20 @@ EOD = 0
 DENSE = "M-*M"
 MOE = "ME*E"
 DIFFUSION = "*E-*"  # trained by masked diffusion
+# Two of each kind, the second of which is unlike the first: other numbers of heads, which are as
+# wide or not, groups of the gated norm, angles of RoPE, activations and experts.
+UNLIKE = "M-*EM-*E"
+UNLIKE_LAYERS = {
+    "5": {"mamba_num_heads": 4, "mamba_head_dim": 24, "mamba_state_dim": 8, "mamba_num_groups": 4},
+    "5-6": {"ffn_hidden_size": 96, "activation": "swiglu"},
+    "7": {
+        "num_attention_heads": 6, "num_query_groups": 6, "kv_channels": 8, "window_size": [20, 0],
+    },
+    "8": {
+        "num_moe_experts": 6, "moe_ffn_hidden_size": 48, "moe_router_topk": 3,
+        "moe_shared_expert_intermediate_size": None, "activation": "gelu",
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,6 +133,7 @@ def layout_config(
                 "make_vocab_size_divisible_by": 32,
                 "attn_mask_type": "no_mask" if layers == DIFFUSION else "causal",
                 **(moe if "E" in layers else {}),
+                "layers": UNLIKE_LAYERS if layers == UNLIKE else {},
             },
             "parallel": {
                 "tensor_model_parallel_size": layout.tp,

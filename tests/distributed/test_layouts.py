@@ -14,6 +14,7 @@ from tests.distributed.layouts import (
     LAYOUTS,
     MOE,
     ONE_RANK,
+    UNLIKE,
     Layout,
     Variant,
     merge_gradients,
@@ -25,6 +26,7 @@ from tests.distributed.layouts import (
 RELATIVE_TOLERANCE = 1e-5
 
 VARIANTS = [Variant(packed, again) for packed in (False, True) for again in (False, True)]
+PLAIN, PACKED_AGAIN = VARIANTS[0], VARIANTS[-1]
 SFT = Variant(packed=True, sft=True)
 # Another objective meets no other code than that of single dimensions.
 SINGLE = ("TP2+SP", "PP2", "CP2", "EP2")
@@ -35,7 +37,7 @@ Steps = list[tuple[float, float, dict[str, Tensor]]]
 def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A checkpoint by one rank for each model."""
     folders = {}
-    for layers in (DENSE, MOE, DIFFUSION):
+    for layers in (DENSE, MOE, DIFFUSION, UNLIKE):
         folders[layers] = tmp_path_factory.mktemp("weights")
         run_distributed(save_weights, 1, layers, folders[layers])
     return folders
@@ -61,12 +63,14 @@ def variants_of(layout: Layout, layers: str) -> list[Variant]:
     """Those in which a layout is tried with a model."""
     if layers == DIFFUSION and layout.ranks > 1 and layout.name not in SINGLE:
         return []
+    if layers == UNLIKE and layout.ranks > 1:
+        return [PLAIN, PACKED_AGAIN]
     if layers != MOE:
-        return [] if layout.needs_moe and layers != DIFFUSION else VARIANTS
+        return [] if layout.needs_moe and layers == DENSE else VARIANTS
     return [*VARIANTS, SFT] if layout.ranks == 1 or layout.name in SINGLE else VARIANTS
 
 
-NAMES = {DENSE: "dense", MOE: "moe", DIFFUSION: "diffusion"}
+NAMES = {DENSE: "dense", MOE: "moe", DIFFUSION: "diffusion", UNLIKE: "unlike"}
 CASES = [
     pytest.param(
         layout, layers, variant,

@@ -12,6 +12,7 @@ from tests.distributed.layouts import (
     MOE,
     ONE_RANK,
     SEQ_LENGTH,
+    UNLIKE,
     VOCAB_SIZE,
     Layout,
     batches_of_this_rank,
@@ -111,6 +112,13 @@ def test_loss_goes_on(name: str, saved_by_tp2_pp2: tuple[Path, list[float]]) -> 
     losses = run_distributed(load_and_train, LAYOUT[name].ranks, LAYOUT[name], save, MOE, multiple)[
         0
     ]
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_unlike_layers_go_on(tmp_path: Path) -> None:
+    """Layers of unlike sizes, saved by two stages, go on where each of them is shared."""
+    expected = run_distributed(train_and_save, 2, LAYOUT["PP2"], tmp_path, UNLIKE)[0]
+    losses = run_distributed(load_and_train, 2, LAYOUT["TP2+SP"], tmp_path, UNLIKE)[0]
     assert losses == pytest.approx(expected, rel=1e-5)
 
 

@@ -55,11 +55,19 @@ def test_built_equals_formula(name: str) -> None:
     "change",
     ["model.activation=swiglu", "model.untie_embeddings_and_output_weights=false",
      "model.moe_shared_expert_intermediate_size=null", "model.mamba_num_groups=1",
-     "model.moe_router_enable_expert_bias=true"],
+     "model.moe_router_enable_expert_bias=true",
+     "model.layers={3: {mamba_num_heads: 4, mamba_state_dim: 16, mamba_num_groups: 4}, 5-8:"
+     " {activation: swiglu, ffn_hidden_size: 96, num_moe_experts: 3, moe_ffn_hidden_size: 32,"
+     " moe_shared_expert_intermediate_size: null, mamba_head_dim: 16},"
+     " '*': {num_attention_heads: 6, num_query_groups: 3, kv_channels: 16}}"],
 )  # fmt: skip
 def test_variants(change: str) -> None:
-    """Gated MLPs, tied embeddings, no shared expert: the formula follows."""
+    """Gated MLPs, tied embeddings, no shared expert, unlike layers: the formula follows."""
     more = ["model.moe_router_score_function=sigmoid"] if "expert_bias" in change else []
     args = ["tiny", *ONE_RANK, VOCABULARY, change, *more]
     built = run_distributed(parameters_built, 1, args)[0]
-    assert built["all"] == count_parameters(load_config(args, which=rules.NO_FILES).model).total
+    counts = count_parameters(load_config(args, which=rules.NO_FILES).model)
+    assert built["all"] == counts.total
+    for kind in counts.layers:
+        of_kind = (sort for sort in counts.sorts if sort.kind == kind)
+        assert built[kind] == sum(len(sort.numbers) * sort.each for sort in of_kind)

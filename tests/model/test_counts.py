@@ -118,3 +118,30 @@ def test_flops_of_mamba_by_hand() -> None:
     linears = 2 * d * (2 * inner + 2 * groups_states + heads) + 2 * inner * d
     forward = linears + 2 * 4 * (inner + 2 * groups_states) + 5 * inner * states
     assert flops_per_token(config, 8192).by_kind["M"] == 3 * forward
+
+
+def test_unlike_layers_are_counted_one_by_one() -> None:
+    """What each layer would count in a model of its own, parameters and FLOPs."""
+    words = ("nemotron_h_8b", "--hybrid-layer-pattern", "M-*-M")
+    own = {
+        "-": "model.ffn_hidden_size=1024", "*": "model.window_size=[10,0]",
+        "M": "model.mamba_num_heads=64",
+    }  # fmt: skip
+    entries = {"2": own["-"], "*": own["*"], "5": own["M"]}
+    unlike = [said.replace("model.", f"model.layers.{key}.") for key, said in entries.items()]
+    made = model(*words, *unlike)
+    one = {kind: model("nemotron_h_8b", "--hybrid-layer-pattern", kind) for kind in "M-"}
+    pruned = {
+        kind: model("nemotron_h_8b", "--hybrid-layer-pattern", kind, said)
+        for kind, said in own.items()
+    }
+    layers = [one["M"], pruned["-"], pruned["*"], one["-"], pruned["M"]]
+    counts = count_parameters(made)
+    assert counts.per_layer.keys() == {"*"}
+    assert counts.total - counts.embedding - counts.final_norm == sum(
+        sum(count_parameters(layer).per_layer.values()) for layer in layers
+    )
+    flops = flops_per_token(made, 64)
+    assert flops.total - flops.logits == pytest.approx(
+        sum(sum(flops_per_token(layer, 64).by_kind.values()) for layer in layers)
+    )

@@ -1,7 +1,8 @@
 """Rules of what only GPUs have: where it runs, and what each kernel and overlap needs."""
 
 from megatron_hybrid.config.describe import shown
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MOE
+from megatron_hybrid.config.layers import layers_of
+from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE
 from megatron_hybrid.config.rules.common import (
     Facts,
     Problems,
@@ -13,6 +14,7 @@ from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.sections import GpuConfig
 
 CONVOLVED_TOGETHER = 8  # channels, in causal-conv1d
+_CONVOLVED = ("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim")
 
 
 def gpu_only(c: RunConfig, facts: Facts) -> Problems:
@@ -33,15 +35,16 @@ def gpu_only(c: RunConfig, facts: Facts) -> Problems:
 def context_parallel_communication(c: RunConfig, _: Facts) -> Problems:
     """All-to-all gives each CP rank whole heads and groups of attention."""
     tp, cp = c.parallel.tensor_model_parallel_size, c.parallel.context_parallel_size
-    if c.gpu.cp_comm_type != "a2a" or cp == 1 or ATTENTION not in c.model.hybrid_layer_pattern:
+    if c.gpu.cp_comm_type != "a2a" or cp == 1:
         return
     for name in ("num_attention_heads", "num_query_groups"):
-        size = getattr(c.model, name)
-        if size is not None:
-            yield from must_be_multiple(
-                f"gpu.cp_comm_type=a2a: model.{name}", size,
-                "parallel.tensor_model_parallel_size * parallel.context_parallel_size", tp * cp,
-            )  # fmt: skip
+        for layer in layers_of(c.model, ATTENTION):
+            size = getattr(layer.model, name)
+            if size is not None:
+                yield from must_be_multiple(
+                    f"gpu.cp_comm_type=a2a: {layer.path(name)}", size,
+                    "parallel.tensor_model_parallel_size * parallel.context_parallel_size", tp * cp,
+                )  # fmt: skip
 
 
 def overlapping(c: RunConfig, _: Facts) -> Problems:
@@ -72,11 +75,12 @@ def experts(c: RunConfig, _: Facts) -> Problems:
             continue
         if name != "moe_shared_expert_overlap" or not c.gpu.moe_shared_expert_overlap:
             continue
-        if c.model.moe_shared_expert_intermediate_size is None:
-            yield (
-                f"gpu.{name}=true needs model.moe_shared_expert_intermediate_size, which is null; "
-                "allowed: false"
-            )
+        for layer in layers_of(c.model, MOE):
+            if layer.model.moe_shared_expert_intermediate_size is None:
+                yield (
+                    f"gpu.{name}=true needs {layer.path('moe_shared_expert_intermediate_size')}, "
+                    "which is null; allowed: false"
+                )
         if c.model.moe_token_dispatcher_type != "alltoall":
             yield (
                 f"gpu.{name}=true needs model.moe_token_dispatcher_type=alltoall; it is "
@@ -86,22 +90,24 @@ def experts(c: RunConfig, _: Facts) -> Problems:
 
 def convolved_channels(c: RunConfig, facts: Facts) -> Problems:
     """causal-conv1d takes channels by eight; where ranks do not get equal parts, that is told."""
-    m, tp, cp = c.model, c.parallel.tensor_model_parallel_size, c.parallel.context_parallel_size
-    if not on_transformer_engine(c, facts) or MAMBA not in m.hybrid_layer_pattern:
+    tp, cp = c.parallel.tensor_model_parallel_size, c.parallel.context_parallel_size
+    if not on_transformer_engine(c, facts):
         return
-    if m.mamba_num_heads is None or m.mamba_num_heads % (tp * cp) or m.mamba_num_groups % tp:
-        return
-    # Where CP exceeds the groups of a TP rank, several ranks have the same one.
-    groups = max(m.mamba_num_groups // (tp * cp), 1)
-    channels = m.mamba_num_heads * m.mamba_head_dim // (tp * cp) + 2 * groups * m.mamba_state_dim
-    if channels % CONVOLVED_TOGETHER:
-        yield (
-            f"model.mamba_num_heads={m.mamba_num_heads}, model.mamba_head_dim={m.mamba_head_dim}, "
-            f"model.mamba_num_groups={m.mamba_num_groups} and "
-            f"model.mamba_state_dim={m.mamba_state_dim} make {channels} convolved channels on a "
-            f"rank, which must be a multiple of {CONVOLVED_TOGETHER} on the transformer_engine "
-            "backend"
-        )
+    for layer in layers_of(c.model, MAMBA):
+        m = layer.model
+        if m.mamba_num_heads is None or m.mamba_num_heads % (tp * cp) or m.mamba_num_groups % tp:
+            continue
+        # Where CP exceeds the groups of a TP rank, several ranks have the same one.
+        groups = max(m.mamba_num_groups // (tp * cp), 1)
+        inner = m.mamba_num_heads * m.mamba_head_dim
+        channels = inner // (tp * cp) + 2 * groups * m.mamba_state_dim
+        if channels % CONVOLVED_TOGETHER:
+            *first, last = (f"{layer.path(name)}={getattr(m, name)}" for name in _CONVOLVED)
+            yield (
+                f"{', '.join(first)} and {last} make {channels} convolved channels on a "
+                f"rank, which must be a multiple of {CONVOLVED_TOGETHER} on the transformer_engine "
+                "backend"
+            )
 
 
 def fusions(c: RunConfig, facts: Facts) -> Problems:
@@ -112,15 +118,20 @@ def fusions(c: RunConfig, facts: Facts) -> Problems:
             "gpu.gradient_accumulation_fusion=true needs NVIDIA's apex with its extension "
             "fused_weight_gradient_mlp_cuda, which cannot be imported here; allowed: false"
         )
-    activation, bias = c.model.activation, c.model.add_bias_linear
-    if c.gpu.bias_activation_fusion and not (
-        activation == "swiglu" or (activation == "gelu" and bias)
-    ):
-        yield (
-            f"gpu.bias_activation_fusion=true has no kernel for model.activation={activation} "
-            f"with model.add_bias_linear={shown(bias)}; allowed: false, or swiglu, or gelu with "
-            "bias"
-        )
+    bias = c.model.add_bias_linear
+    activations = {"model.activation": c.model.activation} | {
+        layer.path("activation"): layer.model.activation
+        for kind in (MLP, MOE)
+        for layer in layers_of(c.model, kind)
+    }
+    for path, activation in activations.items():
+        fused = activation == "swiglu" or (activation == "gelu" and bias)
+        if c.gpu.bias_activation_fusion and not fused:
+            yield (
+                f"gpu.bias_activation_fusion=true has no kernel for {path}={activation} "
+                f"with model.add_bias_linear={shown(bias)}; allowed: false, or swiglu, or gelu "
+                "with bias"
+            )
     if c.gpu.cross_entropy_fusion_impl != "native" and not c.gpu.cross_entropy_loss_fusion:
         yield (
             f"gpu.cross_entropy_fusion_impl={c.gpu.cross_entropy_fusion_impl} needs "

@@ -1,6 +1,7 @@
 """Rules of the network itself, whatever it runs on."""
 
 from megatron_hybrid.config.describe import fields, shown
+from megatron_hybrid.config.layers import layers_of
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MOE
 from megatron_hybrid.config.rules.common import (
     Facts,
@@ -13,39 +14,44 @@ from megatron_hybrid.config.run import RunConfig
 _MOE_FIELDS = tuple(
     name for name in fields() if name.startswith(("model.moe_", "model.num_moe_experts"))
 )
+_SHARED = "moe_shared_expert_intermediate_size"
 
 
 def attention_heads(c: RunConfig, _: Facts) -> Problems:
     """Attention layers need heads, in whole groups."""
-    pattern, heads = c.model.hybrid_layer_pattern, c.model.num_attention_heads
+    pattern = c.model.hybrid_layer_pattern
     if ATTENTION not in pattern:
         return
-    if heads is None:
+    if c.model.num_attention_heads is None:
         yield (
             f"model.num_attention_heads is not set, and model.hybrid_layer_pattern={pattern!r} has "
             "'*' layers; it must be a whole number of at least 1"
         )
         return
-    groups = c.model.num_query_groups
-    assert groups is not None
-    yield from must_divide("model.num_query_groups", groups, "model.num_attention_heads", heads)
+    for layer in layers_of(c.model, ATTENTION):
+        heads, groups = layer.model.num_attention_heads, layer.model.num_query_groups
+        assert heads is not None and groups is not None
+        yield from must_divide(
+            layer.path("num_query_groups"), groups, layer.path("num_attention_heads"), heads
+        )
 
 
 def attention_window(c: RunConfig, _: Facts) -> Problems:
     """A window belongs to attention layers and looks back only."""
-    window = c.model.window_size
-    if window is None:
-        return
-    if ATTENTION not in c.model.hybrid_layer_pattern:
+    pattern, window = c.model.hybrid_layer_pattern, c.model.window_size
+    if window is not None and ATTENTION not in pattern:
         yield (
             f"model.window_size={list(window)} needs a '*' layer in "
-            f"model.hybrid_layer_pattern={c.model.hybrid_layer_pattern!r}; allowed: null"
+            f"model.hybrid_layer_pattern={pattern!r}; allowed: null"
         )
-    if window[0] < 1 or window[1] != 0:
-        yield (
-            f"model.window_size={list(window)} must be [tokens to the left, 0], as the model is "
-            "causal; allowed: [1, 0] and more"
-        )
+    windows = {layer.path("window_size"): layer.model for layer in layers_of(c.model, ATTENTION)}
+    for path, model in ({"model.window_size": c.model} | windows).items():
+        window = model.window_size
+        if window is not None and (window[0] < 1 or window[1] != 0):
+            yield (
+                f"{path}={list(window)} must be [tokens to the left, 0], as the model is "
+                "causal; allowed: [1, 0] and more"
+            )
 
 
 def attention_mask(c: RunConfig, _: Facts) -> Problems:
@@ -63,36 +69,39 @@ def attention_mask(c: RunConfig, _: Facts) -> Problems:
             "model.attn_mask_type=no_mask needs a '*' layer in "
             f"model.hybrid_layer_pattern={pattern!r}; allowed: causal"
         )
-    if c.model.window_size is not None:
-        yield (
-            f"model.window_size={list(c.model.window_size)} looks back only; with "
-            "model.attn_mask_type=no_mask, allowed: null"
-        )
+    windows = {layer.path("window_size"): layer.model for layer in layers_of(c.model, ATTENTION)}
+    for path, model in ({"model.window_size": c.model} | windows).items():
+        if model.window_size is not None:
+            yield (
+                f"{path}={list(model.window_size)} looks back only; with "
+                "model.attn_mask_type=no_mask, allowed: null"
+            )
 
 
 def rotary_channels(c: RunConfig, _: Facts) -> Problems:
     """Channels rotate in pairs."""
-    channels = c.model.kv_channels
-    if c.model.position_embedding_type != "rope" or channels is None:
-        return
-    if ATTENTION not in c.model.hybrid_layer_pattern:
-        return
-    rotating = int(channels * c.model.rotary_percent)
-    if rotating < 2 or rotating % 2:
-        yield (
-            f"model.rotary_percent={c.model.rotary_percent} of model.kv_channels={channels} is "
-            f"{rotating} rotating channels; it must be an even number of at least 2"
-        )
+    for layer in layers_of(c.model, ATTENTION):
+        channels = layer.model.kv_channels
+        if layer.model.position_embedding_type != "rope" or channels is None:
+            continue
+        rotating = int(channels * c.model.rotary_percent)
+        if rotating < 2 or rotating % 2:
+            yield (
+                f"model.rotary_percent={c.model.rotary_percent} of "
+                f"{layer.path('kv_channels')}={channels} is {rotating} rotating channels; it must "
+                "be an even number of at least 2"
+            )
 
 
 def mamba_heads(c: RunConfig, _: Facts) -> Problems:
     """Mamba-2 heads share B and C in whole groups."""
-    if MAMBA in c.model.hybrid_layer_pattern:
-        heads = c.model.mamba_num_heads
+    for layer in layers_of(c.model, MAMBA):
+        heads = layer.model.mamba_num_heads
         assert heads is not None
         yield from must_divide(
-            "model.mamba_num_groups", c.model.mamba_num_groups, "model.mamba_num_heads", heads
-        )
+            layer.path("mamba_num_groups"), layer.model.mamba_num_groups,
+            layer.path("mamba_num_heads"), heads,
+        )  # fmt: skip
 
 
 def moe_only_with_moe_layers(c: RunConfig, _: Facts) -> Problems:
@@ -120,17 +129,20 @@ def moe_router(c: RunConfig, _: Facts) -> Problems:
     m = c.model
     if MOE not in m.hybrid_layer_pattern or m.num_moe_experts is None:
         return
-    if m.moe_router_topk > m.num_moe_experts:
-        yield (
-            f"model.moe_router_topk={m.moe_router_topk} must be at most "
-            f"model.num_moe_experts={m.num_moe_experts}; allowed: 1 to {m.num_moe_experts}"
-        )
     softmax = m.moe_router_score_function == "softmax"
-    if m.moe_router_topk == 1 and softmax and not m.moe_router_pre_softmax:
-        yield (
-            "model.moe_router_topk=1 with model.moe_router_score_function=softmax needs "
-            "model.moe_router_pre_softmax=true: a softmax over one score has no gradient"
-        )
+    for layer in layers_of(m, MOE):
+        topk, experts = layer.model.moe_router_topk, layer.model.num_moe_experts
+        assert experts is not None
+        if topk > experts:
+            yield (
+                f"{layer.path('moe_router_topk')}={topk} must be at most "
+                f"{layer.path('num_moe_experts')}={experts}; allowed: 1 to {experts}"
+            )
+        if topk == 1 and softmax and not m.moe_router_pre_softmax:
+            yield (
+                f"{layer.path('moe_router_topk')}=1 with model.moe_router_score_function=softmax "
+                "needs model.moe_router_pre_softmax=true: a softmax over one score has no gradient"
+            )
     if m.moe_router_pre_softmax and not softmax:
         yield (
             "model.moe_router_pre_softmax=true needs model.moe_router_score_function=softmax; "
@@ -155,12 +167,16 @@ def moe_balance(c: RunConfig, _: Facts) -> Problems:
 
 def moe_shared_bias(c: RunConfig, _: Facts) -> Problems:
     """megatron-core's shared experts have no biases."""
-    if c.model.moe_shared_expert_intermediate_size is not None and c.model.add_bias_linear:
-        yield (
-            "model.add_bias_linear=true must be false with "
-            "model.moe_shared_expert_intermediate_size="
-            f"{c.model.moe_shared_expert_intermediate_size}: shared experts have no biases"
-        )
+    shared = {
+        layer.path(_SHARED): layer.model.moe_shared_expert_intermediate_size
+        for layer in layers_of(c.model, MOE)
+    }
+    for path, width in shared.items():
+        if width is not None and c.model.add_bias_linear:
+            yield (
+                f"model.add_bias_linear=true must be false with {path}={width}: shared experts "
+                "have no biases"
+            )
 
 
 MODEL: tuple[Rule, ...] = (

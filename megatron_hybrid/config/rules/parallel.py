@@ -2,6 +2,7 @@
 
 from math import prod
 
+from megatron_hybrid.config.layers import layers_of
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, parse_pattern
 from megatron_hybrid.config.phases import sequence_length_fields
 from megatron_hybrid.config.ranks import (
@@ -32,7 +33,7 @@ _VPP = "parallel.virtual_pipeline_model_parallel_size"
 
 def tensor_parallel(c: RunConfig, _: Facts) -> Problems:
     """Each TP rank holds whole heads, whole groups and an equal share of each inner width."""
-    pattern, tp = c.model.hybrid_layer_pattern, c.parallel.tensor_model_parallel_size
+    tp = c.parallel.tensor_model_parallel_size
     needed = {
         ATTENTION: ("num_attention_heads", "num_query_groups"),
         MAMBA: ("mamba_num_heads", "mamba_num_groups"),
@@ -40,10 +41,12 @@ def tensor_parallel(c: RunConfig, _: Facts) -> Problems:
         MOE: ("moe_shared_expert_intermediate_size",),
     }
     for symbol, names in needed.items():
-        for name in names if symbol in pattern else ():
-            size = getattr(c.model, name)
-            if size is not None:
-                yield from must_divide(TP, tp, f"model.{name}", size)
+        of_kind = layers_of(c.model, symbol)
+        for name in names:
+            for layer in of_kind:
+                size = getattr(layer.model, name)
+                if size is not None:
+                    yield from must_divide(TP, tp, layer.path(name), size)
     # The padded vocabulary is a multiple of this, whatever the tokenizer brings.
     multiple = c.model.make_vocab_size_divisible_by
     yield from must_divide(TP, tp, "model.make_vocab_size_divisible_by", multiple)
@@ -71,16 +74,20 @@ def sequence_length(c: RunConfig, _: Facts) -> Problems:
 def mamba_context_parallel(c: RunConfig, _: Facts) -> Problems:
     """CP turns sequence shards into head shards: each CP rank runs whole heads and groups."""
     tp, cp = c.parallel.tensor_model_parallel_size, c.parallel.context_parallel_size
-    heads, groups = c.model.mamba_num_heads, c.model.mamba_num_groups
-    if cp == 1 or MAMBA not in c.model.hybrid_layer_pattern or heads is None:
+    if cp == 1:
         return
-    yield from must_be_multiple("model.mamba_num_heads", heads, f"{TP} * {CP}", tp * cp)
-    if groups % tp == 0:
+    for layer in layers_of(c.model, MAMBA):
+        heads, groups = layer.model.mamba_num_heads, layer.model.mamba_num_groups
+        if heads is not None:
+            name = layer.path("mamba_num_heads")
+            yield from must_be_multiple(name, heads, f"{TP} * {CP}", tp * cp)
+        if heads is None or groups % tp:
+            continue
         per_rank = groups // tp
         if cp % per_rank and per_rank % cp:
             yield (
                 f"{CP}={cp} must divide or be a multiple of "
-                f"model.mamba_num_groups={groups} / {TP}={tp} = {per_rank}; "
+                f"{layer.path('mamba_num_groups')}={groups} / {TP}={tp} = {per_rank}; "
                 f"allowed: {listing(divisors(per_rank))}, {2 * per_rank}, {3 * per_rank}, ..."
             )
 
@@ -116,16 +123,18 @@ def virtual_pipeline(c: RunConfig, _: Facts) -> Problems:
 
 def expert_parallel(c: RunConfig, _: Facts) -> Problems:
     """Each EP rank holds whole experts; each expert's width is cut over its own TP."""
-    experts, ep = c.model.num_moe_experts, c.parallel.expert_model_parallel_size
-    etp, width = c.parallel.expert_tensor_parallel_size, c.model.moe_ffn_hidden_size
-    if experts is None:
+    ep, etp = c.parallel.expert_model_parallel_size, c.parallel.expert_tensor_parallel_size
+    if c.model.num_moe_experts is None:
         for name, size in ((EP, ep), (ETP, etp)):
             if size not in (1, None):
                 yield f"{name}={size} needs model.num_moe_experts, which is null; allowed: 1"
         return
-    yield from must_divide(EP, ep, "model.num_moe_experts", experts)
-    if width is not None and etp is not None:
-        yield from must_divide(ETP, etp, "model.moe_ffn_hidden_size", width)
+    for layer in layers_of(c.model, MOE):
+        experts, width = layer.model.num_moe_experts, layer.model.moe_ffn_hidden_size
+        assert experts is not None
+        yield from must_divide(EP, ep, layer.path("num_moe_experts"), experts)
+        if width is not None and etp is not None:
+            yield from must_divide(ETP, etp, layer.path("moe_ffn_hidden_size"), width)
     if etp is not None and etp > 1 and c.model.add_bias_linear:
         yield f"{ETP}={etp} must be 1 with model.add_bias_linear=true"
 

@@ -2,6 +2,7 @@
 
 from math import lcm
 
+from megatron_hybrid.config.layers import Layer, sorts
 from megatron_hybrid.config.linears import linears
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, parse_pattern
 from megatron_hybrid.config.phases import sequence_length_fields
@@ -129,50 +130,54 @@ def float8_widths(c: RunConfig, facts: Facts) -> Problems:
     divides = not [*tensor_parallel(c, facts), *expert_parallel(c, facts)]
     if recipe is None or not divides:
         return
-    p, layers = c.parallel, parse_pattern(c.model.hybrid_layer_pattern).layers
+    p, numbers = c.parallel, set(float8_layers(c))
     tp, etp = p.tensor_model_parallel_size, p.expert_tensor_parallel_size or 1
-    kinds = sorted({layers[number - 1] for number in float8_layers(c)})
+    in_float8 = [sort for sort in sorts(c.model) if numbers.intersection(sort.numbers)]
     told: set[tuple[str, int]] = set()
-    for kind in kinds:
-        for linear, widths in linears(c.model, kind, tp=tp, etp=etp).items():
+    for sort in sorted(in_float8, key=lambda sort: sort.kind):
+        for linear, widths in linears(sort.model, sort.kind, tp=tp, etp=etp).items():
             for name, width in (("inputs", widths.inputs), ("outputs", widths.outputs)):
                 # The hidden size is in every linear, and told of once.
-                key = ("", width) if width == c.model.hidden_size else (f"{kind}{linear}", width)
+                at_end = width == c.model.hidden_size
+                key = ("", width) if at_end else (f"{sort.kind}{linear}", width)
                 if width % recipe.width_multiple and key not in told:
                     told.add(key)
-                    yield _width_problem(c, kind, linear, name, width, recipe.width_multiple)
+                    yield _width_problem(c, sort.layer, linear, name, width, recipe.width_multiple)
 
 
 def _width_problem(
-    c: RunConfig, kind: str, linear: str, name: str, width: int, multiple: int
+    c: RunConfig, layer: Layer, linear: str, name: str, width: int, multiple: int
 ) -> str:
     below = width - width % multiple
     near = ", ".join(str(n) for n in (below, below + multiple) if n)
     tp = c.parallel.tensor_model_parallel_size
     shared = f" on each of {tp} tensor-parallel ranks" if tp > 1 else ""
     ways = ""
-    if kind == MAMBA and linear == "in_proj" and name == "outputs":
-        ways = f"; nearest model.mamba_num_heads: {_near_heads(c, multiple)}"
+    if layer.kind == MAMBA and linear == "in_proj" and name == "outputs":
+        ways = f"; nearest {layer.path('mamba_num_heads')}: {_near_heads(c, layer, multiple)}"
+    whose = _KINDS.get(layer.kind, "a MoE layer")
+    if layer.own:
+        whose = f"layer {layer.number}, {whose},"
     return (
-        f"{_recipe(c)}: {linear} of {_KINDS.get(kind, 'a MoE layer')} has {width} {name}{shared}, "
+        f"{_recipe(c)}: {linear} of {whose} has {width} {name}{shared}, "
         f"which must be a multiple of {multiple}; nearest: {near}{ways}"
     )
 
 
-def _near_heads(c: RunConfig, multiple: int) -> str:
-    """The numbers of Mamba-2 heads next to the config's with which in_proj has a good width."""
-    tp, heads = c.parallel.tensor_model_parallel_size, c.model.mamba_num_heads
+def _near_heads(c: RunConfig, layer: Layer, multiple: int) -> str:
+    """The numbers of Mamba-2 heads next to the layer's with which in_proj has a good width."""
+    tp, heads = c.parallel.tensor_model_parallel_size, layer.model.mamba_num_heads
     assert heads is not None
 
     def works(number: int) -> bool:
-        model = c.model.model_copy(update={"mamba_num_heads": number})
+        model = layer.model.model_copy(update={"mamba_num_heads": number})
         return number > 0 and not any(
             width % multiple
             for linear in linears(model, MAMBA, tp=tp).values()
             for width in (linear.inputs, linear.outputs)
         )
 
-    whole = lcm(tp, c.model.mamba_num_groups)
+    whole = lcm(tp, layer.model.mamba_num_groups)
     first, reach = heads // whole * whole, 16 * multiple
     down = (first - step * whole for step in range(reach))
     up = (first + step * whole for step in range(1, reach))

@@ -19,5 +19,5 @@ class ExpertLoadRecords(Callback):
         load: ExpertLoad | None = step.result.readings.get("expert_load")
         if load is None or not run.due(self._interval):
             return
-        shares = [[round(share, 6) for share in row] for row in load.shares.tolist()]
+        shares = [[round(share, 6) for share in row] for row in load.rows]
         run.record("expert_load", {"layers": list(load.layers), "shares": shares})

@@ -1,0 +1,257 @@
+"""What is layer i? Its kind and its own sizes, from the pattern, the model's sizes and
+`model.layers`.
+
+Whoever asks for a size of a layer asks the resolved layer, never the model: of two layers of one
+kind each may have its own.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from megatron_hybrid.config.model import UNSAID, LayerConfig, ModelConfig
+from megatron_hybrid.config.pattern import ATTENTION, KINDS, MAMBA, MLP, MOE, parse_pattern
+from megatron_hybrid.errors import ConfigError
+
+# Which sizes a layer has of its own, by kind.
+SIZES = MappingProxyType(
+    {
+        MAMBA: ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups"),
+        ATTENTION: (
+            "num_attention_heads", "num_query_groups", "kv_channels", "window_size",
+            "position_embedding_type",
+        ),
+        MLP: ("ffn_hidden_size", "activation"),
+        MOE: (
+            "num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk",
+            "moe_shared_expert_intermediate_size", "activation",
+        ),
+    }
+)  # fmt: skip
+_NUMBERS = re.compile(r"([1-9]\d{0,5})(?:-([1-9]\d{0,5}))?")
+# Of two entries that both say a size of a layer, the one that says it of fewer layers holds.
+_KIND, _RANGE, _NUMBER = range(3)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A resolved layer.
+
+    Attributes:
+        number: its place in the pattern, from 1.
+        kind: its symbol.
+        model: the model with this layer's own sizes in place of the model's.
+        own: the sizes that are not the model's, by field.
+        keys: the entry of `model.layers` that says a field, where one does.
+    """
+
+    number: int
+    kind: str
+    model: ModelConfig
+    own: Mapping[str, Any]
+    keys: Mapping[str, str]
+
+    def path(self, name: str) -> str:
+        """The dotted field that says a size: "model.layers.3.ffn_hidden_size"."""
+        return f"model.layers.{self.keys[name]}.{name}" if name in self.keys else f"model.{name}"
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """All that it has of its own, by field."""
+        return {name: getattr(self.model, name) for name in SIZES[self.kind]}
+
+    @property
+    def rotates(self) -> bool:
+        """Whether it has RoPE."""
+        return self.kind == ATTENTION and self.model.position_embedding_type == "rope"
+
+
+@dataclass(frozen=True)
+class Key:
+    """The name of an entry of `model.layers`, read.
+
+    Attributes:
+        numbers: the layers that it is about, from 1; of a kind, all places.
+        kind: its symbol; None: any.
+        rank: entries of a higher one win.
+    """
+
+    numbers: range
+    kind: str | None
+    rank: int
+
+
+def read_key(text: str, num_layers: int) -> Key | None:
+    """What an entry is about; None: it is no number, range or kind."""
+    if text in KINDS:
+        return Key(range(1, num_layers + 1), text, _KIND)
+    match = _NUMBERS.fullmatch(text)
+    if match is None:
+        return None
+    first = int(match[1])
+    last = int(match[2]) if match[2] else first
+    return Key(range(first, last + 1), None, _RANGE if match[2] else _NUMBER)
+
+
+@dataclass(frozen=True)
+class Said:
+    """A size that an entry says of a layer."""
+
+    key: str
+    rank: int
+    value: Any
+
+
+def said_of_layers(model: ModelConfig) -> list[dict[str, list[Said]]]:
+    """By layer and field, what entries say of it, the one that holds first."""
+    symbols = parse_pattern(model.hybrid_layer_pattern).layers
+    found: list[dict[str, list[Said]]] = [{} for _ in symbols]
+    for text, entry in model.layers.items():
+        key = read_key(text, len(symbols))
+        for number in key.numbers if key else ():
+            kind = symbols[number - 1] if number <= len(symbols) else None
+            if key is None or kind is None or key.kind not in (None, kind):
+                continue
+            for name, value in said(entry):
+                if name in SIZES[kind]:
+                    found[number - 1].setdefault(name, []).append(Said(text, key.rank, value))
+    for of_layer in found:
+        for each in of_layer.values():
+            each.sort(key=lambda one: -one.rank)
+    return found
+
+
+def said(entry: LayerConfig) -> Iterator[tuple[str, Any]]:
+    """The fields that an entry says, with their values."""
+    for name in LayerConfig.model_fields:
+        if (value := getattr(entry, name)) is not UNSAID:
+            yield name, value
+
+
+def layers(model: ModelConfig) -> tuple[Layer, ...]:
+    """Every layer of a resolved model, in the order of the pattern."""
+    symbols = parse_pattern(model.hybrid_layer_pattern).layers
+    if not model.layers:
+        return tuple(Layer(n, kind, model, {}, {}) for n, kind in enumerate(symbols, start=1))
+    models: dict[tuple[tuple[str, Any], ...], ModelConfig] = {(): model}
+    found = []
+    for number, of_layer in enumerate(said_of_layers(model), start=1):
+        own = {
+            name: entries[0].value
+            for name, entries in of_layer.items()
+            if entries[0].value != getattr(model, name)
+        }
+        key = tuple(sorted(own.items()))
+        if key not in models:
+            models[key] = model.model_copy(update=own)
+        keys = {name: entries[0].key for name, entries in of_layer.items()}
+        found.append(Layer(number, symbols[number - 1], models[key], own, keys))
+    return tuple(found)
+
+
+def layers_of(model: ModelConfig, kind: str) -> tuple[Layer, ...]:
+    """The layers of one kind, for rules: the first one of them where none says anything."""
+    if not model.layers:
+        symbols = parse_pattern(model.hybrid_layer_pattern).layers
+        return (Layer(symbols.index(kind) + 1, kind, model, {}, {}),) if kind in symbols else ()
+    return tuple(layer for layer in layers(model) if layer.kind == kind)
+
+
+@dataclass(frozen=True)
+class Sort:
+    """Layers that are alike.
+
+    Attributes:
+        layer: the first of them.
+        numbers: of all, from 1.
+    """
+
+    layer: Layer
+    numbers: tuple[int, ...]
+
+    @property
+    def kind(self) -> str:
+        """Their symbol."""
+        return self.layer.kind
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model with their sizes."""
+        return self.layer.model
+
+
+def sorts(model: ModelConfig) -> tuple[Sort, ...]:
+    """The layers of a resolved model by what they are alike in; of one kind by first places."""
+    if not model.layers:
+        symbols = parse_pattern(model.hybrid_layer_pattern).layers
+        of_kinds = {
+            kind: tuple(n for n, symbol in enumerate(symbols, start=1) if symbol == kind)
+            for kind in KINDS
+            if kind in symbols
+        }
+        return tuple(Sort(Layer(of[0], k, model, {}, {}), of) for k, of in of_kinds.items())
+    first: dict[tuple[Any, ...], Layer] = {}
+    numbers: dict[tuple[Any, ...], list[int]] = {}
+    for layer in layers(model):
+        key = (layer.kind, *sorted(layer.own.items()))
+        first.setdefault(key, layer)
+        numbers.setdefault(key, []).append(layer.number)
+    found = [Sort(layer, tuple(numbers[key])) for key, layer in first.items()]
+    order = list(KINDS)
+    return tuple(sorted(found, key=lambda sort: order.index(sort.kind)))
+
+
+def are_unlike(model: ModelConfig) -> bool:
+    """Whether some layer has sizes other than the model's."""
+    return bool(model.layers) and any(layer.own for layer in layers(model))
+
+
+def rotates(model: ModelConfig) -> bool:
+    """Whether some layer has RoPE."""
+    return any(layer.rotates for layer in layers_of(model, ATTENTION))
+
+
+def unlike_problem(model: ModelConfig, what: str) -> str | None:
+    """Why something that goes by one size of each kind cannot take a model; None: it can.
+
+    Args:
+        what: that, such as "an export".
+    """
+    layer = next((layer for layer in layers(model) if layer.own), None)
+    if layer is None:
+        return None
+    name, value = next(iter(layer.own.items()))
+    return (
+        f"{layer.path(name)}={shown_size(value)}: {what} does not take layers of unlike sizes yet; "
+        f"allowed: those of the model, here {shown_size(getattr(model, name))}"
+    )
+
+
+def refuse_unlike(model: ModelConfig, what: str) -> None:
+    """Refuse layers of unlike sizes where they are not served.
+
+    Raises:
+        ConfigError: `unlike_problem`.
+    """
+    if model.layers and (problem := unlike_problem(model, what)):
+        raise ConfigError([problem])
+
+
+def shown_size(value: Any) -> str:
+    """A size as one types it."""
+    if isinstance(value, tuple):
+        return str(list(value))
+    return "null" if value is None else str(value)
+
+
+def numbers_text(numbers: tuple[int, ...]) -> str:
+    """Layer numbers with runs of them written as ranges: "1-3, 7"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

@@ -1,0 +1,108 @@
+"""Layers of unlike sizes: each is built from an engine's config of its own.
+
+The engine's stack hands all layers the model's config. Where layers are unlike, these classes stand
+before the engine's, and take the layer's own by its number.
+
+Legend: s sequence (of this rank), c channels of a head that rotate.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.ssm.mamba_layer import MambaLayer
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer
+from torch import Tensor
+
+from megatron_hybrid.config.layers import Layer, layers
+from megatron_hybrid.config.model import ModelConfig
+
+
+class _OwnSizes:
+    """Takes the config of its own number."""
+
+    def __init__(
+        self,
+        *,
+        config: TransformerConfig,
+        own: Mapping[int, TransformerConfig],
+        layer_number: int,
+        **named: Any,
+    ) -> None:
+        super().__init__(config=own[layer_number], layer_number=layer_number, **named)  # type: ignore[call-arg]
+
+
+class OwnMamba(_OwnSizes, MambaLayer):
+    """A Mamba-2 layer of its own sizes."""
+
+
+class OwnMlp(_OwnSizes, MLPLayer):
+    """An MLP of its own sizes."""
+
+
+class OwnMoe(_OwnSizes, MoETransformerLayer):
+    """A mixture of experts of its own sizes."""
+
+
+class OwnAttention(_OwnSizes, TransformerLayer):
+    """An attention layer of its own sizes, with or without RoPE."""
+
+    def __init__(self, *, rotations: Mapping[int, "Rotation"], **named: Any) -> None:
+        super().__init__(**named)
+        self.rotation = rotations[self.layer_number]
+
+    def forward(self, *arguments: Any, rotary_pos_emb: Tensor | None = None, **named: Any) -> Any:
+        """As the engine's; the angles `[s, 1, 1, c]` that it gets may be of other heads."""
+        return super().forward(
+            *arguments, rotary_pos_emb=self.rotation.of_layer(rotary_pos_emb), **named
+        )
+
+
+class Rotation:
+    """How the heads of an attention layer rotate, told by the angles of another layer's."""
+
+    def __init__(self, layer: Layer) -> None:
+        model = layer.model
+        self.rotates = layer.rotates
+        self.channels = int((model.kv_channels or 0) * model.rotary_percent)
+        exponents = torch.arange(0, self.channels, 2, dtype=torch.float32, device="cpu")
+        self._frequencies = 1.0 / model.rotary_base ** (exponents / max(self.channels, 1))
+
+    def of_layer(self, angles: Tensor | None) -> Tensor | None:
+        """`[s, 1, 1, any]` fp32, first those of one radian a token -> `[s, 1, 1, c]`, or None."""
+        if angles is None or not self.rotates:
+            return None
+        if angles.shape[-1] == self.channels:
+            return angles
+        own = angles[..., :1] * self._frequencies.to(angles.device)
+        return torch.cat((own, own), dim=-1)
+
+
+def with_own_sizes(
+    stack: ModuleSpec, model: ModelConfig, configs: Mapping[int, TransformerConfig]
+) -> ModuleSpec:
+    """A stack's spec with layers that take their configs by number.
+
+    Args:
+        configs: of every layer, `model.transformer_config.layer_configs`.
+    """
+    kinds = stack.submodules
+    rotations = {layer.number: Rotation(layer) for layer in layers(model)}
+
+    def own(spec: ModuleSpec, module: type, **params: Any) -> ModuleSpec:
+        return replace(spec, module=module, params={**spec.params, "own": configs, **params})
+
+    return replace(
+        stack,
+        submodules=replace(
+            kinds,
+            mamba_layer=own(kinds.mamba_layer, OwnMamba),
+            attention_layer=own(kinds.attention_layer, OwnAttention, rotations=rotations),
+            mlp_layer=own(kinds.mlp_layer, OwnMlp),
+            moe_layer=own(kinds.moe_layer, OwnMoe),
+        ),
+    )
