@@ -30,6 +30,7 @@ STYLE: dict[Any, Any] = {
     "ytick.color": PALE_INK,
     "lines.solid_capstyle": "round",
 }
+_PNG = b"\x89PNG\r\n\x1a\n"
 _UNITS = ((1e12, "trillions"), (1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
 
 
@@ -52,14 +53,28 @@ def token_axis(panels: Sequence[Axes], end_tokens: float) -> None:
         axes.tick_params(length=3)
 
 
+def _is_other_file(path: Path) -> bool:
+    """Whether a picture would take the place of something else, as of a config."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        beginning = file.read(len(_PNG))
+    return beginning not in (b"", _PNG)
+
+
 def save_png(figure: Figure, path: Path) -> None:
     """Write a picture whole, in a folder that is made if it is not there.
 
     Raises:
-        UserError: there is a folder of that name.
+        UserError: there is a folder of that name, or a file that is no picture.
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder; name the picture in it, such as {path / 'plot.png'}")
+    if _is_other_file(path):
+        raise UserError(
+            f"{path} is there, and no PNG: it is not written over; name another file, such as "
+            f"{path.with_suffix('.png')}"
+        )
     image = io.BytesIO()
     figure.savefig(image, format="png")
     path.parent.mkdir(parents=True, exist_ok=True)

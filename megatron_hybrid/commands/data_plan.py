@@ -63,6 +63,8 @@ def plan(
                 "its samples are others", config.checkpoint.load,
             )  # fmt: skip
         config = scale_config(config, parse_scale(scale))
+        if write is not None:
+            _refuse_other_config(write, config)
     saved = _saved_plan(config)
     consumed = saved.consumed_samples if saved else 0
     objective = find_objective(config.training.objective)
@@ -93,6 +95,23 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _refuse_other_config(path: Path, config: "RunConfig") -> None:
+    """Refuse to write over what is not the same smaller run of an earlier time."""
+    from megatron_hybrid.config import load_config
+    from megatron_hybrid.errors import UserError
+
+    if not path.is_file() or not path.stat().st_size:
+        return
+    try:
+        same = load_config([str(path)], which=()).run_dir == config.run_dir
+    except UserError:
+        same = False
+    if not same:
+        raise UserError(
+            f"--write {path}: a file is there, and not the config of {config.run_dir}; name another"
+        )
 
 
 def _saved_plan(config: "RunConfig") -> "SavedPlan | None":

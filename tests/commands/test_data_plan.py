@@ -171,8 +171,14 @@ def test_scale_keeps_the_epochs(plan: Plan, tmp_path: Path, scale: str) -> None:
         " seq_length: 512, weights: {web: 1, code: 1, math: 1}}]"
     )
     whole = report(plan, *words)
-    code, out, err = plan(*words, "--scale", scale, "--write", "small.yaml", "--json")
-    assert code == 0, err
+    Path("small.yaml").write_text("seed: 1")
+    code, _, err = plan(*words, "--scale", scale, "--write", "small.yaml", "--json")
+    assert code == 1 and "--write small.yaml: a file is there, and not the config of runs/" in err
+    assert Path("small.yaml").read_text() == "seed: 1"
+    Path("small.yaml").unlink()
+    for _ in range(2):  # over its own again
+        code, out, err = plan(*words, "--scale", scale, "--write", "small.yaml", "--json")
+        assert code == 0, err
     small = json.loads(out)
     factor = 1 / 3 if scale == "1/3" else 0.1
     assert small["tokens"] == pytest.approx(factor * whole["tokens"], rel=2e-3)

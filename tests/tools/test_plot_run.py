@@ -142,6 +142,19 @@ def test_nothing_to_draw_is_one_clear_line(
     assert not (run / "plot.png").exists()
 
 
+def test_a_picture_takes_the_place_of_pictures_alone(tmp_path: Path) -> None:
+    """-o with the name of a config leaves the config."""
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {}")
+    with pytest.raises(UserError, match=r"run\.yaml is there, and no PNG: .*run\.png"):
+        save_png(Figure(), path)
+    assert path.read_text() == "model: {}"
+    path.write_bytes(b"")
+    for _ in range(2):
+        save_png(Figure(), path)
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_folder_in_place_of_a_picture(tmp_path: Path) -> None:
     """Of any picture of ours: one sentence, and the folder stays."""
     with pytest.raises(
