@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +176,71 @@ def test_a_service_that_is_away(
     (tmp_path / "trackers" / "mlflow.json").write_text('{"run": "4", "opt')
     with pytest.raises(UserError, match=r"trackers/mlflow.json is damaged: not JSON"):
         track(tmp_path)
+
+
+class Service:
+    """A tracker's runs, by id, as (step, values)."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, list[Row]] = {}
+        self.last_step = -1
+
+    def make(self, target: Target) -> Any:
+        return self
+
+    def open(self, known: str | None, remember: Callable[[str], None]) -> None:
+        self.run = known or f"id{len(self.runs)}"
+        if known is None:
+            remember(self.run)
+        self.last_step = max((row.step for row in self.runs.setdefault(self.run, [])), default=-1)
+
+    def send(self, row: Row) -> None:
+        if row.step > self.last_step:
+            self.runs[self.run].append(row)
+
+    def start(self, folder: Path, begins_after: int | None) -> None:
+        """What a start of the run in a folder sends."""
+        target = replace(mlflow_target(folder), begins_after=begins_after)
+        follow.Copy(target, self.make).advance(last=True)
+
+
+def test_a_run_whose_folder_was_copied(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Goes on as a run of its own, with what was before; moved, it goes on in its own, and a copy
+    that is only sent from, as from another machine, in that of its run."""
+    service = Service()
+    (tmp_path / "a").mkdir()
+    write(tmp_path / "a", 1, 2)
+    service.start(tmp_path / "a", 0)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    write(tmp_path / "b", 3)
+    service.start(tmp_path / "b", None)
+    assert {run: len(rows) for run, rows in service.runs.items()} == {"id0": 3}
+    service.start(tmp_path / "b", 3)
+    assert {run: len(rows) for run, rows in service.runs.items()} == {"id0": 3, "id1": 3}
+    assert caplog.messages == [
+        f"note: {tmp_path}/b is a copy of {tmp_path}/a, which goes on in mlflow as it did: this "
+        "one is a run of its own there"
+    ]
+    (tmp_path / "b").rename(tmp_path / "c")
+    write(tmp_path / "c", 4)
+    service.start(tmp_path / "c", 3)
+    service.start(tmp_path / "a", 3)
+    assert {run: len(rows) for run, rows in service.runs.items()} == {"id0": 3, "id1": 4}
+    assert len(caplog.messages) == 1
+
+
+def test_steps_that_a_service_keeps_as_they_were(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A start that does steps again, as at a lower rate, says that they are not sent again."""
+    service = Service()
+    write(tmp_path, 1, 2, 3)
+    service.start(tmp_path, 0)
+    service.start(tmp_path, 3)
+    assert not caplog.messages
+    service.start(tmp_path, 1)
+    (said,) = caplog.messages
+    assert said.startswith("note: mlflow has steps to 3 of an earlier start: those from 2 on are ")
 
 
 def test_rows_of_a_growing_file(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ class Trackers(Callback):
         self._processes: list[tuple[Target, subprocess.Popen[bytes]]] = []
 
     def on_run_start(self, run: "Trainer") -> None:
-        for target in targets(run.config):
+        for target in targets(run.config, run.progress.iteration):
             try:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "megatron_hybrid.training.trackers.follow"],

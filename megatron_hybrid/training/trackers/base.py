@@ -18,6 +18,7 @@ class Target:
         name: of the run, for people.
         options: fields of `logging` that begin with the kind, without it, such as "project".
         config: the run's whole config, as plain values.
+        begins_after: steps that were done when the run started; None: it is no start of it.
     """
 
     kind: str
@@ -25,10 +26,17 @@ class Target:
     name: str
     options: Mapping[str, Any]
     config: Mapping[str, Any]
+    begins_after: int | None = None
 
 
 class Tracker(Protocol):
-    """One run in a service. Any method may raise anything: the service may be away."""
+    """One run in a service. Any method may raise anything: the service may be away.
+
+    Attributes:
+        last_step: that the service has, once it is open; -1: it has none.
+    """
+
+    last_step: int
 
     def open(self, known: str | None, remember: Callable[[str], None]) -> None:
         """Find the run, or make it; from then on `has` can be asked.

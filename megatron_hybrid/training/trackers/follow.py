@@ -78,6 +78,7 @@ class Copy:
                 _remember(self.target, None)  # for `track`, should nothing be reached
             tracker.open(known, lambda run: _remember(self.target, run))
             self._tracker = tracker
+            _note_steps_done_again(self.target, tracker.last_step)
         while self._waiting:
             self._tracker.send(self._waiting[0])
             del self._waiting[0]
@@ -125,6 +126,17 @@ def _warn(target: Target, error: Exception) -> None:
     )
 
 
+def _note_steps_done_again(target: Target, last_step: int) -> None:
+    """Say which steps a service keeps as an earlier start had them: a step is not sent twice."""
+    done = target.begins_after
+    if done is not None and last_step > done:
+        logger.warning(
+            "note: %s has steps to %d of an earlier start: those from %d on are done again, and "
+            "stay there as they were; %s has them as they are now",
+            target.kind, last_step, done + 1, METRICS_FILE,
+        )  # fmt: skip
+
+
 def _place(target: Target) -> Path:
     return target.run_dir / FOLDER / f"{target.kind}.json"
 
@@ -134,22 +146,45 @@ def _identity(options: Any) -> dict[str, Any]:
 
 
 def _known(target: Target) -> str | None:
-    """The id of an earlier start of this run, in the same place."""
+    """The id of an earlier start of this run, in the same place; None also of another run's, whose
+    folder was copied.
+    """
     path = _place(target)
     if not path.exists():
         return None
     found = _read(path)
     if _identity(found["options"]) != _identity(target.options):
         return None
+    if target.begins_after is not None and (other := _copied_from(path, found)) is not None:
+        logger.warning(
+            "note: %s is a copy of %s, which goes on in %s as it did: this one is a run of its own "
+            "there", target.run_dir, other, target.kind,
+        )  # fmt: skip
+        return None
     return found["run"] and str(found["run"])
+
+
+def _copied_from(path: Path, found: dict[str, Any]) -> Path | None:
+    """The folder of the run whose id a file has, where that is another one which has it still."""
+    if not isinstance(found["run_dir"], str) or not found["run"]:
+        return None
+    there = Path(found["run_dir"])
+    first = there / FOLDER / path.name
+    try:
+        if first.samefile(path) or _read(first)["run"] != found["run"]:
+            return None
+    except (OSError, UserError):  # it is gone, moved here, or of another machine
+        return None
+    return there
 
 
 def _read(path: Path) -> dict[str, Any]:
     """What `_remember` wrote."""
-    found = read_json(path, fields=("run", "name", "options", "config"))
+    found = read_json(path, fields=("run", "name", "run_dir", "options", "config"))
     with naming(path):
         options, config = dict(found["options"]), dict(found["config"])
-        return {"run": found["run"], "name": found["name"], "options": options, "config": config}
+        kept = {"run": found["run"], "name": found["name"], "run_dir": found.get("run_dir")}
+        return kept | {"options": options, "config": config}
 
 
 def _remember(target: Target, run: str | None) -> None:
@@ -158,7 +193,10 @@ def _remember(target: Target, run: str | None) -> None:
     """
     path = _place(target)
     path.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"run": run, "name": target.name, "options": target.options, "config": target.config}
+    facts = {
+        "run": run, "name": target.name, "run_dir": str(target.run_dir),
+        "options": target.options, "config": target.config,
+    }  # fmt: skip
     write_atomic(path, json.dumps(facts, indent=1).encode() + b"\n")
 
 

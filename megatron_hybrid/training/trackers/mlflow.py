@@ -57,6 +57,10 @@ class MLflow:
             for key in run.data.metrics
         }
 
+    @property
+    def last_step(self) -> int:
+        return max(self._last.values(), default=-1)
+
     def send(self, row: Row) -> None:
         from mlflow.entities import Metric
 

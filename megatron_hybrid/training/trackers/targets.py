@@ -10,15 +10,20 @@ _SWITCHES = {"wandb": "project", "mlflow": "experiment"}
 _NAMES = {"wandb": "exp_name", "mlflow": "run_name"}
 
 
-def targets(config: RunConfig) -> list[Target]:
-    """Where a run's metrics are copied to."""
+def targets(config: RunConfig, begins_after: int | None = None) -> list[Target]:
+    """Where a run's metrics are copied to.
+
+    Args:
+        begins_after: as of `Target`.
+    """
     found = []
     for kind, switch in _SWITCHES.items():
         options = _options(config, kind)
         if options[switch] is not None:
             name = options[_NAMES[kind]] or config.run_dir.name
             values = config.model_dump(mode="json")
-            found.append(Target(kind, config.run_dir.absolute(), name, options, values))
+            run_dir = config.run_dir.absolute()
+            found.append(Target(kind, run_dir, name, options, values, begins_after))
     return found
 
 

@@ -26,6 +26,7 @@ class WandB:
     def __init__(self, target: Target) -> None:
         self._target = target
         self._folder = Path(target.options["save_dir"] or target.run_dir)
+        self.last_step = -1
 
     def open(self, known: str | None, remember: Callable[[str], None]) -> None:
         import wandb
@@ -34,7 +35,7 @@ class WandB:
             known = "".join(secrets.choice(_ALPHABET) for _ in range(8))
             remember(known)
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._last = _last_step(self._folder, known)
+        self.last_step = _last_step(self._folder, known)
         options = self._target.options
         self._run = wandb.init(
             project=options["project"],
@@ -47,12 +48,12 @@ class WandB:
             # The process that sends has no console of the run's, and measures no machine.
             settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
         )
-        self._last = max(self._last, self._run.starting_step - 1)
+        self.last_step = max(self.last_step, self._run.starting_step - 1)
 
     def send(self, row: Row) -> None:
-        if row.step > self._last:
+        if row.step > self.last_step:
             self._run.log(row.values, step=row.step, commit=True)
-            self._last = row.step
+            self.last_step = row.step
 
     def close(self, reason: str | None) -> None:
         self._run.finish(exit_code=0 if reason else 1)
