@@ -225,6 +225,11 @@ def eval_tasks(c: RunConfig, _: Facts) -> Problems:
             f"{c.parallel.context_parallel_size}. `megatron-hybrid evaluate --tasks` asks its "
             "checkpoints"
         )
+    if c.precision.fp8_param_gather:
+        yield (
+            f"{asked} needs weights in bf16, and precision.fp8_param_gather=true keeps them in "
+            "float8. `megatron-hybrid evaluate --tasks` asks its checkpoints"
+        )
     if c.data.tokenizer_type == "null":
         yield f"{asked} needs a tokenizer of texts; data.tokenizer_type=null has numbers alone"
 
