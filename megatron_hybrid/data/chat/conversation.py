@@ -15,6 +15,12 @@ _SAYS = ("content", "tool_calls", *_REASONING)
 # Whether a message is learnt, as OpenAI's, ms-swift's and axolotl's files say it.
 _WEIGHTS = ("weight", "loss", "train")
 
+# Beside the messages, and where they are read.
+_BESIDE = {
+    "system": "a first message with the role system",
+    "functions": "'tools'",
+}
+
 Message = Mapping[str, Any]
 
 
@@ -69,6 +75,7 @@ def parse(record: Mapping[str, Any]) -> Conversation:
         messages = [*prompt, *_messages("completion", record["completion"], "assistant")]
     else:
         raise DataError("there is no key 'messages', nor 'prompt' and 'completion'")
+    _refuse_unread(record, messages)
     conversation = Conversation(
         tuple(messages), given, _tools(record), _object(record, "chat_template_kwargs")
     )
@@ -76,6 +83,16 @@ def parse(record: Mapping[str, Any]) -> Conversation:
         of = " that is to be learnt" if conversation.left_out else ""
         raise DataError(f"it has no assistant turn{of}: there is nothing to learn")
     return conversation
+
+
+def _refuse_unread(record: Mapping[str, Any], messages: list[Message]) -> None:
+    """Refuse what other programs have beside the messages and make part of the text."""
+    for name in _BESIDE:
+        if (said := record.get(name)) and said not in [each.get("content") for each in messages]:
+            raise DataError(
+                f"{name!r} is {_shown(said)}, which is not read beside the messages; allowed: "
+                f"{_BESIDE[name]}"
+            )
 
 
 def texts_of(value: Any) -> Iterator[str]:

@@ -27,14 +27,15 @@ def refuse_misrendered(conversation: Conversation, text: str) -> None:
                 f"message {number} (from 0): the chat template writes its content, a list of "
                 "parts, as Python would; allowed: a string, or a template that knows parts"
             )
-        for name, arguments in _calls(message.get("tool_calls")):
+        calls = [*_calls(message.get("tool_calls")), *_calls([message.get("function_call")])]
+        for name, arguments in calls:
             if problem := _problem(name, arguments, text):
                 raise DataError(f"message {number} (from 0): {problem}")
 
 
 def _problem(name: str, arguments: Any, text: str) -> str | None:
     if name not in text:
-        return f"the chat template renders nothing of its call of {name!r} in tool_calls"
+        return f"the chat template renders nothing of its call of {name!r}"
     what = f"the chat template writes the arguments of its call of {name!r}"
     if isinstance(arguments, str) and arguments.lstrip().startswith("{"):
         twice = (json.dumps(arguments, ensure_ascii=ascii) for ascii in (False, True))

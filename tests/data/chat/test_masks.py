@@ -190,6 +190,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"messages": ONE, "chat_template_kwargs": {"add_generation_prompt": True}},
         "chat_template_kwargs.add_generation_prompt: the chat template reads none",
     ),
+    "system beside": (
+        {"messages": ONE, "system": "Be brief."},
+        "'system' is \"Be brief.\", which is",
+    ),
+    "functions beside": (
+        {"prompt": "a", "completion": "b", "functions": [{"name": "add"}]},
+        "allowed: 'tools'",
+    ),
+    "an older call": (
+        {"messages": [ONE[0], {**ONE[1], "function_call": {"name": "add", "arguments": "{}"}}]},
+        "message 1 .from 0.: the chat template renders nothing of its call of 'add'",
+    ),
     "refused": ({"messages": [*ONE, ONE[1]]}, "the chat template refuses it: Roles must alternate"),
     "fails": (
         {"messages": [*turns("a", "b"), {"role": "user", "content": [{"text": "c"}]}]},
@@ -231,7 +243,7 @@ TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
         ("{{ tools }}" + NO_CALLS, {"messages": ONE, "tools": TOOLS}, None),
         ("{% if not b is defined %}{% set b = 1 %}{% endif %}{{ a }}{{ b }}" + NO_CALLS,
          {"messages": ONE, "chat_template_kwargs": {"a": 1, "b": 2}}, None),
-        (NO_CALLS, call({}), r"message 1 .* renders nothing of its call of 'add' in tool_calls"),
+        (NO_CALLS, call({}), r"message 1 .* renders nothing of its call of 'add'"),
         (AS_JSON, call('{"a": "é"}'), "JSON in a string, as a string in JSON; allowed: an object"),
         (PLAIN, call({"a": 1}), "an object, as Python would; allowed: JSON in a string"),
         (AS_JSON, call({"a": 1}), None), (PLAIN, call('{"a": 1}'), None), (PLAIN, call({}), None),
