@@ -56,7 +56,7 @@ from megatron_hybrid.training.checkpoint_state import (
     without_extra_states,
 )
 from megatron_hybrid.training.distributed import on_rank_zero
-from megatron_hybrid.training.optimizer import load_optimizer_state
+from megatron_hybrid.training.optimizer import gather_parameters, load_optimizer_state
 from megatron_hybrid.training.upcycle import load_upcycled
 
 logger = logging.getLogger(__name__)
@@ -115,10 +115,7 @@ class Checkpointer:
 
     def _write(self, progress: Progress) -> None:
         iteration = progress.iteration
-        if self.config.parallel.overlap_param_gather:
-            for chunk in self.model:
-                # Each rank has updated its share; the others' would come with the next forward.
-                chunk.start_param_sync(force_sync=True)
+        gather_parameters(self.config, self.model)
         metadata = tensor_layout()
         state: dict[str, Any] = {
             "checkpoint_version": 3.0,

@@ -97,6 +97,13 @@ def build_optimizer(
     return optimizer
 
 
+def gather_parameters(config: RunConfig, model: list[DistributedDataParallel]) -> None:
+    """Bring the parameters that other ranks have updated; see `Trainer.gather_parameters`."""
+    if config.parallel.overlap_param_gather:
+        for chunk in model:
+            chunk.start_param_sync(force_sync=True)
+
+
 def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """The engine chains one optimizer for dense and one for expert parameters, or has just one."""
     chained = isinstance(optimizer, ChainedOptimizer)

@@ -25,7 +25,12 @@ from megatron_hybrid.training.callbacks.base import Step
 from megatron_hybrid.training.callbacks.ordered import build_callbacks
 from megatron_hybrid.training.checkpoint import Checkpointer
 from megatron_hybrid.training.distributed import is_rank_zero
-from megatron_hybrid.training.optimizer import LearningRate, build_optimizer, wrap_data_parallel
+from megatron_hybrid.training.optimizer import (
+    LearningRate,
+    build_optimizer,
+    gather_parameters,
+    wrap_data_parallel,
+)
 from megatron_hybrid.training.signals import ExitSignals
 from megatron_hybrid.training.soundness import (
     Soundness,
@@ -208,6 +213,14 @@ class Trainer:
     def consumed_tokens(self) -> int:
         """Tokens of the samples that are done."""
         return self.steps.tokens_before(self.progress.consumed_samples)
+
+    def gather_parameters(self) -> None:
+        """Have the whole model as the last step left it, on every rank; all call it together.
+
+        With `parallel.overlap_param_gather` a rank has updated its share alone, and the others'
+        come with the next forward pass.
+        """
+        gather_parameters(self.config, self.model)
 
     def event(self, iteration: int, name: str, message: str) -> None:
         """Report something that happened at a step, such as "checkpoint", in a line for people."""

@@ -45,6 +45,17 @@ class Seen(Callback):
         return {"twice_the_loss": 2 * step.result.loss}
 
 
+class Weighs(Callback):
+    """Writes down the sum of the parameters that the first rank has after each step."""
+
+    def after_step(self, run: Any, step: Any) -> None:
+        run.gather_parameters()
+        if torch.distributed.get_rank() == 0:
+            total = sum(p.double().sum().item() for p in run.model[0].parameters())
+            with (run.config.run_dir / SEEN).open("a") as file:
+                file.write(f"{total!r}\n")
+
+
 class Fails(Callback):
     """Raises after the second step."""
 

@@ -13,6 +13,7 @@ from megatron_hybrid.config import load_config
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.testing import run_distributed
 from megatron_hybrid.training.metrics import read_records
+from tests.training.own_callbacks import SEEN
 from tests.training.runs import (
     losses,
     outcomes,
@@ -216,16 +217,20 @@ def test_background_saves_are_the_same(tmp_path: Path) -> None:
 
 
 def test_saved_with_overlap(tmp_path: Path) -> None:
-    """Parameters still to be gathered when the run is saved are saved as they will be."""
-    overlap = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
+    """Parameters still to be gathered when the run is saved are saved as they will be, and a
+    callback has them so."""
+    weighs = "training.callbacks=[tests.training.own_callbacks:Weighs]"
+    overlap = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true", weighs]
     lines = [
-        words(tmp_path / "plain", "checkpoint.save_interval=2"),
+        words(tmp_path / "plain", "checkpoint.save_interval=2", weighs),
         words(tmp_path / "overlap", *overlap, "training.exit_interval=2"),
         words(tmp_path / "overlap", *overlap),
     ]
     found = run_distributed(outcomes, 2, lines)[0]
     assert found == ["finished", "exit_interval", "finished"]
     assert losses(tmp_path / "overlap") == losses(tmp_path / "plain")
+    sums = [(tmp_path / name / SEEN).read_text() for name in ("plain", "overlap")]
+    assert sums[0] == sums[1] and len(set(sums[0].splitlines())) == 4
     folders = [tmp_path / name / "checkpoints/iter_0000002" for name in ("plain", "overlap")]
     assert same_tensors(*run_distributed(tensors_of_all, 1, folders)[0])
 

@@ -55,7 +55,8 @@ class Callback:
 
     `run` is the `Trainer`: its `config`, `progress` (steps and samples that are done), `model`
     (this rank's pipeline chunks), `optimizer`, `stepper`, `total_iterations`; `run.event` and
-    `run.record` report something to all who write.
+    `run.record` report something to all who write. Whoever reads parameters after a step calls
+    `run.gather_parameters` first: with `parallel.overlap_param_gather` some are of the step before.
     """
 
     def on_run_start(self, run: "Trainer") -> None:
