@@ -30,13 +30,11 @@ class Target:
 
 
 class Tracker(Protocol):
-    """One run in a service. Any method may raise anything: the service may be away.
+    """One run in a service. Any method may raise anything: the service may be away."""
 
-    Attributes:
-        last_step: that the service has, once it is open; -1: it has none.
-    """
-
-    last_step: int
+    @property
+    def last_step(self) -> int:
+        """That the service has, once it is open; -1: it has none."""
 
     def open(self, known: str | None, remember: Callable[[str], None]) -> None:
         """Find the run, or make it; from then on `has` can be asked.
