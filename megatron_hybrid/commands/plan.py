@@ -144,11 +144,11 @@ def _balanced(
     config: "RunConfig", gpus: int, gpu: "Gpu", path: Path | None, *, measure: bool, quiet: bool
 ) -> "RunConfig":
     """The same run with its pattern cut anew; says how much that is worth."""
-    from megatron_hybrid.config.pattern import parse_pattern
+    from megatron_hybrid.config.layers import sort_of_each
     from megatron_hybrid.errors import UserError
     from megatron_hybrid.planner.balance import Balancer
     from megatron_hybrid.planner.layer_time import Rank
-    from megatron_hybrid.planner.layout import layout_of
+    from megatron_hybrid.planner.layout import chunk_sorts, layout_of
     from megatron_hybrid.planner.step_time import transfer_seconds
 
     layout = layout_of(config, gpus)
@@ -156,19 +156,26 @@ def _balanced(
         raise UserError(
             "--balance needs parallel.pipeline_model_parallel_size of at least 2; it is 1"
         )
-    layers = parse_pattern(config.model.hybrid_layer_pattern).layers
+    layers = [sort.name for sort in sort_of_each(config.model)]
     found = _costs(config, gpus, gpu, path, layers, measure=measure)
     transfer = 0.0 if path or measure else 1e3 * transfer_seconds(Rank(config, layout, gpu))
     balancer = Balancer(layers, found, layout.pp, layout.vpp, layout.micro_batches, transfer)
     best = balancer.best()
     if not quiet:
-        _print_balance(found, balancer.timed(layout.chunks), best)
+        now = [[sort.name for sort in chunk] for chunk in chunk_sorts(config.model, layout)]
+        _print_balance(found, balancer.timed(tuple(now)), best)
     model = config.model.model_copy(update={"hybrid_layer_pattern": best.pattern})
     return config.model_copy(update={"model": model})
 
 
 def _costs(
-    config: "RunConfig", gpus: int, gpu: "Gpu", path: Path | None, layers: str, *, measure: bool
+    config: "RunConfig",
+    gpus: int,
+    gpu: "Gpu",
+    path: Path | None,
+    layers: list[str],
+    *,
+    measure: bool,
 ) -> "Costs":
     from megatron_hybrid.planner.costs import read_costs
     from megatron_hybrid.planner.search import predicted_costs
@@ -186,7 +193,7 @@ def _costs(
 
     if note := timed_otherwise(config, has_cuda=platform.has_cuda):
         logger.warning("note: %s", note)
-    single = one_rank(config, layers)
+    single = one_rank(config, "".join(name[0] for name in layers))
     with process_groups(single, platform, alone=True):
         return measure_costs(single)
 

@@ -8,6 +8,7 @@ kind each may have its own.
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -164,10 +165,12 @@ class Sort:
     """Layers that are alike.
 
     Attributes:
+        name: the kind's symbol; of others of a kind than the first, with the first one's number.
         layer: the first of them.
         numbers: of all, from 1.
     """
 
+    name: str
     layer: Layer
     numbers: tuple[int, ...]
 
@@ -191,16 +194,26 @@ def sorts(model: ModelConfig) -> tuple[Sort, ...]:
             for kind in KINDS
             if kind in symbols
         }
-        return tuple(Sort(Layer(of[0], k, model, {}, {}), of) for k, of in of_kinds.items())
+        return tuple(Sort(k, Layer(of[0], k, model, {}, {}), of) for k, of in of_kinds.items())
     first: dict[tuple[Any, ...], Layer] = {}
     numbers: dict[tuple[Any, ...], list[int]] = {}
     for layer in layers(model):
         key = (layer.kind, *sorted(layer.own.items()))
         first.setdefault(key, layer)
         numbers.setdefault(key, []).append(layer.number)
-    found = [Sort(layer, tuple(numbers[key])) for key, layer in first.items()]
-    order = list(KINDS)
-    return tuple(sorted(found, key=lambda sort: order.index(sort.kind)))
+    found: list[Sort] = []
+    for kind in KINDS:
+        of_kind = [(layer, numbers[key]) for key, layer in first.items() if layer.kind == kind]
+        for place, (layer, of) in enumerate(of_kind):
+            found.append(Sort(f"{kind}{of[0]}" if place else kind, layer, tuple(of)))
+    return tuple(found)
+
+
+@lru_cache(maxsize=16)
+def sort_of_each(model: ModelConfig) -> tuple[Sort, ...]:
+    """The sort of every layer, in the order of the pattern."""
+    found = {number: sort for sort in sorts(model) for number in sort.numbers}
+    return tuple(found[number] for number in sorted(found))
 
 
 def are_unlike(model: ModelConfig) -> bool:

@@ -25,19 +25,20 @@ class Split:
     """A way to cut the layers.
 
     Attributes:
-        segments: pattern text of each chunk, in the order of the layers.
+        segments: the names of each chunk's layers, in their order, as `Balancer.layers` has them.
         step_ms: predicted time of all passes of a step.
         bubble: the share of the stages' time in which they wait.
     """
 
-    segments: tuple[str, ...]
+    segments: tuple[Sequence[str], ...]
     step_ms: float
     bubble: float
 
     @property
     def pattern(self) -> str:
         """With `|` between segments, as a config takes it."""
-        return "|".join(self.segments)
+        # A name begins with the symbol of its kind.
+        return "|".join("".join(name[0] for name in segment) for segment in self.segments)
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,14 @@ class Balancer:
     """Times splits of one pattern.
 
     Attributes:
-        layers: symbols without `|`.
+        layers: of each its name in `costs`: its symbol, or more where layers are unlike.
         stages: pipeline stages.
         chunks: segments on each stage.
         micro_batches: of a step, on one data-parallel rank.
         transfer_ms: of hidden states to the next stage.
     """
 
-    layers: str
+    layers: Sequence[str]
     costs: Costs
     stages: int
     chunks: int
@@ -64,7 +65,7 @@ class Balancer:
         """Segments in all."""
         return self.stages * self.chunks
 
-    def timed(self, segments: tuple[str, ...]) -> Split:
+    def timed(self, segments: tuple[Sequence[str], ...]) -> Split:
         """The time of a split."""
         costs = self.costs.chunks(segments)
         made = simulate(
@@ -132,7 +133,9 @@ class Balancer:
                     if all(a < b for a, b in pairwise(moved)):
                         yield moved[1:-1]
 
-    def _fastest(self, splits: Iterator[tuple[str, ...]], best: Split | None = None) -> Split:
+    def _fastest(
+        self, splits: Iterator[tuple[Sequence[str], ...]], best: Split | None = None
+    ) -> Split:
         """The fastest of `best` and `splits`, leaving out what cannot be."""
         for segments in splits:
             if best is not None and self._at_least(segments) >= best.step_ms:
@@ -143,7 +146,7 @@ class Balancer:
         assert best is not None
         return best
 
-    def _at_least(self, segments: tuple[str, ...]) -> float:
+    def _at_least(self, segments: tuple[Sequence[str], ...]) -> float:
         """A time that the split cannot beat: of some stage, what comes before its first micro batch
         and after its last one, which go through the stages before it, and all of its work.
         """
@@ -183,11 +186,11 @@ class Balancer:
             cuts.append(end)
         return cuts[::-1]
 
-    def _cut(self, cuts: Sequence[int]) -> tuple[str, ...]:
+    def _cut(self, cuts: Sequence[int]) -> tuple[Sequence[str], ...]:
         ends = [0, *cuts, len(self.layers)]
         return tuple(self.layers[a:b] for a, b in pairwise(ends))
 
-    def _cuts(self, segments: Sequence[str]) -> list[int]:
+    def _cuts(self, segments: Sequence[Sequence[str]]) -> list[int]:
         cuts, at = [], 0
         for segment in segments[:-1]:
             at += len(segment)

@@ -1,7 +1,7 @@
-"""What a layer of each kind costs in time, measured or given: the input of stage balancing."""
+"""What a layer of each sort costs in time, measured or given: the input of stage balancing."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -38,11 +38,13 @@ NOTHING = Cost(0.0, 0.0)
 
 @dataclass(frozen=True)
 class Costs:
-    """Attributes: `of`: a symbol of the pattern, "embedding" or "output" (with the loss): cost."""
+    """Attributes: `of`: a sort's name (a symbol of the pattern; "M5" of layers, the first of them
+    number 5, that are unlike the first of their kind), "embedding" or "output" (with the loss):
+    cost."""
 
     of: MappingProxyType[str, Cost]
 
-    def chunks(self, segments: tuple[str, ...]) -> list[Cost]:
+    def chunks(self, segments: tuple[Sequence[str], ...]) -> list[Cost]:
         """The cost of each pipeline segment, with embedding and output at the ends."""
         found = [sum((self.of[kind] for kind in segment), NOTHING) for segment in segments]
         found[0] = found[0] + self.of.get(EMBEDDING, NOTHING)
@@ -50,11 +52,11 @@ class Costs:
         return found
 
 
-def read_costs(path: Path, kinds: str) -> Costs:
+def read_costs(path: Path, sorts: Iterable[str]) -> Costs:
     """Costs from JSON: {"M": {"forward_ms": 1.2, "backward_ms": 2.3}, ..., "output": {...}}.
 
     Args:
-        kinds: symbols that must be there.
+        sorts: names that must be there.
 
     Raises:
         UserError: the file cannot be read, or says something else.
@@ -67,10 +69,13 @@ def read_costs(path: Path, kinds: str) -> Costs:
         raise UserError(
             f'--costs={path} must hold an object, such as {{"M": {{"forward_ms": 1.2}}}}'
         )
+    allowed = [*NAMES, *sorted(set(sorts) - set(NAMES))]
     problems = [
-        f"{name!r} is no layer; allowed: {', '.join(NAMES)}" for name in given if name not in NAMES
+        f"{name!r} is no layer; allowed: {', '.join(allowed)}"
+        for name in given
+        if name not in allowed
     ]
-    problems += [f"{kind!r} is missing" for kind in sorted(set(kinds) - set(given))]
+    problems += [f"{name!r} is missing" for name in sorted(set(sorts) - set(given))]
     found = {}
     for name, cost in given.items():
         pair = [cost.get(key) for key in _KEYS] if isinstance(cost, Mapping) else []

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from megatron_hybrid.config.layers import refuse_unlike
+from megatron_hybrid.config.layers import sorts
 from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, parse_pattern
+from megatron_hybrid.config.pattern import ATTENTION, MAMBA
 from megatron_hybrid.model.counts import CONV_KERNEL, count_parameters
 
 
@@ -43,22 +43,20 @@ def generation_memory(
         number_bytes: of a weight, a key or a value.
         state_bytes: of a number of a state; `megatron-hybrid generate` itself keeps fp32 ones (4).
     """
-    refuse_unlike(model, "the planner")
-    pattern = parse_pattern(model.hybrid_layer_pattern)
     keys_values = ssm = conv = 0
-    if pattern.has(ATTENTION):
-        assert model.num_query_groups is not None and model.kv_channels is not None
-        of_token = 2 * model.num_query_groups * model.kv_channels * number_bytes
-        length = context_tokens
-        if model.window_size is not None:
-            length = min(length, model.window_size[0] + 1)
-        keys_values = batch_size * pattern.count(ATTENTION) * length * of_token
-    if pattern.has(MAMBA):
-        assert model.mamba_num_heads is not None
-        inner = model.mamba_num_heads * model.mamba_head_dim
-        channels = inner + 2 * model.mamba_num_groups * model.mamba_state_dim
-        layers = batch_size * pattern.count(MAMBA)
-        ssm = layers * inner * model.mamba_state_dim * state_bytes
-        conv = layers * channels * CONV_KERNEL * number_bytes
+    for sort in sorts(model):
+        m, layers = sort.model, batch_size * len(sort.numbers)
+        if sort.kind == ATTENTION:
+            assert m.num_query_groups is not None and m.kv_channels is not None
+            length = context_tokens
+            if m.window_size is not None:
+                length = min(length, m.window_size[0] + 1)
+            keys_values += layers * length * 2 * m.num_query_groups * m.kv_channels * number_bytes
+        if sort.kind == MAMBA:
+            assert m.mamba_num_heads is not None
+            inner = m.mamba_num_heads * m.mamba_head_dim
+            channels = inner + 2 * m.mamba_num_groups * m.mamba_state_dim
+            ssm += layers * inner * m.mamba_state_dim * state_bytes
+            conv += layers * channels * CONV_KERNEL * number_bytes
     weights = count_parameters(model).total * number_bytes
     return GenerationMemory(weights, keys_values, ssm, conv)

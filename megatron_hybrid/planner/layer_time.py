@@ -6,9 +6,10 @@ norms, activations, permutations and the rest at a share of the memory's bandwid
 a start of its own, and the host, which launches one after the other, may be slower than all.
 """
 
+import copy
 from dataclasses import dataclass, fields, replace
 
-from megatron_hybrid.config import RunConfig
+from megatron_hybrid.config import ModelConfig, RunConfig
 from megatron_hybrid.config.linears import Linear, linears
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE
 from megatron_hybrid.config.precision import FLOAT8_RECIPES
@@ -102,6 +103,14 @@ class Rank:
         self.shares = shares
         self.recipe = config.precision.recipe
         self.fp8 = self.recipe in FLOAT8_RECIPES and gpu.fp8_tflops > 0
+
+    def of_sizes(self, model: ModelConfig) -> "Rank":
+        """The same rank of layers that have the sizes of `model`."""
+        if model is self.model:
+            return self
+        other = copy.copy(self)
+        other.model = model
+        return other
 
     def bandwidth(self, ranks: int) -> float:
         """Bytes a second between ranks, of which `ranks` neighbours take part."""

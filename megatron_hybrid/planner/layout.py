@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from megatron_hybrid.config import RunConfig
-from megatron_hybrid.config.layers import refuse_unlike
+from megatron_hybrid.config.layers import Sort, sort_of_each
+from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.pattern import parse_pattern
 from megatron_hybrid.config.phases import sequence_lengths
 from megatron_hybrid.config.ranks import data_parallel_size, rank_tokens
@@ -60,9 +61,17 @@ class Layout:
         return self.chunks[stage :: self.pp]
 
 
+def chunk_sorts(model: ModelConfig, layout: Layout) -> list[tuple[Sort, ...]]:
+    """Of each of `layout.chunks`, what its layers are."""
+    rest, found = sort_of_each(model), []
+    for chunk in layout.chunks:
+        found.append(rest[: len(chunk)])
+        rest = rest[len(chunk) :]
+    return found
+
+
 def layout_of(config: RunConfig, world_size: int) -> Layout:
     """The layout of a valid config on `world_size` ranks."""
-    refuse_unlike(config.model, "the planner")
     p, training = config.parallel, config.training
     pp, dp = p.pipeline_model_parallel_size, data_parallel_size(config, world_size)
     chunks = parse_pattern(config.model.hybrid_layer_pattern).chunks(pp)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_hybrid.config import RunConfig, build_config
-from megatron_hybrid.config.layers import refuse_unlike
+from megatron_hybrid.config.base import FrozenDict
+from megatron_hybrid.config.layers import sorts
 from megatron_hybrid.config.pattern import ATTENTION, MLP, MOE, parse_pattern
 from megatron_hybrid.config.phases import sequence_lengths
 from megatron_hybrid.config.precision import FLOAT8_RECIPES
@@ -22,18 +23,20 @@ _RECOMPUTED = {"core_attn": ATTENTION, "mlp": MLP, "moe": MOE, "shared_experts":
 
 
 def measure_costs(config: RunConfig) -> Costs:
-    """Milliseconds of a micro batch through a layer of each kind of a config's model.
+    """Milliseconds of a micro batch through a layer of each sort of a config's model.
 
     Within `training.distributed.model_parallel_groups` of one rank. The fastest of a few repeats:
     what else the machine does only adds.
     """
-    refuse_unlike(config.model, "the planner")
     found: dict[str, Cost] = {}
-    kinds = sorted(set(parse_pattern(config.model.hybrid_layer_pattern).layers))
-    for number, kind in enumerate(kinds):
-        model = _model(config, kind)
-        found[kind] = _layers(config, model)
-        if number == len(kinds) - 1:
+    every = sorted(sorts(config.model), key=lambda sort: sort.name)
+    for number, sort in enumerate(every):
+        # Alone, they are the model's sizes.
+        own = sort.model.model_copy(update={"layers": FrozenDict()})
+        alike = config.model_copy(update={"model": own})
+        model = _model(alike, sort.kind)
+        found[sort.name] = _layers(alike, model)
+        if number == len(every) - 1:
             found[EMBEDDING], found[OUTPUT] = _ends(config, model)
     return Costs(MappingProxyType(found))
 

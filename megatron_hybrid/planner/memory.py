@@ -1,8 +1,10 @@
 """The memory of each pipeline stage: what its fullest rank holds at its fullest moment."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_hybrid.config import RunConfig
+from megatron_hybrid.config.layers import Sort
 from megatron_hybrid.config.pattern import ATTENTION, MOE
 from megatron_hybrid.config.precision import FLOAT8_RECIPES
 from megatron_hybrid.planner.activations import (
@@ -12,7 +14,7 @@ from megatron_hybrid.planner.activations import (
     output_activations,
 )
 from megatron_hybrid.planner.layer_time import Features
-from megatron_hybrid.planner.layout import Layout, layout_of
+from megatron_hybrid.planner.layout import Layout, chunk_sorts, layout_of
 from megatron_hybrid.planner.parameters import stage_parameters
 from megatron_hybrid.planner.schedule import chunks_in_flight
 
@@ -99,7 +101,7 @@ def _activations(
     """
     model = config.model
     kept, again = [], [0]
-    for index, chunk in enumerate(layout.stage_chunks(stage)):
+    for index, chunk in enumerate(chunk_sorts(model, layout)[stage :: layout.pp]):
         of_chunk, made_again = _chunk(config, layout, chunk, features, number=number, fused=fused)
         if stage == index == 0:
             of_chunk += dropout_mask(model, layout, number_bytes=number, fused=fused)
@@ -114,25 +116,31 @@ def _activations(
 
 
 def _chunk(
-    config: RunConfig, layout: Layout, chunk: str, features: Features, *, number: int, fused: bool
+    config: RunConfig,
+    layout: Layout,
+    chunk: Sequence[Sort],
+    features: Features,
+    *,
+    number: int,
+    fused: bool,
 ) -> tuple[int, int]:
     """What a forward pass of a chunk keeps, and what is made again at a time in the backward."""
     training = config.training
 
     def sizes(recompute: tuple[str, ...]) -> list[int]:
-        of_kind = {
-            kind: layer_activations(
-                config.model,
-                kind,
+        of_sort = {
+            sort.name: layer_activations(
+                sort.model,
+                sort.kind,
                 layout,
                 number_bytes=number,
                 fused=fused,
                 fp8=fused and config.precision.recipe in FLOAT8_RECIPES,
                 recompute=recompute,
             )
-            for kind in set(chunk)
+            for sort in {sort.name: sort for sort in chunk}.values()
         }
-        return [of_kind[kind] for kind in chunk]
+        return [of_sort[sort.name] for sort in chunk]
 
     whole = sizes(())
     if training.recompute_granularity != "full":
@@ -154,16 +162,18 @@ def _communication(config: RunConfig, layout: Layout, stage: int, *, number: int
     and values of CP's ring, sent and received. Gradients are reduced and parameters gathered in the
     buffers that are counted already.
     """
-    model, kinds = config.model, "".join(layout.stage_chunks(stage))
-    d = model.hidden_size
+    d = config.model.hidden_size
     ends = (stage > 0) + (stage < layout.pp - 1)
     between = 2 * ends * number * layout.own_tokens * d
     gathered = number * layout.tokens * d if layout.sequence_parallel and layout.tp > 1 else 0
-    dispatched = exchanged = 0
-    if layout.ep > 1 and MOE in kinds:
-        dispatched = number * layout.own_tokens * model.moe_router_topk * d
-    if layout.cp > 1 and ATTENTION in kinds:
-        assert model.num_query_groups is not None and model.kv_channels is not None
-        width = max(model.num_query_groups // layout.tp, 1) * model.kv_channels
-        exchanged = 2 * 2 * number * layout.tokens * width
-    return between + max(gathered, dispatched, exchanged)
+    on_way = [gathered]
+    for chunk in chunk_sorts(config.model, layout)[stage :: layout.pp]:
+        for sort in chunk:
+            model = sort.model
+            if layout.ep > 1 and sort.kind == MOE:
+                on_way.append(number * layout.own_tokens * model.moe_router_topk * d)
+            if layout.cp > 1 and sort.kind == ATTENTION:
+                assert model.num_query_groups is not None and model.kv_channels is not None
+                width = max(model.num_query_groups // layout.tp, 1) * model.kv_channels
+                on_way.append(2 * 2 * number * layout.tokens * width)
+    return between + max(on_way)

@@ -2,14 +2,17 @@
 
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.model.counts import Parameters, layer_parameters
-from megatron_hybrid.planner.layout import Layout
+from megatron_hybrid.planner.layout import Layout, chunk_sorts
 
 
 def stage_parameters(model: ModelConfig, layout: Layout, stage: int) -> Parameters:
     """Of all that a pipeline stage has on one rank."""
     found = Parameters()
-    for kind in "".join(layout.stage_chunks(stage)):
-        found += layer_parameters(model, kind, tp=layout.tp, ep=layout.ep, etp=layout.etp)
+    for chunk in chunk_sorts(model, layout)[stage :: layout.pp]:
+        for sort in chunk:
+            found += layer_parameters(
+                sort.model, sort.kind, tp=layout.tp, ep=layout.ep, etp=layout.etp
+            )
     assert model.padded_vocab_size is not None
     words = model.padded_vocab_size * model.hidden_size // layout.tp
     if stage == 0:

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from megatron_hybrid.config import RunConfig, build_config, rules
+from megatron_hybrid.config.layers import sort_of_each, sorts
 from megatron_hybrid.config.pattern import parse_pattern
 from megatron_hybrid.config.phases import sequence_lengths
 from megatron_hybrid.errors import ConfigError, UserError
@@ -196,13 +197,14 @@ def _changed(
 
 
 def predicted_costs(config: RunConfig, world_size: int, gpu: Gpu) -> Costs:
-    """What each kind of layer is predicted to cost on a rank of a layout, as for balancing."""
+    """What each sort of layer is predicted to cost on a rank of a layout, as for balancing."""
     rank = Rank(config, layout_of(config, world_size), gpu)
     found = {}
-    for kind in set(parse_pattern(config.model.hybrid_layer_pattern).layers):
-        forward, backward = rank.layer(kind, fp8=rank.fp8)
-        again = recomputed_seconds(rank, kind, 0, forward, fp8=rank.fp8)
-        found[kind] = Cost(1e3 * forward.seconds, 1e3 * (backward.seconds + again))
+    for sort in sorts(config.model):
+        own = rank.of_sizes(sort.model)
+        forward, backward = own.layer(sort.kind, fp8=rank.fp8)
+        again = recomputed_seconds(own, sort.kind, 0, forward, fp8=rank.fp8)
+        found[sort.name] = Cost(1e3 * forward.seconds, 1e3 * (backward.seconds + again))
     ends = [1e3 * work.seconds for work in rank.ends()]
     found |= {EMBEDDING: Cost(*ends[:2]), OUTPUT: Cost(*ends[2:])}
     return Costs(MappingProxyType(found))
@@ -210,7 +212,7 @@ def predicted_costs(config: RunConfig, world_size: int, gpu: Gpu) -> Costs:
 
 def _balanced(config: RunConfig, world_size: int, gpu: Gpu, stages: int, chunks: int) -> str:
     costs = predicted_costs(config, world_size, gpu)
-    layers = parse_pattern(config.model.hybrid_layer_pattern).layers
+    layers = [sort.name for sort in sort_of_each(config.model)]
     return Balancer(layers, costs, stages, chunks, 1).quick().pattern
 
 

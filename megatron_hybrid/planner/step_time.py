@@ -16,7 +16,7 @@ from megatron_hybrid.config.precision import float8_layers
 from megatron_hybrid.model.counts import flops_per_token
 from megatron_hybrid.planner.hardware import SHARES, Gpu, Shares
 from megatron_hybrid.planner.layer_time import NUMBER_BYTES, Features, Rank, Work
-from megatron_hybrid.planner.layout import Layout, layout_of
+from megatron_hybrid.planner.layout import Layout, chunk_sorts, layout_of
 from megatron_hybrid.planner.parameters import stage_parameters
 from megatron_hybrid.planner.schedule import simulate
 
@@ -58,20 +58,24 @@ def chunk_work(rank: Rank) -> list[tuple[Work, Work]]:
     """One micro batch through each pipeline segment, forward and backward."""
     config, layout = rank.config, rank.layout
     in_fp8 = set(float8_layers(config))
+    chunks = chunk_sorts(config.model, layout)
+    ranks = {sort.name: rank.of_sizes(sort.model) for chunk in chunks for sort in chunk}
     known = {
-        (kind, fp8): rank.layer(kind, fp8=fp8)
-        for kind in set("".join(layout.chunks))
+        (sort.name, fp8): ranks[sort.name].layer(sort.kind, fp8=fp8)
+        for sort in {sort.name: sort for chunk in chunks for sort in chunk}.values()
         for fp8 in (False, True)
     }
     found, number = [], 0
-    for chunk in layout.chunks:
+    for chunk in chunks:
         forward = backward = Work()
-        for place, kind in enumerate(chunk):
+        for place, sort in enumerate(chunk):
             number += 1
-            one, other = known[kind, number in in_fp8]
+            one, other = known[sort.name, number in in_fp8]
             forward += one
             backward += other
-            again = recomputed_seconds(rank, kind, place, one, fp8=number in in_fp8)
+            again = recomputed_seconds(
+                ranks[sort.name], sort.kind, place, one, fp8=number in in_fp8
+            )
             backward += Work(recomputed=again)
         found.append((forward, backward))
     first_forward, first_backward, last_forward, last_backward = rank.ends()

@@ -7,10 +7,18 @@ from types import MappingProxyType
 
 import pytest
 
+from megatron_hybrid.config import RunConfig, load_config, rules
+from megatron_hybrid.config.layers import sort_of_each
 from megatron_hybrid.config.pattern import parse_pattern
 from megatron_hybrid.errors import UserError
+from megatron_hybrid.model.counts import count_parameters
 from megatron_hybrid.planner.balance import Balancer
 from megatron_hybrid.planner.costs import Cost, Costs, costs_json, read_costs
+from megatron_hybrid.planner.generation import generation_memory
+from megatron_hybrid.planner.hardware import GPUS
+from megatron_hybrid.planner.memory import rank_memory
+from megatron_hybrid.planner.search import predicted_costs
+from megatron_hybrid.planner.step_time import step_time
 
 # Milliseconds of a layer of each kind, of the order that `plan --measure` finds on a CPU.
 MEASURED = Costs(
@@ -93,3 +101,52 @@ def test_costs_in_a_file(tmp_path: Path) -> None:
     path.write_text("[")
     with pytest.raises(UserError, match="cannot be read as JSON"):
         read_costs(path, "M")
+
+
+RUN = (
+    "tiny", "--mock-data", "--tokenizer-type", "null", "--vocab-size", "4096",
+    "--global-batch-size", "16", "--pipeline-model-parallel-size", "2",
+)  # fmt: skip
+
+
+def planned(config: RunConfig) -> tuple[object, ...]:
+    """All that the planner says of a run of two stages."""
+    return (
+        rank_memory(config, 2, fused=True), rank_memory(config, 2, fused=False),
+        step_time(config, 2, GPUS["h100"]), predicted_costs(config, 2, GPUS["h100"]),
+        generation_memory(config.model, 1024, 3), count_parameters(config.model).total,
+    )  # fmt: skip
+
+
+def test_sizes_count_whoever_says_them() -> None:
+    """Said of each kind by `model.layers` or by the model, they are planned alike."""
+    own = {
+        "M": "mamba_num_heads=4 mamba_state_dim=16", "-": "ffn_hidden_size=256",
+        "*": "num_query_groups=1 window_size=[64,0] position_embedding_type=rope",
+        "E": "num_moe_experts=8 moe_ffn_hidden_size=64 moe_router_topk=3",
+    }  # fmt: skip
+    of_model = [f"model.{word}" for words in own.values() for word in words.split()]
+    of_kinds = [f"model.layers.{k}.{word}" for k, words in own.items() for word in words.split()]
+    alike, said = (load_config([*RUN, *words], world_size=2) for words in (of_model, of_kinds))
+    assert planned(alike) == planned(said)
+    assert planned(alike) != planned(load_config(RUN, world_size=2))
+
+
+def test_unlike_layers_are_cut_by_their_own_costs(tmp_path: Path) -> None:
+    """One MLP that is as wide as seven others stands alone where those are together."""
+    words = (
+        "nemotron_h_8b", *RUN[1:4], "model.hybrid_layer_pattern=--------",
+        "--pipeline-model-parallel-size", "2", "--tensor-model-parallel-size", "1",
+        "--no-sequence-parallel", "model.layers.8.ffn_hidden_size=172032",
+    )  # fmt: skip
+    config = load_config(words, which=rules.NO_FILES, world_size=2)
+    costs = predicted_costs(config, 2, GPUS["h100"])
+    assert costs.of["-8"].total_ms > 6 * costs.of["-"].total_ms
+    names = [sort.name for sort in sort_of_each(config.model)]
+    assert Balancer(names, costs, 2, 1, 8).best().pattern == "-------|-"
+    path = tmp_path / "costs.json"
+    path.write_text(costs_json(costs))
+    assert read_costs(path, names) == costs
+    path.write_text(costs_json(Costs(MappingProxyType({"-": costs.of["-"]}))))
+    with pytest.raises(UserError, match="'-8' is missing"):
+        read_costs(path, names)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_hybrid.config import RunConfig, load_config
+from megatron_hybrid.config.layers import sort_of_each
 from megatron_hybrid.model.counts import count_parameters
 from megatron_hybrid.planner.activations import (
     dropout_mask,
@@ -95,6 +96,13 @@ STATE_LAYOUTS = {
         "parallel.pipeline_model_parallel_size=2",
         "model.untie_embeddings_and_output_weights=false",
         "model.moe_router_enable_expert_bias=true", "model.moe_router_score_function=sigmoid",
+    ],
+    "TP2 SP x PP2, unlike": [
+        "M*-E|M*-E", "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true",
+        "parallel.pipeline_model_parallel_size=2",
+        "model.layers={5-8: {mamba_num_heads: 8, mamba_num_groups: 4, num_attention_heads: 4,"
+        " kv_channels: 64, ffn_hidden_size: 384, activation: swiglu, num_moe_experts: 4,"
+        " moe_ffn_hidden_size: 64, moe_shared_expert_intermediate_size: null}}",
     ],
     "EP4, fp32": ["M*E-", "parallel.expert_model_parallel_size=4", "precision.recipe=fp32"],
 }  # fmt: skip
@@ -195,6 +203,22 @@ VARIANTS = {
         "M*-E", "precision.recipe=fp8_tensorwise", "precision.emulate=true",
         "precision.num_layers_at_start_in_bf16=0", "precision.num_layers_at_end_in_bf16=0",
     ],
+    "unlike layers, rope of some": [
+        "M*-EM**-E", "model.position_embedding_type=rope",
+        "model.layers={5: {mamba_num_heads: 8, mamba_state_dim: 64, mamba_num_groups: 4},"
+        " 6: {num_attention_heads: 4, kv_channels: 16, window_size: [128, 0]},"
+        " 7: {position_embedding_type: none, num_query_groups: 8}, 8: {activation: swiglu},"
+        " 9: {num_moe_experts: 4, moe_router_topk: 3, moe_shared_expert_intermediate_size: 64}}",
+    ],
+    "TP2 SP, unlike layers": [
+        "M-*EM-", "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true",
+        "model.layers={4-6: {mamba_head_dim: 64, mamba_num_heads: 4, ffn_hidden_size: 384,"
+        " activation: swiglu, moe_ffn_hidden_size: 64}, '*': {kv_channels: 64}}",
+    ],
+    "CP2, unlike layers": [
+        "M*M*", "parallel.context_parallel_size=2", "data.seq_length=1024",
+        "model.layers={3-4: {mamba_num_heads: 4, mamba_num_groups: 4, num_query_groups: 1}}",
+    ],
     "hidden dropout": ["M*-E", "model.hidden_dropout=0.1"],
     "2048 tokens, wider": [
         "M*-E", "data.seq_length=2048", "model.hidden_size=512", "model.mamba_state_dim=128",
@@ -256,10 +280,10 @@ def test_activations(name: str) -> None:
     number = 4 if config.precision.recipe == "fp32" else 2
     planned = [
         layer_activations(
-            config.model, kind, layout, number_bytes=number, fused=False, fp8=False,
+            sort.model, sort.kind, layout, number_bytes=number, fused=False, fp8=False,
             recompute=Features.of(config).recompute,
         )
-        for kind in pattern
+        for sort in sort_of_each(config.model)
     ]  # fmt: skip
     # Before the first layer comes the embedding.
     planned[0] += dropout_mask(config.model, layout, number_bytes=number, fused=False)
