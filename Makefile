@@ -20,8 +20,9 @@ env:  ## Make the Python environment, unless it is there and fits setup.py
 quickstart: env  ## Train a small hybrid model on this computer, plot it: about ten minutes
 	@PATH="$(BIN):$$PATH" examples/01_quickstart/run.sh
 
+# Tests start many processes: what they import is compiled once, whatever the environment says.
 test: env  ## Run the whole test suite
-	@"$(BIN)/python" -m pytest -n $(TESTS_AT_ONCE)
+	@PYTHONDONTWRITEBYTECODE= "$(BIN)/python" -m pytest -n $(TESTS_AT_ONCE)
 
 lint: env  ## Check style and types
 	@"$(BIN)/python" -m ruff check .

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ class Fork:
     """A running `python *argv`, with what of `subprocess.Popen` a launcher needs.
 
     Args:
-        argv: words for Python: `-m MODULE WORDS…` or `SCRIPT WORDS…`.
+        argv: words for Python: `-m MODULE WORDS…`, `-c PROGRAM WORDS…` or `SCRIPT WORDS…`.
         environment: its own, whole; `OMP_NUM_THREADS` is heeded, other variables that libraries
             read as they are loaded come too late.
         output: a file descriptor for its stdout and stderr; None: this process's.
@@ -128,6 +129,10 @@ def run_python(argv: Sequence[str], environment: Mapping[str, str]) -> None:
             sys.argv = list(argv[1:])
             sys.modules.pop(argv[1], None)  # it becomes __main__, as in a Python of its own
             runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+        elif argv[0] == "-c":
+            sys.argv = ["-c", *argv[2:]]
+            main = sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(argv[1], main.__dict__)
         else:
             sys.argv = list(argv)
             sys.path.insert(0, str(Path(argv[0]).parent))

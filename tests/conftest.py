@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from megatron_hybrid.platform.imports import importing
-from tests.warm import Server
+from megatron_hybrid.platform.threads import NVIDIA_DRIVER
+from tests.warm import Session, fork_servers_too, python
 
 # What others leave in the temp folder, by the beginning of its name, and why that is no test's.
 LEAVINGS = {
@@ -28,23 +29,43 @@ WHILE_IT_RUNS = {
 }
 
 SLURM = "tests/slurm/"
+TOGETHER = (SLURM, "tests/gpu_on_cpu/")  # tests that share one Slurm, or one server of ranks
+WARM = "warm"  # in what pytest-xdist gives to its processes
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep out of reports what the engine and torch warn of as the engine is imported."""
+    """Keep out of reports what the engine and torch warn of as the engine is imported; make what
+    `tests.warm.python` is.
+
+    With `-n`, all that import torch and the engine are forks of one process that has: those that
+    share the tests, and the fork servers of each.
+    """
     for message in ("(Transformer Engine|Apex)", "`torch.jit", "The following imports from"):
         config.addinivalue_line("filterwarnings", f"ignore:{message}")
+    shared = getattr(config, "workerinput", {}).get(WARM)
+    warm = Session(Path(shared) if shared else None)
+    config.add_cleanup(warm.end)
+    if shared:
+        fork_servers_too()
+    elif getattr(config.option, "tx", None) and not NVIDIA_DRIVER.exists():
+        config.option.tx = [f"popen//python={python()}"] * len(config.option.tx)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a process that will share the tests where the server is."""
+    node.workerinput[WARM] = str(Path(python()).parent)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `-n`: a file's tests, which share fixtures, stay together, and all that need Slurm."""
+    """With `-n`: a file's tests, which share fixtures, stay together, and those of some folders."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return SLURM if file.startswith(SLURM) else file
+            return next((folder for folder in TOGETHER if file.startswith(folder)), file)
 
     config.option.loadscopereorder = False
     return ByFile(config, log)
@@ -98,15 +119,6 @@ def temp_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator["TempFolde
         time.sleep(0.02)
     lines = [f"{name}, seen after {folder.seen.get(name, 'the last')}" for name in folder.left()]
     assert not lines, "left in the temp folder; use tmp_path:\n" + "\n".join(lines)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def warm_programs(
-    temp_folder: "TempFolder", tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[None]:
-    """What `tests.warm.python` is, for this session."""
-    with Server(tmp_path_factory.mktemp("warm")):
-        yield
 
 
 @pytest.fixture(autouse=True)

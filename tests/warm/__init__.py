@@ -6,6 +6,6 @@ any other to who starts it: its pipes, files, environment, folder, signals and e
 fork. Tests of the start itself, and of what is imported, say `sys.executable`.
 """
 
-from tests.warm.session import Server, program_of, python
+from tests.warm.session import Session, fork_servers_too, program_of, python
 
-__all__ = ["Server", "program_of", "python"]
+__all__ = ["Session", "fork_servers_too", "program_of", "python"]

@@ -23,11 +23,13 @@ from megatron_hybrid.platform.warm import load
 
 MOST_FDS = 64
 FIRST_FREE = 512  # descriptors above are nobody's
+FLAGS = ("-u", "-B")  # of Python, first, which mean nothing here
 NAMESPACES = os.CLONE_NEWNS | os.CLONE_NEWUTS | os.CLONE_NEWIPC | os.CLONE_NEWPID
 # What commands import beyond what ranks do.
 COMMANDS = (
     "megatron_hybrid.cli", "megatron_hybrid.data.tokenizing.console", "megatron_hybrid.generation",
-    "megatron_hybrid.smoke.check", "megatron_hybrid.upcycling.write", "matplotlib.pyplot",
+    "megatron_hybrid.smoke.check", "megatron_hybrid.testing.preload",
+    "megatron_hybrid.upcycling.write", "matplotlib.pyplot",
     "checkpoints_converter.export", "checkpoints_converter.verify",
     "checkpoints_converter.inspection", "transformers.models.nemotron_h.modeling_nemotron_h",
 )  # fmt: skip
@@ -36,11 +38,8 @@ COMMANDS = (
 class _Programs:
     """In the server: who is connected, and the fork of each."""
 
-    def __init__(self, name: str, folder: Path) -> None:
-        self._folder = folder
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(f"\0{name}")
-        self._listener.listen(64)
+    def __init__(self, listener: socket.socket, folder: Path) -> None:
+        self._listener, self._folder = listener, folder
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         self._selector.register(0, selectors.EVENT_READ, self._end)
@@ -146,7 +145,11 @@ def _become(request: dict[str, Any], fds: list[int], connection: socket.socket) 
     sys.stdin, sys.stdout, sys.stderr = (
         _stream(fd) if fd in request["fds"] else None for fd in (0, 1, 2)
     )
-    run_python(request["argv"], request["environment"])
+    argv = request["argv"]
+    while argv[0] in FLAGS:
+        argv = argv[1:]
+    multiprocessing.set_executable(request["python"])
+    run_python(argv, request["environment"])
 
 
 def _stream(fd: int) -> Any:
@@ -161,11 +164,8 @@ def _main() -> None:
         importlib.import_module(module)
     gc.freeze()
 
-    name, ready, folder = sys.argv[1:]
-    programs = _Programs(name, Path(folder))
-    os.write(int(ready), b"listening")
-    os.close(int(ready))
-    programs.serve()
+    listener, folder = sys.argv[1:]
+    _Programs(socket.socket(fileno=int(listener)), Path(folder)).serve()
 
 
 if __name__ == "__main__":

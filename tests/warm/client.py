@@ -11,6 +11,7 @@ fds = [fd for fd in fds if os.path.exists(f"/proc/self/fd/{fd}")]  # but that of
 connection = socket.socket(socket.AF_UNIX)
 connection.connect(SOCKET)  # type: ignore[name-defined]  # noqa: F821
 request = {"argv": sys.argv[1:], "environment": dict(os.environ), "cwd": os.getcwd(), "fds": fds}
+request["python"] = sys.argv[0]
 request["ignored"] = [n for n in signal.valid_signals() if signal.getsignal(n) == signal.SIG_IGN]
 text = json.dumps(request).encode("utf-8", "surrogateescape")
 socket.send_fds(connection, [len(text).to_bytes(8, "big")], fds)
