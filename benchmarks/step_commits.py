@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +26,9 @@ from launchers.forks import end_with_parent
 _COMMON = [
     "data.mock_data=true", "data.tokenizer_type=null", "data.num_workers=0", "backend=torch",
     "training.train_iters=100000", "training.eval_interval=null", "training.log_interval=1",
-    "training.global_batch_size=1", "checkpoint.save_interval=null", "optimizer.lr=1e-3",
-    "optimizer.lr_decay_style=constant", "precision.recipe=fp32",
+    "training.global_batch_size=1", "training.micro_batch_size=1",
+    "checkpoint.save_interval=null", "optimizer.lr=1e-3", "optimizer.lr_decay_style=constant",
+    "precision.recipe=fp32",
 ]  # fmt: skip
 # The model of `train_step.py`, and the preset that the quickstart trains.
 CASES = {
@@ -71,8 +72,9 @@ def compare_commits(case: str, commit: str, pairs: int, threads: int) -> Compare
 
 
 class _Run:
-    def __init__(self, process: "subprocess.Popen[bytes]", metrics: Path) -> None:
-        self._process, self._metrics = process, metrics
+    def __init__(self, process: "subprocess.Popen[bytes]", folder: Path) -> None:
+        self._process, self._output = process, folder / "output.txt"
+        self._metrics = folder / "run" / "metrics.jsonl"
 
     def records(self) -> list[dict[str, float]]:
         """Of the training steps so far; a line may just be being written."""
@@ -89,7 +91,9 @@ class _Run:
         deadline = time.monotonic() + _LOST_S
         while len(records := self.records()) < before + TURN:
             if self._process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"a run ended, or stands still: {self._metrics.parent}")
+                raise SystemExit(
+                    "a run ended, or stands still:\n" + self._output.read_text()[-2000:]
+                )
             time.sleep(0.01)
         os.killpg(self._process.pid, signal.SIGSTOP)
         counted = records[before + 1 : before + TURN]
@@ -109,9 +113,10 @@ def _running(tree: Path, words: list[str], threads: int) -> Iterator[_Run]:
                 stderr=output, start_new_session=True, preexec_fn=_end_with_us,
             )  # fmt: skip
             try:
-                yield _Run(process, Path(folder, "run", "metrics.jsonl"))
+                yield _Run(process, Path(folder))
             finally:
-                os.killpg(process.pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it has ended
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
 
