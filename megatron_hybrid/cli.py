@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import traceback
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -14,7 +14,6 @@ from launchers.environment import whole_number
 from launchers.errors import ERROR_FILE, POSITION, record_error, redirect_output
 from launchers.local import launch
 from launchers.place import ATTEMPT, LOGS, Place, join, log_folder
-from megatron_hybrid import cli_text
 from megatron_hybrid.bounds import MOST_PROCESSES
 from megatron_hybrid.commands import convert as convert_commands
 from megatron_hybrid.commands import data as data_commands
@@ -30,8 +29,6 @@ from megatron_hybrid.commands.submit import submit
 from megatron_hybrid.commands.track import track
 from megatron_hybrid.commands.upcycle import upcycle
 from megatron_hybrid.commands.verdict import verdict
-from megatron_hybrid.config import RunConfig, load_config, rules, validate
-from megatron_hybrid.config.notes import notes
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import file_errors, refusal
 from megatron_hybrid.log import JSON, LEVEL, Level, show_log, unsaid
@@ -39,6 +36,9 @@ from megatron_hybrid.platform.imports import importing
 from megatron_hybrid.platform.threads import spin_before_sleeping
 from megatron_hybrid.platform.warm import load_for_forks
 from megatron_hybrid.training.lasting_output import lasting_output
+
+if TYPE_CHECKING:
+    from megatron_hybrid.config import RunConfig
 
 app = App(
     help="Train hybrid Mamba-Transformer language models on megatron-core.",
@@ -74,6 +74,8 @@ def log_options(
 
 def _show_pretrain_help(asked: bool) -> None:
     if asked:
+        from megatron_hybrid import cli_text
+
         cli_text.print_pretrain_help(Console())
         raise typer.Exit
 
@@ -93,6 +95,9 @@ def pretrain(
     """Train a model: `pretrain PRESET|FILE.yaml [section.field=value | --flag value]...`."""
     launched = os.environ.get("WORLD_SIZE")
     world_size = nproc or (whole_number(os.environ, "WORLD_SIZE", least=1) if launched else None)
+    from megatron_hybrid import cli_text
+    from megatron_hybrid.config import load_config, rules
+    from megatron_hybrid.config.notes import notes
     from megatron_hybrid.training.named import NAMED
 
     if dry_run:
@@ -130,20 +135,21 @@ def pretrain(
     raise typer.Exit(code)
 
 
-def _check_device(config: RunConfig, world_size: int) -> None:
+def _check_device(config: "RunConfig", world_size: int) -> None:
     """Refuse before any rank starts what this machine cannot run, where the config depends on it.
 
     Asking for the device loads torch, which takes seconds; most configs need no answer.
     """
     etp = config.parallel.expert_tensor_parallel_size
     if config.backend == "transformer_engine" or (etp is not None and etp > 1):
+        from megatron_hybrid.config import validate
         from megatron_hybrid.platform.backend import probe, resolve_backend
 
         resolve_backend(config.backend)
         validate(config, world_size, **probe().facts)
 
 
-def _check_files(config: RunConfig, world_size: int) -> None:
+def _check_files(config: "RunConfig", world_size: int) -> None:
     """Refuse before any rank starts what cannot be read, or gone on with; takes no torch."""
     from megatron_hybrid.claim import refuse_if_alive
     from megatron_hybrid.training.start import claims, open_run
@@ -187,6 +193,9 @@ app.command("config", no_args_is_help=True)(config_command)
 @app.command(context_settings=_CONFIG_WORDS)
 def counts(context: typer.Context) -> None:
     """Parameters and FLOPs of a model: `counts PRESET|FILE.yaml [section.field=value]...`."""
+    from megatron_hybrid import cli_text
+    from megatron_hybrid.config import load_config, rules
+
     config = load_config(context.args, which=rules.NO_FILES, stand_in=UNNEEDED)
     cli_text.print_counts(config, Console())
 

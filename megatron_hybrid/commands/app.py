@@ -13,7 +13,6 @@ import typer
 from typer.models import OptionInfo
 
 from megatron_hybrid.bounds import MOST_BYTES, path_problem, real_problem, text_problem
-from megatron_hybrid.config.describe import shown
 
 # Options may be seeds, bytes and tokens; those of one kind say their own, smaller, most.
 MOST_WHOLE = MOST_BYTES
@@ -115,7 +114,11 @@ def option_problem(value: object) -> str | None:
         problem = path_problem(value)
     elif isinstance(value, str):
         problem = text_problem(value, MOST_WORD)
-    return f"{shown(value)} must be {problem}" if problem else None
+    if problem is None:
+        return None
+    from megatron_hybrid.config.describe import shown
+
+    return f"{shown(value)} must be {problem}"
 
 
 def _typed(function: Callable[..., Any], name: str) -> str:

@@ -12,8 +12,6 @@ from launchers.local import launch
 from megatron_hybrid.bounds import MOST_COUNT, MOST_NEW_TOKENS, MOST_PROCESSES
 from megatron_hybrid.commands.app import only_with
 from megatron_hybrid.commands.options import ParseSpecialTokens
-from megatron_hybrid.config.flags import flags
-from megatron_hybrid.config.pattern import ATTENTION
 from megatron_hybrid.platform.threads import spin_before_sleeping
 from megatron_hybrid.platform.warm import load_for_forks
 
@@ -150,6 +148,8 @@ def generate(
 
 def _note_unread(generator: "Generator") -> None:
     """Say that --max-tokens limits nothing, where that is so."""
+    from megatron_hybrid.config.pattern import ATTENTION
+
     most, pattern = generator.limits.max_tokens, generator.config.model.hybrid_layer_pattern
     if most != type(generator.limits).max_tokens and ATTENTION not in pattern:
         print(
@@ -180,6 +180,8 @@ def _check_usage(
 
 def refuse_options(context: typer.Context) -> None:
     """Refuse words that look like options and are none, not Megatron-LM's either."""
+    from megatron_hybrid.config.flags import flags
+
     known = flags()
     for word in context.args:
         if word.startswith("-") and word.partition("=")[0] not in known:
