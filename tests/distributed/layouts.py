@@ -252,20 +252,32 @@ def train_variants(
     layout: Layout, layers: str, weights: Path, variants: Sequence[Variant]
 ) -> list[list[tuple[float, float, dict[str, Any]]]]:
     """On a rank: `train_steps` in each of several variants, for one start of ranks."""
-    return [train_steps(layout, layers, weights, variant) for variant in variants]
+    kept: list[Tensor] = []
+    return [train_steps(layout, layers, weights, variant, kept) for variant in variants]
 
 
 def train_steps(
-    layout: Layout, layers: str, weights: Path, variant: Variant
+    layout: Layout, layers: str, weights: Path, variant: Variant, kept: list[Tensor]
 ) -> list[tuple[float, float, dict[str, Any]]]:
-    """On a rank: the steps' losses, gradient norms and this rank's parts of the gradients."""
+    """On a rank: the steps' losses, gradient norms and this rank's parts of the gradients.
+
+    Args:
+        kept: this rank's weights, as the first variant has loaded them; empty before it.
+    """
     from megatron_hybrid.training.checkpoint import load_checkpoint
     from megatron_hybrid.training.step import BatchShape
 
     config = layout_config(layout, layers, batch=layout.batch, **variant._asdict())
     results = []
     with built(config) as (model, optimizer, stepper):
-        load_checkpoint(config, weights, model, optimizer, weights_only=True)
+        parameters = [parameter for chunk in model for parameter in chunk.parameters()]
+        if kept:
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.data.copy_(value)
+            optimizer.reload_model_params()
+        else:
+            load_checkpoint(config, weights, model, optimizer, weights_only=True)
+            kept += [parameter.detach().clone() for parameter in parameters]
         data = batches_of_this_rank(variant.packed, variant.sft, layout.batch)
         for _ in range(steps_of_variant(layout, variant)):
             shape = BatchShape(layout.batch, SEQ_LENGTH)

@@ -44,7 +44,7 @@ def line(data: Path, run_dir: Path) -> list[str]:
     paths = [f"data.sources.{name}.path={data / name}" for name in SOURCES]
     return [
         str(CONFIG), *paths, "data.tokenizer_type=null", "data.tokenizer_model=null",
-        f"model.vocab_size={VOCAB_SIZE}",
+        f"model.vocab_size={VOCAB_SIZE}", "model.hybrid_layer_pattern=M*E-",
         f"training.train_iters={STEPS}", "training.eval_interval=null", "backend=torch",
         "data.seq_length=64", "training.micro_batch_size=1", "training.global_batch_size=4",
         f"run_dir={run_dir}",

@@ -83,7 +83,7 @@ def trained(lines: list[list[str]]) -> None:
             run.run()
 
 
-STEPS, LAST = 60, 12
+STEPS, LAST = 40, 8
 
 
 def ends(recipe: str) -> tuple[str, ...]:
@@ -91,7 +91,7 @@ def ends(recipe: str) -> tuple[str, ...]:
 
 
 def test_trains_as_bf16_does(tmp_path: Path) -> None:
-    """60 steps from the same weights on the same tokens: the loss falls as far, to 1 %.
+    """40 steps from the same weights on the same tokens: the loss falls as far, to 1 %.
 
     One layer at either end in BF16, where the recipe has any, of five: Mamba-2, attention and MLP
     are in float8 under each recipe.
@@ -114,7 +114,7 @@ def test_trains_as_bf16_does(tmp_path: Path) -> None:
         found = losses(run_dir)
         assert len(found) == STEPS
         final[recipe] = sum(found[-LAST:]) / LAST
-        assert final[recipe] < 0.85 * found[0]
+        assert final[recipe] < 0.9 * found[0]
     gaps = {recipe: loss / final["bf16"] - 1 for recipe, loss in final.items()}
     assert max(map(abs, gaps.values())) < 0.01, gaps
     for recipe in RECIPES:
@@ -205,16 +205,17 @@ def test_layouts(tmp_path: Path) -> None:
             4,
             [
                 "parallel.pipeline_model_parallel_size=2", "parallel.expert_model_parallel_size=2",
-                f"model.hybrid_layer_pattern={PATTERN[:4]}|{PATTERN[4:]}",
+                f"model.hybrid_layer_pattern={PATTERN[2:4]}|{PATTERN[4:6]}",
             ],
         ),
     }  # fmt: skip
     recipes = ("fp8_blockwise", "fp8_delayed")
+    all_layers = [
+        f"model.hybrid_layer_pattern={PATTERN[2:6]}", "precision.num_layers_at_start_in_bf16=0",
+        "precision.num_layers_at_end_in_bf16=0", "training.train_iters=3",
+    ]  # fmt: skip
     for name, (ranks, more) in layouts.items():
-        lines = [
-            line(tmp_path / name / recipe, recipe, "training.train_iters=3", *more)
-            for recipe in recipes
-        ]
+        lines = [line(tmp_path / name / recipe, recipe, *all_layers, *more) for recipe in recipes]
         run_distributed(trained, ranks, lines)
     for recipe in recipes:
         one, *others = (torch.tensor(losses(tmp_path / name / recipe)) for name in layouts)
