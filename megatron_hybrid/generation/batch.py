@@ -42,7 +42,8 @@ class Batch:
         places: `[T]` int64 each, the pages of their keys and values, and where in those they are;
             None without attention.
         decoding: how many sequences decode: slots 0 to B - 1.
-        table: of their pages; None where there are none.
+        tables: of their pages, by the tokens that a layer sees at most (None: all); none where
+            there are no pages.
         filling: the slots of the chunks' sequences, one after the other.
         texts: their layout.
         wanted: rows after which logits are wanted, int64; None for all.
@@ -52,7 +53,7 @@ class Batch:
     positions: Tensor
     places: tuple[Tensor, Tensor] | None
     decoding: int
-    table: PageTable | None
+    tables: dict[int | None, PageTable]
     chunks: list[Chunk]
     filling: Tensor | None = None
     texts: Texts | None = None
@@ -97,7 +98,8 @@ class Batches:
     def _decoding(self, sequences: list[Sequence]) -> Batch:
         tokens = torch.tensor([s.tokens[-1] for s in sequences], device=self.device)
         batch = self._batch
-        if batch is None or self._version != self.states.version or self.states.window is not None:
+        windowed = self.states.windows != (None,)
+        if batch is None or self._version != self.states.version or windowed:
             batch = self._batch = self._made(sequences, tokens)
             self._version = self.states.version
             return batch
@@ -113,7 +115,7 @@ class Batches:
         seen = [s.seen for s in sequences]
         positions = torch.tensor(seen, device=self.device)
         if not states.paged:
-            return Batch(tokens, positions, None, len(sequences), None, [])
+            return Batch(tokens, positions, None, len(sequences), {}, [])
         size, count = states.limits.page_tokens, len(states.owners)
         row_of = {id(sequence): row for row, sequence in enumerate(sequences)}
         owner = [row_of.get(id(each), 0) for each in states.owners]
@@ -121,33 +123,33 @@ class Batches:
         for sequence in sequences:
             for index, page in enumerate(sequence.pages, sequence.first_page):
                 first[page] = index * size
-        most = max(len(s.pages) for s in sequences)
-        pages = [(s.pages + [0] * (most - len(s.pages))) for s in sequences]
-        padding = None
-        if any(len(s.pages) < most for s in sequences):
-            held = torch.tensor([len(s.pages) for s in sequences], device=self.device)
-            missing = torch.arange(most, device=self.device) >= held[:, None]
-            padding = missing.float().masked_fill_(missing, -torch.inf)[..., None, None]
         owners = torch.tensor(owner, device=self.device)
         text = torch.tensor(first, device=self.device)[:, None] + torch.arange(
             size, device=self.device
         )
         now = positions[owners][:, None]
-        hidden = text > now
-        if states.window is not None:
-            hidden |= text <= now - states.window
-        mask = torch.zeros(count, size, dtype=self.dtype, device=self.device)
-        mask.masked_fill_(hidden, -torch.inf)
-        self._mask = mask
-        table = PageTable(
-            owners,
-            mask.view(count, 1, 1, size),
-            torch.tensor(pages, device=self.device).view(-1),
-            padding,
-        )
+        tables = {}
+        for window in states.windows:
+            hidden = text > now
+            if window is not None:
+                hidden |= text <= now - window
+            self._mask = torch.zeros(count, size, dtype=self.dtype, device=self.device)
+            self._mask.masked_fill_(hidden, -torch.inf)
+            pages = [s.pages[states.unseen_pages(s, window) :] for s in sequences]
+            tables[window] = self._table(owners, self._mask, pages)
         written = torch.tensor([states.page(s, s.seen) for s in sequences], device=self.device)
         places = written, positions % size
-        return Batch(tokens, positions, places, len(sequences), table, [])
+        return Batch(tokens, positions, places, len(sequences), tables, [])
+
+    def _table(self, owners: Tensor, mask: Tensor, pages: list[list[int]]) -> PageTable:
+        """Of pages `[N]` with their mask `[N, P]`: those of each sequence."""
+        most, padding = max(map(len, pages)), None
+        if any(len(of) < most for of in pages):
+            held = torch.tensor([len(of) for of in pages], device=self.device)
+            missing = torch.arange(most, device=self.device) >= held[:, None]
+            padding = missing.float().masked_fill_(missing, -torch.inf)[..., None, None]
+        filled = torch.tensor([of + [0] * (most - len(of)) for of in pages], device=self.device)
+        return PageTable(owners, mask[:, None, None], filled.view(-1), padding)
 
     def _with_chunks(self, decoding: Batch | None, chunks: list[tuple[Sequence, int]]) -> Batch:
         states, device = self.states, self.device
@@ -182,7 +184,7 @@ class Batches:
             return torch.tensor(values, dtype=torch.long, device=device)
 
         made = Batch(
-            on_device(tokens), on_device(positions), None, first, None, grouped,
+            on_device(tokens), on_device(positions), None, first, {}, grouped,
             on_device([s.slot for chunk in grouped for s in chunk.sequences]),
             Texts([chunk.length for chunk in grouped for _ in chunk.sequences], device),
         )  # fmt: skip
@@ -194,5 +196,5 @@ class Batches:
             if decoding.places is not None and made.places is not None:
                 one, other = map(torch.cat, zip(decoding.places, made.places, strict=True))
                 made.places = one, other
-            made.table = decoding.table
+            made.tables = decoding.tables
         return made

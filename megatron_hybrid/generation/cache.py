@@ -45,7 +45,7 @@ class States:
     Args:
         mamba: of each Mamba-2 layer.
         attention: of each attention layer.
-        window: tokens that attention sees at most; None for all.
+        windows: of all layers, on whatever rank: tokens that attention sees at most; None for all.
         pages: of each attention layer.
         paged: whether any rank has an attention layer: pages are given out alike on all.
     """
@@ -55,12 +55,15 @@ class States:
         limits: Limits,
         mamba: list[MambaSlots],
         attention: list[Pages],
-        window: int | None,
+        windows: tuple[int | None, ...],
         *,
         pages: int,
         paged: bool,
     ) -> None:
-        self.limits, self.mamba, self.attention, self.window = limits, mamba, attention, window
+        self.limits, self.mamba, self.attention, self.windows = limits, mamba, attention, windows
+        # Pages are given back that no layer sees.
+        widest = [window for window in windows if window is not None]
+        self.window = max(widest) if len(widest) == len(windows) else None
         self.page_limit, self.paged = pages, paged
         self.owners: list[Sequence] = []  # of the pages in use
         self.reserved_pages = 0
@@ -143,15 +146,17 @@ class States:
 
     def shrink(self, sequence: Sequence) -> None:
         """Give back pages that lie before the window of the next token."""
-        if self.window is None:
-            return
-        size = self.limits.page_tokens
-        while (
-            sequence.pages and (sequence.first_page + 1) * size <= sequence.seen - self.window + 1
-        ):
+        for _ in range(self.unseen_pages(sequence, self.window)):
             self._drop_page(sequence.pages.pop(0))
             sequence.first_page += 1
             self.version += 1
+
+    def unseen_pages(self, sequence: Sequence, window: int | None) -> int:
+        """How many of its first pages lie before a window of the next token."""
+        if window is None:
+            return 0
+        whole = (sequence.seen - window + 1) // self.limits.page_tokens - sequence.first_page
+        return min(max(whole, 0), len(sequence.pages))
 
     def page(self, sequence: Sequence, token: int) -> int:
         """The page of a token's key and value."""

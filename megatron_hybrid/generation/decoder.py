@@ -13,6 +13,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_hybrid.config.layers import layers_of
+from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.generation.batch import Batch
@@ -35,13 +37,14 @@ class Decoder:
 
     Args:
         chunks: in the order of their virtual stages.
+        model: the whole one, of every rank.
 
     Raises:
         UserError: a model that it does not know how to run token by token.
     """
 
-    def __init__(self, chunks: list[torch.nn.Module]) -> None:
-        self._wrapped = chunks
+    def __init__(self, chunks: list[torch.nn.Module], model: ModelConfig) -> None:
+        self._wrapped, self._model = chunks, model
         self.chunks: list[Any] = [_unwrapped(chunk) for chunk in chunks]
         _refuse_unknown(self.chunks)
         self._tp = _unless_alone(parallel_state.get_tensor_model_parallel_group())
@@ -64,9 +67,13 @@ class Decoder:
         self.device: torch.device = next(first.parameters()).device
         self.dtype: torch.dtype = first.config.params_dtype
         self.hidden_size: int = first.config.hidden_size
-        self.rotary = None
+        # By the channels that rotate, where layers are unlike.
+        self.rotaries: dict[int | None, Rotary] = {}
         if getattr(first, "position_embedding_type", "none") == "rope":
-            self.rotary = Rotary(first.rotary_pos_emb, self.dtype)
+            for layer in self._of(AttentionLayer):
+                if layer.rotates and layer.rotated not in self.rotaries:
+                    made = layer.rotary(first.rotary_pos_emb, self.dtype)
+                    self.rotaries[layer.rotated] = made
         if self.last:
             norm = last.decoder.final_norm
             self.final_norm = Norm(norm, "weight", first.config.layernorm_epsilon)
@@ -75,9 +82,7 @@ class Decoder:
 
     def make_states(self, limits: Limits) -> States:
         """Allocate what the layers of this rank keep of sequences."""
-        layers = [layer for stage in self.stages for layer in stage]
-        mamba = [layer for layer in layers if isinstance(layer, MambaLayer)]
-        attention = [layer for layer in layers if isinstance(layer, AttentionLayer)]
+        mamba, attention = self._of(MambaLayer), self._of(AttentionLayer)
         for mixer in mamba:
             mixer.take(MambaSlots(mixer.parameters, limits.max_sequences))
         pages = -(-limits.max_tokens // limits.page_tokens)
@@ -87,14 +92,19 @@ class Decoder:
                 pages, limits.page_tokens, layer.heads, layer.channels, dtype, self.device
             )
         # By the whole model's pattern, so that the pages are given out alike on every rank.
-        window = self.chunks[0].config.window_size
+        windows = [layer.model.window_size for layer in layers_of(self._model, ATTENTION)]
+        seen = dict.fromkeys(None if window is None else window[0] + 1 for window in windows)
         self.states = States(
             limits, [mixer.slots for mixer in mamba], [layer.pages for layer in attention],
-            None if window is None else window[0] + 1, pages=pages,
+            tuple(seen) or (None,), pages=pages,
             paged=self._any_rank(bool(attention)),
         )  # fmt: skip
         self.kept_dtype = dtype
         return self.states
+
+    def _of[T](self, kind: type[T]) -> list[T]:
+        """This rank's layers of one kind."""
+        return [layer for stage in self.stages for layer in stage if isinstance(layer, kind)]
 
     def refresh(self) -> None:
         """Take the parameters up again, as after steps of training."""
@@ -119,7 +129,10 @@ class Decoder:
             `[wanted or T, V]` fp32 on the ranks of the last stage, else None.
         """
         hidden: Tensor | None = None
-        rotary = None if self.rotary is None else self.rotary.at(batch.positions, longest)
+        rotaries = {
+            channels: rotary.at(batch.positions, longest)
+            for channels, rotary in self.rotaries.items()
+        }
         for index, (chunk, stage) in enumerate(zip(self.chunks, self.stages, strict=True)):
             if self.first and index == 0:
                 hidden = self._embed(chunk, batch.tokens)
@@ -129,6 +142,7 @@ class Decoder:
                 if isinstance(layer, MambaLayer):
                     hidden = layer(hidden, batch)
                 elif isinstance(layer, AttentionLayer):
+                    rotary = rotaries.get(layer.rotated) if layer.rotates else None
                     hidden = layer(hidden, batch, rotary)
                 else:
                     hidden = layer(hidden)

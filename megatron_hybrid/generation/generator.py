@@ -11,7 +11,6 @@ from torch import Tensor
 
 from megatron_hybrid.checkpoint.carried import carried_ends
 from megatron_hybrid.config import RunConfig
-from megatron_hybrid.config.layers import refuse_unlike
 from megatron_hybrid.data.tokenizer import Tokenizer
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.generation.checkpoint import (
@@ -107,7 +106,6 @@ class Generator:
         alone: bool,
     ) -> None:
         refuse_unable(config, folder)
-        refuse_unlike(config.model, "generation")
         resources = ExitStack()
         opened = loaded_model(config, folder, tokenizer, alone=alone)
         config, chunks = resources.enter_context(opened)
@@ -137,7 +135,6 @@ class Generator:
             UserError: it cannot generate, or has fewer ids than the tokenizer.
         """
         refuse_unable(config, "the model")
-        refuse_unlike(config.model, "generation")
         config = config.with_vocab_size(tokenizer.vocab_size)
         generator = cls.__new__(cls)
         generator._set(config, chunks, tokenizer, limits, ExitStack())
@@ -184,7 +181,7 @@ class Generator:
             from megatron_hybrid.generation.engine import Engine
 
             self._engine = Engine(
-                Decoder(self.chunks),
+                Decoder(self.chunks, self.config.model),
                 self.limits,
                 vocab_size=self.vocab_size,
                 ends={self.tokenizer.eod, *self._ends},

@@ -33,6 +33,13 @@ MODELS = {
     "expert bias, packed": ["model.hybrid_layer_pattern=EM*E", "data.packed_documents=true",
                             "model.moe_router_enable_expert_bias=true", "model.activation=gelu",
                             "model.moe_router_topk_scaling_factor=1.5", *MOE],
+    "unlike layers": ["model.hybrid_layer_pattern=*M-*E*ME", "model.position_embedding_type=rope",
+                      "model.layers={4: {num_attention_heads: 3, num_query_groups: 3,"
+                      " kv_channels: 8, window_size: [11, 0]}, 6: {window_size: [25, 0],"
+                      " position_embedding_type: none}, 7: {mamba_num_heads: 4,"
+                      " mamba_state_dim: 8}, 3: {activation: swiglu}, 8: {activation: gelu,"
+                      " moe_ffn_hidden_size: 36, num_moe_experts: 3, moe_router_topk: 1,"
+                      " moe_shared_expert_intermediate_size: null}}", *MOE],
     "softmax first": ["model.hybrid_layer_pattern=ME", "model.moe_router_score_function=softmax",
                       "model.moe_router_pre_softmax=true", "model.moe_router_topk=1",
                       "model.moe_ffn_hidden_size=24",

@@ -7,19 +7,23 @@ import torch
 
 from megatron_hybrid.generation import Completion, Limits, SamplingParams
 from megatron_hybrid.testing import run_distributed
-from tests.distributed.layouts import LAYOUTS, MOE, VOCAB_SIZE, layout_config, save_weights
+from tests.distributed.layouts import LAYOUTS, MOE, UNLIKE, VOCAB_SIZE, layout_config, save_weights
 from tests.distributed.layouts import ONE_RANK as ALONE
 from tests.generation.models import of_config
 
 LAYOUT = {layout.name: layout for layout in (ALONE, *LAYOUTS)}
-MODEL_PARALLEL = ("TP2+SP", "PP2", "PP2xVPP2", "EP2", "TP2xPP2", "PP2xEP2")
+MODEL_PARALLEL = {
+    MOE: ("TP2+SP", "PP2", "PP2xVPP2", "EP2", "PP2xEP2"), UNLIKE: ("TP2xPP2", "EP2"),
+}  # fmt: skip
 
 
-def generated(name: str, weights: Path) -> list[tuple[list[int], str, list[float]]] | None:
+def generated(
+    name: str, layers: str, weights: Path
+) -> list[tuple[list[int], str, list[float]]] | None:
     """On a rank: tokens, ends and log-probabilities by a layout; None on the ranks that follow."""
     from megatron_hybrid.training.checkpoint import load_checkpoint
 
-    config = layout_config(LAYOUT[name], MOE, packed=False, recompute=False)
+    config = layout_config(LAYOUT[name], layers, packed=False, recompute=False)
     draws = torch.Generator().manual_seed(5)
     prompts = [torch.randint(VOCAB_SIZE, (n,), generator=draws).tolist() for n in (3, 40, 1, 17)]
     params = [
@@ -44,19 +48,22 @@ def generated(name: str, weights: Path) -> list[tuple[list[int], str, list[float
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("weights")
-    run_distributed(save_weights, 1, MOE, folder)
-    return folder
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {layers: tmp_path_factory.mktemp("weights") for layers in MODEL_PARALLEL}
+    for layers, folder in folders.items():
+        run_distributed(save_weights, 1, layers, folder)
+    return folders
 
 
-def test_ranks_give_the_tokens_of_one(weights: Path) -> None:
+@pytest.mark.parametrize("layers", MODEL_PARALLEL, ids=["alike", "unlike"])
+def test_ranks_give_the_tokens_of_one(layers: str, weights: dict[str, Path]) -> None:
     """All layer kinds under TP, PP with virtual stages, EP and pairs of them: tokens,
     greedy and sampled, ends, and log-probabilities to 1e-5; the others end with the first."""
-    (alone,) = run_distributed(generated, 1, "one rank", weights)
+    (alone,) = run_distributed(generated, 1, "one rank", layers, weights[layers])
     assert alone is not None and sum(len(tokens) for tokens, _, _ in alone) > 30
-    for name in MODEL_PARALLEL:
-        first, *others = run_distributed(generated, LAYOUT[name].ranks, name, weights)
+    for name in MODEL_PARALLEL[layers]:
+        ranks = LAYOUT[name].ranks
+        first, *others = run_distributed(generated, ranks, name, layers, weights[layers])
         assert others == [None] * len(others)
         assert [each[:2] for each in first] == [each[:2] for each in alone], name
         for got, want in zip(first, alone, strict=True):

@@ -20,7 +20,7 @@ class Rotary:
     """Cosines and sines of RoPE, as many as texts have become long.
 
     Args:
-        embedding: the engine's, which knows base and share of the channels.
+        embedding: angles of so many positions; the engine's knows base and share of the channels.
     """
 
     def __init__(self, embedding: Any, dtype: torch.dtype) -> None:
@@ -53,8 +53,17 @@ class AttentionLayer:
         core = attention.core_attention
         scale = getattr(core, "softmax_scale", None)
         self.scale = scale if scale is not None else self.channels**-0.5
+        rotation = getattr(layer, "rotation", None)  # of layers of unlike sizes
+        self._turn = None if rotation is None else rotation.of_layer
+        self.rotated = None if rotation is None else rotation.channels
+        self.rotates: bool = rotation is None or rotation.rotates
         window = attention.config.window_size
         self.window = None if window is None else window[0] + 1
+
+    def rotary(self, embedding: Any, dtype: torch.dtype) -> Rotary:
+        """Of this layer's heads, from what the engine has of the model's."""
+        turn = self._turn
+        return Rotary(embedding if turn is None else lambda length: turn(embedding(length)), dtype)
 
     def refresh(self) -> None:
         """Take the parameters up again."""
@@ -83,8 +92,7 @@ class AttentionLayer:
         return self.proj.add_to(x, y)
 
     def _paged(self, query: Tensor, batch: Batch) -> Tensor:
-        table, pool = batch.table, self.pages
-        assert table is not None
+        table, pool = batch.tables[self.window], self.pages
         pages = len(table.owner)
         return paged_attention(
             query.to(pool.keys.dtype), pool.keys[:pages], pool.values[:pages], table, self.scale
