@@ -42,7 +42,7 @@ FUNCTION_FIELDS = (
 )  # fmt: skip
 
 # Of these, what each layer may have of its own, and where that is among what a model says.
-_OF_LAYERS = frozenset(name for names in SIZES.values() for name in names)
+OF_LAYERS = frozenset(name for names in SIZES.values() for name in names)
 LAYER_SIZES = "sizes of layers"
 
 # How a run begins, and what is held or said by itself. The rest is compared.
@@ -99,11 +99,11 @@ def refuse_other_model(folder: Path, model: ModelConfig, saved: ModelConfig) -> 
         f"  - model.{name}={ours!r}, in the checkpoint {theirs!r}"
         for name in SHAPE_FIELDS
         if not (name == "padded_vocab_size" and model.vocab_size == saved.vocab_size)
-        and not (name in _OF_LAYERS and (model.layers or saved.layers))
+        and not (name in OF_LAYERS and (model.layers or saved.layers))
         and (ours := _shape_value(model, name)) != (theirs := _shape_value(saved, name))
     ]
     if not differences:
-        found = _other_sizes(model, layer_sizes(saved), SHAPE_FIELDS)
+        found = other_sizes(model, layer_sizes(saved), SHAPE_FIELDS)
         differences = [
             f"  - {name}={ours!r}, in the checkpoint {theirs!r}" for name, ours, theirs in found
         ]
@@ -127,12 +127,12 @@ def other_functions(model: ModelConfig, said: Mapping[str, Any]) -> list[str]:
     rotates = "rope" in (model.position_embedding_type, said.get("position_embedding_type"))
     rotates = rotates or (unlike and rotates_(model))
     attends = ATTENTION in model.hybrid_layer_pattern
-    of_layers = _other_sizes(model, theirs, FUNCTION_FIELDS) if unlike and theirs else []
+    of_layers = other_sizes(model, theirs, FUNCTION_FIELDS) if unlike and theirs else []
     return [f"{name}={ours!r} (there {value!r})" for name, ours, value in of_layers] + [
         f"model.{name}={ours!r} (there {said[name]!r})"
         for name in FUNCTION_FIELDS
         if name in said and (ours := getattr(model, name)) != said[name]
-        if not (unlike and name in _OF_LAYERS)
+        if not (unlike and name in OF_LAYERS)
         if rotates or not name.startswith("rotary_")
         if attends or not name.startswith(("rotary_", "position_", "window_", "attn_"))
     ]
@@ -150,7 +150,7 @@ def layer_sizes(model: ModelConfig) -> list[dict[str, Any]]:
     return [layer.sizes for layer in layers(model)]
 
 
-def _other_sizes(
+def other_sizes(
     model: ModelConfig, theirs: Sequence[Mapping[str, Any]], names: Sequence[str]
 ) -> Iterator[tuple[str, Any, Any]]:
     """The sizes of layers that are of the same kinds there, and of other values: field, both."""

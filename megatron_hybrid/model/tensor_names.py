@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
+from megatron_hybrid.config.layers import layers
 from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, parse_pattern
+from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE
 
 # The vocabulary's matrices, whose rows beyond its words are padding; in the optimizer's state after
 # its own prefixes.
@@ -37,11 +38,10 @@ def extra_states(model: ModelConfig) -> Iterator[str]:
             "mlp.shared_experts.linear_fc2",
         ),
     }
-    for number, kind in enumerate(parse_pattern(model.hybrid_layer_pattern).layers):
-        layer = f"decoder.layers.{number}."
-        yield from (f"{layer}{name}._extra_state/shard_0_1" for name in of_kind[kind])
-        if kind == MOE:
-            experts = model.num_moe_experts
+    for each in layers(model):
+        layer, experts = f"decoder.layers.{each.number - 1}.", each.model.num_moe_experts
+        yield from (f"{layer}{name}._extra_state/shard_0_1" for name in of_kind[each.kind])
+        if each.kind == MOE:
             assert experts is not None
             for name in ("linear_fc1", "linear_fc2"):
                 key = f"{layer}mlp.experts.experts.{name}._extra_state"

@@ -7,7 +7,8 @@ from rich.table import Table
 
 from megatron_hybrid.checkpoint.progress import Progress
 from megatron_hybrid.config import ModelConfig, RunConfig
-from megatron_hybrid.config.pattern import parse_pattern
+from megatron_hybrid.config.layers import layers_of
+from megatron_hybrid.config.pattern import MLP, parse_pattern
 from megatron_hybrid.config.phases import run_tokens, sequence_lengths
 from megatron_hybrid.model.counts import count_parameters
 from megatron_hybrid.upcycling.write import Upcycling
@@ -48,9 +49,11 @@ def sizes(config: RunConfig) -> Sizes:
 
 def matrix_gib(model: ModelConfig, itemsize: int) -> float:
     """The largest matrix of an MLP: what upcycling holds in memory beside a constant."""
-    assert model.ffn_hidden_size is not None
-    halves = 2 if model.activation == "swiglu" else 1
-    return halves * model.ffn_hidden_size * model.hidden_size * itemsize / _GIB
+    rows = max(
+        (2 if layer.model.activation == "swiglu" else 1) * (layer.model.ffn_hidden_size or 0)
+        for layer in layers_of(model, MLP)
+    )
+    return rows * model.hidden_size * itemsize / _GIB
 
 
 def print_report(

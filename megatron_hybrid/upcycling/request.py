@@ -8,10 +8,11 @@ from typing import Any
 from megatron_hybrid.checkpoint.errors import CheckpointError
 from megatron_hybrid.config import ModelConfig, RunConfig, load_config, rules
 from megatron_hybrid.config.flags import parse_command_line
-from megatron_hybrid.config.layers import refuse_unlike
+from megatron_hybrid.config.layers import layers
 from megatron_hybrid.config.pattern import MLP, MOE, parse_pattern
 from megatron_hybrid.config.rules.common import LENGTHS, divisors, listing
 from megatron_hybrid.errors import ConfigError
+from megatron_hybrid.upcycling.scheme import sizes_in_common
 
 # Of the load-balancing loss where a model had no experts before: what the paper trained with.
 AUX_LOSS_COEFF = 0.01
@@ -70,7 +71,6 @@ def upcycled_config(
         CheckpointError: the request does not fit the dense model, with every reason.
         ConfigError: the changes are wrong, or the config that they make.
     """
-    refuse_unlike(dense.model, "upcycling")
     typed = dict(parse_command_line(words).values)
     problems = _problems(dense.model, request, typed) + _said_twice(typed)
     if problems:
@@ -119,15 +119,20 @@ def refuse_unsaid(source: Path, words: Sequence[str]) -> None:
 
 def _model_values(model: ModelConfig, request: Request) -> dict[str, Any]:
     """Fields of the MoE model that differ from the dense one's."""
-    assert model.ffn_hidden_size is not None
-    width = model.ffn_hidden_size // request.granularity
     chosen = _chosen(model, request)
+    mlp, _ = sizes_in_common(model, chosen)
+    assert mlp.ffn_hidden_size is not None
+    width = mlp.ffn_hidden_size // request.granularity
     numbers = iter(range(1, len(model.hybrid_layer_pattern) + 1))
     pattern = "".join(
         symbol if symbol == "|" or next(numbers) not in chosen else MOE
         for symbol in model.hybrid_layer_pattern
     )
+    own = {layer.number: dict(layer.own) for layer in layers(model) if layer.own}
+    for number in own.keys() & chosen:  # of an MLP's sizes, experts have the activation
+        own[number] = {k: v for k, v in own[number].items() if k == "activation"}
     return {
+        "layers": {str(number): sizes for number, sizes in own.items() if sizes},
         "hybrid_layer_pattern": pattern,
         "num_moe_experts": request.experts * (request.granularity - request.shared_experts),
         "moe_ffn_hidden_size": width,
@@ -170,11 +175,15 @@ def _problems(model: ModelConfig, request: Request, typed: Mapping[str, Any]) ->
         problems.append(
             f"--layers {listing(others)}: not an MLP; '{MLP}' layers are {listing(mlps, 40)}"
         )
-    f = model.ffn_hidden_size or 1
+    chosen = _chosen(model, request) & set(mlps)
+    changed = [layer for layer in layers(model) if layer.number in chosen]
+    mlp, unlike = sizes_in_common(model, chosen)
+    problems += unlike
+    f = mlp.ffn_hidden_size or 1
     if f % g:
+        name = changed[0].path("ffn_hidden_size") if changed else "model.ffn_hidden_size"
         problems.append(
-            f"--granularity {g} must divide the MLPs' model.ffn_hidden_size={f}; "
-            f"allowed: {listing(divisors(f))}"
+            f"--granularity {g} must divide the MLPs' {name}={f}; allowed: {listing(divisors(f))}"
         )
     function = typed.get("model.moe_router_score_function", model.moe_router_score_function)
     if t == 1 and not request.pre_softmax and function == "softmax":

@@ -9,11 +9,17 @@ Source: "Upcycling Large Language Models into Mixture of Experts", 2410.07524, s
 where S = 0. With shared experts the same reasoning holds for the routed shards alone.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from megatron_hybrid.checkpoint.errors import CheckpointError
-from megatron_hybrid.checkpoint.saved_config import SHAPE_FIELDS
-from megatron_hybrid.config.layers import refuse_unlike
+from megatron_hybrid.checkpoint.saved_config import (
+    OF_LAYERS,
+    SHAPE_FIELDS,
+    layer_sizes,
+    other_sizes,
+)
+from megatron_hybrid.config.layers import layers as layers_of_model
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.pattern import MLP, MOE, parse_pattern
 from megatron_hybrid.config.rules.common import divisors, listing
@@ -110,16 +116,25 @@ def scheme_between(dense: ModelConfig, moe: ModelConfig, *, scale_weights: bool)
     Raises:
         CheckpointError: the one cannot become the other, with every reason.
     """
-    for model in (dense, moe):
-        refuse_unlike(model, "upcycling")
     layers, problems = _changed_layers(dense, moe)
+    unlike = bool(dense.layers or moe.layers)
     problems += [
         f"model.{name}={ours!r}, in the dense checkpoint {theirs!r}"
         for name in _fields_in_common(dense)
+        if not (unlike and name in OF_LAYERS)
         # Of the same words, they are the same model however they are padded.
         if not (name == "padded_vocab_size" and moe.vocab_size == dense.vocab_size)
         and (ours := getattr(moe, name)) != (theirs := getattr(dense, name))
     ]
+    if unlike and not problems:
+        found = other_sizes(moe, layer_sizes(dense), (*SHAPE_FIELDS, *_ROUTING_FIELDS))
+        # Of those that change, the one has no sizes of the other.
+        problems += [
+            f"{name}={ours!r}, in the dense checkpoint {theirs!r}" for name, ours, theirs in found
+        ]
+    dense, other_mlps = sizes_in_common(dense, [number + 1 for number in layers])
+    moe, other_experts = sizes_in_common(moe, [number + 1 for number in layers])
+    problems += other_mlps + other_experts
     if moe.add_bias_linear:
         problems.append("model.add_bias_linear=true must be false: biases are not cut into experts")
     granularity, shared, cut_problems = _cut(dense, moe)
@@ -148,6 +163,21 @@ def scheme_between(dense: ModelConfig, moe: ModelConfig, *, scale_weights: bool)
         gated=moe.activation == "swiglu",
         scale=weight_scale(moe, expansion, routed) if scale_weights else 1.0,
     )
+
+
+def sizes_in_common(model: ModelConfig, numbers: Collection[int]) -> tuple[ModelConfig, list[str]]:
+    """The model with the sizes of some of its layers (from 1), and where these are unlike."""
+    chosen = [layer for layer in layers_of_model(model) if layer.number in numbers]
+    if not chosen:
+        return model, []
+    first, *others = chosen
+    return first.model, [
+        f"{layer.path(name)}={value!r} must be {first.path(name)}={first.sizes[name]!r}: MLPs are "
+        f"upcycled alike, layer {layer.number} as layer {first.number}"
+        for layer in others
+        for name, value in layer.sizes.items()
+        if value != first.sizes[name]
+    ]
 
 
 def _changed_layers(dense: ModelConfig, moe: ModelConfig) -> tuple[tuple[int, ...], list[str]]:

@@ -17,8 +17,9 @@ from megatron_hybrid.checkpoint.errors import CheckpointError
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.threads import in_threads
 from megatron_hybrid.config import UpcyclingConfig
+from megatron_hybrid.config.layers import layers
 from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.pattern import parse_pattern
+from megatron_hybrid.config.pattern import MLP, parse_pattern
 from megatron_hybrid.model.counts import count_parameters
 from megatron_hybrid.model.tensor_names import NORM_NAMES, VOCABULARY_WEIGHTS
 from megatron_hybrid.upcycling.scheme import Scheme
@@ -262,12 +263,12 @@ def _refuse_other_weights(
     reader: CheckpointReader, model: ModelConfig, shapes: dict[str, tuple[int, ...]]
 ) -> None:
     """Refuse a checkpoint that does not hold the model its config describes."""
-    f, h = model.ffn_hidden_size or 0, model.hidden_size
-    halves = 2 if model.activation == "swiglu" else 1
-    problems = []
-    for number, symbol in enumerate(parse_pattern(model.hybrid_layer_pattern).layers):
-        for matrix, shape in ((FC1, (halves * f, h)), (FC2, (h, f))) if symbol == "-" else ():
-            name = f"decoder.layers.{number}.mlp.{matrix}.weight"
+    h, problems = model.hidden_size, []
+    for layer in layers(model):
+        f, halves = layer.model.ffn_hidden_size or 0, 2 if layer.model.activation == "swiglu" else 1
+        mlp = layer.kind == MLP
+        for matrix, shape in ((FC1, (halves * f, h)), (FC2, (h, f))) if mlp else ():
+            name = f"decoder.layers.{layer.number - 1}.mlp.{matrix}.weight"
             if shapes.get(name) != shape:
                 problems.append(f"{name} is {shapes.get(name, 'missing')}; it must be {shape}")
     held = sum(

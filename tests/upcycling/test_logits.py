@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_hybrid.checkpoint.files import find_checkpoint
+from megatron_hybrid.errors import UserError
 from megatron_hybrid.testing import run_distributed
 from megatron_hybrid.upcycling.request import Request
 from tests.upcycling.models import (
@@ -119,6 +120,22 @@ def test_equals_the_dense_model_in_a_layout(
     )  # fmt: skip
     on_ranks = run_distributed(logits, ranks, line, find_checkpoint(run_dir), upcycle=True)
     assert torch.equal(on_ranks[-1], found[-1])
+
+
+def test_mlps_that_are_alike_among_unlike_layers(tmp_path: Path) -> None:
+    """Layers 4 and 6 become experts of their own width and activation; others keep their sizes, and
+    an MLP of another width is refused beside them."""
+    sizes = ("model.layers={1: {mamba_num_heads: 4}, 3: {window_size: [7, 0]},"
+             " 4-6: {ffn_hidden_size: 24, activation: squared_relu}}")  # fmt: skip
+    line = dense_words(tmp_path / "dense", "training.train_iters=1", "model.activation=gelu", sizes)
+    run_distributed(train, 1, line)
+    expected = run_distributed(logits, 1, line, find_checkpoint(tmp_path / "dense"))[0]
+    request = Request(2, 4, 4, layers=(4, 6), pre_softmax=False)
+    config, folder = upcycle(tmp_path / "dense", tmp_path / "moe", request)
+    assert config.model.moe_ffn_hidden_size == 6
+    assert_close(run_distributed(logits, 1, as_words(config, tmp_path), folder)[0], expected)
+    with pytest.raises(UserError, match=r"ffn_hidden_size=24 must be model\.ffn_hidden_size=48"):
+        upcycle(tmp_path / "dense", tmp_path / "all", Request(2, 4, 4))
 
 
 def test_without_the_scale_it_is_another_model(
