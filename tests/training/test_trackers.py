@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from megatron_hybrid.training.trackers.rows import Row, Rows
 from megatron_hybrid.training.trackers.targets import targets
 from megatron_hybrid.training.trackers.wandb import _log_records
 from tests.training.runs import outcomes, words
+from tests.warm import python
 
 TRACKERS = [
     "logging.wandb_project=hybrids", "logging.mlflow_experiment=hybrids",
@@ -81,6 +83,12 @@ def in_wandb(run_dir: Path) -> tuple[dict[str, list[tuple[int, float]]], set[str
     return found, ids
 
 
+def tracked(lines: list[list[str]], executable: str) -> list[str]:
+    """On a rank: `outcomes`, with trackers' processes that have imported what they need."""
+    sys.executable = executable
+    return outcomes(lines)
+
+
 def test_killed_and_resumed(tmp_path: Path) -> None:
     """kill -9 after step 5, on from the checkpoint of step 4: both trackers have one run with every
     number of metrics.jsonl, and no step twice; a start without anything to do adds nothing.
@@ -90,10 +98,9 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
         "checkpoint.save_interval=2",
     )  # fmt: skip
     with pytest.raises(RankError, match="SIGKILL"):
-        run_distributed(
-            outcomes, 1, [[*line, "training.callbacks=[tests.training.own_callbacks:Killed]"]]
-        )
-    assert run_distributed(outcomes, 1, [line, line])[0] == ["finished", "finished"]
+        killed = [*line, "training.callbacks=[tests.training.own_callbacks:Killed]"]
+        run_distributed(tracked, 1, [killed], python())
+    assert run_distributed(tracked, 1, [line, line], python())[0] == ["finished", "finished"]
     metrics = expected(tmp_path / "run")
     assert [step for step, _ in metrics["train/loss"]] == [1, 2, 3, 4, 5, 6]
     assert [step for step, _ in metrics["validation/loss"]] == [2, 4, 6]

@@ -32,6 +32,7 @@ COMMANDS = (
     "megatron_hybrid.upcycling.write", "matplotlib.pyplot",
     "checkpoints_converter.export", "checkpoints_converter.verify",
     "checkpoints_converter.inspection", "transformers.models.nemotron_h.modeling_nemotron_h",
+    "megatron_hybrid.training.trackers.follow", "mlflow", "wandb",
 )  # fmt: skip
 
 
