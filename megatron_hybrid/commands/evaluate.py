@@ -14,7 +14,7 @@ import typer
 from megatron_hybrid.bounds import MOST_COUNT, MOST_PROCESSES
 from megatron_hybrid.commands.app import only_with
 from megatron_hybrid.commands.generate import check_launcher, refuse_options, start_ranks
-from megatron_hybrid.commands.options import ParseSpecialTokens
+from megatron_hybrid.commands.options import ParseSpecialTokens, note_around_texts
 from megatron_hybrid.log import unsaid
 from megatron_hybrid.platform.threads import spin_before_sleeping
 
@@ -176,6 +176,8 @@ def _evaluate(checkpoint: Path, asked: "Asked", words: list[str], *, as_json: bo
 
     ranks = launched_world_size()
     opened = open_evaluation(checkpoint, asked, words, world_size=ranks)
+    if asked.inputs and is_rank_zero():
+        note_around_texts(opened.tokenizer)
     with _progress(opened.tokens, shown=is_rank_zero()) as told:
         record = run(opened, ranks=ranks, told=told)
     if is_rank_zero():

@@ -1,6 +1,5 @@
 """`megatron-hybrid evaluate --tasks`: how far it is, and what came of it."""
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_hybrid.commands.evaluate import report
 from megatron_hybrid.commands.generate import start_ranks
+from megatron_hybrid.commands.options import note_around_texts
 
 if TYPE_CHECKING:
     from megatron_hybrid.evaluation.tasks import AskedTasks
@@ -36,8 +36,7 @@ def evaluate_tasks(
     tasks = Tasks(asked) if is_rank_zero() else None
     if tasks is not None:
         tasks.check(opened.tokenizer, opened.max_length)
-        if (note := opened.tokenizer.around_texts()) is not None:
-            print(f"note: {note}", file=sys.stderr)
+        note_around_texts(opened.tokenizer)
     with _progress(shown=tasks is not None) as told:
         record = run(opened, tasks, batch_size, ranks=ranks, told=told)
     if record is not None:

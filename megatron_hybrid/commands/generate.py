@@ -11,7 +11,7 @@ from launchers.environment import MOST_PORT, whole_number
 from launchers.local import launch
 from megatron_hybrid.bounds import MOST_COUNT, MOST_NEW_TOKENS, MOST_PROCESSES
 from megatron_hybrid.commands.app import only_with
-from megatron_hybrid.commands.options import ParseSpecialTokens
+from megatron_hybrid.commands.options import ParseSpecialTokens, note_around_texts
 from megatron_hybrid.platform.threads import spin_before_sleeping
 from megatron_hybrid.platform.warm import load_for_forks
 
@@ -129,6 +129,8 @@ def generate(
             generator.limits = Limits(max_sequences=1, max_tokens=len(tokens) + max_new_tokens)
         elif is_rank_zero():
             _note_unread(generator)
+        if is_rank_zero() and not parse_special_tokens:  # else a prompt may begin as it should
+            note_around_texts(generator.tokenizer)
         if serve is not None:
             from megatron_hybrid.generation.serving import serve as run
 

@@ -281,3 +281,17 @@ def test_what_transformers_begins_texts_with(huggingface_folder: Path, tmp_path:
     made.save(str(tmp_path / "other" / "tokenizer.json"))
     said = build_tokenizer("huggingface", tmp_path / "other").around_texts()
     assert said is not None and f"makes {name + 'a'!r} of the text 'a' in transformers" in said
+
+
+def test_whoever_encodes_texts_for_a_model_says_so() -> None:
+    """What transformers begins texts with is told by each command, not by some."""
+    told = {
+        path.name
+        for folder in ("megatron_hybrid", "checkpoints_converter")
+        for path in (Path(__file__).parents[2] / folder).rglob("*.py")
+        if "around_texts(" in path.read_text() and "def around_texts" not in path.read_text()
+    }
+    assert told == {
+        "options.py", "generate.py", "evaluate.py", "evaluate_tasks.py", "pipeline.py",
+        "importing.py",
+    }  # fmt: skip
