@@ -151,6 +151,7 @@ def open_sources(
         if fingerprint is not None:
             problems += _foreign_shards(name, shards, fingerprint)
         opened += [(name, shard) for shard in shards]
+        _note_unlike(name, shards)
         if eod is not None:
             problems += _foreign_ends(name, shards, eod)
         sources[name] = Source(name, tuple(shards), files)
@@ -201,6 +202,17 @@ def _foreign_shards(name: str, shards: Sequence[Shard], fingerprint: str) -> lis
         for shard in shards
         if shard.fingerprint is not None and shard.fingerprint != fingerprint
     ]
+
+
+def _note_unlike(name: str, shards: Sequence[Shard]) -> None:
+    """Say where the same special token is an id in some shards of a source, and text in others."""
+    about = [shard.facts.tokenizer for shard in shards if shard.facts is not None]
+    parsed = sum(each.parse_special_tokens for each in about)
+    if 0 < parsed < len(about):
+        logger.warning(
+            "note: source %s: in %d of %d shards the text of a special token is its id "
+            "(--parse-special-tokens), in the others it is characters", name, parsed, len(about),
+        )  # fmt: skip
 
 
 def _foreign_ends(name: str, shards: Sequence[Shard], eod: int) -> list[str]:

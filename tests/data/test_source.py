@@ -209,6 +209,26 @@ def test_facts_must_be_of_these_files_and_this_tokenizer(
     ]
 
 
+def test_special_tokens_that_are_ids_in_some_shards(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Within a source that is told: half of its texts would have characters there."""
+    paths = [tmp_path / name for name in "abc"]
+    for path in paths:
+        _write(path, 70)
+        _add_facts(path)
+    facts = json.loads(facts_path(paths[0]).read_text())
+    facts["tokenizer"]["parse_special_tokens"] = True
+    facts_path(paths[0]).write_text(json.dumps(facts))
+    open_sources({"one": [str(paths[0])], "rest": [str(path) for path in paths[1:]]})
+    assert not caplog.messages
+    open_sources({"all": [str(path) for path in paths]})
+    assert caplog.messages == [
+        "note: source all: in 1 of 3 shards the text of a special token is its id "
+        "(--parse-special-tokens), in the others it is characters"
+    ]
+
+
 def test_end_tokens_must_be_the_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The same vocabulary with another end token is refused; files without end tokens are told of,
     and their documents are found in the index."""
