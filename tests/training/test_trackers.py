@@ -185,6 +185,23 @@ def test_a_service_that_is_away(
         track(tmp_path)
 
 
+def test_settings_of_a_later_start_in_mlflow(tmp_path: Path) -> None:
+    """Where parameters cannot be changed, tags tell what is otherwise now; the name is the last."""
+    first = mlflow_target(tmp_path, run_name="first")
+    write(tmp_path, 1)
+    follow.Copy(first).advance(last=True)
+    optimizer = first.config["optimizer"]
+    for rate, name, tags in (
+        (0.5, "second", {"now.optimizer.lr": "0.5"}),
+        (optimizer["lr"], "third", {"now.optimizer.lr": "0.001"}),
+    ):
+        config = {**first.config, "optimizer": {**optimizer, "lr": rate}}
+        follow.Copy(replace(first, name=name, config=config)).advance(last=True)
+        _, run = in_mlflow(tmp_path)
+        assert {k: v for k, v in run.data.tags.items() if k.startswith("now.")} == tags
+        assert (run.info.run_name, run.data.params["optimizer.lr"]) == (name, "0.001")
+
+
 class Service:
     """A tracker's runs, by id, as (step, values)."""
 

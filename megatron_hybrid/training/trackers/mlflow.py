@@ -50,7 +50,8 @@ class MLflow:
             self._send_config(known)
         else:
             run = self._client.get_run(known)
-            self._client.update_run(known, status="RUNNING")
+            self._client.update_run(known, status="RUNNING", name=self._target.name)
+            self._tell_changes(known, run.data.params, run.data.tags)
         self._run = known
         self._last = {
             key: max(metric.step for metric in self._client.get_metric_history(known, key))
@@ -79,16 +80,28 @@ class MLflow:
         status = "FINISHED" if reason == "finished" else "KILLED" if reason else "FAILED"
         self._client.set_terminated(self._run, status)
 
+    def _tell_changes(self, run: str, was: Mapping[str, str], tags: Mapping[str, str]) -> None:
+        """Parameters stay those of the first start, as MLflow has it: tags tell what is otherwise
+        now."""
+        for name, value in _flat(self._target.config):
+            tag, now = f"now.{name}", _as_text(value)
+            if tags.get(tag, was.get(name, _as_text(None))) != now:
+                self._client.set_tag(run, tag, now)
+
     def _send_config(self, run: str) -> None:
         from mlflow.entities import Param
 
         parameters = [
-            Param(name, str(value)[:_LONGEST])
+            Param(name, _as_text(value))
             for name, value in _flat(self._target.config)
             if value is not None
         ]
         for first in range(0, len(parameters), _MOST):
             self._client.log_batch(run, params=parameters[first : first + _MOST])
+
+
+def _as_text(value: Any) -> str:
+    return "null" if value is None else str(value)[:_LONGEST]
 
 
 def _as_name(tag: str) -> str:

@@ -45,6 +45,7 @@ class WandB:
             id=known,
             resume="allow",
             config=dict(self._target.config),
+            allow_val_change=True,  # by a start that goes on otherwise
             # The process that sends has no console of the run's, and measures no machine.
             settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
         )
