@@ -36,9 +36,8 @@ from megatron_hybrid.checkpoint.threads import default_threads, in_threads
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.effects import differences
 from megatron_hybrid.fileio import file_errors, write_atomic
+from megatron_hybrid.model.tensor_names import NO_WEIGHTS
 
-# The engine keeps states of layers (none of ours has any) and of the optimizer beside the weights.
-_NO_WEIGHTS = ("optimizer.", "rng_state", "._extra_state", "float8_history.")
 _FINGERPRINT_BYTES = 1 << 16
 
 
@@ -118,7 +117,7 @@ def export(
         weights = {
             name: info
             for name, info in reader.tensors.items()
-            if not any(part in name for part in _NO_WEIGHTS)
+            if not any(part in name for part in NO_WEIGHTS)
         }
         table = family.table(config.model, Names(weights), Names())
         refuse_other_tensors(

@@ -9,6 +9,9 @@ from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE
 # The vocabulary's matrices, whose rows beyond its words are padding; in the optimizer's state after
 # its own prefixes.
 VOCABULARY_WEIGHTS = ("embedding.word_embeddings.weight", "output_layer.weight")
+# Parts of names of what is no weight: states of layers (none of ours has any), of the optimizer and
+# of generators.
+NO_WEIGHTS = ("optimizer.", "rng_state", "._extra_state", "float8_history.")
 # With Transformer Engine (and in our own layers), a norm belongs to the linear that follows it.
 NORM_NAMES = {
     MAMBA: ("mixer.in_proj.layer_norm_weight", "norm.weight"),

@@ -49,6 +49,7 @@ from megatron_hybrid.training.checkpoint_state import (
     load_chunk,
     model_state,
     refuse_fewer_words,
+    refuse_left_over,
     rng_state,
     same_grid,
     set_rng_state,
@@ -256,6 +257,8 @@ def load_checkpoint(
                 "checkpoint.finetune=true at step 1 as well"
             )
         asked = model_state(model, metadata)
+        if saved is None and not upcycle:  # else its config says which model it holds
+            refuse_left_over(present, asked)
         state = {name: without_extra_states(chunk) for name, chunk in asked.items()}
         if loads_optimizer is not None:
             state["optimizer"] = loads_optimizer.sharded_state_dict(

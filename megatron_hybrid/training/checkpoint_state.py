@@ -7,12 +7,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_hybrid.errors import UserError
-from megatron_hybrid.model.tensor_names import VOCABULARY_WEIGHTS
+from megatron_hybrid.model.tensor_names import NO_WEIGHTS, VOCABULARY_WEIGHTS
 
 _EXTRA_STATE = "._extra_state"
 
@@ -78,6 +82,44 @@ def refuse_fewer_words(present: dict[str, Any], words: int) -> None:
         rows = present[key].global_shape[0] if key in present else words
         if rows < words:
             raise UserError(f"{key} has {rows} rows, fewer than model.vocab_size={words}")
+
+
+def refuse_left_over(present: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Refuse a checkpoint with weights that the model has not, as those of more layers.
+
+    The engine passes over them. All ranks call it together.
+
+    Args:
+        present: the checkpoint's sharded metadata.
+        asked: the sharded state of this rank's chunks.
+
+    Raises:
+        UserError: naming some.
+    """
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, {tensor.key for tensor in _asked(asked)})
+    left = {
+        entry.key
+        for entry in present.values()
+        if isinstance(entry, ShardedTensor) and not any(part in entry.key for part in NO_WEIGHTS)
+    }.difference(*everywhere)
+    if left:
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        raise UserError(
+            f"it holds another model, with {', '.join(sorted(left)[:3])}{more}, which are no "
+            "weights of this one"
+        )
+
+
+def _asked(state: Any) -> Iterator[ShardedTensor]:
+    """All tensors of a sharded state, those that a part of it becomes when it is read, too."""
+    if isinstance(state, ShardedTensorFactory):
+        yield from _asked(state.build())
+    elif isinstance(state, ShardedTensor):
+        yield state
+    elif isinstance(state, dict | list):
+        for each in state.values() if isinstance(state, dict) else state:
+            yield from _asked(each)
 
 
 @torch.no_grad()

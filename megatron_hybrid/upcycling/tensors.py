@@ -21,11 +21,9 @@ from megatron_hybrid.config.layers import layers
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.pattern import MLP, parse_pattern
 from megatron_hybrid.model.counts import count_parameters
-from megatron_hybrid.model.tensor_names import NORM_NAMES, VOCABULARY_WEIGHTS
+from megatron_hybrid.model.tensor_names import NO_WEIGHTS, NORM_NAMES, VOCABULARY_WEIGHTS
 from megatron_hybrid.upcycling.scheme import Scheme
 
-# States of layers (none of ours has any), of the optimizer and of generators: not weights.
-_NO_WEIGHTS = ("optimizer.", "rng_state", "._extra_state", "float8_history.")
 FC1, FC2 = "linear_fc1", "linear_fc2"
 BLOCK_BYTES = 4 << 20  # of a matrix, read and scaled at a time
 DRAWN_BYTES = 256 << 10  # the same where some is drawn, which takes ten times its size
@@ -88,7 +86,7 @@ class UpcycledTensors:
         weights = {
             name: info
             for name, info in reader.tensors.items()
-            if not any(part in name for part in _NO_WEIGHTS)
+            if not any(part in name for part in NO_WEIGHTS)
         }
         _refuse_other_weights(reader, dense, {n: info.shape for n, info in weights.items()})
         renamed = _norm_names(dense, moe, weights)

@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron_hybrid.checkpoint.saved_config import refuse_other_model
 from megatron_hybrid.config import ModelConfig
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.testing import run_distributed
-from megatron_hybrid.training.checkpoint_state import clear_padding, refuse_fewer_words
+from megatron_hybrid.training.checkpoint_state import (
+    clear_padding,
+    refuse_fewer_words,
+    refuse_left_over,
+)
 from tests.training.runs import MOE, losses, outcomes, words
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -66,6 +70,35 @@ def test_a_word_without_a_row_is_refused() -> None:
     refuse_fewer_words(present, 3)
     with pytest.raises(UserError, match=f"{EMBEDDING} has 64 rows, fewer than model.vocab_size=65"):
         refuse_fewer_words(present, 65)
+
+
+def test_weights_that_the_model_has_not_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine passes over them, as over the last layers of a deeper model; those of other ranks,
+    and what is made of a tensor when it is read, are the model's."""
+
+    def tensor(key: str) -> ShardedTensor:
+        return ShardedTensor.from_rank_offsets(key, torch.ones(2))
+
+    def others_too(everywhere: list[Any], own: set[str]) -> None:
+        everywhere[:] = [own, {"decoder.layers.1.weight"}]
+
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", others_too)
+    halves = ShardedTensorFactory(
+        "in_proj", torch.ones(2), lambda *_: [tensor("in_proj.x"), tensor("in_proj.z")], sum
+    )
+    asked = {"model": {"a": tensor("embedding"), "b": halves}}
+    names = ["embedding", "in_proj.x", "in_proj.z", "decoder.layers.1.weight"]
+    states = [
+        "optimizer.state.exp_avg.decoder.layers.2.weight",
+        "rng_state",
+        "decoder._extra_state",
+    ]
+    present: dict[str, Any] = {name: tensor(name) for name in names}
+    refuse_left_over(present | {f"{n}.": tensor(f"{n}._extra_state") for n in states}, asked)
+    refuse_left_over(present | {name: tensor(name) for name in states[:1]}, asked)
+    with pytest.raises(UserError, match=r"another model, with decoder\.layers\.2\.weight, which"):
+        refuse_left_over(present | {"x": tensor("decoder.layers.2.weight")}, asked)
 
 
 def test_one_model_however_it_is_padded() -> None:
