@@ -50,7 +50,7 @@ COMMON: Rules = {
         default=None, allowed=(None,), why="compressed weights cannot be trained on"
     ),
     "per_layer_config": MustBe(
-        default=None, allowed=(None, {}), why="layers of a kind are alike here"
+        default=None, allowed=(None, {}), why="transformers up to 5.24 builds no such model"
     ),
     "is_encoder_decoder": MustBe(default=False, allowed=(False,), why="there is no encoder here"),
     "add_cross_attention": MustBe(default=False, allowed=(False,), why="there is no encoder here"),

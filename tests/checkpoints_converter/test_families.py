@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from checkpoints_converter.errors import ConversionError
 from checkpoints_converter.registry import family, family_for
@@ -145,6 +146,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, tuple[Any, str]]]] = {
             "residual_multiplier": (0.22, "residual_multiplier=0.22 must be 1.0"),
             "logits_scaling": (8.0, "logits_scaling=8.0 must be 1.0"),
             "attention_multiplier": (0.0078125, "attention_multiplier=0.0078125 must be 0.08838"),
+            "per_layer_config": ({1: {"shared_intermediate_size": 8}}, "per_layer_config="),
             "position_embedding_type": ("alibi", "position_embedding_type='alibi' must be None"),
             "layer_types": (["mamba", "window"], "layer_types has window"),
             "num_hidden_layers": (3, "num_hidden_layers=3 must be 2"),
@@ -190,6 +192,7 @@ NOT_EXPORTED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         "nemotron_h", BASE | {"position_embedding_type": "none", "activation": "squared_relu"},
         {"attn_mask_type": "no_mask"}, "model.attn_mask_type='no_mask'",
     ),
+    ("bamba", BASE, {"layers": {"2": {"ffn_hidden_size": 32}}}, "layers.2.ffn_hidden_size=32"),
     ("bamba", BASE, {"layernorm_epsilon": 1e-6}, "model.layernorm_epsilon=1e-06"),
     ("granitemoehybrid", EXPERTS, {"rotary_percent": 0.5}, "model.rotary_percent=0.5"),
     ("granitemoehybrid", EXPERTS, {"hybrid_layer_pattern": "ME*-"}, "one kind of MLP"),
@@ -218,3 +221,15 @@ def test_what_cannot_be_exported_is_named(
     with pytest.raises(ConversionError) as error:
         family_for(model_config(held | change), name)
     assert expected in str(error.value)
+
+
+def test_transformers_builds_no_layers_of_unlike_sizes() -> None:
+    """Why an export of them is refused: the release in which this passes can have them."""
+    from transformers import NemotronHConfig, NemotronHForCausalLM
+
+    config = NemotronHConfig(
+        vocab_size=8, hidden_size=16, layers_block_type=["mlp", "mlp"], intermediate_size=16,
+        per_layer_config={1: {"intermediate_size": 8}},
+    )  # fmt: skip
+    with torch.device("meta"), pytest.raises(RuntimeError, match="intermediate_size"):
+        NemotronHForCausalLM(config)
