@@ -161,7 +161,8 @@ def other_sizes(
 
 
 def other_training(config: RunConfig, saved: RunConfig) -> list[str]:
-    """What a run that goes on trains otherwise than before: typed anew, or forgotten.
+    """What a run that goes on trains otherwise than before: typed anew, or forgotten; of experts
+    nothing, where there were none.
 
     Returns:
         A part of a sentence for each field that differs.
@@ -171,6 +172,7 @@ def other_training(config: RunConfig, saved: RunConfig) -> list[str]:
         f"{name}={shown(value)} (there {shown(then[name])})"
         for name, value in now.items()
         if value != then[name]
+        if MOE in saved.model.hybrid_layer_pattern or ".moe_" not in name
     ]
     ends = _schedule_end(config), _schedule_end(saved)
     if None not in ends and ends[0] != ends[1] and not config.optimizer.restart_schedule:

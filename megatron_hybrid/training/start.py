@@ -135,8 +135,7 @@ def find_start(config: RunConfig, tokenizer: Tokenizer, world_size: int | None) 
         if _starts_elsewhere(config, origin.folder):
             progress = _look_into(config, origin)
         saved_plan = _resumed_plan(config, tokenizer, origin.folder, upcycle=origin.upcycle)
-        if not origin.upcycle:
-            _note_other_training(config, origin.folder)
+        _note_other_training(config, origin.folder)
         if not origin.is_own and not _starts_elsewhere(config, origin.folder):
             _note_left_out(config, origin.folder)
         # Without a plan, the state in the checkpoint alone knows how far it has read.

@@ -123,7 +123,10 @@ def test_every_field_of_the_function_is_compared() -> None:
         for name, effect in EFFECTS.items()
         if effect == "function" and name.startswith("model.")
     }
-    assert function - {"vocab_size"} == {*SHAPE_FIELDS, *FUNCTION_FIELDS} - {"padded_vocab_size"}
+    # Of `model.layers`, every layer's sizes are, under the fields' own names.
+    assert function - {"vocab_size", "layers"} == {*SHAPE_FIELDS, *FUNCTION_FIELDS} - {
+        "padded_vocab_size"
+    }
     assert not set(SHAPE_FIELDS) & set(FUNCTION_FIELDS)
     assert CHANGED.keys() == set(FUNCTION_FIELDS)
 
@@ -295,6 +298,9 @@ def test_other_settings_of_a_run_that_goes_on(
         ("training.train_iters=9", "optimizer.restart_schedule=true"): "",
         ("training.global_batch_size=8", "training.train_iters=4"):
         "training.global_batch_size=8 (there 4)",
+        ("optimizer.weight_decay=0.3", "model.hybrid_layer_pattern=M*E",
+         "model.num_moe_experts=4", "model.moe_aux_loss_coeff=0.01"):
+        "optimizer.weight_decay=0.3 (there 0.2)",
         ("training.train_iters=9", "optimizer.lr_decay_samples=32"):
         "optimizer.lr_decay_samples=32 (there null)",
     }.items():  # fmt: skip
