@@ -27,6 +27,12 @@ LINES = {
             "model.moe_shared_expert_intermediate_size=null model.add_bias_linear=true",
         )
     },
+    "unlike layers": [
+        "tiny", *ONE_RANK, VOCABULARY, "model.position_embedding_type=rope",
+        "model.layers={3: {mamba_num_heads: 4, mamba_state_dim: 16}, 4: {num_attention_heads: 2,"
+        " window_size: [64, 0]}, 5-8: {activation: swiglu, ffn_hidden_size: 96, mamba_head_dim: 16,"
+        " num_moe_experts: 3, moe_shared_expert_intermediate_size: null}}",
+    ],
 }  # fmt: skip
 LAYOUTS = {
     "TP2 with SP": ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
