@@ -182,14 +182,15 @@ def test_several_runs_need_a_named_output(tmp_path: Path) -> None:
 
 
 def test_draws_the_load_of_experts(tmp_path: Path) -> None:
-    """--experts makes a picture of a MoE run's load, and says so where a run has no experts."""
+    """--experts makes a picture of a MoE run's load, of layers of fewer experts too, and says so
+    where a run has no experts."""
     load = {"layers": [2, 5], "max_over_mean": [1.5, 2.0], "dropped": [0.0, 0.1], "dead": [0, 1]}
     steps = [
         {"kind": "train", "iteration": n, "consumed_tokens": 100 * n, "expert_load": load}
         for n in range(1, 4)
     ]
     shares = {"kind": "expert_load", "iteration": 3, "consumed_tokens": 300, "layers": [2, 5],
-              "shares": [[0.25, 0.75, 0.0], [0.5, 0.5, 0.0]]}  # fmt: skip
+              "shares": [[0.25, 0.75, 0.0], [0.5, 0.5]]}  # fmt: skip
     metrics = tmp_path / METRICS_FILE
     metrics.write_bytes(b"".join(orjson.dumps(record) + b"\n" for record in [*steps, shares]))
     done = subprocess.run(

@@ -9,8 +9,13 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from megatron_hybrid.checkpoint.saved_config import refuse_other_model
+from megatron_hybrid.checkpoint.saved_config import (
+    other_functions,
+    refuse_other_model,
+    said_of_functions,
+)
 from megatron_hybrid.config import ModelConfig
+from megatron_hybrid.config.model import LayerConfig
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.testing import run_distributed
 from megatron_hybrid.training.checkpoint_state import (
@@ -99,6 +104,29 @@ def test_weights_that_the_model_has_not_are_refused(monkeypatch: pytest.MonkeyPa
     refuse_left_over(present | {name: tensor(name) for name in states[:1]}, asked)
     with pytest.raises(UserError, match=r"another model, with decoder\.layers\.2\.weight, which"):
         refuse_left_over(present | {"x": tensor("decoder.layers.2.weight")}, asked)
+
+
+def test_sizes_of_layers_are_compared_layer_by_layer() -> None:
+    """Whoever says them: shapes must be alike, what else differs is told of."""
+
+    def model(**changes: Any) -> ModelConfig:
+        return ModelConfig(
+            hybrid_layer_pattern="M-*", hidden_size=8, mamba_num_heads=4, ffn_hidden_size=16,
+            num_attention_heads=2, num_query_groups=2, kv_channels=4, vocab_size=8, **changes,
+        )  # fmt: skip
+
+    narrow = LayerConfig(ffn_hidden_size=8)
+    saved = model(layers={"2": narrow})
+    refuse_other_model(Path("it"), model(layers={"-": narrow, "M": LayerConfig()}), saved)
+    refuse_other_model(Path("it"), saved.model_copy(update={"layers": {"1-3": narrow}}), saved)
+    for other in (model(), model(layers={"2": LayerConfig(ffn_hidden_size=12)})):
+        with pytest.raises(UserError, match=r"layers\.2\.ffn_hidden_size=1.*checkpoint 8"):
+            refuse_other_model(Path("it"), other, saved)
+    seen = model(layers={"2": narrow, "*": LayerConfig(window_size=(4, 0))})
+    refuse_other_model(Path("it"), seen, saved)
+    [told] = other_functions(seen, said_of_functions(saved))
+    assert told == "model.layers.3.window_size=(4, 0) (there None)"
+    assert other_functions(saved, said_of_functions(saved)) == []
 
 
 def test_one_model_however_it_is_padded() -> None:

@@ -26,6 +26,14 @@ def test_numbers_of_a_load() -> None:
     assert tags["expert_load/max_over_mean/layer_5"] == 3.0
 
 
+def test_layers_of_fewer_experts() -> None:
+    """What a layer has not is neither dead nor in its mean, nor in what is recorded."""
+    load = ExpertLoad((2, 5), np.array([[4, 4, 4, 4], [12, 0, 0, 0]]), np.array([16, 12]), (4, 2))
+    assert load.rows == [[0.25] * 4, [1.0, 0.0]]
+    assert load.max_over_mean.tolist() == [1.0, 2.0]
+    assert load.dead.tolist() == [0, 1]
+
+
 def test_a_layer_that_took_nothing() -> None:
     """No division by zero where a step was all dropped or padding."""
     empty = ExpertLoad((1,), np.zeros((1, 4), dtype=np.int64), np.zeros(1, dtype=np.int64))

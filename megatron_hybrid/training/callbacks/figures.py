@@ -21,6 +21,7 @@ class Figures(Callback):
 
     def __init__(self) -> None:
         self._recent: list[tuple[float, int]] = []  # seconds and tokens of the last steps
+        self._flops: dict[int, float] = {}  # of a token, by the length of its sequence
 
     def after_step(self, run: "Trainer", step: Step) -> None:
         self._recent = [*self._recent, (step.seconds, step.shape.tokens)][-RATE_STEPS:]
@@ -31,7 +32,9 @@ class Figures(Callback):
         progress, result = run.progress, step.result
         consumed_tokens = run.consumed_tokens()
         tokens_per_s = step.shape.tokens / step.seconds
-        flops = flops_per_token(run.config.model, step.shape.seq_length).total
+        length = step.shape.seq_length
+        if length not in self._flops:
+            self._flops[length] = flops_per_token(run.config.model, length).total
         seconds_per_token = sum(s for s, _ in self._recent) / sum(n for _, n in self._recent)
         uses = run.data.consumed(progress.consumed_samples)
         losses = result.readings.get("moe_losses", {})
@@ -44,7 +47,7 @@ class Figures(Callback):
             learning_rate=step.learning_rate,
             grad_norm=result.grad_norm,
             tokens_per_s=tokens_per_s,
-            model_tflops_per_rank=tokens_per_s * flops / dist.get_world_size() / 1e12,
+            model_tflops_per_rank=tokens_per_s * self._flops[length] / dist.get_world_size() / 1e12,
             step_ms=step.seconds * 1000,
             peak_memory_gib=peak_memory_gib(run.device),
             eta_s=(run.steps.tokens - consumed_tokens) * seconds_per_token,
