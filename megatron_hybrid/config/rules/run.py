@@ -2,6 +2,7 @@
 
 from megatron_hybrid.bounds import MOST_TOKENS
 from megatron_hybrid.config.describe import fields, shown
+from megatron_hybrid.config.layers import layers_of
 from megatron_hybrid.config.lengths import lengths
 from megatron_hybrid.config.pattern import ATTENTION, MLP, MOE, parse_pattern
 from megatron_hybrid.config.phases import batch_sizes, run_tokens, sequence_lengths
@@ -148,8 +149,10 @@ def recomputed_modules(c: RunConfig, _: Facts) -> Problems:
         yield f"{listed} needs training.recompute_granularity=selective; it is {granularity}"
     there = {
         "core_attn": pattern.has(ATTENTION), "mlp": pattern.has(MLP), "moe": pattern.has(MOE),
-        "shared_experts": pattern.has(MOE)
-        and c.model.moe_shared_expert_intermediate_size is not None,
+        "shared_experts": any(
+            layer.model.moe_shared_expert_intermediate_size is not None
+            for layer in layers_of(c.model, MOE)
+        ),
     }  # fmt: skip
     if missing := [name for name in t.recompute_modules if not there[name]]:
         allowed = ", ".join(name for name, has in there.items() if has) or "[]"
