@@ -5,13 +5,16 @@ the micro batch.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
-from megatron.core.transformer.moe.moe_utils import switch_load_balancing_loss_func
+from megatron.core.transformer.moe.moe_utils import (
+    get_updated_expert_bias,
+    switch_load_balancing_loss_func,
+)
 from megatron.core.transformer.moe.router import TopKRouter as EngineTopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -38,6 +41,23 @@ def _map_of_topk(scores: Tensor, topk: int) -> Tensor:
     """Which experts `stable_topk` takes: bool `[t, E]`."""
     _, indices = stable_topk(scores, topk)
     return torch.zeros_like(scores, dtype=torch.bool).scatter(1, indices, True)
+
+
+def move_expert_biases(chunks: Sequence[torch.nn.Module], rate: float) -> None:
+    """Move each router's bias by the tokens that its experts got in this global batch.
+
+    As the engine does it, which takes routers of as many experts only: here those go together.
+    """
+    routers: dict[int, list[TopKRouter]] = {}
+    for module in (module for chunk in chunks for module in chunk.modules()):
+        if isinstance(module, TopKRouter) and module.expert_bias is not None and module.training:
+            routers.setdefault(len(module.expert_bias), []).append(module)
+    for _, alike in sorted(routers.items()):
+        tokens = torch.stack([router.local_tokens_per_expert for router in alike])
+        biases = torch.stack([router.expert_bias for router in alike])
+        for router, moved in zip(alike, get_updated_expert_bias(tokens, biases, rate), strict=True):
+            router.expert_bias.copy_(moved)
+            router.local_tokens_per_expert.zero_()
 
 
 class _StableTopk:

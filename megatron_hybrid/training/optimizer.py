@@ -21,7 +21,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 
 from megatron_hybrid.config import RunConfig
+from megatron_hybrid.config.layers import layers_of
 from megatron_hybrid.config.lengths import lengths
+from megatron_hybrid.config.pattern import MOE
+from megatron_hybrid.layers.router import move_expert_biases
 
 
 def wrap_data_parallel(
@@ -49,6 +52,17 @@ def wrap_data_parallel(
         for index, chunk in enumerate(chunks)
     ]
     engine_config.finalize_model_grads_func = finalize_model_grads
+    counts = {layer.model.num_moe_experts for layer in layers_of(config.model, MOE)}
+    if config.model.moe_router_enable_expert_bias and len(counts) > 1:
+        # Layers have configs of their own: this one's says what the engine does with their biases.
+        engine_config.moe_router_enable_expert_bias = False
+        rate = config.model.moe_router_bias_update_rate
+
+        def finalize(model: list[torch.nn.Module], *arguments: Any, **named: Any) -> None:
+            finalize_model_grads(model, *arguments, **named)
+            move_expert_biases(model, rate)
+
+        engine_config.finalize_model_grads_func = finalize
     if parallel.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in wrapped]
         engine_config.no_sync_func = no_sync[0] if len(wrapped) == 1 else no_sync

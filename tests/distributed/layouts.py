@@ -28,7 +28,8 @@ DENSE = "M-*M"
 MOE = "ME*E"
 DIFFUSION = "*E-*"  # trained by masked diffusion
 # Two of each kind, the second of which is unlike the first: other numbers of heads, which are as
-# wide or not, groups of the gated norm, angles of RoPE, activations and experts.
+# wide or not, groups of the gated norm, angles of RoPE, activations and experts,
+# which biases balance.
 UNLIKE = "M-*EM-*E"
 UNLIKE_LAYERS = {
     "5": {"mamba_num_heads": 4, "mamba_head_dim": 24, "mamba_state_dim": 8, "mamba_num_groups": 4},
@@ -40,6 +41,10 @@ UNLIKE_LAYERS = {
         "num_moe_experts": 6, "moe_ffn_hidden_size": 48, "moe_router_topk": 3,
         "moe_shared_expert_intermediate_size": None, "activation": "gelu",
     },
+}  # fmt: skip
+UNLIKE_SIZES = {
+    "layers": UNLIKE_LAYERS, "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.01,
 }  # fmt: skip
 
 
@@ -133,7 +138,7 @@ def layout_config(
                 "make_vocab_size_divisible_by": 32,
                 "attn_mask_type": "no_mask" if layers == DIFFUSION else "causal",
                 **(moe if "E" in layers else {}),
-                "layers": UNLIKE_LAYERS if layers == UNLIKE else {},
+                **(UNLIKE_SIZES if layers == UNLIKE else {}),
             },
             "parallel": {
                 "tensor_model_parallel_size": layout.tp,

@@ -3,13 +3,12 @@
 from megatron_hybrid.config.layers import (
     SIZES,
     Key,
-    layers_of,
     read_key,
     said,
     said_of_layers,
     shown_size,
 )
-from megatron_hybrid.config.pattern import KINDS, MOE, parse_pattern
+from megatron_hybrid.config.pattern import KINDS, parse_pattern
 from megatron_hybrid.config.rules.common import Facts, Problems, Rule
 from megatron_hybrid.config.run import RunConfig
 
@@ -79,20 +78,4 @@ def layer_ranges(c: RunConfig, _: Facts) -> Problems:
                 )
 
 
-def expert_bias(c: RunConfig, _: Facts) -> Problems:
-    """The engine moves the biases of all layers' experts as one table."""
-    if not c.model.moe_router_enable_expert_bias:
-        return
-    experts = {
-        layer.path("num_moe_experts"): layer.model.num_moe_experts
-        for layer in layers_of(c.model, MOE)
-    }
-    if len(set(experts.values())) > 1:
-        said_ = " and ".join(f"{path}={count}" for path, count in experts.items())
-        yield (
-            "model.moe_router_enable_expert_bias=true needs as many experts in every layer, not "
-            f"{said_}; allowed: false"
-        )
-
-
-LAYERS: tuple[Rule, ...] = (layer_entries, layer_ranges, expert_bias)
+LAYERS: tuple[Rule, ...] = (layer_entries, layer_ranges)
