@@ -24,6 +24,8 @@ class Family:
         table: every tensor of a model, on both sides.
         grouped_norm_since: the release of transformers from which on the family's gated norm is
             applied to each group, as it is here; None if it always was.
+        multiplied: of `config.layers.multiplied`, the fields that it holds.
+        parallel_heads: whether it has layers of attention and Mamba-2 side by side.
     """
 
     model_type: str
@@ -34,6 +36,8 @@ class Family:
     model: Callable[[Fields], dict[str, Any]]
     table: Callable[[ModelConfig, Names, Names], list[WeightMapping]]
     grouped_norm_since: str | None = None
+    multiplied: Collection[str] = ()
+    parallel_heads: bool = False
 
     def read(
         self, values: Mapping[str, Any], ignored: Collection[str] = ()

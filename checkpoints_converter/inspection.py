@@ -18,7 +18,7 @@ from checkpoints_converter.safetensors_files import SafetensorsReader
 from megatron_hybrid.checkpoint.files import find_checkpoint
 from megatron_hybrid.checkpoint.inert_pickle import Opaque
 from megatron_hybrid.checkpoint.reader import COMMON_FILE, CheckpointReader, as_matrix
-from megatron_hybrid.config.pattern import ATTENTION, KINDS, MAMBA, MLP, MOE
+from megatron_hybrid.config.pattern import ATTENTION, KINDS, MAMBA, MLP, MOE, PARALLEL, made_of
 from megatron_hybrid.config.yaml_text import parse_yaml
 from megatron_hybrid.data.saved_plan import SavedPlan, read_saved_plan
 from megatron_hybrid.small_files import naming, read_json
@@ -138,7 +138,10 @@ def _symbols_of_layers(tensors: Mapping[str, Stored]) -> dict[int, str]:
     for found in signs.values():
         if MOE in found:
             found.discard(MLP)
-    order = [symbol for symbol, _ in _SIGNS]
+        if found >= {*made_of(PARALLEL)}:
+            found.difference_update(made_of(PARALLEL))
+            found.add(PARALLEL)
+    order = [PARALLEL, *(symbol for symbol, _ in _SIGNS)]
     return {number: "".join(s for s in order if s in found) for number, found in signs.items()}
 
 

@@ -5,7 +5,8 @@ from importlib import import_module
 from checkpoints_converter.errors import ConversionError
 from checkpoints_converter.family import Family
 from megatron_hybrid.config import ModelConfig
-from megatron_hybrid.config.layers import unlike_problem
+from megatron_hybrid.config.layers import multiplied, shown_size, unlike_problem
+from megatron_hybrid.config.pattern import PARALLEL
 
 # model_type -> module; in the order in which they are tried for a model of ours.
 MODULES = {
@@ -44,6 +45,23 @@ def family(model_type: str | None) -> Family:
     return found
 
 
+def _not_held(model: ModelConfig, candidate: Family) -> list[str]:
+    """What few families have: layers of parallel heads, and factors."""
+    pattern = model.hybrid_layer_pattern
+    problems = [
+        f"model.{name}={shown_size(getattr(model, name))} must be {shown_size(usual)}: "
+        "it has no such thing"
+        for name, usual in multiplied(model).items()
+        if name not in candidate.multiplied
+    ]
+    if PARALLEL in pattern and not candidate.parallel_heads:
+        problems.append(
+            f"model.hybrid_layer_pattern={pattern!r} must have no '{PARALLEL}': "
+            "its layers have one mixer each"
+        )
+    return problems
+
+
 def family_for(model: ModelConfig, model_type: str | None = None) -> Family:
     """The family that holds a model of ours exactly.
 
@@ -58,7 +76,7 @@ def family_for(model: ModelConfig, model_type: str | None = None) -> Family:
     reasons = []
     for name in [model_type] if model_type else MODULES:
         candidate = family(name)
-        problems = candidate.cannot_hold(model)
+        problems = _not_held(model, candidate) or candidate.cannot_hold(model)
         if not problems:
             return candidate
         reasons.append(f"{name} cannot hold this model exactly:")

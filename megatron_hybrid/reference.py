@@ -31,7 +31,9 @@ _OURS = """
 --loss-spike-action --lr-warmup-tokens --lr-decay-tokens --lr-wsd-decay-tokens
 --restart-schedule --keep-last --load-optim --load-rng --router-std --router-noise
 --reinit-fraction --scale-weights --from --tensorboard --float8-interval --expert-load-interval
---mlflow-experiment --mlflow-run-name --mlflow-tracking-uri
+--key-multiplier --ssm-multipliers --ssm-in-multiplier --ssm-out-multiplier
+--attention-in-multiplier --attention-out-multiplier --mlp-multipliers --embedding-multiplier
+--lm-head-multiplier --mamba-rms-norm --mlflow-experiment --mlflow-run-name --mlflow-tracking-uri
 """
 # Of `--no-field-name`, those that it has.
 _THEIR_NEGATIONS = """

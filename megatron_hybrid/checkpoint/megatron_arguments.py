@@ -6,6 +6,7 @@ from typing import Any
 from megatron_hybrid.checkpoint.errors import CheckpointError
 from megatron_hybrid.checkpoint.saved_config import FUNCTION_FIELDS, SHAPE_FIELDS
 from megatron_hybrid.config import ModelConfig
+from megatron_hybrid.config.layers import MULTIPLIED
 
 _SAME_NAME = (
     "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
@@ -59,6 +60,10 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "use_mup": (False,),
     "mtp_num_layers": (0,),
 }
+# It has no factors but those of MuP, which are refused: fields, and the layers that they are of.
+_MULTIPLIED: dict[str, str | None] = {
+    **MULTIPLIED, "embedding_multiplier": None, "lm_head_multiplier": None,
+}  # fmt: skip
 # Of the arguments that describe a model, those that leave it what it is; * stands for any letters.
 WITHOUT_EFFECT = (
     # Which layers there are, the pattern says; how they lie on ranks changes nothing.
@@ -182,7 +187,12 @@ def function_values(arguments: Mapping[str, Any], layers: str) -> dict[str, Any]
     epsilons = [arguments[name] for name in _EPSILON if arguments.get(name) is not None]
     # Megatron-LM trains such models with no other mask, and has no argument for it.
     mask = {"attn_mask_type": "causal"} if "*" in layers else {}
-    return found | mask | ({"layernorm_epsilon": epsilons[0]} if epsilons else {})
+    usual = {
+        name: ModelConfig.model_fields[name].default
+        for name, kind in _MULTIPLIED.items()
+        if name in FUNCTION_FIELDS and (kind is None or kind in layers)
+    }
+    return found | mask | usual | ({"layernorm_epsilon": epsilons[0]} if epsilons else {})
 
 
 def _layers_of(name: str) -> str:

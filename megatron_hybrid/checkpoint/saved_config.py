@@ -12,7 +12,7 @@ from megatron_hybrid.config.describe import shown
 from megatron_hybrid.config.effects import EFFECTS
 from megatron_hybrid.config.layers import SIZES, layers
 from megatron_hybrid.config.layers import rotates as rotates_
-from megatron_hybrid.config.pattern import ATTENTION, MOE
+from megatron_hybrid.config.pattern import ATTENTION, MOE, has_kind
 from megatron_hybrid.config.phases import run_tokens, sequence_lengths
 from megatron_hybrid.config.rules import Rule
 from megatron_hybrid.config.rules.common import LENGTHS, number_set, values
@@ -27,7 +27,7 @@ from megatron_hybrid.small_files import naming
 SHAPE_FIELDS = (
     "hybrid_layer_pattern", "hidden_size", "ffn_hidden_size", "activation", "add_bias_linear",
     "num_attention_heads", "num_query_groups", "kv_channels",
-    "mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups",
+    "mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups", "mamba_rms_norm",
     "padded_vocab_size", "untie_embeddings_and_output_weights",
     "num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
     "moe_router_enable_expert_bias",
@@ -37,6 +37,9 @@ SHAPE_FIELDS = (
 FUNCTION_FIELDS = (
     "window_size", "attn_mask_type", "position_embedding_type", "rotary_base", "rotary_percent",
     "normalization", "layernorm_epsilon",
+    "key_multiplier", "ssm_multipliers", "ssm_in_multiplier", "ssm_out_multiplier",
+    "attention_in_multiplier", "attention_out_multiplier", "mlp_multipliers",
+    "embedding_multiplier", "lm_head_multiplier",
     "moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax",
     "moe_router_topk_scaling_factor",
 )  # fmt: skip
@@ -126,7 +129,7 @@ def other_functions(model: ModelConfig, said: Mapping[str, Any]) -> list[str]:
     unlike = theirs is not None and bool(model.layers or said.get("layers"))
     rotates = "rope" in (model.position_embedding_type, said.get("position_embedding_type"))
     rotates = rotates or (unlike and rotates_(model))
-    attends = ATTENTION in model.hybrid_layer_pattern
+    attends = has_kind(model.hybrid_layer_pattern, ATTENTION)
     of_layers = other_sizes(model, theirs, FUNCTION_FIELDS) if unlike and theirs else []
     return [f"{name}={ours!r} (there {value!r})" for name, ours, value in of_layers] + [
         f"model.{name}={ours!r} (there {said[name]!r})"

@@ -150,13 +150,13 @@ def generate(
 
 def _note_unread(generator: "Generator") -> None:
     """Say that --max-tokens limits nothing, where that is so."""
-    from megatron_hybrid.config.pattern import ATTENTION
+    from megatron_hybrid.config.pattern import ATTENTION, has_kind
 
     most, pattern = generator.limits.max_tokens, generator.config.model.hybrid_layer_pattern
-    if most != type(generator.limits).max_tokens and ATTENTION not in pattern:
+    if most != type(generator.limits).max_tokens and not has_kind(pattern, ATTENTION):
         print(
-            f"note: max_tokens={most} has no effect: {pattern} has no '*' layers, which keep keys "
-            "and values of tokens", file=sys.stderr,
+            f"note: max_tokens={most} has no effect: {pattern} has neither '*' nor 'H' "
+            "layers, which keep keys and values of tokens", file=sys.stderr,
         )  # fmt: skip
 
 

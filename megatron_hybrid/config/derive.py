@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MOE, parse_pattern
+from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MOE, has_kind, parse_pattern
 from megatron_hybrid.config.precision import FLOAT8_RECIPES
 from megatron_hybrid.config.run import RunConfig
 
@@ -17,12 +17,14 @@ def _ffn_hidden_size(c: RunConfig) -> int:
 
 
 def _num_query_groups(c: RunConfig) -> int | None:
-    return c.model.num_attention_heads if ATTENTION in c.model.hybrid_layer_pattern else None
+    return (
+        c.model.num_attention_heads if has_kind(c.model.hybrid_layer_pattern, ATTENTION) else None
+    )
 
 
 def _kv_channels(c: RunConfig) -> int | None:
     heads = c.model.num_attention_heads
-    if heads is None or ATTENTION not in c.model.hybrid_layer_pattern:
+    if heads is None or not has_kind(c.model.hybrid_layer_pattern, ATTENTION):
         return None
     if c.model.hidden_size % heads:
         raise UnderivableError(
@@ -33,7 +35,7 @@ def _kv_channels(c: RunConfig) -> int | None:
 
 
 def _mamba_num_heads(c: RunConfig) -> int | None:
-    if MAMBA not in c.model.hybrid_layer_pattern:
+    if not has_kind(c.model.hybrid_layer_pattern, MAMBA):
         return None
     inner, head_dim = 2 * c.model.hidden_size, c.model.mamba_head_dim
     if inner % head_dim:

@@ -29,6 +29,9 @@ _FIELDS: Mapping[Effect, str] = {
         model.attn_mask_type
         model.position_embedding_type model.rotary_base model.rotary_percent
         model.mamba_num_heads model.mamba_head_dim model.mamba_state_dim model.mamba_num_groups
+        model.mamba_rms_norm model.key_multiplier model.ssm_multipliers model.ssm_in_multiplier
+        model.ssm_out_multiplier model.attention_in_multiplier model.attention_out_multiplier
+        model.mlp_multipliers model.embedding_multiplier model.lm_head_multiplier
         model.normalization model.layernorm_epsilon model.vocab_size
         model.untie_embeddings_and_output_weights model.add_bias_linear
         model.num_moe_experts model.moe_ffn_hidden_size model.moe_router_topk

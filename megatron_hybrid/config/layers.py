@@ -13,22 +13,43 @@ from types import MappingProxyType
 from typing import Any
 
 from megatron_hybrid.config.model import UNSAID, LayerConfig, ModelConfig
-from megatron_hybrid.config.pattern import ATTENTION, KINDS, MAMBA, MLP, MOE, parse_pattern
+from megatron_hybrid.config.pattern import (
+    ATTENTION,
+    KINDS,
+    MAMBA,
+    MLP,
+    MOE,
+    PARALLEL,
+    is_or_has,
+    parse_pattern,
+)
 from megatron_hybrid.errors import ConfigError
 
+_MAMBA = ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups")
+_ATTENTION = (
+    "num_attention_heads", "num_query_groups", "kv_channels", "window_size",
+    "position_embedding_type",
+)  # fmt: skip
 # Which sizes a layer has of its own, by kind.
 SIZES = MappingProxyType(
     {
-        MAMBA: ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups"),
-        ATTENTION: (
-            "num_attention_heads", "num_query_groups", "kv_channels", "window_size",
-            "position_embedding_type",
-        ),
+        MAMBA: _MAMBA,
+        ATTENTION: _ATTENTION,
+        PARALLEL: _ATTENTION + _MAMBA,
         MLP: ("ffn_hidden_size", "activation"),
         MOE: (
             "num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk",
             "moe_shared_expert_intermediate_size", "activation",
         ),
+    }
+)  # fmt: skip
+# The layers that a field of the whole model is of: what it says of others is a mistake.
+MULTIPLIED = MappingProxyType(
+    {
+        "key_multiplier": ATTENTION, "ssm_multipliers": MAMBA, "mamba_rms_norm": MAMBA,
+        "mlp_multipliers": MLP,
+        "ssm_in_multiplier": PARALLEL, "ssm_out_multiplier": PARALLEL,
+        "attention_in_multiplier": PARALLEL, "attention_out_multiplier": PARALLEL,
     }
 )  # fmt: skip
 _NUMBERS = re.compile(r"([1-9]\d{0,5})(?:-([1-9]\d{0,5}))?")
@@ -66,7 +87,11 @@ class Layer:
     @property
     def rotates(self) -> bool:
         """Whether it has RoPE."""
-        return self.kind == ATTENTION and self.model.position_embedding_type == "rope"
+        return self.has(ATTENTION) and self.model.position_embedding_type == "rope"
+
+    def has(self, kind: str) -> bool:
+        """Whether it is of a kind, or has it in it."""
+        return is_or_has(self.kind, kind)
 
 
 @dataclass(frozen=True)
@@ -153,11 +178,14 @@ def layers(model: ModelConfig) -> tuple[Layer, ...]:
 
 
 def layers_of(model: ModelConfig, kind: str) -> tuple[Layer, ...]:
-    """The layers of one kind, for rules: the first one of them where none says anything."""
+    """The layers of one kind, or with it in them, for rules: the first one of them where none says
+    anything.
+    """
     if not model.layers:
-        symbols = parse_pattern(model.hybrid_layer_pattern).layers
-        return (Layer(symbols.index(kind) + 1, kind, model, {}, {}),) if kind in symbols else ()
-    return tuple(layer for layer in layers(model) if layer.kind == kind)
+        found = enumerate(parse_pattern(model.hybrid_layer_pattern).layers, start=1)
+        first = next(((n, symbol) for n, symbol in found if is_or_has(symbol, kind)), None)
+        return () if first is None else (Layer(*first, model, {}, {}),)
+    return tuple(layer for layer in layers(model) if layer.has(kind))
 
 
 @dataclass(frozen=True)
@@ -178,6 +206,10 @@ class Sort:
     def kind(self) -> str:
         """Their symbol."""
         return self.layer.kind
+
+    def has(self, kind: str) -> bool:
+        """Whether they are of a kind, or have it in them."""
+        return self.layer.has(kind)
 
     @property
     def model(self) -> ModelConfig:
@@ -224,6 +256,15 @@ def are_unlike(model: ModelConfig) -> bool:
 def rotates(model: ModelConfig) -> bool:
     """Whether some layer has RoPE."""
     return any(layer.rotates for layer in layers_of(model, ATTENTION))
+
+
+def multiplied(model: ModelConfig) -> dict[str, Any]:
+    """Of the factors on what layers compute, and of what else is not in every model of a kind,
+    those that are not as usual, with what is usual.
+    """
+    names = (*MULTIPLIED, "embedding_multiplier", "lm_head_multiplier")
+    usual = {name: ModelConfig.model_fields[name].default for name in names}
+    return {name: value for name, value in usual.items() if getattr(model, name) != value}
 
 
 def unlike_problem(model: ModelConfig, what: str) -> str | None:

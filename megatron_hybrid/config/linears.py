@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE
+from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, PARALLEL, made_of
 
 
 class Linear(NamedTuple):
@@ -20,6 +20,12 @@ def linears(model: ModelConfig, kind: str, *, tp: int = 1, etp: int = 1) -> dict
     Sizes that do not divide are cut off: rules refuse them.
     """
     d = model.hidden_size
+    if kind == PARALLEL:
+        return {
+            name: linear
+            for part in made_of(kind)
+            for name, linear in linears(model, part, tp=tp).items()
+        }
     if kind == MAMBA:
         assert model.mamba_num_heads is not None
         inner = model.mamba_num_heads * model.mamba_head_dim

@@ -23,6 +23,16 @@ from megatron_hybrid.config.base import (
 # Room for ten times the layers of any model.
 LayerPattern = Annotated[str, Far(partial(text_problem, most=10_000))]
 Window = Annotated[tuple[Whole, Whole], Strict(False), Words("two whole numbers such as [128, 0]")]
+SsmMultipliers = Annotated[
+    tuple[PositiveReal, PositiveReal, PositiveReal, PositiveReal, PositiveReal],
+    Strict(False),
+    Words("five numbers above 0 such as [1.0, 1.0, 1.0, 1.0, 1.0]"),
+]
+MlpMultipliers = Annotated[
+    tuple[PositiveReal, PositiveReal],
+    Strict(False),
+    Words("two numbers above 0 such as [1.0, 1.0]"),
+]
 Activation = Literal["squared_relu", "swiglu", "gelu"]
 Positions = Literal["none", "rope"]
 
@@ -88,8 +98,8 @@ class ModelConfig(Section):
     """Sizes and layer kinds; null sizes are derived where they apply."""
 
     hybrid_layer_pattern: LayerPattern = Field(
-        description="one symbol a layer: M Mamba-2, * attention, - MLP, E MoE; "
-        "'|' ends a pipeline segment"
+        description="one symbol a layer: M Mamba-2, * attention, - MLP, E MoE, H attention and "
+        "Mamba-2 side by side; '|' ends a pipeline segment"
     )
     hidden_size: Positive = Field(description="width of the residual stream")
     ffn_hidden_size: Positive | None = Field(
@@ -99,7 +109,7 @@ class ModelConfig(Section):
         default="squared_relu", description="activation of MLP layers and experts"
     )
     num_attention_heads: Positive | None = Field(
-        default=None, description="query heads; needed with '*' in the pattern"
+        default=None, description="query heads; needed with '*' or 'H' in the pattern"
     )
     num_query_groups: Positive | None = Field(
         default=None, description="key and value heads; null: num_attention_heads"
@@ -123,12 +133,40 @@ class ModelConfig(Section):
     rotary_percent: float = Field(
         default=1.0, gt=0, le=1, description="fraction of a head's channels that rotate"
     )
+    key_multiplier: PositiveReal = Field(default=1.0, description="attention: factor on the keys")
     mamba_num_heads: Positive | None = Field(
         default=None, description="Mamba-2 heads; null: 2 * hidden_size / mamba_head_dim"
     )
     mamba_head_dim: Positive = Field(default=64, description="channels of one Mamba-2 head")
     mamba_state_dim: Positive = Field(default=128, description="SSM states of a channel")
     mamba_num_groups: Positive = Field(default=8, description="groups of heads that share B and C")
+    mamba_rms_norm: bool = Field(
+        default=True, description="Mamba-2: a norm of each group of channels after the gate"
+    )
+    ssm_multipliers: SsmMultipliers = Field(
+        default=(1.0, 1.0, 1.0, 1.0, 1.0),
+        description="Mamba-2: factors on the projected z, x, B, C and dt",
+    )
+    ssm_in_multiplier: PositiveReal = Field(
+        default=1.0, description="parallel heads: factor on the input of Mamba-2"
+    )
+    ssm_out_multiplier: PositiveReal = Field(
+        default=1.0, description="parallel heads: factor on the output of Mamba-2"
+    )
+    attention_in_multiplier: PositiveReal = Field(
+        default=1.0, description="parallel heads: factor on the input of attention"
+    )
+    attention_out_multiplier: PositiveReal = Field(
+        default=1.0, description="parallel heads: factor on the output of attention"
+    )
+    mlp_multipliers: MlpMultipliers = Field(
+        default=(1.0, 1.0),
+        description="MLP: factors on the gate, before the activation, and on the output",
+    )
+    embedding_multiplier: PositiveReal = Field(
+        default=1.0, description="factor on the embeddings of tokens"
+    )
+    lm_head_multiplier: PositiveReal = Field(default=1.0, description="factor on the logits")
     normalization: Literal["RMSNorm"] = Field(
         default="RMSNorm", description="normalization of a layer"
     )

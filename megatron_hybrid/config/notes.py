@@ -14,7 +14,7 @@ from megatron_hybrid.config.describe import fields, shown
 from megatron_hybrid.config.effects import differences
 from megatron_hybrid.config.layers import SIZES, layers, rotates
 from megatron_hybrid.config.lengths import lengths
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE
+from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, has_kind
 from megatron_hybrid.config.phases import (
     batch_sizes,
     run_tokens,
@@ -40,7 +40,7 @@ class _Unused(NamedTuple):
 
 
 def _attends(c: RunConfig) -> bool:
-    return ATTENTION in c.model.hybrid_layer_pattern
+    return has_kind(c.model.hybrid_layer_pattern, ATTENTION)
 
 
 def _has_mlps(c: RunConfig) -> bool:
@@ -72,7 +72,9 @@ _GRAPHED = {
 
 
 def _graphs_what_is_not_there(c: RunConfig) -> bool:
-    return any(_GRAPHED[m] not in c.model.hybrid_layer_pattern for m in c.gpu.cuda_graph_modules)
+    return any(
+        not has_kind(c.model.hybrid_layer_pattern, _GRAPHED[m]) for m in c.gpu.cuda_graph_modules
+    )
 
 
 def _most_steps(c: RunConfig) -> int:
@@ -166,23 +168,23 @@ _TABLE = (
         ("training.recompute_granularity",),
         lambda c: c.training.recompute_granularity == "selective"
         and not c.training.recompute_modules and not _attends(c),
-        "training.recompute_modules=[] is the core of attention, and there are no '*' layers",
+        "training.recompute_modules=[] is the core of attention, and there is no attention",
     ),
     _Unused(
         ("model.position_embedding_type", "model.attention_dropout"), lambda c: not _attends(c),
-        "model.hybrid_layer_pattern has no '*' layers",
+        "model.hybrid_layer_pattern has neither '*' nor 'H' layers",
     ),
     _Unused(
         ("model.num_attention_heads", "model.num_query_groups", "model.kv_channels"),
-        lambda c: not _attends(c), "model.hybrid_layer_pattern has no '*' layers",
+        lambda c: not _attends(c), "model.hybrid_layer_pattern has neither '*' nor 'H' layers",
     ),
     _Unused(
         (
             "model.mamba_num_heads", "model.mamba_head_dim", "model.mamba_state_dim",
             "model.mamba_num_groups",
         ),
-        lambda c: MAMBA not in c.model.hybrid_layer_pattern,
-        "model.hybrid_layer_pattern has no 'M' layers",
+        lambda c: not has_kind(c.model.hybrid_layer_pattern, MAMBA),
+        "model.hybrid_layer_pattern has neither 'M' nor 'H' layers",
     ),
     _Unused(
         ("model.ffn_hidden_size",), lambda c: not _reads_ffn_hidden_size(c),
@@ -194,7 +196,7 @@ _TABLE = (
     ),
     _Unused(
         ("model.add_bias_linear",), lambda c: not _has_mlps(c) and not _attends(c),
-        "model.hybrid_layer_pattern has neither '*' nor '-' nor 'E' layers",
+        "model.hybrid_layer_pattern has neither '*' nor 'H' nor '-' nor 'E' layers",
     ),
     _Unused(
         ("model.rotary_base", "model.rotary_percent"),
@@ -217,11 +219,11 @@ _TABLE = (
     ),
     _Unused(
         ("gpu.cp_comm_type",), lambda c: c.parallel.context_parallel_size == 1 or not _attends(c),
-        "no '*' layer of this run is divided by parallel.context_parallel_size",
+        "no attention of this run is divided by parallel.context_parallel_size",
     ),
     _Unused(
         ("gpu.attention_backend",), lambda c: not _attends(c),
-        "model.hybrid_layer_pattern has no '*' layers",
+        "model.hybrid_layer_pattern has neither '*' nor 'H' layers",
     ),
     _Unused(
         ("gpu.cuda_graph_modules",), _graphs_what_is_not_there,
@@ -251,7 +253,7 @@ _TABLE = (
     ),
     _Unused(
         ("data.packed_documents",),
-        lambda c: MAMBA not in c.model.hybrid_layer_pattern and not _attends(c),
+        lambda c: not has_kind(c.model.hybrid_layer_pattern, MAMBA) and not _attends(c),
         "no layer of this model looks from one token to another",
     ),
     _Unused(

@@ -6,8 +6,15 @@ A leaf: it imports nothing of this package and no torch, so that the config's ru
 from dataclasses import dataclass
 from types import MappingProxyType
 
-MAMBA, ATTENTION, MLP, MOE, SEPARATOR = "M", "*", "-", "E", "|"
-KINDS = MappingProxyType({MAMBA: "Mamba-2", ATTENTION: "attention", MLP: "MLP", MOE: "MoE"})
+MAMBA, ATTENTION, MLP, MOE, PARALLEL, SEPARATOR = "M", "*", "-", "E", "H", "|"
+KINDS = MappingProxyType(
+    {
+        MAMBA: "Mamba-2", ATTENTION: "attention", MLP: "MLP", MOE: "MoE",
+        PARALLEL: "parallel heads",
+    }
+)  # fmt: skip
+# What a layer is made of, where that is more than itself: both read the same normed input.
+_MADE_OF = MappingProxyType({PARALLEL: (ATTENTION, MAMBA)})
 _ALLOWED = ", ".join(f"{symbol!r} ({kind})" for symbol, kind in KINDS.items())
 _MOST_PROBLEMS = 10  # that are told of one by one
 # Symbols of megatron-core's patterns that have no layer here.
@@ -19,6 +26,21 @@ _ENGINE_ONLY = MappingProxyType(
         "/": "multi-token prediction",
     }
 )
+
+
+def made_of(kind: str) -> tuple[str, ...]:
+    """The kinds whose sizes and parameters a layer has: its own, or those of its parallel heads."""
+    return _MADE_OF.get(kind, (kind,))
+
+
+def is_or_has(symbol: str, kind: str) -> bool:
+    """Whether a layer is of a kind, or has it in it."""
+    return kind == symbol or kind in made_of(symbol)
+
+
+def having(kind: str) -> str:
+    """The symbols of the layers that are of a kind or have it in them: "*H" of attention."""
+    return "".join(symbol for symbol in KINDS if is_or_has(symbol, kind))
 
 
 def pattern_problems(text: str) -> list[str]:
@@ -60,9 +82,9 @@ class Pattern:
         """How many layers there are."""
         return len(self.layers)
 
-    def has(self, symbol: str) -> bool:
-        """Whether there is a layer of one kind."""
-        return symbol in self.layers
+    def has(self, kind: str) -> bool:
+        """Whether there is a layer of one kind, or one that has it in it."""
+        return any(symbol in self.layers for symbol in having(kind))
 
     def count(self, symbol: str) -> int:
         """Layers of one kind."""
@@ -89,8 +111,11 @@ class Pattern:
         """The pattern as megatron-core must get it for `pipeline_size` stages.
 
         Without pipelining the engine would build the first segment only, so `|` is left out.
+        Parallel heads, which it does not know, stand in the place of attention: such layers are
+        given the angles of RoPE.
         """
-        return self.layers if pipeline_size == 1 else SEPARATOR.join(self.segments)
+        text = self.layers if pipeline_size == 1 else SEPARATOR.join(self.segments)
+        return text.replace(PARALLEL, ATTENTION)
 
 
 def parse_pattern(text: str) -> Pattern:
@@ -103,3 +128,8 @@ def parse_pattern(text: str) -> Pattern:
     if problems:
         raise ValueError(f"pattern {text!r}: " + "; ".join(problems))
     return Pattern(tuple(text.split(SEPARATOR)))
+
+
+def has_kind(text: str, kind: str) -> bool:
+    """Whether a pattern, even a wrong one, has a layer of one kind, or one that has it in it."""
+    return any(symbol in text for symbol in having(kind))

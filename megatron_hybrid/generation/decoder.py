@@ -13,9 +13,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_hybrid.config.layers import layers_of
+from megatron_hybrid.config.layers import layers_of, multiplied, shown_size
 from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE
+from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, PARALLEL
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.generation.batch import Batch
 from megatron_hybrid.generation.cache import MambaSlots, Pages, States
@@ -46,7 +46,7 @@ class Decoder:
     def __init__(self, chunks: list[torch.nn.Module], model: ModelConfig) -> None:
         self._wrapped, self._model = chunks, model
         self.chunks: list[Any] = [_unwrapped(chunk) for chunk in chunks]
-        _refuse_unknown(self.chunks)
+        _refuse_unknown(self.chunks, model)
         self._tp = _unless_alone(parallel_state.get_tensor_model_parallel_group())
         self._pp = parallel_state.get_pipeline_model_parallel_group()
         experts = _unless_alone(parallel_state.get_expert_tensor_and_model_parallel_group())
@@ -215,8 +215,18 @@ def _unwrapped(chunk: Any) -> Any:
     return chunk
 
 
-def _refuse_unknown(chunks: list[Any]) -> None:
+def _refuse_unknown(chunks: list[Any], model: ModelConfig) -> None:
     problems = []
+    if PARALLEL in model.hybrid_layer_pattern:
+        problems.append(
+            f"model.hybrid_layer_pattern={model.hybrid_layer_pattern!r}: texts are not generated "
+            "by 'H' layers yet; allowed: M, *, -, E"
+        )
+    for name, usual in multiplied(model).items():
+        problems.append(
+            f"model.{name}={shown_size(getattr(model, name))}: texts are not generated with it "
+            f"yet; allowed: {shown_size(usual)}"
+        )
     config = chunks[0].config
     if config.context_parallel_size > 1:
         problems.append(

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from megatron_hybrid.layers.context_parallel import MambaContextParallel
 from megatron_hybrid.layers.norm import GroupedRMSNorm, parameter_device
 from megatron_hybrid.ops.mamba2 import mamba2_split_conv1d_scan
+from megatron_hybrid.ops.scaled_parts import scaled_parts
 from megatron_hybrid.ops.ssd import SSDBackend
 
 CONV_KERNEL_SIZE = 4
@@ -58,6 +59,8 @@ class Mamba2Mixer(MegatronModule):
 
     Args:
         kernel: "torch" or "mamba_ssm", which kernel of `megatron_hybrid.ops` runs the scan.
+        gated_norm: whether a grouped norm follows the gate.
+        multipliers: factors on the projected z, x, B, C and dt; empty: none.
         d_model: hidden size h.
     """
 
@@ -67,6 +70,8 @@ class Mamba2Mixer(MegatronModule):
         submodules: Mamba2MixerSubmodules,
         d_model: int,
         kernel: SSDBackend = "torch",
+        gated_norm: bool = True,
+        multipliers: tuple[float, ...] = (),
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         pp_layer_offset: int = 0,
@@ -74,7 +79,7 @@ class Mamba2Mixer(MegatronModule):
     ) -> None:
         super().__init__(config)
         assert pg_collection is not None
-        self.kernel = kernel
+        self.kernel, self.multipliers = kernel, multipliers
         self.layer_number = layer_number
         self.tp_group = pg_collection.tp
         tp_size = self.tp_group.size()
@@ -107,9 +112,11 @@ class Mamba2Mixer(MegatronModule):
         # Tells the engine's resharding that the rows are five blocks, not one.
         self.in_proj.weight.partition_sizes = list(self.in_proj_parts.values())
         self._build_scan_parameters()
-        self.norm = GroupedRMSNorm(
-            config, self.d_inner, self.d_inner // self.num_groups, GATED_NORM_EPS, self.tp_group
-        )
+        self.norm = None
+        if gated_norm:
+            self.norm = GroupedRMSNorm(
+                config, self.d_inner, self.d_inner // self.num_groups, GATED_NORM_EPS, self.tp_group
+            )
         self.out_proj = build_module(
             submodules.out_proj,
             self.d_inner * tp_size,
@@ -201,12 +208,15 @@ class Mamba2Mixer(MegatronModule):
         """
         assert inference_context is None
         projected, _ = self.in_proj(hidden_states)
+        if self.multipliers:
+            projected = scaled_parts(projected, self.in_proj_parts.values(), self.multipliers)
         seq_idx = None if packed_seq_params is None else packed_seq_params.seq_idx
         return self.out_proj(self._scan(projected, seq_idx))
 
     def _scan(self, projected: Tensor, seq_idx: Tensor | None) -> Tensor:
         """`[s, b, w]` -> `[s, b, d]`: convolution, scan, gate and norm."""
-        norm_is_local = self.cp.cp_size == 1
+        # A group of channels may lie on several context-parallel ranks during the scan.
+        norm = self.norm if self.cp.cp_size == 1 else None
         gathered = self.cp.pre_conv_ssm(projected)  # [l, b, w / CP]
         y = mamba2_split_conv1d_scan(
             gathered.transpose(0, 1),
@@ -218,13 +228,15 @@ class Mamba2Mixer(MegatronModule):
             head_dim=self.head_dim,
             num_groups=self.cp.ngroups_local_tpcp,
             seq_idx=seq_idx,
-            norm_weight=self.norm.weight if norm_is_local else None,
-            norm_group_size=self.norm.group_size if norm_is_local else None,
-            norm_eps=self.norm.eps,
+            norm_weight=None if norm is None else norm.weight,
+            norm_group_size=None if norm is None else norm.group_size,
+            norm_eps=GATED_NORM_EPS,
             backend=self.kernel,
         ).transpose(0, 1)
-        # A group of channels may lie on several context-parallel ranks during the scan.
-        return y if norm_is_local else self.norm(self.cp.post_conv_ssm(y))
+        if self.cp.cp_size == 1:
+            return y
+        y = self.cp.post_conv_ssm(y)
+        return y if self.norm is None else self.norm(y)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

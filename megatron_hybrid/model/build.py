@@ -10,6 +10,7 @@ from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.layers import are_unlike, rotates
 from megatron_hybrid.config.pattern import parse_pattern
 from megatron_hybrid.config.phases import sequence_lengths
+from megatron_hybrid.layers.multipliers import multiply_output
 from megatron_hybrid.layers.router import TopKRouter
 from megatron_hybrid.layers.vocabulary import draw_vocabulary, leave_out_padding
 from megatron_hybrid.model.float8 import emulate_float8
@@ -41,7 +42,7 @@ def build_model(
     assert words is not None and rows is not None, (
         "resolved from the tokenizer before the model is built"
     )
-    stack = hybrid_stack_spec(backend, model.attn_mask_type)
+    stack = hybrid_stack_spec(backend, model)
     if are_unlike(model):
         on_meta = engine_config.use_cpu_initialization
         device = torch.device("meta") if on_meta else initialize().device
@@ -60,7 +61,10 @@ def build_model(
         rotary_base=model.rotary_base,
         vp_stage=vp_stage,
     )
+    if built.pre_process:
+        multiply_output(built.embedding, model.embedding_multiplier)
     if built.post_process:
+        multiply_output(built.output_layer, model.lm_head_multiplier)
         leave_out_padding(built.output_layer, words)
         if model.untie_embeddings_and_output_weights and engine_config.perform_initialization:
             # The engine draws it as it draws the weights of layers.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from megatron_hybrid.config.layers import sorts
 from megatron_hybrid.config.linears import linears
 from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MOE
+from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MOE, PARALLEL, made_of
 from megatron_hybrid.errors import ConfigError
 
 CONV_KERNEL = 4
@@ -153,9 +153,13 @@ def layer_parameters(
 
     `model` has the layer's own sizes, as that of `config.layers.Layer` has.
 
-    Linears, with biases but in Mamba-2; Mamba-2: convolution c(K+1), gated norm i, and 3h in fp32;
-    MoE: the router's d*E.
+    Linears, with biases but in Mamba-2; Mamba-2: convolution c(K+1), gated norm i (where there is
+    one), and 3h in fp32; MoE: the router's d*E. Parallel heads: both, with one norm before them.
     """
+    if kind == PARALLEL:
+        parts = [layer_parameters(model, part, tp=tp) for part in made_of(kind)]
+        shared_norms = (len(parts) - 1) * model.hidden_size
+        return sum(parts, Parameters(dense=-shared_norms))
     dense, of_expert, fp32 = model.hidden_size, 0, 0
     for linear in linears(model, kind, tp=tp, etp=etp).values():
         weights = linear.inputs * linear.outputs
@@ -167,7 +171,8 @@ def layer_parameters(
     if kind == MAMBA:
         assert model.mamba_num_heads is not None
         inner = model.mamba_num_heads * model.mamba_head_dim
-        dense += (_convolved(model) * (CONV_KERNEL + 1) + inner) // tp
+        gated_norm = inner if model.mamba_rms_norm else 0
+        dense += (_convolved(model) * (CONV_KERNEL + 1) + gated_norm) // tp
         fp32 = 3 * model.mamba_num_heads // tp
     experts = 0
     if kind == MOE:
@@ -220,6 +225,8 @@ def mean_keys(model: ModelConfig, seq_length: int) -> float:
 
 def _forward_flops(model: ModelConfig, kind: str, seq_length: int) -> float:
     """FLOPs of one token through one layer, a multiplication and an addition counting as two."""
+    if kind == PARALLEL:
+        return sum(_forward_flops(model, part, seq_length) for part in made_of(kind))
     products = sum(
         2 * linear.inputs * linear.outputs * (model.moe_router_topk if linear.routed else 1)
         for linear in linears(model, kind).values()

@@ -20,10 +20,14 @@ from torch import Tensor
 
 from megatron_hybrid.config.layers import Layer, layers
 from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.config.pattern import PARALLEL
+from megatron_hybrid.layers.parallel_heads import ByNumber, ParallelHeads
 
 
 class _OwnSizes:
     """Takes the config of its own number."""
+
+    layer_number: int
 
     def __init__(
         self,
@@ -48,8 +52,8 @@ class OwnMoe(_OwnSizes, MoETransformerLayer):
     """A mixture of experts of its own sizes."""
 
 
-class OwnAttention(_OwnSizes, TransformerLayer):
-    """An attention layer of its own sizes, with or without RoPE."""
+class _OwnRotation(_OwnSizes):
+    """Takes its own angles of RoPE, or none."""
 
     def __init__(self, *, rotations: Mapping[int, "Rotation"], **named: Any) -> None:
         super().__init__(**named)
@@ -57,9 +61,17 @@ class OwnAttention(_OwnSizes, TransformerLayer):
 
     def forward(self, *arguments: Any, rotary_pos_emb: Tensor | None = None, **named: Any) -> Any:
         """As the engine's; the angles `[s, 1, 1, c]` that it gets may be of other heads."""
-        return super().forward(
+        return super().forward(  # type: ignore[misc]
             *arguments, rotary_pos_emb=self.rotation.of_layer(rotary_pos_emb), **named
         )
+
+
+class OwnAttention(_OwnRotation, TransformerLayer):
+    """An attention layer of its own sizes."""
+
+
+class OwnParallelHeads(_OwnRotation, ParallelHeads):
+    """Attention and Mamba-2 of their own sizes, side by side."""
 
 
 class Rotation:
@@ -96,12 +108,24 @@ def with_own_sizes(
     def own(spec: ModuleSpec, module: type, **params: Any) -> ModuleSpec:
         return replace(spec, module=module, params={**spec.params, "own": configs, **params})
 
+    attention = kinds.attention_layer
+    if attention.module is ByNumber:
+        specs = attention.params["specs"]
+        attention = replace(attention, params={
+            **attention.params,
+            "specs": {
+                None: own(specs[None], OwnAttention, rotations=rotations),
+                PARALLEL: own(specs[PARALLEL], OwnParallelHeads, rotations=rotations),
+            },
+        })  # fmt: skip
+    else:
+        attention = own(attention, OwnAttention, rotations=rotations)
     return replace(
         stack,
         submodules=replace(
             kinds,
             mamba_layer=own(kinds.mamba_layer, OwnMamba),
-            attention_layer=own(kinds.attention_layer, OwnAttention, rotations=rotations),
+            attention_layer=attention,
             mlp_layer=own(kinds.mlp_layer, OwnMlp),
             moe_layer=own(kinds.moe_layer, OwnMoe),
         ),

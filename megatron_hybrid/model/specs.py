@@ -1,6 +1,7 @@
 """Which class serves which layer, by backend: the table that megatron-core builds the stack from.
 
-Symbols of the pattern: M Mamba-2, * attention, - MLP, E mixture of experts.
+Symbols of the pattern: M Mamba-2, * attention, - MLP, E mixture of experts, H attention and Mamba-2
+side by side.
 """
 
 from dataclasses import replace
@@ -30,8 +31,17 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
+from megatron_hybrid.config import ModelConfig
+from megatron_hybrid.config.pattern import PARALLEL, parse_pattern
 from megatron_hybrid.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_hybrid.layers.mamba2 import Mamba2MixerSubmodules
+from megatron_hybrid.layers.multipliers import scaled_bias_dropout_add
+from megatron_hybrid.layers.parallel_heads import (
+    ByNumber,
+    JoinFactors,
+    ParallelHeads,
+    ParallelHeadsSubmodules,
+)
 from megatron_hybrid.layers.router import TopKRouter
 from megatron_hybrid.ops.ssd import SSDBackend
 
@@ -66,6 +76,10 @@ SERVED: dict[str, Served] = {
     "norm_and_column_linear": Served(
         f"{_OURS}.layers.linear:LayerNormColumnParallelLinear",
         f"{_TE}:TELayerNormColumnParallelLinear",
+    ),
+    # Where several linears share a norm, it is a layer of its own before them.
+    "column_linear": Served(
+        f"{_OURS}.layers.linear:ColumnParallelLinear", f"{_TE}:TEColumnParallelLinear"
     ),
     "row_linear": Served(f"{_OURS}.layers.linear:RowParallelLinear", f"{_TE}:TERowParallelLinear"),
     "core_attention": Served(
@@ -182,6 +196,7 @@ class LayerClasses(NamedTuple):
     stack: type[EngineHybridStack]
     norm: type
     norm_and_column_linear: type
+    column_linear: type
     row_linear: type
     core_attention: type
     mamba_mixer: type
@@ -191,8 +206,8 @@ class LayerClasses(NamedTuple):
 
 def layer_classes(backend: str) -> LayerClasses:
     """The classes of a backend: "torch" (any device) or "transformer_engine" (CUDA)."""
-    parts = ("model", "stack", "norm", "norm_and_column_linear", "row_linear", "core_attention",
-             "mamba_mixer")  # fmt: skip
+    parts = ("model", "stack", "norm", "norm_and_column_linear", "column_linear", "row_linear",
+             "core_attention", "mamba_mixer")  # fmt: skip
     return LayerClasses(
         **{part: served(part, backend) for part in parts},
         mamba_kernel="torch" if backend == "torch" else "mamba_ssm",
@@ -200,37 +215,79 @@ def layer_classes(backend: str) -> LayerClasses:
     )
 
 
-def hybrid_stack_spec(backend: str, attn_mask_type: str = "causal") -> ModuleSpec:
+def _mamba_mixer(
+    classes: LayerClasses, model: ModelConfig, in_proj: type, factor: float = 1.0
+) -> ModuleSpec:
+    """A Mamba-2 mixer whose input is multiplied with a factor: there is no bias in its way."""
+    params: dict[str, Any] = {"kernel": classes.mamba_kernel}
+    if not model.mamba_rms_norm:
+        params["gated_norm"] = False
+    multipliers = tuple(factor * each for each in model.ssm_multipliers)
+    if any(each != 1 for each in multipliers):
+        params["multipliers"] = multipliers
+    return ModuleSpec(
+        module=classes.mamba_mixer,
+        params=params,
+        submodules=Mamba2MixerSubmodules(in_proj=in_proj, out_proj=classes.row_linear),
+    )
+
+
+def _self_attention(classes: LayerClasses, model: ModelConfig, linear_qkv: type) -> ModuleSpec:
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType[model.attn_mask_type]},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=linear_qkv,
+            core_attention=classes.core_attention,
+            linear_proj=classes.row_linear,
+        ),
+    )
+
+
+def _parallel_heads(classes: LayerClasses, model: ModelConfig) -> ModuleSpec:
+    return ModuleSpec(
+        module=ParallelHeads,
+        params={
+            "factors": JoinFactors(
+                model.attention_in_multiplier,
+                model.attention_out_multiplier,
+                model.ssm_out_multiplier,
+            )
+        },
+        submodules=ParallelHeadsSubmodules(
+            input_layernorm=classes.norm,
+            self_attention=_self_attention(classes, model, classes.column_linear),
+            mixer=_mamba_mixer(classes, model, classes.column_linear, model.ssm_in_multiplier),
+            self_attn_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def hybrid_stack_spec(backend: str, model: ModelConfig) -> ModuleSpec:
     """The stack of layers for megatron-core's HybridModel."""
     classes = layer_classes(backend)
     mamba = ModuleSpec(
         module=MambaLayer,
         submodules=MambaLayerSubmodules(
-            mixer=ModuleSpec(
-                module=classes.mamba_mixer,
-                params={"kernel": classes.mamba_kernel},
-                submodules=Mamba2MixerSubmodules(
-                    in_proj=classes.norm_and_column_linear, out_proj=classes.row_linear
-                ),
-            ),
+            mixer=_mamba_mixer(classes, model, classes.norm_and_column_linear),
             mamba_bda=get_bias_dropout_add,
         ),
     )
     attention = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType[attn_mask_type]},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=classes.norm_and_column_linear,
-                    core_attention=classes.core_attention,
-                    linear_proj=classes.row_linear,
-                ),
-            ),
+            self_attention=_self_attention(classes, model, classes.norm_and_column_linear),
             self_attn_bda=get_bias_dropout_add,
         ),
     )
+    in_its_place = {
+        number: kind
+        for number, kind in enumerate(parse_pattern(model.hybrid_layer_pattern).layers, start=1)
+        if kind == PARALLEL
+    }
+    if in_its_place:
+        specs = {None: attention, PARALLEL: _parallel_heads(classes, model)}
+        attention = ModuleSpec(module=ByNumber, params={"kinds": in_its_place, "specs": specs})
     mlp = ModuleSpec(
         module=MLPLayer,
         submodules=TransformerLayerSubmodules(
@@ -240,7 +297,7 @@ def hybrid_stack_spec(backend: str, attn_mask_type: str = "causal") -> ModuleSpe
                     linear_fc1=classes.norm_and_column_linear, linear_fc2=classes.row_linear
                 ),
             ),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=scaled_bias_dropout_add(model.mlp_multipliers[1]),
         ),
     )
     moe = ModuleSpec(

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from megatron_hybrid.config.layers import layers
 from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE
+from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, PARALLEL
 
 # The vocabulary's matrices, whose rows beyond its words are padding; in the optimizer's state after
 # its own prefixes.
@@ -18,6 +18,7 @@ NORM_NAMES = {
     ATTENTION: ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
     MLP: ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
     MOE: ("pre_mlp_layernorm.weight",),
+    PARALLEL: ("input_layernorm.weight",),
 }
 
 
@@ -35,6 +36,14 @@ def extra_states(model: ModelConfig) -> Iterator[str]:
             "self_attention.core_attention",
         ),
         MLP: ("mlp.linear_fc1", "mlp.linear_fc2"),
+        PARALLEL: (
+            "input_layernorm",
+            "mixer.in_proj",
+            "mixer.out_proj",
+            "self_attention.linear_qkv",
+            "self_attention.linear_proj",
+            "self_attention.core_attention",
+        ),
         MOE: (
             "pre_mlp_layernorm",
             "mlp.shared_experts.linear_fc1",

@@ -10,9 +10,10 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_hybrid.config import ModelConfig, RunConfig
-from megatron_hybrid.config.layers import layers, rotates, sorts
+from megatron_hybrid.config.layers import SIZES, layers, rotates, sorts
 from megatron_hybrid.config.pattern import ATTENTION, MOE, parse_pattern
 from megatron_hybrid.config.precision import AMAX_HISTORY, FLOAT8_RECIPES
+from megatron_hybrid.layers.multipliers import ScaledSilu
 from megatron_hybrid.layers.vocabulary import draw_vocabulary
 from megatron_hybrid.ops.squared_relu import squared_relu
 
@@ -114,8 +115,12 @@ def _common(model: ModelConfig) -> ModelConfig:
     own: dict[str, Any] = {}
     first_rotating = rotates(model)
     for layer in reversed(layers(model)):
-        if layer.kind != ATTENTION or not first_rotating or layer.rotates:
-            own |= layer.sizes
+        passed_over = first_rotating and layer.has(ATTENTION) and not layer.rotates
+        own |= {
+            name: size
+            for name, size in layer.sizes.items()
+            if not (passed_over and name in SIZES[ATTENTION])
+        }
     return model.model_copy(update=own)
 
 
@@ -126,6 +131,8 @@ def _made(
     parallel = config.parallel
     pattern = parse_pattern(model.hybrid_layer_pattern)
     activation, gated = ACTIVATIONS[model.activation]
+    if model.mlp_multipliers[0] != 1:
+        activation = ScaledSilu(model.mlp_multipliers[0])
     dtype = torch.bfloat16 if config.precision.weights == "bf16" else torch.float32
     on_transformer_engine = backend == "transformer_engine"
     if on_transformer_engine and activation is squared_relu:
@@ -135,6 +142,10 @@ def _made(
         arguments |= {name: getattr(model, name) for name in MOE_FIELDS}
         # Routing decisions are made in fp32 whatever the precision of the rest.
         arguments |= {"moe_router_dtype": "fp32", "moe_grouped_gemm": on_transformer_engine}
+    if model.key_multiplier != 1:
+        # Of the products with the queries, which costs nothing, rather than of the keys.
+        assert model.kv_channels is not None
+        arguments["softmax_scale"] = model.key_multiplier * model.kv_channels**-0.5
     arguments |= {name: getattr(parallel, name) for name in PARALLEL_FIELDS}
     arguments |= {name: getattr(config.training, name) for name in RECOMPUTE_FIELDS}
     # Which count where the granularity is selective.

@@ -14,7 +14,7 @@ parallelism; e bytes of a number (2 in bf16).
 from collections.abc import Collection
 
 from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE
+from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, PARALLEL
 from megatron_hybrid.ops.attention_blocks import Block, plan_blocks
 from megatron_hybrid.planner.layout import Layout
 
@@ -51,6 +51,14 @@ def layer_activations(
         residual += stored * t * d  # the normed input; the torch backend makes it again
     elif layout.sequence_parallel and layout.tp > 1:
         residual += e * T * d  # gathered over TP
+    if kind == PARALLEL:
+        again = "core_attn" in recompute
+        return (
+            residual
+            + _joined(model, layout, e, stored, fused=fused)
+            + _mamba(model, layout, e, stored, fused=fused)
+            + _attention(model, layout, e, fused=fused, selective=again)
+        )
     if kind == MAMBA:
         return residual + _mamba(model, layout, e, stored, fused=fused)
     if kind == ATTENTION:
@@ -76,8 +84,22 @@ def dropout_mask(model: ModelConfig, layout: Layout, *, number_bytes: int, fused
 def _activation(model: ModelConfig, *, fused: bool) -> tuple[int, int, int]:
     """Numbers kept an inner channel: fc1's output, in between, and fc2's input."""
     if model.activation == "swiglu":
+        if model.mlp_multipliers[0] != 1:
+            return 1, 2, 1  # the gate as multiplied; of fc1's output nothing
         return 2, 0 if fused else 2, 1
     return 1, 0, 1
+
+
+def _joined(model: ModelConfig, layout: Layout, e: int, stored: int, *, fused: bool) -> int:
+    """What two linears keep of one normed input, beyond what a layer with one keeps."""
+    normed = layout.own_tokens * model.hidden_size
+    scaled = model.attention_in_multiplier != 1
+    if fused:
+        return (stored * normed if stored < e or scaled else 0) + (e * normed if scaled else 0)
+    if layout.sequence_parallel and layout.tp > 1:
+        # Each gathers it for itself; the normed one itself is kept for no one.
+        return e * layout.tokens * model.hidden_size
+    return (1 + scaled) * e * normed
 
 
 def _mamba(model: ModelConfig, layout: Layout, e: int, stored: int, *, fused: bool) -> int:

@@ -46,13 +46,13 @@ def generation_memory(
     keys_values = ssm = conv = 0
     for sort in sorts(model):
         m, layers = sort.model, batch_size * len(sort.numbers)
-        if sort.kind == ATTENTION:
+        if sort.has(ATTENTION):
             assert m.num_query_groups is not None and m.kv_channels is not None
             length = context_tokens
             if m.window_size is not None:
                 length = min(length, m.window_size[0] + 1)
             keys_values += layers * length * 2 * m.num_query_groups * m.kv_channels * number_bytes
-        if sort.kind == MAMBA:
+        if sort.has(MAMBA):
             assert m.mamba_num_heads is not None
             inner = m.mamba_num_heads * m.mamba_head_dim
             channels = inner + 2 * m.mamba_num_groups * m.mamba_state_dim

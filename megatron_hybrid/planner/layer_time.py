@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 
 from megatron_hybrid.config import ModelConfig, RunConfig
 from megatron_hybrid.config.linears import Linear, linears
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE
+from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, PARALLEL, made_of
 from megatron_hybrid.config.precision import FLOAT8_RECIPES
 from megatron_hybrid.model.counts import layer_parameters, mean_keys
 from megatron_hybrid.planner.hardware import SHARES, Gpu, Shares
@@ -21,7 +21,7 @@ NUMBER_BYTES = 2
 SCAN_CHUNK_TOKENS = 256  # of mamba-ssm's scan
 # Kernels that the host launches for a layer's forward pass, counted in Transformer Engine's and
 # megatron-core's sources; the backward pass has about as many. Of MoE also some a local expert.
-LAUNCHES = {ATTENTION: 30, MAMBA: 30, MLP: 20, MOE: 110}
+LAUNCHES = {ATTENTION: 30, MAMBA: 30, MLP: 20, MOE: 110, PARALLEL: 65}
 LAUNCHES_OF_AN_EXPERT = {"bf16": 2, "fp8": 5}
 # What CUDA graphs' modules (the engine's names) hold of them.
 IN_GRAPHS = {
@@ -231,6 +231,14 @@ class Rank:
         """What is between the linears: seconds of its products; bytes moved in either pass."""
         layout, model, T = self.layout, self.model, self.layout.tokens
         peak = self.gpu.bf16_tflops * 1e12
+        if kind == PARALLEL:
+            cores = [self._core(part) for part in made_of(kind)]
+            hidden = NUMBER_BYTES * layout.own_tokens * model.hidden_size
+            # The join reads both outputs and writes one; gradients of both inputs are added up.
+            joined = (3 * hidden, 5 * hidden)
+            moved_each = zip(joined, *(moved for _, moved in cores), strict=True)
+            forward, backward = map(sum, moved_each)
+            return sum(seconds for seconds, _ in cores), (forward, backward)
         if kind == ATTENTION:
             assert model.num_attention_heads is not None and model.kv_channels is not None
             assert model.num_query_groups is not None
@@ -279,6 +287,7 @@ class Rank:
         hidden = NUMBER_BYTES * layout.tokens * model.hidden_size
         # An all-gather and a reduce-scatter, or an all-reduce; gathered again for the gradient.
         moves = 3 if backward and layout.sequence_parallel else 2
+        moves *= len(made_of(kind))  # each has linears of its own
         tensor = moves * hidden * (layout.tp - 1) / layout.tp / self.bandwidth(layout.tp)
         if self.features.tp_overlap:
             tensor *= 1 - self.shares.hidden
@@ -310,6 +319,12 @@ class Rank:
 
     def _context(self, kind: str, core: float, *, backward: bool) -> float:
         layout, model, cp = self.layout, self.model, self.layout.cp
+        if kind == PARALLEL:
+            # One after the other; what hides the keys and values is the core of attention alone.
+            share = self._core(ATTENTION)[0] / max(self._core(kind)[0], 1e-12)
+            return sum(
+                self._context(part, core * share, backward=backward) for part in made_of(kind)
+            )
         if cp == 1 or kind not in (ATTENTION, MAMBA):
             return 0.0
         speed = self.bandwidth(layout.tp * cp)

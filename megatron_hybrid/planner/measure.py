@@ -10,8 +10,8 @@ from torch import Tensor
 
 from megatron_hybrid.config import RunConfig, build_config
 from megatron_hybrid.config.base import FrozenDict
-from megatron_hybrid.config.layers import sorts
-from megatron_hybrid.config.pattern import ATTENTION, MLP, MOE, parse_pattern
+from megatron_hybrid.config.layers import MULTIPLIED, sorts
+from megatron_hybrid.config.pattern import ATTENTION, MLP, MOE, has_kind, parse_pattern
 from megatron_hybrid.config.phases import sequence_lengths
 from megatron_hybrid.config.precision import FLOAT8_RECIPES
 from megatron_hybrid.planner.costs import EMBEDDING, OUTPUT, Cost, Costs
@@ -67,6 +67,11 @@ def one_rank(config: RunConfig, pattern: str) -> RunConfig:
     # Whichever layers stay in bf16, those between them are timed.
     values["precision"] |= {"num_layers_at_start_in_bf16": 0, "num_layers_at_end_in_bf16": 0}
     left_out = ["overlap_p2p_comm", "align_param_gather", "cuda_graph_impl", "cuda_graph_modules"]
+    values["model"] = {
+        name: value
+        for name, value in values["model"].items()
+        if name not in MULTIPLIED or has_kind(pattern, MULTIPLIED[name])
+    }
     if MOE not in pattern:
         left_out += [name for name in values["gpu"] if "moe" in name]
         moe = [name for name in values["model"] if "moe" in name]

@@ -172,7 +172,7 @@ def _communication(config: RunConfig, layout: Layout, stage: int, *, number: int
             model = sort.model
             if layout.ep > 1 and sort.kind == MOE:
                 on_way.append(number * layout.own_tokens * model.moe_router_topk * d)
-            if layout.cp > 1 and sort.kind == ATTENTION:
+            if layout.cp > 1 and sort.has(ATTENTION):
                 assert model.num_query_groups is not None and model.kv_channels is not None
                 width = max(model.num_query_groups // layout.tp, 1) * model.kv_channels
                 on_way.append(2 * 2 * number * layout.tokens * width)

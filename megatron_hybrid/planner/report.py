@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_hybrid.config import RunConfig
-from megatron_hybrid.config.pattern import KINDS, MAMBA, MOE
+from megatron_hybrid.config.pattern import KINDS, MAMBA, MOE, has_kind
 from megatron_hybrid.config.precision import FLOAT8_RECIPES
 from megatron_hybrid.human import human_count
 from megatron_hybrid.model.counts import Flops, count_parameters, flops_per_token
@@ -108,7 +108,7 @@ class Report:
 
 def kind_of_model(pattern: str) -> str:
     """The kind under which published runs are counted."""
-    if MAMBA in pattern:
+    if has_kind(pattern, MAMBA):
         return "hybrid"
     return "moe" if MOE in pattern else "dense"
 

@@ -11,7 +11,7 @@ and `overlap_param_gather` say so, else on the path.
 from dataclasses import dataclass
 
 from megatron_hybrid.config import RunConfig
-from megatron_hybrid.config.pattern import ATTENTION, MLP, MOE
+from megatron_hybrid.config.pattern import ATTENTION, MLP, MOE, made_of
 from megatron_hybrid.config.precision import float8_layers
 from megatron_hybrid.model.counts import flops_per_token
 from megatron_hybrid.planner.hardware import SHARES, Gpu, Shares
@@ -95,7 +95,7 @@ def recomputed_seconds(rank: Rank, kind: str, place: int, forward: Work, *, fp8:
     seconds = 0.0
     if "layernorm" in modules:
         seconds += rank.moved(2 * NUMBER_BYTES * rank.layout.own_tokens * rank.model.hidden_size)
-    if kind == ATTENTION and "core_attn" in modules:
+    if ATTENTION in made_of(kind) and "core_attn" in modules:
         seconds += forward.attention_and_scan
     if kind == MOE and "shared_experts" in modules:
         seconds += rank.shared_experts(fp8=fp8)

@@ -11,6 +11,7 @@ from megatron_hybrid.checkpoint.megatron_arguments import differences, function_
 from megatron_hybrid.checkpoint.saved_config import FUNCTION_FIELDS, other_functions
 from megatron_hybrid.checkpoint.source_model import source_config
 from megatron_hybrid.config import load_config, rules
+from megatron_hybrid.config.layers import MULTIPLIED
 
 ARGUMENTS = {"hybrid_layer_pattern": "M", "hidden_size": 32, "seq_length": 64}
 
@@ -63,10 +64,15 @@ def test_what_megatron_lm_says_of_the_function() -> None:
         "moe_router_topk_scaling_factor": 2.5,
     }  # fmt: skip
     expected = {"layernorm_epsilon" if k == "norm_epsilon" else k: v for k, v in said.items()}
-    expected["attn_mask_type"] = "causal"  # which it has no argument for
+    # Which it has no arguments for.
+    expected |= {
+        "attn_mask_type": "causal", "key_multiplier": 1.0, "ssm_multipliers": (1.0,) * 5,
+        "embedding_multiplier": 1.0, "lm_head_multiplier": 1.0,
+    }  # fmt: skip
     found = function_values(said, "M*E")
     assert found == expected
-    assert found.keys() == set(FUNCTION_FIELDS) - {"window_size"}  # which is refused
+    heads = {name for name, kind in MULTIPLIED.items() if kind in ("H", "-")}
+    assert found.keys() == set(FUNCTION_FIELDS) - heads - {"window_size"}  # which is refused
     dense = function_values(said, "M-")
     assert not any(name.startswith("moe_") for name in dense)
     model = load_config(

@@ -19,6 +19,8 @@ from tests.config import GOOD
 TEXTS = {
     "model.hybrid_layer_pattern": "M-M*",
     "model.window_size": "128,0",
+    "model.ssm_multipliers": "[1, 0.5, 2, 1, 1]",
+    "model.mlp_multipliers": "[1, 0.5]",
     "model.layers": "{M: {mamba_num_heads: 2}}",
     "data.data_path": "0.3",
     "data.sources": "{web: {path: some/path}}",

@@ -163,6 +163,9 @@ def test_the_whole_table_is_tried() -> None:
 
 # Fields that a rule refuses where nothing would read them.
 REFUSED = """
+    model.key_multiplier model.ssm_multipliers model.ssm_in_multiplier model.ssm_out_multiplier
+    model.attention_in_multiplier model.attention_out_multiplier model.mlp_multipliers
+    model.mamba_rms_norm
     model.window_size model.attn_mask_type model.num_moe_experts model.moe_ffn_hidden_size
     model.moe_router_topk model.moe_shared_expert_intermediate_size model.moe_aux_loss_coeff
     model.moe_z_loss_coeff model.moe_router_score_function model.moe_router_pre_softmax
@@ -186,6 +189,7 @@ READ = """
     run_dir backend preset
     model.hybrid_layer_pattern model.hidden_size model.normalization model.layernorm_epsilon
     model.init_method_std model.vocab_size model.make_vocab_size_divisible_by
+    model.embedding_multiplier model.lm_head_multiplier
     model.untie_embeddings_and_output_weights model.hidden_dropout model.layers
     parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size
     parallel.context_parallel_size parallel.overlap_grad_reduce

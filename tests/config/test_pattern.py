@@ -15,6 +15,15 @@ def test_kinds_and_segments() -> None:
     assert pattern.has("E") and not parse_pattern("M-").has("E")
 
 
+def test_parallel_heads_have_attention_and_mamba() -> None:
+    """They count as neither, have both, and stand as attention towards the engine."""
+    pattern = parse_pattern("H-|HE")
+    assert [pattern.count(symbol) for symbol in "M*-EH"] == [0, 0, 1, 1, 2]
+    assert [pattern.has(kind) for kind in "M*-EH"] == [True] * 5
+    assert not parse_pattern("M*").has("H")
+    assert pattern.engine_text(2) == "*-|*E"
+
+
 def test_the_engine_gets_bars_only_with_stages() -> None:
     """One stage must hold all layers, and the engine would take the first segment for them."""
     pattern = parse_pattern("M-|M*")

@@ -27,6 +27,21 @@ EOD = 0
 DENSE = "M-*M"
 MOE = "ME*E"
 DIFFUSION = "*E-*"  # trained by masked diffusion
+# Attention and Mamba-2 side by side, with every multiplier, of two sizes.
+HEADS = "H-*H"
+HEADS_FIELDS = {
+    "activation": "swiglu", "mamba_rms_norm": False, "key_multiplier": 0.7,
+    "ssm_multipliers": [0.4, 0.6, 1.5, 0.8, 1.2], "ssm_in_multiplier": 1.25,
+    "ssm_out_multiplier": 0.6, "attention_in_multiplier": 0.9, "attention_out_multiplier": 0.8,
+    "mlp_multipliers": [0.9, 0.6], "embedding_multiplier": 3.0, "lm_head_multiplier": 0.5,
+    "layers": {
+        "4": {
+            "num_attention_heads": 8, "num_query_groups": 4, "kv_channels": 8,
+            "mamba_num_heads": 4, "mamba_head_dim": 24, "mamba_state_dim": 8,
+            "mamba_num_groups": 4, "window_size": [20, 0],
+        },
+    },
+}  # fmt: skip
 # Two of each kind, the second of which is unlike the first: other numbers of heads, which are as
 # wide or not, groups of the gated norm, angles of RoPE, activations and experts,
 # which biases balance.
@@ -139,6 +154,7 @@ def layout_config(
                 "attn_mask_type": "no_mask" if layers == DIFFUSION else "causal",
                 **(moe if "E" in layers else {}),
                 **(UNLIKE_SIZES if layers == UNLIKE else {}),
+                **(HEADS_FIELDS if layers == HEADS else {}),
             },
             "parallel": {
                 "tensor_model_parallel_size": layout.tp,

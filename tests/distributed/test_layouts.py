@@ -12,6 +12,7 @@ from megatron_hybrid.testing import run_distributed
 from tests.distributed.layouts import (
     DENSE,
     DIFFUSION,
+    HEADS,
     LAYOUTS,
     MOE,
     ONE_RANK,
@@ -38,7 +39,7 @@ Steps = list[tuple[float, float, dict[str, Tensor]]]
 def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A checkpoint by one rank for each model."""
     folders = {}
-    for layers in (DENSE, MOE, DIFFUSION, UNLIKE):
+    for layers in (DENSE, MOE, DIFFUSION, UNLIKE, HEADS):
         folders[layers] = tmp_path_factory.mktemp("weights")
         run_distributed(save_weights, 1, layers, folders[layers])
     return folders
@@ -64,14 +65,17 @@ def variants_of(layout: Layout, layers: str) -> list[Variant]:
     """Those in which a layout is tried with a model."""
     if layers == DIFFUSION and layout.ranks > 1 and layout.name not in SINGLE:
         return []
-    if layers == UNLIKE and layout.ranks > 1:
+    if layers == HEADS and (layout.needs_moe or layout.name.startswith("DP2")):
+        return []
+    if layers in (UNLIKE, HEADS) and layout.ranks > 1:
         return [PLAIN, PACKED_AGAIN]
     if layers != MOE:
         return [] if layout.needs_moe and layers == DENSE else VARIANTS
     return [*VARIANTS, SFT] if layout.ranks == 1 or layout.name in SINGLE else VARIANTS
 
 
-NAMES = {DENSE: "dense", MOE: "moe", DIFFUSION: "diffusion", UNLIKE: "unlike"}
+NAMES = {DENSE: "dense", MOE: "moe", DIFFUSION: "diffusion", UNLIKE: "unlike",
+         HEADS: "heads"}  # fmt: skip
 CASES = [
     pytest.param(
         layout, layers, variant,

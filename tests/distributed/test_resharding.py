@@ -8,6 +8,7 @@ import pytest
 from megatron_hybrid.testing import run_distributed
 from tests.distributed.layouts import (
     GLOBAL_BATCH_SIZE,
+    HEADS,
     LAYOUTS,
     MOE,
     ONE_RANK,
@@ -115,10 +116,13 @@ def test_loss_goes_on(name: str, saved_by_tp2_pp2: tuple[Path, list[float]]) -> 
     assert losses == pytest.approx(expected, rel=1e-5)
 
 
-def test_unlike_layers_go_on(tmp_path: Path) -> None:
-    """Layers of unlike sizes, saved by two stages, go on where each of them is shared."""
-    expected = run_distributed(train_and_save, 2, LAYOUT["PP2"], tmp_path, UNLIKE)[0]
-    losses = run_distributed(load_and_train, 2, LAYOUT["TP2+SP"], tmp_path, UNLIKE)[0]
+@pytest.mark.parametrize("layers", [UNLIKE, HEADS], ids=["unlike", "heads"])
+def test_unlike_layers_go_on(layers: str, tmp_path: Path) -> None:
+    """Layers of unlike sizes, saved by two stages, go on where each of them is shared; so do those
+    with attention and Mamba-2 side by side.
+    """
+    expected = run_distributed(train_and_save, 2, LAYOUT["PP2"], tmp_path, layers)[0]
+    losses = run_distributed(load_and_train, 2, LAYOUT["TP2+SP"], tmp_path, layers)[0]
     assert losses == pytest.approx(expected, rel=1e-5)
 
 

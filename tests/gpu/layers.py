@@ -13,7 +13,7 @@ MOE = [
     "model.moe_router_score_function=softmax",
 ]  # fmt: skip
 ROUTER_SCALE = 20
-KINDS = ("M", "*", "-", "E")
+KINDS = ("M", "*", "-", "E", "H")
 # bf16 has 8 bits, and gradients pass several products of 256 and more terms.
 TOLERANCE = 0.05
 EXPERT = re.compile(r"experts\.local_experts\.(\d+)\.(linear_fc\d)\.(weight|bias)")

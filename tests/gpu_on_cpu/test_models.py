@@ -11,14 +11,14 @@ import pytest
 from megatron_hybrid.config import load_config, presets, rules
 from megatron_hybrid.generation import ONE_RANK
 from megatron_hybrid.model.tensor_names import extra_states
-from tests.gpu.layers import line
+from tests.gpu.layers import KINDS, line
 from tests.gpu_on_cpu.description import Description, describe_all
 from tests.gpu_on_cpu.ranks import run_on_gpus
 
 VOCABULARY = "model.vocab_size=4096"
 LINES = {
     **{name: [name, *ONE_RANK, *([VOCABULARY] if name == "tiny" else [])] for name in presets()},
-    **{symbol: line(symbol, "bf16", Path("/nonexistent")) for symbol in ("M", "*", "-", "E")},
+    **{symbol: line(symbol, "bf16", Path("/nonexistent")) for symbol in KINDS},
     **{
         change: ["tiny", *ONE_RANK, VOCABULARY, *change.split()]
         for change in (

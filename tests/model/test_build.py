@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 
 from megatron_hybrid.config import load_config, presets, rules
+from megatron_hybrid.config.pattern import parse_pattern
 from megatron_hybrid.generation import ONE_RANK
 from megatron_hybrid.model.counts import count_parameters
 from megatron_hybrid.testing import run_distributed
@@ -33,7 +34,8 @@ def parameters_built(args: list[str]) -> dict[str, int]:
     counts: Counter[str] = Counter()
     with model_parallel_groups(config, initialize()), meta:
         model = build_model(config, transformer_config(config, "torch", meta), "torch")
-        for symbol, layer in zip(model.decoder.layer_type_list, model.decoder.layers, strict=True):
+        symbols = parse_pattern(config.model.hybrid_layer_pattern).layers
+        for symbol, layer in zip(symbols, model.decoder.layers, strict=True):
             counts[symbol] += sum(p.numel() for p in layer.parameters())
         counts["all"] = sum(p.numel() for p in model.parameters())
         assert all(p.is_meta for p in model.parameters())
@@ -56,6 +58,9 @@ def test_built_equals_formula(name: str) -> None:
     ["model.activation=swiglu", "model.untie_embeddings_and_output_weights=false",
      "model.moe_shared_expert_intermediate_size=null", "model.mamba_num_groups=1",
      "model.moe_router_enable_expert_bias=true",
+     "model.hybrid_layer_pattern=H-HME; model.mamba_rms_norm=false; model.add_bias_linear=true"
+     "; model.moe_shared_expert_intermediate_size=null"
+     "; model.layers={3: {num_attention_heads: 8, mamba_state_dim: 16}}",
      "model.layers={3: {mamba_num_heads: 4, mamba_state_dim: 16, mamba_num_groups: 4}, 5-8:"
      " {activation: swiglu, ffn_hidden_size: 96, num_moe_experts: 3, moe_ffn_hidden_size: 32,"
      " moe_shared_expert_intermediate_size: null, mamba_head_dim: 16},"
@@ -64,7 +69,7 @@ def test_built_equals_formula(name: str) -> None:
 def test_variants(change: str) -> None:
     """Gated MLPs, tied embeddings, no shared expert, unlike layers: the formula follows."""
     more = ["model.moe_router_score_function=sigmoid"] if "expert_bias" in change else []
-    args = ["tiny", *ONE_RANK, VOCABULARY, change, *more]
+    args = ["tiny", *ONE_RANK, VOCABULARY, *change.split("; "), *more]
     built = run_distributed(parameters_built, 1, args)[0]
     counts = count_parameters(load_config(args, which=rules.NO_FILES).model)
     assert built["all"] == counts.total

@@ -13,11 +13,14 @@ import pytest
 from megatron.core.models.hybrid import hybrid_layer_specs as engine_specs
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from megatron_hybrid.config import ModelConfig
 from megatron_hybrid.layers.mamba2 import Mamba2Mixer
+from megatron_hybrid.layers.parallel_heads import JoinFactors
 from megatron_hybrid.layers.router import TopKRouter
 from megatron_hybrid.model.specs import SERVED, hybrid_stack_spec, layer_classes, served
 
 ENGINE = Path(megatron.core.__path__[0])
+MODEL = ModelConfig(hybrid_layer_pattern="M*-E", hidden_size=8)
 NAMES = sorted({name for row in SERVED.values() for name in row[:2]})
 # Where the engine imports what may not be installed here.
 ENGINE_IMPORTS = {
@@ -88,7 +91,7 @@ def test_every_row_has_both_columns() -> None:
 
 def test_torch_column_is_what_is_built() -> None:
     """The specs of the torch backend hold the table's classes, experts and router too."""
-    built = dict(parts(hybrid_stack_spec("torch")))
+    built = dict(parts(hybrid_stack_spec("torch", MODEL)))
     moe = ".moe_layer.mlp.submodules"
     for place, part in {
         ".module": "stack",
@@ -112,7 +115,7 @@ def test_transformer_engine_column_is_the_engines() -> None:
     Without Transformer Engine the engine's classes are stand-ins, each an object of its own, so
     that taking one for another shows all the same.
     """
-    ours = dict(parts(hybrid_stack_spec("transformer_engine")))
+    ours = dict(parts(hybrid_stack_spec("transformer_engine", MODEL)))
     others = ("gdn_layer", "dsa_layer", "mla_layer", "mtp_block_spec")
     engine = {
         place: part
@@ -137,5 +140,30 @@ def test_transformer_engine_column_is_the_engines() -> None:
 def test_transformer_engine_kernel_is_mamba_ssms() -> None:
     """The mixer is told to run mamba-ssm's scan on GPUs, and ours elsewhere."""
     for backend, kernel in (("torch", "torch"), ("transformer_engine", "mamba_ssm")):
-        spec = hybrid_stack_spec(backend).submodules.mamba_layer.submodules.mixer
+        spec = hybrid_stack_spec(backend, MODEL).submodules.mamba_layer.submodules.mixer
         assert spec.params == {"kernel": kernel}
+
+
+def test_parallel_heads_are_made_of_the_same_parts() -> None:
+    """One norm for both mixers, linears without one, and factors only where the model has them."""
+    fields = {"hybrid_layer_pattern": "*H", "hidden_size": 8, "mamba_rms_norm": False}
+    factors = {
+        "ssm_in_multiplier": 2.0,
+        "ssm_multipliers": (1, 3, 1, 1, 1),
+        "ssm_out_multiplier": 4,
+    }
+    for backend in ("torch", "transformer_engine"):
+        plain, own = (
+            hybrid_stack_spec(backend, ModelConfig(**fields, **more)).submodules.attention_layer
+            for more in ({}, factors)
+        )
+        assert plain.params["kinds"] == {2: "H"}
+        heads = own.params["specs"]["H"]
+        assert heads.submodules.input_layernorm is served("norm", backend)
+        column = served("column_linear", backend)
+        assert heads.submodules.self_attention.submodules.linear_qkv is column
+        assert heads.submodules.mixer.submodules.in_proj is column
+        assert heads.submodules.mixer.params["multipliers"] == (2, 6, 2, 2, 2)
+        assert heads.params["factors"] == JoinFactors(ssm_out=4)
+        mixer = plain.params["specs"]["H"].submodules.mixer
+        assert mixer.params.keys() == {"kernel", "gated_norm"}

@@ -128,8 +128,9 @@ def test_training(tmp_path: Path) -> None:
         (["model.attn_mask_type=causal"], "training.objective=masked_diffusion needs "
          "model.attn_mask_type=no_mask, so that a token sees those on both sides; it is causal"),
         (["model.attn_mask_type=causal", "model.hybrid_layer_pattern=M*-"],
-         "training.objective=masked_diffusion needs a pattern without 'M' layers, as Mamba-2 reads "
-         "from left to right; model.hybrid_layer_pattern='M*-'; allowed: '*', '-', 'E'"),
+         "training.objective=masked_diffusion needs a pattern without 'M' and 'H' layers, as "
+         "Mamba-2 reads from left to right; model.hybrid_layer_pattern='M*-'; "
+         "allowed: '*', '-', 'E'"),
         (["training.objective_options.mask_token_id=64"],
          "training.objective_options.mask_token_id=64 must be an id of the vocabulary; allowed: 0 "
          "to 63"),

@@ -219,6 +219,16 @@ VARIANTS = {
         "M*M*", "parallel.context_parallel_size=2", "data.seq_length=1024",
         "model.layers={3-4: {mamba_num_heads: 4, mamba_num_groups: 4, num_query_groups: 1}}",
     ],
+    "parallel heads": [
+        "HH", "model.position_embedding_type=rope", "model.mamba_rms_norm=false",
+        "model.ssm_multipliers=[1,2,1,1,1]", "model.attention_out_multiplier=0.5",
+        "model.layers={2: {num_query_groups: 8, mamba_state_dim: 64}}",
+    ],
+    "TP2 SP, parallel heads with a factor": [
+        "H-", "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true",
+        "model.activation=swiglu", "model.mlp_multipliers=[0.5,0.5]",
+        "model.attention_in_multiplier=0.5",
+    ],
     "hidden dropout": ["M*-E", "model.hidden_dropout=0.1"],
     "2048 tokens, wider": [
         "M*-E", "data.seq_length=2048", "model.hidden_size=512", "model.mamba_state_dim=128",
@@ -318,7 +328,12 @@ def test_recomputed_activations(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "more"),
-    [("M*-E", []), ("M*-E", ["model.activation=swiglu"]), ("M*-", ["model.add_bias_linear=true"])],
+    [
+        ("M*-E", []),
+        ("M*-E", ["model.activation=swiglu"]),
+        ("M*-", ["model.add_bias_linear=true"]),
+        ("H-", ["model.mamba_rms_norm=false"]),
+    ],
 )
 def test_one_rank_has_the_models_parameters(pattern: str, more: list[str]) -> None:
     """On one rank the only stage has what `model.counts` counts."""

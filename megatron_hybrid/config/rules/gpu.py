@@ -2,7 +2,7 @@
 
 from megatron_hybrid.config.describe import shown
 from megatron_hybrid.config.layers import layers_of
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE
+from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, PARALLEL
 from megatron_hybrid.config.rules.common import (
     Facts,
     Problems,
@@ -132,6 +132,11 @@ def fusions(c: RunConfig, facts: Facts) -> Problems:
                 f"with model.add_bias_linear={shown(bias)}; allowed: false, or swiglu, or gelu "
                 "with bias"
             )
+    if c.gpu.bias_activation_fusion and c.model.mlp_multipliers[0] != 1:
+        yield (
+            "gpu.bias_activation_fusion=true has no kernel for model.mlp_multipliers="
+            f"{shown(c.model.mlp_multipliers)}; allowed: false, or a first one of 1.0"
+        )
     if c.gpu.cross_entropy_fusion_impl != "native" and not c.gpu.cross_entropy_loss_fusion:
         yield (
             f"gpu.cross_entropy_fusion_impl={c.gpu.cross_entropy_fusion_impl} needs "
@@ -156,6 +161,11 @@ def cuda_graphs(c: RunConfig, _: Facts) -> Problems:
         yield (
             "gpu.cuda_graph_impl=local with training.recompute_granularity=full is not supported; "
             "allowed: none, or selective"
+        )
+    if PARALLEL in c.model.hybrid_layer_pattern:
+        yield (
+            "gpu.cuda_graph_impl=local with 'H' layers in model.hybrid_layer_pattern="
+            f"{c.model.hybrid_layer_pattern!r} is not supported; allowed: none"
         )
     if graphed := [name for name in c.training.recompute_modules if name != "core_attn"]:
         yield (

@@ -8,7 +8,7 @@ from megatron_hybrid.config.layers import (
     said_of_layers,
     shown_size,
 )
-from megatron_hybrid.config.pattern import KINDS, parse_pattern
+from megatron_hybrid.config.pattern import KINDS, MAMBA, PARALLEL, parse_pattern
 from megatron_hybrid.config.rules.common import Facts, Problems, Rule
 from megatron_hybrid.config.run import RunConfig
 
@@ -56,7 +56,7 @@ def _whose(key: Key, kinds: str) -> str:
 
 
 def _article(word: str) -> str:
-    return "a" if word == KINDS["M"] else "an"
+    return "a" if word in (KINDS[MAMBA], KINDS[PARALLEL]) else "an"
 
 
 def layer_ranges(c: RunConfig, _: Facts) -> Problems:

@@ -1,8 +1,8 @@
 """Rules of the network itself, whatever it runs on."""
 
 from megatron_hybrid.config.describe import fields, shown
-from megatron_hybrid.config.layers import layers_of
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MOE
+from megatron_hybrid.config.layers import MULTIPLIED, layers_of
+from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, PARALLEL, has_kind, having
 from megatron_hybrid.config.rules.common import (
     Facts,
     Problems,
@@ -17,15 +17,21 @@ _MOE_FIELDS = tuple(
 _SHARED = "moe_shared_expert_intermediate_size"
 
 
+def _layers(pattern: str, kind: str) -> str:
+    """Those that have a kind, as a pattern has them: "'*' layers"."""
+    symbols = (symbol for symbol in having(kind) if symbol in pattern)
+    return f"{' and '.join(map(repr, symbols))} layers"
+
+
 def attention_heads(c: RunConfig, _: Facts) -> Problems:
     """Attention layers need heads, in whole groups."""
     pattern = c.model.hybrid_layer_pattern
-    if ATTENTION not in pattern:
+    if not has_kind(pattern, ATTENTION):
         return
     if c.model.num_attention_heads is None:
         yield (
             f"model.num_attention_heads is not set, and model.hybrid_layer_pattern={pattern!r} has "
-            "'*' layers; it must be a whole number of at least 1"
+            f"{_layers(pattern, ATTENTION)}; it must be a whole number of at least 1"
         )
         return
     for layer in layers_of(c.model, ATTENTION):
@@ -39,9 +45,9 @@ def attention_heads(c: RunConfig, _: Facts) -> Problems:
 def attention_window(c: RunConfig, _: Facts) -> Problems:
     """A window belongs to attention layers and looks back only."""
     pattern, window = c.model.hybrid_layer_pattern, c.model.window_size
-    if window is not None and ATTENTION not in pattern:
+    if window is not None and not has_kind(pattern, ATTENTION):
         yield (
-            f"model.window_size={list(window)} needs a '*' layer in "
+            f"model.window_size={list(window)} needs a '*' or 'H' layer in "
             f"model.hybrid_layer_pattern={pattern!r}; allowed: null"
         )
     windows = {layer.path("window_size"): layer.model for layer in layers_of(c.model, ATTENTION)}
@@ -59,14 +65,15 @@ def attention_mask(c: RunConfig, _: Facts) -> Problems:
     if c.model.attn_mask_type == "causal":
         return
     pattern = c.model.hybrid_layer_pattern
-    if MAMBA in pattern:
+    if has_kind(pattern, MAMBA):
         yield (
-            "model.attn_mask_type=no_mask needs a pattern without 'M' layers, as Mamba-2 reads "
+            "model.attn_mask_type=no_mask needs a pattern without 'M' and 'H' layers, as "
+            "Mamba-2 reads "
             f"from left to right; model.hybrid_layer_pattern={pattern!r}; allowed: causal"
         )
-    elif ATTENTION not in pattern:
+    elif not has_kind(pattern, ATTENTION):
         yield (
-            "model.attn_mask_type=no_mask needs a '*' layer in "
+            "model.attn_mask_type=no_mask needs a '*' or 'H' layer in "
             f"model.hybrid_layer_pattern={pattern!r}; allowed: causal"
         )
     windows = {layer.path("window_size"): layer.model for layer in layers_of(c.model, ATTENTION)}
@@ -102,6 +109,43 @@ def mamba_heads(c: RunConfig, _: Facts) -> Problems:
             layer.path("mamba_num_groups"), layer.model.mamba_num_groups,
             layer.path("mamba_num_heads"), heads,
         )  # fmt: skip
+
+
+def _typed(value: object) -> str:
+    """A value as one types it."""
+    return str(list(value)) if isinstance(value, tuple) else shown(value)
+
+
+def multipliers(c: RunConfig, _: Facts) -> Problems:
+    """A factor needs the layers that it is of, and one on a gate an activation that has one."""
+    pattern = c.model.hybrid_layer_pattern
+    for name, kind in MULTIPLIED.items():
+        path, value = f"model.{name}", getattr(c.model, name)
+        default = fields()[path].default
+        if value != default and not has_kind(pattern, kind):
+            needed = " or ".join(map(repr, having(kind)))
+            article = "an" if kind in (MAMBA, PARALLEL) else "a"
+            yield (
+                f"{path}={_typed(value)} needs {article} {needed} layer in "
+                f"model.hybrid_layer_pattern={pattern!r}; without one, allowed: {_typed(default)}"
+            )
+    gate, output = c.model.mlp_multipliers
+    of_mlps = f"model.mlp_multipliers={_typed(c.model.mlp_multipliers)}"
+    if (gate, output) != (1, 1) and MLP in pattern and MOE in pattern:
+        yield (
+            f"{of_mlps} with 'E' layers in "
+            f"model.hybrid_layer_pattern={pattern!r} is not supported: experts have "
+            "none; allowed: [1.0, 1.0]"
+        )
+    if gate == 1:
+        return
+    activations = {layer.path("activation"): layer.model for layer in layers_of(c.model, MLP)}
+    for path, model in activations.items():
+        if model.activation != "swiglu":
+            yield (
+                f"{of_mlps}: the first is of the gate, of which {path}={model.activation} has "
+                "none; allowed: 1.0, or swiglu"
+            )
 
 
 def moe_only_with_moe_layers(c: RunConfig, _: Facts) -> Problems:
@@ -185,6 +229,7 @@ MODEL: tuple[Rule, ...] = (
     attention_mask,
     rotary_channels,
     mamba_heads,
+    multipliers,
     moe_only_with_moe_layers,
     moe_router,
     moe_balance,

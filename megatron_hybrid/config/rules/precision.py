@@ -4,7 +4,14 @@ from math import lcm
 
 from megatron_hybrid.config.layers import Layer, sorts
 from megatron_hybrid.config.linears import linears
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, parse_pattern
+from megatron_hybrid.config.pattern import (
+    ATTENTION,
+    MAMBA,
+    MLP,
+    PARALLEL,
+    has_kind,
+    parse_pattern,
+)
 from megatron_hybrid.config.phases import sequence_length_fields
 from megatron_hybrid.config.precision import FLOAT8_RECIPES, float8_layers
 from megatron_hybrid.config.ranks import rank_tokens, sequence_ranks, written
@@ -18,7 +25,10 @@ from megatron_hybrid.config.run import RunConfig
 
 _START = "precision.num_layers_at_start_in_bf16"
 _END = "precision.num_layers_at_end_in_bf16"
-_KINDS = {MAMBA: "a Mamba-2 layer", ATTENTION: "an attention layer", MLP: "an MLP layer"}
+_KINDS = {
+    MAMBA: "a Mamba-2 layer", ATTENTION: "an attention layer", MLP: "an MLP layer",
+    PARALLEL: "a layer of parallel heads",
+}  # fmt: skip
 
 
 def float8_only(c: RunConfig, _: Facts) -> Problems:
@@ -112,7 +122,7 @@ def delayed_scaling_resumes(c: RunConfig, facts: Facts) -> Problems:
 def context_parallel_in_fp32(c: RunConfig, facts: Facts) -> Problems:
     """Attention over a sequence that is split has kernels for 16 bits alone."""
     cp = c.parallel.context_parallel_size
-    attends = ATTENTION in c.model.hybrid_layer_pattern
+    attends = has_kind(c.model.hybrid_layer_pattern, ATTENTION)
     if c.precision.weights != "bf16" and cp > 1 and attends and on_transformer_engine(c, facts):
         yield (
             f"{_recipe(c)} with parallel.context_parallel_size={cp} has no attention kernel on the "
@@ -153,7 +163,7 @@ def _width_problem(
     tp = c.parallel.tensor_model_parallel_size
     shared = f" on each of {tp} tensor-parallel ranks" if tp > 1 else ""
     ways = ""
-    if layer.kind == MAMBA and linear == "in_proj" and name == "outputs":
+    if layer.has(MAMBA) and linear == "in_proj" and name == "outputs":
         ways = f"; nearest {layer.path('mamba_num_heads')}: {_near_heads(c, layer, multiple)}"
     whose = _KINDS.get(layer.kind, "a MoE layer")
     if layer.own:
