@@ -154,7 +154,8 @@ def layer_parameters(
     `model` has the layer's own sizes, as that of `config.layers.Layer` has.
 
     Linears, with biases but in Mamba-2; Mamba-2: convolution c(K+1), gated norm i (where there is
-    one), and 3h in fp32; MoE: the router's d*E. Parallel heads: both, with one norm before them.
+    one), and 3h in fp32; MoE: the router's d*E,
+    with biases E more. Parallel heads: both, with one norm before them.
     """
     if kind == PARALLEL:
         parts = [layer_parameters(model, part, tp=tp) for part in made_of(kind)]
@@ -177,7 +178,7 @@ def layer_parameters(
     experts = 0
     if kind == MOE:
         assert model.num_moe_experts is not None
-        dense += model.num_moe_experts * model.hidden_size
+        dense += model.num_moe_experts * (model.hidden_size + model.add_bias_linear)
         experts = model.num_moe_experts // ep
     return Parameters(dense, fp32, experts * of_expert)
 
