@@ -35,6 +35,7 @@ from megatron_hybrid.checkpoint.source_model import source_config
 from megatron_hybrid.checkpoint.threads import default_threads, in_threads
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.effects import differences
+from megatron_hybrid.config.layers import in_the_model
 from megatron_hybrid.fileio import file_errors, write_atomic
 from megatron_hybrid.model.tensor_names import NO_WEIGHTS
 
@@ -113,6 +114,7 @@ def export(
             threads = options.threads or default_threads()
             verify_integrity(reader.folder, saved_config(reader.folder), threads)
         config = source_config(reader, options.model)
+        config = config.model_copy(update={"model": in_the_model(config.model)})
         family = family_for(config.model, options.family)
         weights = {
             name: info

@@ -5,7 +5,12 @@ from importlib import import_module
 from checkpoints_converter.errors import ConversionError
 from checkpoints_converter.family import Family
 from megatron_hybrid.config import ModelConfig
-from megatron_hybrid.config.layers import multiplied, shown_size, unlike_problem
+from megatron_hybrid.config.layers import (
+    in_the_model,
+    multiplied,
+    shown_size,
+    unlike_problem,
+)
 from megatron_hybrid.config.pattern import PARALLEL
 
 # model_type -> module; in the order in which they are tried for a model of ours.
@@ -73,6 +78,7 @@ def family_for(model: ModelConfig, model_type: str | None = None) -> Family:
     """
     if problem := unlike_problem(model, _EXPORT):
         raise ConversionError(problem)
+    model = in_the_model(model)
     reasons = []
     for name in [model_type] if model_type else MODULES:
         candidate = family(name)

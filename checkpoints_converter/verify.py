@@ -32,6 +32,7 @@ from megatron_hybrid.checkpoint.files import find_checkpoint
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.source_model import source_config
 from megatron_hybrid.config import RunConfig
+from megatron_hybrid.config.layers import in_the_model
 from megatron_hybrid.config.pattern import parse_pattern
 from megatron_hybrid.config.sections import GpuConfig, ParallelConfig, PrecisionConfig
 from megatron_hybrid.data.tokenizer import (
@@ -115,6 +116,7 @@ def _alone_in_fp32(config: RunConfig) -> RunConfig:
     no_recompute = dict.fromkeys(RECOMPUTE_FIELDS)
     return config.model_copy(
         update={
+            "model": in_the_model(config.model),
             "parallel": ParallelConfig(expert_tensor_parallel_size=1),
             "gpu": GpuConfig(),
             "precision": PrecisionConfig(recipe="fp32"),

@@ -12,6 +12,7 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
+from megatron_hybrid.config.base import FrozenDict
 from megatron_hybrid.config.model import UNSAID, LayerConfig, ModelConfig
 from megatron_hybrid.config.pattern import (
     ATTENTION,
@@ -267,20 +268,40 @@ def multiplied(model: ModelConfig) -> dict[str, Any]:
     return {name: value for name, value in usual.items() if getattr(model, name) != value}
 
 
+def in_the_model(model: ModelConfig) -> ModelConfig:
+    """The same model with sizes that all layers of a kind have said by itself, not by `layers`.
+
+    As it is where some layers of a kind are unlike, or kinds have unlike values of one field.
+    """
+    every = sorts(model)
+    sizes = {(name, value) for sort in every for name, value in sort.layer.sizes.items()}
+    if not model.layers or any(sort.name != sort.kind for sort in every):
+        return model
+    if len(sizes) != len(dict(sizes)):
+        return model
+    return model.model_copy(update=dict(sizes) | {"layers": FrozenDict()})
+
+
 def unlike_problem(model: ModelConfig, what: str) -> str | None:
-    """Why something that goes by one size of each kind cannot take a model; None: it can.
+    """Why something that goes by one size of each kind cannot take a model; None: it can take
+    `in_the_model` of it.
 
     Args:
         what: that, such as "an export".
     """
-    layer = next((layer for layer in layers(model) if layer.own), None)
-    if layer is None:
+    if not in_the_model(model).layers:
         return None
-    name, value = next(iter(layer.own.items()))
-    return (
-        f"{layer.path(name)}={shown_size(value)}: {what} does not take layers of unlike sizes yet; "
-        f"allowed: those of the model, here {shown_size(getattr(model, name))}"
-    )
+    seen: dict[str, Layer] = {}
+    for layer in (sort.layer for sort in sorts(model)):
+        for name, value in layer.sizes.items():
+            other = seen.setdefault(name, layer)
+            if value != (first := other.sizes[name]):
+                return (
+                    f"layer {layer.number} has {layer.path(name)}={shown_size(value)} and layer "
+                    f"{other.number} {other.path(name)}={shown_size(first)}: {what} does not take "
+                    "layers of unlike sizes yet"
+                )
+    raise AssertionError("layers are unlike in some size")
 
 
 def refuse_unlike(model: ModelConfig, what: str) -> None:

@@ -7,7 +7,14 @@ import pytest
 
 from megatron_hybrid.cli_text import unlike_layers_text
 from megatron_hybrid.config import RunConfig, load_config, rules
-from megatron_hybrid.config.layers import are_unlike, layers, layers_of, sorts, unlike_problem
+from megatron_hybrid.config.layers import (
+    are_unlike,
+    in_the_model,
+    layers,
+    layers_of,
+    sorts,
+    unlike_problem,
+)
 from megatron_hybrid.config.notes import notes
 from megatron_hybrid.config.pattern import parse_pattern
 from tests.config import GOOD
@@ -72,6 +79,22 @@ def test_sorts_are_by_what_layers_are_alike_in() -> None:
         symbols = parse_pattern(model.hybrid_layer_pattern).layers
         assert [layer.kind for layer in layers(model)] == list(symbols)
         assert [len(sort.numbers) for sort in sorts(model)] == [4, 1, 2, 1]
+
+
+def test_sizes_of_whole_kinds_are_the_models() -> None:
+    """For what knows one size of a kind: an export, Megatron-LM's arguments."""
+    said = config("model.layers={M: {mamba_num_heads: 4}, '*': {window_size: [8, 0]}, 2-8:"
+                  " {activation: gelu}}").model  # fmt: skip
+    words = ("model.mamba_num_heads=4", "model.window_size=[8,0]", "model.activation=gelu")
+    assert in_the_model(said) == config(*words).model
+    assert unlike_problem(said, "this") is None
+    first = "layer 3 has model.layers.3.mamba_num_heads=4 and layer 1 model.mamba_num_heads=8: "
+    gelu = "layer 6 has model.activation=squared_relu and layer 2 model.layers.-.activation=gelu"
+    for other, told in (("3.mamba_num_heads=4", first), ("-.activation=gelu", gelu)):
+        other = f"model.layers.{other}"
+        model = config(other).model
+        assert in_the_model(model) == model
+        assert (unlike_problem(model, "this") or "").startswith(told)
 
 
 def test_the_resolved_config_reads_back(tmp_path: Path) -> None:
