@@ -10,8 +10,8 @@ from checkpoints_converter.blocks import (
     common_config,
     common_model,
     common_table,
+    feed_forward,
     mamba_names,
-    prefixes,
     read_mixers,
     rope_config,
     rope_model,
@@ -19,7 +19,7 @@ from checkpoints_converter.blocks import (
 from checkpoints_converter.family import Family
 from checkpoints_converter.fields import Fields, MustBe, NoEffect, Number, Parsed, Rules, Whole
 from checkpoints_converter.mamba_fields import GROUPED_NORM_SINCE, mamba_config, mamba_model
-from checkpoints_converter.weights import Mapping, Names, renamed, split
+from checkpoints_converter.weights import Mapping, Names
 from megatron_hybrid.config import ModelConfig
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP
 
@@ -110,17 +110,7 @@ def model(fields: Fields) -> dict[str, Any]:
 def table(model: ModelConfig, ours: Names, theirs: Names) -> list[Mapping]:
     """Every tensor of a model."""
     norms = ("model.final_layernorm.weight", "pre_ff_layernorm")
-    mappings = common_table(model, ours, theirs, *norms)
-    h, f = model.hidden_size, model.ffn_hidden_size
-    assert f is not None
-    for number in range(len(blocks(model))):
-        (_, our), block = prefixes(number)
-        their = f"{block}feed_forward."
-        gate, up = ((f"{their}{name}_proj.weight", (f, h)) for name in ("gate", "up"))
-        mappings.append(split(f"{our}mlp.linear_fc1.weight", [gate, up]))
-        down = (f"{our}mlp.linear_fc2.weight", f"{their}down_proj.weight")
-        mappings.append(renamed(*down, (h, f)))
-    return mappings
+    return common_table(model, ours, theirs, *norms) + feed_forward(model)
 
 
 FAMILY = Family(

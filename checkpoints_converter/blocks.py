@@ -8,7 +8,6 @@ from typing import Any
 from checkpoints_converter import layers
 from checkpoints_converter.common_fields import COMMON
 from checkpoints_converter.fields import (
-    MOST,
     MOST_LAYERS,
     Fields,
     MustBe,
@@ -18,9 +17,18 @@ from checkpoints_converter.fields import (
     Whole,
 )
 from checkpoints_converter.mamba_fields import MambaNames, cannot_hold_mamba, mamba_rules
-from checkpoints_converter.weights import Mapping, Names, renamed
+from checkpoints_converter.weights import Mapping, Names, renamed, split
+from megatron_hybrid.bounds import MOST_TOKENS
 from megatron_hybrid.config import ModelConfig
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, parse_pattern
+from megatron_hybrid.config.pattern import (
+    ATTENTION,
+    MAMBA,
+    MLP,
+    MOE,
+    has_kind,
+    made_of,
+    parse_pattern,
+)
 
 DEFAULT_ROPE_THETA = 10000.0
 _ROTARY_PERCENT = Number(above=0, below=1 + 2**-52)  # up to all
@@ -50,18 +58,22 @@ def blocks(model: ModelConfig) -> list[tuple[str, str]]:
     return list(zip(pattern[::2], pattern[1::2], strict=False))
 
 
-def cannot_hold_blocks(model: ModelConfig, second: str) -> list[str]:
+def cannot_hold_blocks(
+    model: ModelConfig, second: str, mixers: str = MAMBA + ATTENTION, *, by_expand: bool = True
+) -> list[str]:
     """Why a family of such blocks cannot compute what a model of ours computes.
 
     Args:
         second: symbols that may follow a mixer, the same in every block.
+        mixers: symbols that a block may begin with.
+        by_expand: as of `cannot_hold_mamba`.
     """
     pattern = parse_pattern(model.hybrid_layer_pattern).layers
     kinds = set(pattern[1::2])
-    if len(pattern) % 2 or set(pattern[::2]) - {MAMBA, ATTENTION} or kinds - set(second):
-        choices = " or ".join(f"'{mixer}{other}'" for other in second for mixer in "M*")
+    if len(pattern) % 2 or set(pattern[::2]) - set(mixers) or kinds - set(second):
+        choices = " or ".join(f"'{mixer}{other}'" for other in second for mixer in mixers)
         return [f"model.hybrid_layer_pattern={pattern!r} must be of {choices} only"]
-    problems = cannot_hold_mamba(model)
+    problems = cannot_hold_mamba(model, by_expand=by_expand)
     if len(kinds) > 1:
         problems.append(f"model.hybrid_layer_pattern={pattern!r} must have one kind of MLP only")
     if model.activation != "swiglu":
@@ -72,7 +84,7 @@ def cannot_hold_blocks(model: ModelConfig, second: str) -> list[str]:
         problems.append(
             f"model.attn_mask_type={model.attn_mask_type} must be causal: its attention is"
         )
-    if ATTENTION in pattern and model.window_size is not None:
+    if has_kind(pattern, ATTENTION) and model.window_size is not None:
         problems.append(
             f"model.window_size={list(model.window_size)} must be null: its attention has no window"
         )
@@ -89,7 +101,7 @@ def common_config(model: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "time_step_limit": [0.0, {"__float__": "Infinity"}],
     }
-    if ATTENTION not in model.hybrid_layer_pattern:
+    if not has_kind(model.hybrid_layer_pattern, ATTENTION):
         # Its config wants heads even where nothing has them.
         return fields | {"num_attention_heads": 1, "num_key_value_heads": 1}
     assert model.num_attention_heads is not None
@@ -146,7 +158,7 @@ def common_model(fields: Fields, pattern: str, names: MambaNames) -> dict[str, A
         "init_method_std": fields["initializer_range"],
         "untie_embeddings_and_output_weights": not fields["tie_word_embeddings"],
     }
-    if ATTENTION in pattern:
+    if has_kind(pattern, ATTENTION):
         heads = fields["num_attention_heads"]
         if not fields.given("head_dim") and hidden_size % heads:
             fields.problems.append(
@@ -182,7 +194,7 @@ def _rope_parameters(value: Any) -> dict[str, Any]:
 
 def _rope_theta(value: Any) -> int:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and 1 <= value < MOST and value == int(value):
+    if is_number and 1 <= value < MOST_TOKENS and value == int(value):
         return int(value)
     raise ValueError("must be a whole number of at least 1")
 
@@ -244,10 +256,25 @@ def common_table(
         mappings.append(
             layers.norm(model, second, our_second, f"{their}{second_norm}.weight", ours)
         )
-        if mixer == MAMBA:
+        if MAMBA in made_of(mixer):
             mappings += layers.mamba(model, our, f"{their}mamba.")
-        else:
+        if ATTENTION in made_of(mixer):
             mappings += layers.attention(model, our, f"{their}self_attn.")
+    return mappings
+
+
+def feed_forward(model: ModelConfig) -> list[Mapping]:
+    """The MLP of every block, its gate and up [f, h] apart."""
+    h, f = model.hidden_size, model.ffn_hidden_size
+    assert f is not None
+    mappings = []
+    for number in range(len(blocks(model))):
+        (_, our), block = prefixes(number)
+        their = f"{block}feed_forward."
+        gate, up = ((f"{their}{name}_proj.weight", (f, h)) for name in ("gate", "up"))
+        mappings.append(split(f"{our}mlp.linear_fc1.weight", [gate, up]))
+        down = (f"{our}mlp.linear_fc2.weight", f"{their}down_proj.weight")
+        mappings.append(renamed(*down, (h, f)))
     return mappings
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from math import inf, isfinite
 from typing import Any
 
+from megatron_hybrid.config.pattern import has_kind
+
 MOST = 2**31 - 1  # of any size: what indexes a tensor's rows
 MOST_LAYERS = 10_000
 _SHOWN = 60  # characters of a value in a problem
@@ -51,7 +53,7 @@ class Rule:
 
     def matters(self, layers: str) -> bool:
         """Whether it does to a model of these layers."""
-        return not self.layers or any(symbol in layers for symbol in self.layers)
+        return not self.layers or any(has_kind(layers, kind) for kind in self.layers)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,6 +70,7 @@ def mamba(model: ModelConfig, our: str, their: str) -> list[Mapping]:
         stored = [(f"{our}mixer.{name}.{part}", (rows[part], *rest)) for part in parts]
         return concatenated(stored, their + name)
 
+    norm = [renamed(f"{our}mixer.norm.weight", f"{their}norm.weight", (d,))]
     return [
         packed("in_proj.weight", ("z", "x", "B", "C", "dt"), h),
         packed("conv1d.weight", ("x", "B", "C"), 1, CONV_KERNEL),
@@ -78,7 +79,7 @@ def mamba(model: ModelConfig, our: str, their: str) -> list[Mapping]:
             renamed(f"{our}mixer.{name}", their + name, (heads,), fp32=True)
             for name in ("A_log", "D", "dt_bias")
         ),
-        renamed(f"{our}mixer.norm.weight", f"{their}norm.weight", (d,)),
+        *(norm if model.mamba_rms_norm else []),
         renamed(f"{our}mixer.out_proj.weight", f"{their}out_proj.weight", (h, d)),
     ]
 

@@ -13,7 +13,7 @@ from checkpoints_converter.fields import (
     Whole,
 )
 from megatron_hybrid.config import ModelConfig
-from megatron_hybrid.config.pattern import MAMBA
+from megatron_hybrid.config.pattern import MAMBA, has_kind
 from megatron_hybrid.model.counts import CONV_KERNEL
 
 GATED_NORM_EPSILON = 1e-5  # fixed in megatron-core's mixer and in ours
@@ -40,19 +40,23 @@ class MambaNames:
     activation: str = "hidden_act"
 
 
-def cannot_hold_mamba(model: ModelConfig) -> list[str]:
-    """Why transformers' mixers of these families cannot compute what ours does."""
-    if MAMBA not in model.hybrid_layer_pattern:
+def cannot_hold_mamba(model: ModelConfig, *, by_expand: bool = True) -> list[str]:
+    """Why transformers' mixers of these families cannot compute what ours does.
+
+    Args:
+        by_expand: the number of inner channels is said as a multiple of the hidden size.
+    """
+    if not has_kind(model.hybrid_layer_pattern, MAMBA):
         return []
     problems = []
-    if model.layernorm_epsilon != GATED_NORM_EPSILON:
+    if model.mamba_rms_norm and model.layernorm_epsilon != GATED_NORM_EPSILON:
         problems.append(
             f"model.layernorm_epsilon={model.layernorm_epsilon} must be {GATED_NORM_EPSILON}: "
             "the gated norm has the same epsilon"
         )
     assert model.mamba_num_heads is not None
     inner = model.mamba_num_heads * model.mamba_head_dim
-    if inner % model.hidden_size:
+    if by_expand and inner % model.hidden_size:
         problems.append(
             f"model.mamba_num_heads={model.mamba_num_heads} of "
             f"model.mamba_head_dim={model.mamba_head_dim} make {inner} channels, which must be a "
@@ -71,7 +75,7 @@ def mamba_config(model: ModelConfig, names: MambaNames) -> dict[str, Any]:
         names.proj_bias: False,
         names.chunk_size: CHUNK_SIZE,
     }
-    if MAMBA not in model.hybrid_layer_pattern:
+    if not has_kind(model.hybrid_layer_pattern, MAMBA):
         # Its config checks the sizes even where nothing has them.
         return common | {names.heads[0]: 1, names.head_dim[0]: model.hidden_size,
                          names.expand[0]: 1}  # fmt: skip
@@ -120,16 +124,24 @@ def mamba_rules(names: MambaNames) -> Rules:
 
 def mamba_model(fields: Fields, names: MambaNames, hidden_size: int) -> dict[str, Any]:
     """Our fields of a config.json; what a mixer of ours cannot compute goes to the problems."""
-    epsilon = names.epsilon[0]
-    refuse_other_epsilon(fields, epsilon)
+    refuse_other_epsilon(fields, names.epsilon[0])
+    inner = fields[names.expand[0]] * hidden_size
+    return mamba_sizes(fields, names, inner, f"{names.expand[0]} * hidden_size")
+
+
+def mamba_sizes(fields: Fields, names: MambaNames, inner: int, whose: str) -> dict[str, Any]:
+    """Our fields of a mixer's sizes.
+
+    Args:
+        inner: channels of all heads.
+        whose: what says them.
+    """
     name = names.head_dim[0]
-    heads, inner = fields[names.heads[0]], fields[names.expand[0]] * hidden_size
-    auto = fields[name] == "auto"
-    head_dim = max(1, inner // heads) if auto else fields[name]
+    heads = fields[names.heads[0]]
+    head_dim = max(1, inner // heads) if fields[name] == "auto" else fields[name]
     if heads * head_dim != inner:
         fields.problems.append(
-            f"{names.heads[0]}={heads} of {name}={head_dim} must make {names.expand[0]} * "
-            f"hidden_size = {inner} channels"
+            f"{names.heads[0]}={heads} of {name}={head_dim} must make {whose} = {inner} channels"
         )
     return {
         "mamba_num_heads": heads,

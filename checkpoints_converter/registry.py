@@ -19,12 +19,12 @@ MODULES = {
     "mamba2": "checkpoints_converter.mamba2",
     "bamba": "checkpoints_converter.bamba",
     "granitemoehybrid": "checkpoints_converter.granitemoehybrid",
+    "falcon_h1": "checkpoints_converter.falcon_h1",
 }
 
 
 # Families that come to mind, and why our layers cannot hold them exactly.
 _NOT_HELD = {
-    "falcon_h1": "its layers add attention and Mamba-2 of one input; a layer here is one of them",
     "zamba2": "its attention layers share their weights; here each has its own",
 }
 

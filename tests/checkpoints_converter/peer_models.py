@@ -53,7 +53,7 @@ def randomized(model: Any) -> Any:
     with torch.no_grad():
         for name, tensor in named:
             leaf = name.rpartition(".")[2]
-            if leaf.endswith("inv_freq"):
+            if leaf.endswith("inv_freq") or leaf == "mup_vector":
                 continue
             noise = torch.randn(tensor.shape, generator=draws)
             if leaf == "A_log":

@@ -64,6 +64,27 @@ def granite(**fields: Any) -> Any:
     return randomized(GraniteMoeHybridForCausalLM(GraniteMoeHybridConfig(**BLOCKS | own | fields)))
 
 
+# Of released models: factors on everything.
+FACTORS = {
+    "key_multiplier": 0.39, "attention_in_multiplier": 1.1, "attention_out_multiplier": 0.94,
+    "ssm_in_multiplier": 1.25, "ssm_out_multiplier": 0.24, "embedding_multiplier": 5.7,
+    "lm_head_multiplier": 0.3, "mlp_multipliers": [0.88, 0.59],
+    "ssm_multipliers": [0.35, 0.25, 0.5, 1.4, 0.7],
+}  # fmt: skip
+
+
+def falcon(**fields: Any) -> Any:
+    from transformers import FalconH1Config, FalconH1ForCausalLM
+
+    own = {"num_hidden_layers": 2, "mamba_d_ssm": 96, "mamba_rms_norm": False}
+    sizes = {name: value for name, value in BLOCKS.items() if name != "mamba_expand"}
+    return randomized(FalconH1ForCausalLM(FalconH1Config(**sizes | own | fields)))
+
+
+def with_norm(**fields: Any) -> Any:
+    return falcon(mamba_rms_norm=True, mamba_norm_before_gate=False, **fields)
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "mamba2": mamba2,
     "mamba2, one group": lambda: mamba2(n_groups=1, expand=3, num_heads=24, head_dim=6),
@@ -78,6 +99,32 @@ MODELS: dict[str, Callable[[], Any]] = {
     "granite, no positions": lambda: granite(
         num_local_experts=4, position_embedding_type=None, tie_word_embeddings=True
     ),
+    "falcon": falcon,
+    "falcon, factors": lambda: falcon(**FACTORS),
+    "falcon, tied": lambda: falcon(tie_word_embeddings=True, **FACTORS),
+    "falcon, factors of the ends": lambda: falcon(embedding_multiplier=3.0, lm_head_multiplier=0.1),
+    "falcon, factors of attention": lambda: falcon(
+        key_multiplier=0.5, attention_in_multiplier=0.7, attention_out_multiplier=1.3
+    ),
+    "falcon, factors of Mamba-2": lambda: falcon(
+        ssm_in_multiplier=1.25, ssm_out_multiplier=0.24, ssm_multipliers=[0.5, 0.25, 2.0, 1.5, 0.7]
+    ),
+    "falcon, factors of MLPs": lambda: falcon(mlp_multipliers=[0.88, 0.59]),
+    "falcon, norm after the gate": with_norm,
+    "falcon, norm of one group": lambda: with_norm(mamba_n_groups=1, **FACTORS),
+    "falcon, norm of four groups": lambda: with_norm(mamba_n_groups=4, num_key_value_heads=4),
+    "falcon, head sizes": lambda: falcon(
+        head_dim=20,
+        mamba_n_heads=6,
+        mamba_d_head=10,
+        mamba_d_ssm=60,
+        mamba_n_groups=3,
+        mamba_d_state=7,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e11},
+        **FACTORS,
+    ),
+    "falcon, multi-query": lambda: falcon(num_key_value_heads=1, mamba_n_groups=8, **FACTORS),
+    "falcon, epsilon": lambda: falcon(rms_norm_eps=1e-3),
 }
 
 
@@ -153,6 +200,20 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, tuple[Any, str]]]] = {
             "rope_theta": (True, "rope_theta=True must be a whole number"),
         },
     ),
+    "falcon_h1": (
+        {"num_hidden_layers": 2, "mamba_d_head": 8},
+        {
+            "mamba_rms_norm": (True, "mamba_norm_before_gate=None must be False with mamba_rms_n"),
+            "mamba_d_ssm": (1000, "mamba_n_heads=128 of mamba_d_head=8 must make mamba_d_ssm = 10"),
+            "projectors_bias": (True, "projectors_bias=True must be False"),
+            "attention_bias": (True, "attention_bias=True must be False"),
+            "attn_layer_indices": ([0], "attn_layer_indices=[0] must be None"),
+            "ssm_multipliers": ([1.0], "ssm_multipliers=[1.0] must be 5 numbers above 0"),
+            "mlp_multipliers": ([1.0, 0.0], "mlp_multipliers=[1.0, 0.0] must be a number above 0"),
+            "key_multiplier": (0.0, "key_multiplier=0.0 must be a number above 0"),
+            "lm_head_multiplier": (None, "lm_head_multiplier=None must be a number above 0"),
+        },
+    ),
 }  # fmt: skip
 
 
@@ -174,6 +235,7 @@ BASE = {
     "num_attention_heads": 4, "mamba_head_dim": 16, "mamba_num_groups": 2, "vocab_size": 64,
     "position_embedding_type": "rope",
 }  # fmt: skip
+HEADS = BASE | {"hybrid_layer_pattern": "H-H-", "key_multiplier": 0.5}
 EXPERTS = BASE | {
     "hybrid_layer_pattern": "ME*E", "num_moe_experts": 4, "moe_ffn_hidden_size": 32,
     "moe_shared_expert_intermediate_size": 32,
@@ -198,6 +260,10 @@ NOT_EXPORTED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         {"attn_mask_type": "no_mask"}, "model.attn_mask_type='no_mask'",
     ),
     ("bamba", BASE, {"layers": {"2": {"ffn_hidden_size": 32}}}, "layers.2.ffn_hidden_size=32"),
+    ("falcon_h1", HEADS, {"hybrid_layer_pattern": "H-M-"}, "must be of 'H-' only"),
+    ("falcon_h1", HEADS, {"position_embedding_type": "none"}, "must be rope"),
+    ("falcon_h1", HEADS, {"rotary_percent": 0.5}, "model.rotary_percent=0.5 must be 1.0"),
+    ("falcon_h1", HEADS, {"layernorm_epsilon": 1e-6}, "model.layernorm_epsilon=1e-06"),
     ("bamba", BASE, {"layernorm_epsilon": 1e-6}, "model.layernorm_epsilon=1e-06"),
     ("granitemoehybrid", EXPERTS, {"rotary_percent": 0.5}, "model.rotary_percent=0.5"),
     ("granitemoehybrid", EXPERTS, {"hybrid_layer_pattern": "ME*-"}, "one kind of MLP"),

@@ -17,7 +17,14 @@ from checkpoints_converter.fields import Fields, Flag, MustBe, NoEffect, Number,
 from checkpoints_converter.registry import MODULES, family
 from megatron_hybrid.config import ModelConfig
 from tests.checkpoints_converter.peer_models import VOCAB_SIZE, nemotron_h, tokens
-from tests.checkpoints_converter.test_families import bamba, granite, mamba2, model_config
+from tests.checkpoints_converter.test_families import (
+    FACTORS,
+    bamba,
+    granite,
+    mamba2,
+    model_config,
+    with_norm,
+)
 
 # A tiny model of each family, with every kind of layer that it has.
 MODELS = {
@@ -27,6 +34,7 @@ MODELS = {
     "granitemoehybrid": lambda **fields: granite(
         num_local_experts=4, num_experts_per_tok=2, **fields
     ),
+    "falcon_h1": lambda **fields: with_norm(mamba_d_ssm=None, **fields),
 }
 # Read by the modeling code of a config, and no field of a config.json.
 NO_FIELDS = {"get_text_config"}
@@ -243,6 +251,7 @@ USED: dict[str, Any] = {
     "mlp_hidden_act": "gelu", "mamba_hidden_act": "gelu", "hidden_act": "gelu", "head_dim": 14,
     "intermediate_size": 99, "position_embedding_type": "nope", "mamba_d_head": 3,
     "normalization_function": "layernorm", "time_step_limit": [0.0, 1.0],
+    "ssm_multipliers": [2.0] * 5, "mlp_multipliers": [2.0, 2.0],
 }  # fmt: skip
 
 OURS: dict[str, dict[str, Any]] = {
@@ -263,6 +272,11 @@ OURS: dict[str, dict[str, Any]] = {
         "hybrid_layer_pattern": "ME*E", "hidden_size": 64, "num_attention_heads": 4,
         "mamba_head_dim": 16, "mamba_num_groups": 2, "activation": "swiglu",
         "num_moe_experts": 4, "moe_shared_expert_intermediate_size": 32,
+    },
+    "falcon_h1": {
+        "hybrid_layer_pattern": "H-H-", "hidden_size": 64, "num_attention_heads": 4,
+        "mamba_head_dim": 12, "mamba_num_heads": 6, "mamba_num_groups": 2, "activation": "swiglu",
+        "position_embedding_type": "rope", "mamba_rms_norm": False, **FACTORS,
     },
 }  # fmt: skip
 
