@@ -115,7 +115,7 @@ def _hidden(config: RunConfig, model: Any) -> Tensor:
 def _layers(config: RunConfig, model: Any) -> Cost:
     hidden = _hidden(config, model)
     rotary = None
-    if config.model.position_embedding_type == "rope":
+    if model.position_embedding_type == "rope":  # which a model without attention has not
         rotary = model.rotary_pos_emb(config.data.seq_length)
 
     def forward() -> Tensor:

@@ -67,6 +67,7 @@ def test_measured_costs() -> None:
     text = plan(
         "tiny", "data.tokenizer_type=null", "model.vocab_size=4096", "--gpus", "4",
         "parallel.pipeline_model_parallel_size=2", "--balance", "--measure",
+        "model.position_embedding_type=rope",
     )  # fmt: skip
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line[:2] == "  "}
     for kind in ("M", "*", "-", "E", "embedding", "output"):
