@@ -7,8 +7,8 @@ from types import MappingProxyType
 from typing import Any
 
 from megatron_hybrid.config import RunConfig, build_config, rules
-from megatron_hybrid.config.layers import sort_of_each, sorts
-from megatron_hybrid.config.pattern import parse_pattern
+from megatron_hybrid.config.layers import layers_of, sort_of_each, sorts
+from megatron_hybrid.config.pattern import MOE, parse_pattern
 from megatron_hybrid.config.phases import sequence_lengths
 from megatron_hybrid.errors import ConfigError, UserError
 from megatron_hybrid.planner.balance import Balancer
@@ -151,14 +151,13 @@ def _candidates(
     """Sizes of the layout, micro batch and recomputation, as far as simple divisions allow."""
     model, batch = config.model, config.training.global_batch_size
     layers = parse_pattern(model.hybrid_layer_pattern).num_layers
+    experts = min((layer.model.num_moe_experts or 1 for layer in layers_of(model, MOE)), default=1)
     cps = _powers(16 if max(sequence_lengths(config)) > SHORT_TOKENS else 2)
     for tp, cp, pp in product(_powers(gpu.gpus_per_node), list(cps), PIPELINES):
         if world_size % (tp * cp * pp) or pp > layers:
             continue
         dp = world_size // (tp * cp * pp)
-        for ep, chunks, micro in product(
-            _powers(model.num_moe_experts or 1), CHUNKS, MICRO_BATCHES
-        ):
+        for ep, chunks, micro in product(_powers(experts), CHUNKS, MICRO_BATCHES):
             count, rest = divmod(batch, micro * dp)
             if rest or pp * chunks > layers or (pp == 1 and chunks > 1):
                 continue

@@ -45,6 +45,14 @@ def test_experts_are_divided() -> None:
     assert {offer.config.parallel.expert_model_parallel_size for offer in offers} - {1}
 
 
+def test_layers_of_unlike_experts_are_divided_together() -> None:
+    """Over no more ranks than the layer with the fewest has, whatever the model's number is."""
+    experts = "model.num_moe_experts=16", "model.layers.2.num_moe_experts=2"
+    words = ("tiny", *DATA, *experts, "model.hybrid_layer_pattern=MEME", "--train-iters", "1")
+    offers = search(load_config(words, which=rules.NO_FILES), 4, GPUS["h100"], 9)
+    assert {offer.config.parallel.expert_model_parallel_size for offer in offers} == {1, 2}
+
+
 def test_nothing_fits() -> None:
     """56 billion parameters on one GPU: what the smallest layout takes, and what there is."""
     config = load_config(["nemotron_h_56b", *DATA], which=rules.NO_FILES)
