@@ -132,3 +132,17 @@ def test_sizes_that_no_layer_has_are_noted() -> None:
     words = ("model.mamba_state_dim=64", "model.layers.M.mamba_state_dim=16")
     assert said in notes(config(*words))
     assert said not in notes(config(words[0], "model.layers.3.mamba_state_dim=16"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["backend=transformer_engine", "--bias-activation-fusion",
+         "model.layers={-: {activation: swiglu}, E: {activation: swiglu}}"],
+        ["--hybrid-layer-pattern", "*-E", "--attn-mask-type", "no_mask", "--window-size", "64,0",
+         "model.layers.*.window_size=null"],
+    ],
+)  # fmt: skip
+def test_sizes_that_no_layer_has_break_no_rule(words: list[str]) -> None:
+    """Where each layer says its own, the model's may be what no layer could be."""
+    config(*words)

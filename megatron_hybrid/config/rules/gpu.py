@@ -119,11 +119,11 @@ def fusions(c: RunConfig, facts: Facts) -> Problems:
             "fused_weight_gradient_mlp_cuda, which cannot be imported here; allowed: false"
         )
     bias = c.model.add_bias_linear
-    activations = {"model.activation": c.model.activation} | {
+    activations = {
         layer.path("activation"): layer.model.activation
         for kind in (MLP, MOE)
         for layer in layers_of(c.model, kind)
-    }
+    } or {"model.activation": c.model.activation}
     for path, activation in activations.items():
         fused = activation == "swiglu" or (activation == "gelu" and bias)
         if c.gpu.bias_activation_fusion and not fused:

@@ -77,7 +77,7 @@ def attention_mask(c: RunConfig, _: Facts) -> Problems:
             f"model.hybrid_layer_pattern={pattern!r}; allowed: causal"
         )
     windows = {layer.path("window_size"): layer.model for layer in layers_of(c.model, ATTENTION)}
-    for path, model in ({"model.window_size": c.model} | windows).items():
+    for path, model in (windows or {"model.window_size": c.model}).items():
         if model.window_size is not None:
             yield (
                 f"{path}={list(model.window_size)} looks back only; with "
