@@ -13,16 +13,17 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_hybrid.config.layers import layers_of, multiplied, shown_size
+from megatron_hybrid.config.layers import layers_of
 from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, PARALLEL
+from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, PARALLEL, parse_pattern
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.generation.batch import Batch
 from megatron_hybrid.generation.cache import MambaSlots, Pages, States
-from megatron_hybrid.generation.layers.attention import AttentionLayer, Rotary
-from megatron_hybrid.generation.layers.mamba import MambaLayer
+from megatron_hybrid.generation.layers.attention import Attention, AttentionLayer, Rotary
+from megatron_hybrid.generation.layers.mamba import MambaLayer, MambaMixer
 from megatron_hybrid.generation.layers.mlp import MlpLayer
 from megatron_hybrid.generation.layers.moe import MoeLayer
+from megatron_hybrid.generation.layers.parallel_heads import ParallelHeadsLayer
 from megatron_hybrid.generation.linears import Group, Linear, Norm, sum_over
 from megatron_hybrid.generation.params import Limits
 from megatron_hybrid.ops.bf16 import through_fp32
@@ -46,21 +47,22 @@ class Decoder:
     def __init__(self, chunks: list[torch.nn.Module], model: ModelConfig) -> None:
         self._wrapped, self._model = chunks, model
         self.chunks: list[Any] = [_unwrapped(chunk) for chunk in chunks]
-        _refuse_unknown(self.chunks, model)
+        _refuse_unknown(self.chunks)
         self._tp = _unless_alone(parallel_state.get_tensor_model_parallel_group())
         self._pp = parallel_state.get_pipeline_model_parallel_group()
         experts = _unless_alone(parallel_state.get_expert_tensor_and_model_parallel_group())
         self.stages: list[list[Any]] = []
+        symbols = parse_pattern(model.hybrid_layer_pattern).layers
         for chunk in self.chunks:
             kinds = {
                 MAMBA: lambda layer: MambaLayer(layer, self._tp),
                 ATTENTION: lambda layer: AttentionLayer(layer, self._tp),
-                MLP: lambda layer: MlpLayer(layer, self._tp),
+                MLP: lambda layer: MlpLayer(layer, self._tp, model.mlp_multipliers[1]),
                 MOE: lambda layer: MoeLayer(layer, self._tp, experts),
+                PARALLEL: lambda layer: ParallelHeadsLayer(layer, self._tp),
             }
-            symbols = chunk.decoder.layer_type_list
             self.stages.append(
-                [kinds[s](layer) for s, layer in zip(symbols, chunk.decoder.layers, strict=True)]
+                [kinds[symbols[layer.layer_number - 1]](layer) for layer in chunk.decoder.layers]
             )
         first, last = self.chunks[0], self.chunks[-1]
         self.first, self.last = bool(first.pre_process), bool(last.post_process)
@@ -70,7 +72,7 @@ class Decoder:
         # By the channels that rotate, where layers are unlike.
         self.rotaries: dict[int | None, Rotary] = {}
         if getattr(first, "position_embedding_type", "none") == "rope":
-            for layer in self._of(AttentionLayer):
+            for layer in self._of(Attention):
                 if layer.rotates and layer.rotated not in self.rotaries:
                     made = layer.rotary(first.rotary_pos_emb, self.dtype)
                     self.rotaries[layer.rotated] = made
@@ -82,7 +84,7 @@ class Decoder:
 
     def make_states(self, limits: Limits) -> States:
         """Allocate what the layers of this rank keep of sequences."""
-        mamba, attention = self._of(MambaLayer), self._of(AttentionLayer)
+        mamba, attention = self._of(MambaMixer), self._of(Attention)
         for mixer in mamba:
             mixer.take(MambaSlots(mixer.parameters, limits.max_sequences))
         pages = -(-limits.max_tokens // limits.page_tokens)
@@ -103,8 +105,10 @@ class Decoder:
         return self.states
 
     def _of[T](self, kind: type[T]) -> list[T]:
-        """This rank's layers of one kind."""
-        return [layer for stage in self.stages for layer in stage if isinstance(layer, kind)]
+        """This rank's layers of one kind, and the parts of layers that are of it."""
+        layers = [layer for stage in self.stages for layer in stage]
+        parts = [part for layer in layers for part in (layer, *vars(layer).values())]
+        return [part for part in parts if isinstance(part, kind)]
 
     def refresh(self) -> None:
         """Take the parameters up again, as after steps of training."""
@@ -136,13 +140,16 @@ class Decoder:
         for index, (chunk, stage) in enumerate(zip(self.chunks, self.stages, strict=True)):
             if self.first and index == 0:
                 hidden = self._embed(chunk, batch.tokens)
+                if self._model.embedding_multiplier != 1:
+                    hidden = hidden.mul_(self._model.embedding_multiplier)
             else:
                 hidden = self._receive(len(batch.tokens))
             for layer in stage:
                 if isinstance(layer, MambaLayer):
                     hidden = layer(hidden, batch)
-                elif isinstance(layer, AttentionLayer):
-                    rotary = rotaries.get(layer.rotated) if layer.rotates else None
+                elif isinstance(layer, AttentionLayer | ParallelHeadsLayer):
+                    heads = layer.attention if isinstance(layer, ParallelHeadsLayer) else layer
+                    rotary = rotaries.get(heads.rotated) if heads.rotates else None
                     hidden = layer(hidden, batch, rotary)
                 else:
                     hidden = layer(hidden)
@@ -153,7 +160,10 @@ class Decoder:
         assert hidden is not None
         if batch.wanted is not None:
             hidden = hidden[batch.wanted]
-        return self._gathered(self.output(self.final_norm(hidden))).float()
+        logits = self.output(self.final_norm(hidden))
+        if self._model.lm_head_multiplier != 1:
+            logits = logits.mul_(self._model.lm_head_multiplier)
+        return self._gathered(logits).float()
 
     def _embed(self, chunk: Any, tokens: Tensor) -> Tensor:
         """`[T]` -> `[T, h]`; each TP rank has the rows of some ids."""
@@ -215,18 +225,8 @@ def _unwrapped(chunk: Any) -> Any:
     return chunk
 
 
-def _refuse_unknown(chunks: list[Any], model: ModelConfig) -> None:
+def _refuse_unknown(chunks: list[Any]) -> None:
     problems = []
-    if PARALLEL in model.hybrid_layer_pattern:
-        problems.append(
-            f"model.hybrid_layer_pattern={model.hybrid_layer_pattern!r}: texts are not generated "
-            "by 'H' layers yet; allowed: M, *, -, E"
-        )
-    for name, usual in multiplied(model).items():
-        problems.append(
-            f"model.{name}={shown_size(getattr(model, name))}: texts are not generated with it "
-            f"yet; allowed: {shown_size(usual)}"
-        )
     config = chunks[0].config
     if config.context_parallel_size > 1:
         problems.append(

@@ -21,7 +21,8 @@ from megatron_hybrid.ops.ssd.buffers import WORKSPACE, Sizes
 
 class CoreParameters(NamedTuple):
     """Of one mixer, in the computing dtype: conv_weight `[k, c]`, conv_bias `[c]`; dt_bias
-    `[h]`, A (negative) and D `[h, 1]`; norm_weight `[d]`, by groups of `norm.group_size`."""
+    `[h]`, A (negative) and D `[h, 1]`; norm_weight `[d]`, of groups of `norm.group_size`,
+    or None."""
 
     sizes: Sizes
     conv_weight: Tensor
@@ -29,8 +30,8 @@ class CoreParameters(NamedTuple):
     dt_bias: Tensor
     A: Tensor
     D: Tensor
-    norm_weight: Tensor
-    norm: Norm
+    norm_weight: Tensor | None
+    norm: Norm | None
 
 
 def empty_states(
@@ -135,7 +136,8 @@ class Mamba2Step:
         self.y_by_head.addcmul_(x, D)
 
         y = self.y_flat.mul_(F.silu(z))
-        grouped = y.view(y.shape[0], -1, norm.group_size)
-        grouped.mul_(inverse_rms(grouped, self.eps))
-        y.mul_(norm_weight)
+        if norm is not None and norm_weight is not None:
+            grouped = y.view(y.shape[0], -1, norm.group_size)
+            grouped.mul_(inverse_rms(grouped, self.eps))
+            y.mul_(norm_weight)
         return y if wide is zxbcdt else y.to(zxbcdt.dtype)

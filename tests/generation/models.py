@@ -40,6 +40,16 @@ MODELS = {
                       " mamba_state_dim: 8}, 3: {activation: swiglu}, 8: {activation: gelu,"
                       " moe_ffn_hidden_size: 36, num_moe_experts: 3, moe_router_topk: 1,"
                       " moe_shared_expert_intermediate_size: null}}", *MOE],
+    "parallel heads": ["model.hybrid_layer_pattern=H-*MH", "model.activation=swiglu",
+                       "model.position_embedding_type=rope", "model.mamba_rms_norm=false",
+                       "model.key_multiplier=0.7", "model.ssm_multipliers=[0.4,0.6,1.5,0.8,1.2]",
+                       "model.ssm_in_multiplier=1.25", "model.ssm_out_multiplier=0.6",
+                       "model.attention_in_multiplier=0.9", "model.attention_out_multiplier=0.8",
+                       "model.mlp_multipliers=[0.9,0.6]", "model.embedding_multiplier=3",
+                       "model.lm_head_multiplier=0.5", "model.add_bias_linear=true",
+                       "model.layers={5: {num_attention_heads: 3, num_query_groups: 3,"
+                       " kv_channels: 8, window_size: [11, 0], mamba_num_heads: 4,"
+                       " mamba_state_dim: 8}}", *NO_MOE],
     "softmax first": ["model.hybrid_layer_pattern=ME", "model.moe_router_score_function=softmax",
                       "model.moe_router_pre_softmax=true", "model.moe_router_topk=1",
                       "model.moe_ffn_hidden_size=24",

@@ -7,13 +7,22 @@ import torch
 
 from megatron_hybrid.generation import Completion, Limits, SamplingParams
 from megatron_hybrid.testing import run_distributed
-from tests.distributed.layouts import LAYOUTS, MOE, UNLIKE, VOCAB_SIZE, layout_config, save_weights
+from tests.distributed.layouts import (
+    HEADS,
+    LAYOUTS,
+    MOE,
+    UNLIKE,
+    VOCAB_SIZE,
+    layout_config,
+    save_weights,
+)
 from tests.distributed.layouts import ONE_RANK as ALONE
 from tests.generation.models import of_config
 
 LAYOUT = {layout.name: layout for layout in (ALONE, *LAYOUTS)}
 MODEL_PARALLEL = {
     MOE: ("TP2+SP", "PP2", "PP2xVPP2", "EP2", "PP2xEP2"), UNLIKE: ("TP2xPP2", "EP2"),
+    HEADS: ("TP2xPP2",),
 }  # fmt: skip
 
 
@@ -55,7 +64,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-@pytest.mark.parametrize("layers", MODEL_PARALLEL, ids=["alike", "unlike"])
+@pytest.mark.parametrize("layers", MODEL_PARALLEL, ids=["alike", "unlike", "heads"])
 def test_ranks_give_the_tokens_of_one(layers: str, weights: dict[str, Path]) -> None:
     """All layer kinds under TP, PP with virtual stages, EP and pairs of them: tokens,
     greedy and sampled, ends, and log-probabilities to 1e-5; the others end with the first."""

@@ -37,21 +37,19 @@ class Rotary:
         return self.cos[positions][:, None, None], self.sin[positions][:, None, None]
 
 
-class AttentionLayer:
-    """Self-attention; `pages` is set before the first call."""
+class Attention:
+    """Self-attention of what was normed; `pages` is set before the first call."""
 
     pages: Pages
 
     def __init__(self, layer: Any, group: Group) -> None:
         attention = layer.self_attention
-        self.norm = Norm(attention.linear_qkv, "layer_norm_weight", attention.linear_qkv.eps)
         self.qkv = Linear(attention.linear_qkv)
         self.proj = Linear(attention.linear_proj, group=group)
         self.heads = attention.num_query_groups_per_partition
         self.queries = attention.num_attention_heads_per_partition // self.heads
         self.channels = attention.hidden_size_per_attention_head
-        core = attention.core_attention
-        scale = getattr(core, "softmax_scale", None)
+        scale = attention.config.softmax_scale
         self.scale = scale if scale is not None else self.channels**-0.5
         rotation = getattr(layer, "rotation", None)  # of layers of unlike sizes
         self._turn = None if rotation is None else rotation.of_layer
@@ -67,13 +65,13 @@ class AttentionLayer:
 
     def refresh(self) -> None:
         """Take the parameters up again."""
-        for each in (self.norm, self.qkv, self.proj):
+        for each in (self.qkv, self.proj):
             each.refresh()
 
-    def __call__(self, x: Tensor, batch: Batch, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        """`[T, h]` -> `[T, h]`."""
-        tokens, queries = len(x), self.queries
-        mixed = self.qkv(self.norm(x)).view(tokens, self.heads, queries + 2, self.channels)
+    def mixed(self, normed: Tensor, batch: Batch, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """`[T, h]` -> `[T, k * r * d]`, what the projection after it takes."""
+        tokens, queries = len(normed), self.queries
+        mixed = self.qkv(normed).view(tokens, self.heads, queries + 2, self.channels)
         if rotary is not None:
             _rotate(mixed[:, :, : queries + 1], *rotary)
         query, key, value = mixed[:, :, :queries], mixed[:, :, queries], mixed[:, :, queries + 1]
@@ -83,13 +81,13 @@ class AttentionLayer:
             kept.transpose(1, 2).index_put_(batch.places, new.to(kept.dtype))
         decoding = batch.decoding
         if not batch.chunks:
-            return self.proj.add_to(x, self._paged(query, batch).to(x.dtype))
-        y = x.new_empty(tokens, self.heads * queries * self.channels)
+            return self._paged(query, batch).to(normed.dtype)
+        y = normed.new_empty(tokens, self.heads * queries * self.channels)
         if decoding:
             y[:decoding] = self._paged(query[:decoding], batch)
         for chunk in batch.chunks:
             y[chunk.rows] = self._attend(query, key, value, chunk)
-        return self.proj.add_to(x, y)
+        return y
 
     def _paged(self, query: Tensor, batch: Batch) -> Tensor:
         table, pool = batch.tables[self.window], self.pages
@@ -119,6 +117,24 @@ class AttentionLayer:
             window=self.window, scale=self.scale,
         )  # fmt: skip
         return attended.transpose(0, 1).flatten(0, 1)
+
+
+class AttentionLayer(Attention):
+    """Self-attention with the norm before it."""
+
+    def __init__(self, layer: Any, group: Group) -> None:
+        super().__init__(layer, group)
+        linear_qkv = layer.self_attention.linear_qkv
+        self.norm = Norm(linear_qkv, "layer_norm_weight", linear_qkv.eps)
+
+    def refresh(self) -> None:
+        """Take the parameters up again."""
+        self.norm.refresh()
+        super().refresh()
+
+    def __call__(self, x: Tensor, batch: Batch, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """`[T, h]` -> `[T, h]`."""
+        return self.proj.add_to(x, self.mixed(self.norm(x), batch, rotary))
 
 
 def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -17,12 +17,11 @@ from megatron_hybrid.ops.mamba2_texts import mamba2_texts
 from megatron_hybrid.ops.ssd.buffers import Sizes
 
 
-class MambaLayer:
-    """A Mamba-2 mixer; `take` gives it its states before the first call."""
+class MambaMixer:
+    """A Mamba-2 mixer of what was normed; `take` gives it its states before the first call."""
 
     def __init__(self, layer: Any, group: Group) -> None:
         self._mixer = mixer = layer.mixer
-        self.norm = Norm(mixer.in_proj, "layer_norm_weight", mixer.in_proj.eps)
         self.in_proj, self.out_proj = Linear(mixer.in_proj), Linear(mixer.out_proj, group=group)
         self.sizes = Sizes(mixer.num_heads, mixer.head_dim, mixer.num_groups, mixer.state_dim)
         self._steps: dict[int, Mamba2Step] = {}
@@ -35,9 +34,9 @@ class MambaLayer:
 
     def refresh(self) -> None:
         """Take the parameters up again."""
-        for each in (self.norm, self.in_proj, self.out_proj):
+        for each in (self.in_proj, self.out_proj):
             each.refresh()
-        mixer = self._mixer
+        mixer, norm = self._mixer, self._mixer.norm
         self.parameters = CoreParameters(
             self.sizes,
             mixer.conv1d_weight.detach().squeeze(1).t().float().contiguous(),
@@ -45,17 +44,21 @@ class MambaLayer:
             mixer.dt_bias.detach().float(),
             -torch.exp(mixer.A_log.detach().float())[:, None],
             mixer.D.detach().float()[:, None],
-            mixer.norm.weight.detach().float(),
-            NormSizes(mixer.norm.group_size, mixer.norm.eps),
+            None if norm is None else norm.weight.detach().float(),
+            None if norm is None else NormSizes(norm.group_size, norm.eps),
         )
 
-    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
-        """`[T, h]` -> `[T, h]`."""
-        projected = self.in_proj(self.norm(x))
+    def mixed(self, normed: Tensor, batch: Batch) -> Tensor:
+        """`[T, h]` -> `[T, d]`, what the projection after it takes."""
+        projected = self.in_proj(normed)
+        if self._mixer.multipliers:
+            parts = projected.split(list(self._mixer.in_proj_parts.values()), -1)
+            for part, factor in zip(parts, self._mixer.multipliers, strict=True):
+                part.mul_(factor)
         decoding = batch.decoding
         if not batch.chunks:
-            return self.out_proj.add_to(x, self._step(decoding)(projected, self.parameters))
-        y = projected.new_empty(len(x), self.sizes.channels)
+            return self._step(decoding)(projected, self.parameters)
+        y = projected.new_empty(len(projected), self.sizes.channels)
         if decoding:
             y[:decoding] = self._step(decoding)(projected[:decoding], self.parameters)
         slots, conv, ssm = batch.filling, self.slots.conv, self.slots.ssm
@@ -63,15 +66,33 @@ class MambaLayer:
         taps, states = conv[slots], ssm[slots]  # copies
         mamba2_texts(projected[decoding:], self.parameters, batch.texts, taps, states, y[decoding:])
         conv[slots], ssm[slots] = taps, states
-        return self.out_proj.add_to(x, y)
+        return y
 
     def _step(self, sequences: int) -> Mamba2Step:
         if sequences not in self._steps:
-            slots = self.slots
+            slots, norm = self.slots, self.parameters.norm
             self._steps[sequences] = Mamba2Step(
                 self.sizes,
                 slots.conv[:sequences],
                 slots.ssm[:sequences],
-                self.parameters.norm.eps,
+                *(() if norm is None else (norm.eps,)),
             )
         return self._steps[sequences]
+
+
+class MambaLayer(MambaMixer):
+    """A Mamba-2 mixer with the norm before it."""
+
+    def __init__(self, layer: Any, group: Group) -> None:
+        in_proj = layer.mixer.in_proj
+        self.norm = Norm(in_proj, "layer_norm_weight", in_proj.eps)
+        super().__init__(layer, group)
+
+    def refresh(self) -> None:
+        """Take the parameters up again."""
+        self.norm.refresh()
+        super().refresh()
+
+    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
+        """`[T, h]` -> `[T, h]`."""
+        return self.out_proj.add_to(x, self.mixed(self.norm(x), batch))

@@ -9,7 +9,7 @@ from typing import Any
 from megatron.core.activations import squared_relu as engine_squared_relu
 from torch import Tensor
 
-from megatron_hybrid.generation.linears import Group, Linear, Norm
+from megatron_hybrid.generation.linears import Group, Linear, Norm, sum_over
 from megatron_hybrid.ops.squared_relu import squared_relu
 
 
@@ -31,10 +31,14 @@ def activation(config: Any) -> Callable[[Tensor], Tensor]:
 
 
 class MlpLayer:
-    """An MLP with the norm before it."""
+    """An MLP with the norm before it.
 
-    def __init__(self, layer: Any, group: Group) -> None:
-        mlp = layer.mlp
+    Args:
+        factor: on its output.
+    """
+
+    def __init__(self, layer: Any, group: Group, factor: float = 1.0) -> None:
+        mlp, self._factor = layer.mlp, factor
         self.norm = Norm(mlp.linear_fc1, "layer_norm_weight", mlp.linear_fc1.eps)
         self.up, self.down = Linear(mlp.linear_fc1), Linear(mlp.linear_fc2, group=group)
         self.activation = activation(mlp.config)
@@ -46,4 +50,10 @@ class MlpLayer:
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[T, h]` -> `[T, h]`."""
-        return self.down.add_to(x, self.activation(self.up(self.norm(x))))
+        inner = self.activation(self.up(self.norm(x)))
+        if self._factor == 1:
+            return self.down.add_to(x, inner)
+        output = sum_over(self.down.product(inner), self.down.group)
+        if self.down.bias is not None:
+            output.add_(self.down.bias)
+        return x.add_(output, alpha=self._factor)
