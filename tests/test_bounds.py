@@ -53,7 +53,7 @@ def leaves(kind: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         for inner in get_args(kind):
             yield from leaves(inner, place)
     elif get_origin(kind) is dict:
-        yield from leaves(get_args(kind)[1], (*place, "web"))
+        yield from leaves(get_args(kind)[1], (*place, NAMED.get(str(place[-1]), "web")))
     elif get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis:
         yield from leaves(get_args(kind)[0], (*place, 0))
     elif isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -62,12 +62,17 @@ def leaves(kind: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
             yield from leaves(field.annotation, (*place, name))
 
 
-PLACES = sorted({place for place in leaves(RunConfig) if "web" not in place[-1:]}, key=str)
+# An entry of each mapping; of others: "web".
+NAMED = {"layers": "3"}
+PLACES = sorted(
+    {place for place in leaves(RunConfig) if place[-1] not in ("web", *NAMED.values())}, key=str
+)
 
 
 def good() -> dict[str, Any]:
-    """A config with sources and phases, so that their fields have a place."""
+    """A config with sources, phases and sizes of a layer, so that their fields have a place."""
     values = load_config(GOOD).model_dump(mode="json")
+    values["model"]["layers"] = {"3": {}}
     values["data"] |= {
         "mock_data": False, "data_path": None, "sources": {"web": {"path": ["some/web"]}},
         "phases": [{"name": "all", "weights": {"web": 1.0}}],

@@ -32,7 +32,7 @@ COMMANDS = (
     "megatron_hybrid.upcycling.write", "matplotlib.pyplot",
     "checkpoints_converter.export", "checkpoints_converter.verify",
     "checkpoints_converter.inspection", "transformers.models.nemotron_h.modeling_nemotron_h",
-    "megatron_hybrid.training.trackers.follow", "mlflow", "wandb",
+    "megatron_hybrid.training.trackers.follow", "mlflow",  # not wandb, which the engine would use
 )  # fmt: skip
 
 
