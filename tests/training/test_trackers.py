@@ -202,6 +202,24 @@ def test_settings_of_a_later_start_in_mlflow(tmp_path: Path) -> None:
         assert (run.info.run_name, run.data.params["optimizer.lr"]) == (name, "0.001")
 
 
+def test_names_that_mlflow_has_not(tmp_path: Path) -> None:
+    """Layers of a kind and sources may have any; of what is gone later, a tag says so."""
+    first = mlflow_target(tmp_path)
+    model = {"layers": {"*": {"window_size": [8, 0]}, "-": {"activation": "gelu"}}}
+    data = {"sources": {"c++": {"path": "a"}, "c__": {"path": "b"}}}
+    follow.Copy(replace(first, config={"model": model, "data": data})).advance(last=True)
+    _, run = in_mlflow(tmp_path)
+    assert run.data.params == {
+        "model.layers._.window_size": "[8, 0]", "model.layers.-.activation": "gelu",
+        "data.sources.c__.path": "a", "data.sources.c__.path_": "b",
+    }  # fmt: skip
+    follow.Copy(replace(first, config={"model": {"layers": {}}, "data": data})).advance(last=True)
+    _, run = in_mlflow(tmp_path)
+    assert {name: text for name, text in run.data.tags.items() if name.startswith("now.")} == {
+        "now.model.layers._.window_size": "null", "now.model.layers.-.activation": "null",
+    }  # fmt: skip
+
+
 class Service:
     """A tracker's runs, by id, as (step, values)."""
 

@@ -83,7 +83,10 @@ class MLflow:
     def _tell_changes(self, run: str, was: Mapping[str, str], tags: Mapping[str, str]) -> None:
         """Parameters stay those of the first start, as MLflow has it: tags tell what is otherwise
         now."""
-        for name, value in _flat(self._target.config):
+        config = self._target.config
+        # Of what a mapping has no longer, as a layer that is like the others again.
+        gone = dict.fromkeys(name for name in was if name.partition(".")[0] in config)
+        for name, value in (gone | _parameters(config)).items():
             tag, now = f"now.{name}", _as_text(value)
             if tags.get(tag, was.get(name, _as_text(None))) != now:
                 self._client.set_tag(run, tag, now)
@@ -93,7 +96,7 @@ class MLflow:
 
         parameters = [
             Param(name, _as_text(value))
-            for name, value in _flat(self._target.config)
+            for name, value in _parameters(self._target.config).items()
             if value is not None
         ]
         for first in range(0, len(parameters), _MOST):
@@ -107,6 +110,17 @@ def _as_text(value: Any) -> str:
 def _as_name(tag: str) -> str:
     """MLflow takes a whole row or nothing, and no "exact_match,strict" of a task."""
     return re.sub(r"[^\w.:/ -]", "_", tag)
+
+
+def _parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config under names that MLflow takes: not "layers.*" or "sources.c++"."""
+    found: dict[str, Any] = {}
+    for name, value in _flat(config):
+        name = _as_name(name)
+        while name in found:
+            name += "_"
+        found[name] = value
+    return found
 
 
 def _flat(values: Mapping[str, Any], place: str = "") -> list[tuple[str, Any]]:
