@@ -7,6 +7,7 @@ from checkpoints_converter.family import Family
 from megatron_hybrid.config import ModelConfig
 from megatron_hybrid.config.layers import (
     in_the_model,
+    mamba1_problem,
     multiplied,
     shown_size,
     unlike_problem,
@@ -76,7 +77,7 @@ def family_for(model: ModelConfig, model_type: str | None = None) -> Family:
     Raises:
         ConversionError: the model cannot be held, with every field that stands against it.
     """
-    if problem := unlike_problem(model, _EXPORT):
+    if problem := mamba1_problem(model, _EXPORT) or unlike_problem(model, _EXPORT):
         raise ConversionError(problem)
     model = in_the_model(model)
     reasons = []

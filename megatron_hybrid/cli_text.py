@@ -17,7 +17,6 @@ from megatron_hybrid.config.describe import (
 )
 from megatron_hybrid.config.flags import flags
 from megatron_hybrid.config.layers import are_unlike, layers, numbers_text, shown_size
-from megatron_hybrid.config.pattern import KINDS
 from megatron_hybrid.config.phases import sequence_lengths
 from megatron_hybrid.model.counts import count_parameters, flops_per_token
 
@@ -105,7 +104,7 @@ def print_counts(config: RunConfig, console: Console) -> None:
     for title in ("layers", "parameters each", "parameters", "MFLOPs a token"):
         table.add_column(title, justify="right")
     for sort, (kind, cost) in zip(found.sorts, flops.by_sort, strict=True):
-        count, name = len(sort.numbers), f"{KINDS[kind]} ({kind})"
+        count, name = len(sort.numbers), f"{sort.what} ({kind})"
         if kind not in found.per_layer:
             name += f" {numbers_text(sort.numbers)}"
         table.add_row(

@@ -33,7 +33,8 @@ _OURS = """
 --reinit-fraction --scale-weights --from --tensorboard --float8-interval --expert-load-interval
 --key-multiplier --ssm-multipliers --ssm-in-multiplier --ssm-out-multiplier
 --attention-in-multiplier --attention-out-multiplier --mlp-multipliers --embedding-multiplier
---lm-head-multiplier --mamba-rms-norm --mlflow-experiment --mlflow-run-name --mlflow-tracking-uri
+--lm-head-multiplier --mamba-rms-norm --mamba-version --mamba-intermediate-size --mamba-dt-rank
+--mlflow-experiment --mlflow-run-name --mlflow-tracking-uri
 """
 # Of `--no-field-name`, those that it has.
 _THEIR_NEGATIONS = """

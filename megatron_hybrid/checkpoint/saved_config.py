@@ -27,7 +27,8 @@ from megatron_hybrid.small_files import naming
 SHAPE_FIELDS = (
     "hybrid_layer_pattern", "hidden_size", "ffn_hidden_size", "activation", "add_bias_linear",
     "num_attention_heads", "num_query_groups", "kv_channels",
-    "mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups", "mamba_rms_norm",
+    "mamba_version", "mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups",
+    "mamba_rms_norm", "mamba_intermediate_size", "mamba_dt_rank",
     "padded_vocab_size", "untie_embeddings_and_output_weights",
     "num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
     "moe_router_enable_expert_bias",

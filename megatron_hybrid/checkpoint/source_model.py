@@ -15,7 +15,7 @@ from megatron_hybrid.checkpoint.saved_config import (
     refuse_other_model,
 )
 from megatron_hybrid.config import ModelConfig, RunConfig, build_config, load_config, rules
-from megatron_hybrid.config.layers import in_the_model, refuse_unlike
+from megatron_hybrid.config.layers import in_the_model, refuse_mamba1, refuse_unlike
 from megatron_hybrid.config.tracker import CONFIG_FILE
 
 
@@ -90,8 +90,9 @@ def refuse_other_arguments(folder: Path, arguments: object, model: ModelConfig) 
         UserError: every argument that differs, with both values.
         ConfigError: layers of unlike sizes, which no argument tells.
     """
-    model = in_the_model(model)
-    refuse_unlike(model, f"{folder}, a checkpoint of Megatron-LM's own,")
+    model, what = in_the_model(model), f"{folder}, a checkpoint of Megatron-LM's own,"
+    refuse_mamba1(model, what)
+    refuse_unlike(model, what)
     found = differences(vars(arguments), model) if isinstance(arguments, Opaque) else []
     if found:
         lines = (f"  - {difference}" for difference in found)

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MOE, has_kind, parse_pattern
+from megatron_hybrid.config.layers import mamba_versions
+from megatron_hybrid.config.pattern import ATTENTION, MOE, has_kind, parse_pattern
 from megatron_hybrid.config.precision import FLOAT8_RECIPES
 from megatron_hybrid.config.run import RunConfig
 
@@ -35,7 +36,7 @@ def _kv_channels(c: RunConfig) -> int | None:
 
 
 def _mamba_num_heads(c: RunConfig) -> int | None:
-    if not has_kind(c.model.hybrid_layer_pattern, MAMBA):
+    if 2 not in mamba_versions(c.model):
         return None
     inner, head_dim = 2 * c.model.hidden_size, c.model.mamba_head_dim
     if inner % head_dim:
@@ -44,6 +45,14 @@ def _mamba_num_heads(c: RunConfig) -> int | None:
             f"multiple of model.mamba_head_dim={head_dim}; set model.mamba_num_heads"
         )
     return inner // head_dim
+
+
+def _mamba_intermediate_size(c: RunConfig) -> int | None:
+    return 2 * c.model.hidden_size if 1 in mamba_versions(c.model) else None
+
+
+def _mamba_dt_rank(c: RunConfig) -> int | None:
+    return -(-c.model.hidden_size // 16) if 1 in mamba_versions(c.model) else None
 
 
 def _moe_ffn_hidden_size(c: RunConfig) -> int | None:
@@ -76,6 +85,8 @@ DERIVED: dict[str, Callable[[RunConfig], object]] = {
     "model.num_query_groups": _num_query_groups,
     "model.kv_channels": _kv_channels,
     "model.mamba_num_heads": _mamba_num_heads,
+    "model.mamba_intermediate_size": _mamba_intermediate_size,
+    "model.mamba_dt_rank": _mamba_dt_rank,
     "model.moe_ffn_hidden_size": _moe_ffn_hidden_size,
     "parallel.virtual_pipeline_model_parallel_size": _virtual_pipeline_size,
     "parallel.expert_tensor_parallel_size": _expert_tensor_parallel_size,

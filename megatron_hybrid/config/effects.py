@@ -28,7 +28,9 @@ _FIELDS: Mapping[Effect, str] = {
         model.num_attention_heads model.num_query_groups model.kv_channels model.window_size
         model.attn_mask_type
         model.position_embedding_type model.rotary_base model.rotary_percent
+        model.mamba_version
         model.mamba_num_heads model.mamba_head_dim model.mamba_state_dim model.mamba_num_groups
+        model.mamba_intermediate_size model.mamba_dt_rank
         model.mamba_rms_norm model.key_multiplier model.ssm_multipliers model.ssm_in_multiplier
         model.ssm_out_multiplier model.attention_in_multiplier model.attention_out_multiplier
         model.mlp_multipliers model.embedding_multiplier model.lm_head_multiplier

@@ -34,7 +34,7 @@ _ATTENTION = (
 # Which sizes a layer has of its own, by kind.
 SIZES = MappingProxyType(
     {
-        MAMBA: _MAMBA,
+        MAMBA: ("mamba_version", *_MAMBA, "mamba_intermediate_size", "mamba_dt_rank"),
         ATTENTION: _ATTENTION,
         PARALLEL: _ATTENTION + _MAMBA,
         MLP: ("ffn_hidden_size", "activation"),
@@ -42,6 +42,13 @@ SIZES = MappingProxyType(
             "num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk",
             "moe_shared_expert_intermediate_size", "activation",
         ),
+    }
+)  # fmt: skip
+# Of an M layer's, which only one of one version of Mamba has.
+_VERSIONS = MappingProxyType(
+    {
+        "mamba_num_heads": 2, "mamba_head_dim": 2, "mamba_num_groups": 2,
+        "mamba_intermediate_size": 1, "mamba_dt_rank": 1,
     }
 )  # fmt: skip
 # The layers that a field of the whole model is of: what it says of others is a mistake.
@@ -83,7 +90,13 @@ class Layer:
     @property
     def sizes(self) -> dict[str, Any]:
         """All that it has of its own, by field."""
-        return {name: getattr(self.model, name) for name in SIZES[self.kind]}
+        names = sizes_of(self.kind, self.model.mamba_version)
+        return {name: getattr(self.model, name) for name in names}
+
+    @property
+    def what(self) -> str:
+        """Its kind in words: "Mamba-2"."""
+        return f"Mamba-{self.model.mamba_version}" if self.kind == MAMBA else KINDS[self.kind]
 
     @property
     def rotates(self) -> bool:
@@ -93,6 +106,15 @@ class Layer:
     def has(self, kind: str) -> bool:
         """Whether it is of a kind, or has it in it."""
         return is_or_has(self.kind, kind)
+
+
+def sizes_of(kind: str, mamba_version: int) -> tuple[str, ...]:
+    """Which sizes a layer has of its own."""
+    if kind != MAMBA:
+        return SIZES[kind]
+    return tuple(
+        name for name in SIZES[kind] if _VERSIONS.get(name, mamba_version) == mamba_version
+    )
 
 
 @dataclass(frozen=True)
@@ -150,6 +172,25 @@ def said_of_layers(model: ModelConfig) -> list[dict[str, list[Said]]]:
     return found
 
 
+def _mamba_version(model: ModelConfig, of_layer: dict[str, list[Said]]) -> int:
+    """A layer's, by what is said of it."""
+    entries = of_layer.get("mamba_version")
+    version: int = entries[0].value if entries else model.mamba_version
+    return version
+
+
+def mamba_versions(model: ModelConfig) -> set[int]:
+    """Of all layers with Mamba, of which parallel heads have Mamba-2; null sizes need not be
+    resolved."""
+    symbols = parse_pattern(model.hybrid_layer_pattern).layers
+    of_layers = said_of_layers(model)
+    return {
+        _mamba_version(model, of_layer) if kind == MAMBA else 2
+        for kind, of_layer in zip(symbols, of_layers, strict=True)
+        if is_or_has(kind, MAMBA)
+    }
+
+
 def said(entry: LayerConfig) -> Iterator[tuple[str, Any]]:
     """The fields that an entry says, with their values."""
     for name in LayerConfig.model_fields:
@@ -165,6 +206,8 @@ def layers(model: ModelConfig) -> tuple[Layer, ...]:
     models: dict[tuple[tuple[str, Any], ...], ModelConfig] = {(): model}
     found = []
     for number, of_layer in enumerate(said_of_layers(model), start=1):
+        names = sizes_of(symbols[number - 1], _mamba_version(model, of_layer))
+        of_layer = {name: entries for name, entries in of_layer.items() if name in names}
         own = {
             name: entries[0].value
             for name, entries in of_layer.items()
@@ -280,6 +323,33 @@ def in_the_model(model: ModelConfig) -> ModelConfig:
     if len(sizes) != len(dict(sizes)):
         return model
     return model.model_copy(update=dict(sizes) | {"layers": FrozenDict()})
+
+
+def mamba_layers(model: ModelConfig, version: int) -> tuple[Layer, ...]:
+    """The layers with Mamba of one version, for rules, as `layers_of`."""
+    return tuple(each for each in layers_of(model, MAMBA) if each.model.mamba_version == version)
+
+
+def mamba1_problem(model: ModelConfig, what: str) -> str | None:
+    """Why something that knows no Mamba-1 cannot take a model; None: it can.
+
+    Args:
+        what: that, such as "an export".
+    """
+    of_one = mamba_layers(model, 1)
+    if not of_one:
+        return None
+    return f"{of_one[0].path('mamba_version')}=1: {what} does not take Mamba-1 yet; allowed: 2"
+
+
+def refuse_mamba1(model: ModelConfig, what: str) -> None:
+    """Refuse Mamba-1 where it is not served.
+
+    Raises:
+        ConfigError: `mamba1_problem`.
+    """
+    if problem := mamba1_problem(model, what):
+        raise ConfigError([problem])
 
 
 def unlike_problem(model: ModelConfig, what: str) -> str | None:

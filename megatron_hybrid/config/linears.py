@@ -26,6 +26,11 @@ def linears(model: ModelConfig, kind: str, *, tp: int = 1, etp: int = 1) -> dict
             for part in made_of(kind)
             for name, linear in linears(model, part, tp=tp).items()
         }
+    if kind == MAMBA and model.mamba_version == 1:
+        # x_proj and dt_proj are within the scan: never in float8, nor with a norm or a reduction.
+        assert model.mamba_intermediate_size is not None
+        own = model.mamba_intermediate_size // tp
+        return {"in_proj": Linear(d, 2 * own), "out_proj": Linear(own, d)}
     if kind == MAMBA:
         assert model.mamba_num_heads is not None
         inner = model.mamba_num_heads * model.mamba_head_dim

@@ -35,6 +35,7 @@ MlpMultipliers = Annotated[
 ]
 Activation = Literal["squared_relu", "swiglu", "gelu"]
 Positions = Literal["none", "rope"]
+MambaVersion = Annotated[int, Field(ge=1, le=2)]
 
 
 class Unsaid(Enum):
@@ -64,10 +65,13 @@ class LayerConfig(Section):
     kv_channels: Positive = _unsaid("attention: channels of a head")
     window_size: Window | None = _unsaid("attention: [tokens seen to the left, 0]; null: all")
     position_embedding_type: Positions = _unsaid("attention: positions")
+    mamba_version: MambaVersion = _unsaid("Mamba: 1 or 2")
     mamba_num_heads: Positive = _unsaid("Mamba-2: heads")
     mamba_head_dim: Positive = _unsaid("Mamba-2: channels of a head")
-    mamba_state_dim: Positive = _unsaid("Mamba-2: SSM states of a channel")
+    mamba_state_dim: Positive = _unsaid("Mamba: SSM states of a channel")
     mamba_num_groups: Positive = _unsaid("Mamba-2: groups of heads that share B and C")
+    mamba_intermediate_size: Positive = _unsaid("Mamba-1: channels")
+    mamba_dt_rank: Positive = _unsaid("Mamba-1: rank of the steps' projection")
     num_moe_experts: Positive = _unsaid("MoE: experts")
     moe_ffn_hidden_size: Positive = _unsaid("MoE: inner width of one expert")
     moe_router_topk: Positive = _unsaid("MoE: experts a token goes to")
@@ -98,7 +102,7 @@ class ModelConfig(Section):
     """Sizes and layer kinds; null sizes are derived where they apply."""
 
     hybrid_layer_pattern: LayerPattern = Field(
-        description="one symbol a layer: M Mamba-2, * attention, - MLP, E MoE, H attention and "
+        description="one symbol a layer: M Mamba, * attention, - MLP, E MoE, H attention and "
         "Mamba-2 side by side; '|' ends a pipeline segment"
     )
     hidden_size: Positive = Field(description="width of the residual stream")
@@ -134,12 +138,27 @@ class ModelConfig(Section):
         default=1.0, gt=0, le=1, description="fraction of a head's channels that rotate"
     )
     key_multiplier: PositiveReal = Field(default=1.0, description="attention: factor on the keys")
+    mamba_version: MambaVersion = Field(
+        default=2, description="what an M layer is: Mamba-1's selective scan, or Mamba-2's SSD"
+    )
     mamba_num_heads: Positive | None = Field(
         default=None, description="Mamba-2 heads; null: 2 * hidden_size / mamba_head_dim"
     )
     mamba_head_dim: Positive = Field(default=64, description="channels of one Mamba-2 head")
-    mamba_state_dim: Positive = Field(default=128, description="SSM states of a channel")
-    mamba_num_groups: Positive = Field(default=8, description="groups of heads that share B and C")
+    mamba_state_dim: Positive = Field(
+        default=128, description="SSM states of a channel; usual for Mamba-1: 16"
+    )
+    mamba_num_groups: Positive = Field(
+        default=8, description="Mamba-2: groups of heads that share B and C"
+    )
+    mamba_intermediate_size: Positive | None = Field(
+        default=None, description="channels of Mamba-1; null: 2 * hidden_size"
+    )
+    mamba_dt_rank: Positive | None = Field(
+        default=None,
+        description="Mamba-1: rank of the projection to a step size for each channel; null: "
+        "hidden_size / 16, rounded up",
+    )
     mamba_rms_norm: bool = Field(
         default=True, description="Mamba-2: a norm of each group of channels after the gate"
     )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from megatron_hybrid.config.derive import DERIVED
 from megatron_hybrid.config.describe import fields, shown
 from megatron_hybrid.config.effects import differences
-from megatron_hybrid.config.layers import SIZES, layers, rotates
+from megatron_hybrid.config.layers import layers, mamba_versions, rotates
 from megatron_hybrid.config.lengths import lengths
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, has_kind
 from megatron_hybrid.config.phases import (
@@ -179,12 +179,21 @@ _TABLE = (
         lambda c: not _attends(c), "model.hybrid_layer_pattern has neither '*' nor 'H' layers",
     ),
     _Unused(
-        (
-            "model.mamba_num_heads", "model.mamba_head_dim", "model.mamba_state_dim",
-            "model.mamba_num_groups",
-        ),
+        ("model.mamba_state_dim",),
         lambda c: not has_kind(c.model.hybrid_layer_pattern, MAMBA),
         "model.hybrid_layer_pattern has neither 'M' nor 'H' layers",
+    ),
+    _Unused(
+        ("model.mamba_version",), lambda c: MAMBA not in c.model.hybrid_layer_pattern,
+        "model.hybrid_layer_pattern has no 'M' layers",
+    ),
+    _Unused(
+        ("model.mamba_num_heads", "model.mamba_head_dim", "model.mamba_num_groups"),
+        lambda c: 2 not in mamba_versions(c.model), "the model has no Mamba-2 layers",
+    ),
+    _Unused(
+        ("model.mamba_intermediate_size", "model.mamba_dt_rank"),
+        lambda c: 1 not in mamba_versions(c.model), "the model has no Mamba-1 layers",
     ),
     _Unused(
         ("model.ffn_hidden_size",), lambda c: not _reads_ffn_hidden_size(c),
@@ -349,12 +358,12 @@ def _unread_sizes(c: RunConfig) -> list[str]:
     if not c.model.layers:
         return []
     resolved = layers(c.model)
-    names = dict.fromkeys(name for layer in resolved for name in SIZES[layer.kind])
+    names = dict.fromkeys(name for layer in resolved for name in layer.sizes)
     unread = [
         f"model.{name}"
         for name in names
         if name not in _DERIVED_FROM
-        and all(name in layer.keys for layer in resolved if name in SIZES[layer.kind])
+        and all(name in layer.keys for layer in resolved if name in layer.sizes)
     ]
     return [
         f"{name}={_typed(value)} has no effect: model.layers says it of every layer"

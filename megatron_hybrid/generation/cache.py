@@ -1,4 +1,4 @@
-"""What sequences under way leave behind: pages of keys and values, slots of Mamba-2's states.
+"""What sequences under way leave behind: pages of keys and values, slots of Mamba's states.
 
 Everything is allocated once. Pages in use are always the first ones, as slots of sequences that
 decode are: the last takes the place of one that is given back, so that a step computes on plain
@@ -12,14 +12,13 @@ from torch import Tensor
 
 from megatron_hybrid.generation.params import Limits
 from megatron_hybrid.generation.request import Sequence
-from megatron_hybrid.ops.mamba2_states import CoreParameters, empty_states
 
 
 class MambaSlots:
-    """The states of one Mamba-2 layer: `[S, taps - 1, c]` and `[S, g, n, r*p]`."""
+    """The states of one Mamba layer, `[S, ...]` each: of the convolution, and of the scan."""
 
-    def __init__(self, parameters: CoreParameters, slots: int) -> None:
-        self.conv, self.ssm = empty_states(parameters, slots)
+    def __init__(self, conv: Tensor, ssm: Tensor) -> None:
+        self.conv, self.ssm = conv, ssm
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """What moves with a sequence."""
@@ -43,7 +42,7 @@ class States:
     """Of all layers of this rank, and who has which.
 
     Args:
-        mamba: of each Mamba-2 layer.
+        mamba: of each Mamba layer.
         attention: of each attention layer.
         windows: of all layers, on whatever rank: tokens that attention sees at most; None for all.
         pages: of each attention layer.

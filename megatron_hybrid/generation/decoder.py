@@ -18,14 +18,16 @@ from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, PARALLEL, parse_pattern
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.generation.batch import Batch
-from megatron_hybrid.generation.cache import MambaSlots, Pages, States
+from megatron_hybrid.generation.cache import Pages, States
 from megatron_hybrid.generation.layers.attention import Attention, AttentionLayer, Rotary
-from megatron_hybrid.generation.layers.mamba import MambaLayer, MambaMixer
+from megatron_hybrid.generation.layers.mamba import Mamba2Mixer, MambaLayer, MambaMixer
+from megatron_hybrid.generation.layers.mamba1 import Mamba1Mixer
 from megatron_hybrid.generation.layers.mlp import MlpLayer
 from megatron_hybrid.generation.layers.moe import MoeLayer
 from megatron_hybrid.generation.layers.parallel_heads import ParallelHeadsLayer
 from megatron_hybrid.generation.linears import Group, Linear, Norm, sum_over
 from megatron_hybrid.generation.params import Limits
+from megatron_hybrid.layers import mamba1
 from megatron_hybrid.ops.bf16 import through_fp32
 
 
@@ -55,7 +57,7 @@ class Decoder:
         symbols = parse_pattern(model.hybrid_layer_pattern).layers
         for chunk in self.chunks:
             kinds = {
-                MAMBA: lambda layer: MambaLayer(layer, self._tp),
+                MAMBA: lambda layer: _mamba(layer, self._tp),
                 ATTENTION: lambda layer: AttentionLayer(layer, self._tp),
                 MLP: lambda layer: MlpLayer(layer, self._tp, model.mlp_multipliers[1]),
                 MOE: lambda layer: MoeLayer(layer, self._tp, experts),
@@ -86,7 +88,7 @@ class Decoder:
         """Allocate what the layers of this rank keep of sequences."""
         mamba, attention = self._of(MambaMixer), self._of(Attention)
         for mixer in mamba:
-            mixer.take(MambaSlots(mixer.parameters, limits.max_sequences))
+            mixer.take(mixer.new_slots(limits.max_sequences))
         pages = -(-limits.max_tokens // limits.page_tokens)
         dtype = torch.float32 if through_fp32(torch.empty(0, dtype=self.dtype)) else self.dtype
         for layer in attention:
@@ -198,6 +200,11 @@ class Decoder:
         flag = torch.tensor(int(here), device=self.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._pp)
         return bool(flag)
+
+
+def _mamba(layer: Any, group: Group) -> MambaLayer:
+    kind = Mamba1Mixer if isinstance(layer.mixer, mamba1.Mamba1Mixer) else Mamba2Mixer
+    return MambaLayer(layer, kind(layer, group))
 
 
 class _OutputWeight:

@@ -12,6 +12,8 @@ from megatron.core.ssm.mamba_context_parallel import (
 )
 from megatron.core.ssm.mamba_context_parallel import (
     _all_to_all_cp2hp,
+    _all_to_all_hp2cp,
+    _redo_attention_load_balancing,
     _undo_attention_load_balancing,
 )
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -55,6 +57,35 @@ class MambaContextParallel(EngineMambaContextParallel):
     def post_conv_ssm(self, y: Tensor, packed_seq_params: object = None) -> Tensor:
         """Back again: `[l, b, x / c]` in order of the text -> `[l / c, b, x]` in zigzag order."""
         return super().post_conv_ssm(y, None)
+
+
+def to_channels(
+    part: Tensor, widths: list[int], cp_group: torch.distributed.ProcessGroup
+) -> Tensor:
+    """From a part of the sequence with all channels to the whole sequence with a part of them.
+
+    Args:
+        part: `[l / c, b, sum of widths]`, zigzag order.
+        widths: of the tensors packed in it, each of which is shared out.
+
+    Returns:
+        `[l, b, sum of widths / c]`, packed alike, in order of the text.
+    """
+    cp = cp_group.size()
+    if cp == 1:
+        return part
+    shares = [each.chunk(cp, dim=-1) for each in part.split(widths, dim=-1)]
+    for_rank = [share[rank] for rank in range(cp) for share in shares]
+    exchanged = _all_to_all_cp2hp(torch.cat(for_rank, dim=-1), cp_group)
+    return _undo_attention_load_balancing(exchanged, cp)
+
+
+def to_sequence(part: Tensor, cp_group: torch.distributed.ProcessGroup) -> Tensor:
+    """Back again: `[l, b, w / c]` in order of the text -> `[l / c, b, w]` in zigzag order."""
+    if cp_group.size() == 1:
+        return part
+    zigzag = _redo_attention_load_balancing(part, cp_group.size())
+    return _all_to_all_hp2cp(zigzag, cp_group)
 
 
 def gather_sequence(part: Tensor, cp_group: torch.distributed.ProcessGroup) -> Tensor:

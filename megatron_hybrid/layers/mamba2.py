@@ -8,50 +8,33 @@ head size), w = 2 d + 2 groups * state + heads: the projection, packed [z, x, B,
 is sharded over TP on its own. Sizes named here are those of one TP rank.
 """
 
-import math
-from dataclasses import dataclass
-
 import torch
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.ssm.utils import _split_tensor_factory
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-from megatron.core.transformer.utils import (
-    ensure_metadata_has_dp_cp_group,
-    make_sharded_tensors_for_checkpoint,
-    sharded_state_dict_default,
-)
-from torch import Tensor, nn
+from megatron.core.transformer.spec_utils import build_module
+from torch import Tensor
 
 from megatron_hybrid.layers.context_parallel import MambaContextParallel
-from megatron_hybrid.layers.norm import GroupedRMSNorm, parameter_device
+from megatron_hybrid.layers.mamba import (
+    CONV_KERNEL_SIZE,
+    MambaMixer,
+    MambaMixerSubmodules,
+    draw_convolution,
+    draw_dt_bias,
+)
+from megatron_hybrid.layers.norm import GroupedRMSNorm
 from megatron_hybrid.ops.mamba2 import mamba2_split_conv1d_scan
 from megatron_hybrid.ops.scaled_parts import scaled_parts
 from megatron_hybrid.ops.ssd import SSDBackend
 
-CONV_KERNEL_SIZE = 4
 GATED_NORM_EPS = 1e-5
 A_INIT_RANGE = (1.0, 16.0)
-DT_INIT_RANGE = (0.001, 0.1)
-DT_INIT_FLOOR = 1e-4
-# They decide how fast a state decays: bf16 would round A by up to 0.4%.
-FP32_PARAMETERS = ("A_log", "D", "dt_bias")
 
 
-@dataclass
-class Mamba2MixerSubmodules:
-    """The linears around the scan, `in_proj` with the layer's norm in it."""
-
-    in_proj: ModuleSpec | type
-    out_proj: ModuleSpec | type
-
-
-class Mamba2Mixer(MegatronModule):
+class Mamba2Mixer(MambaMixer):
     """Projection, causal convolution, state-space scan, gate, grouped norm, projection.
 
     Forward: `[s, b, h]` -> (`[s, b, h]`, bias or None). Heads and groups are sharded over TP; under
@@ -67,7 +50,7 @@ class Mamba2Mixer(MegatronModule):
     def __init__(
         self,
         config: TransformerConfig,
-        submodules: Mamba2MixerSubmodules,
+        submodules: MambaMixerSubmodules,
         d_model: int,
         kernel: SSDBackend = "torch",
         gated_norm: bool = True,
@@ -109,8 +92,7 @@ class Mamba2Mixer(MegatronModule):
             tp_group=self.tp_group,
             name=f"{name}.in_proj" if name is not None else None,
         )
-        # Tells the engine's resharding that the rows are five blocks, not one.
-        self.in_proj.weight.partition_sizes = list(self.in_proj_parts.values())
+        self._pack("in_proj.weight", self.in_proj.weight, self.in_proj_parts)
         self._build_scan_parameters()
         self.norm = None
         if gated_norm:
@@ -152,45 +134,21 @@ class Mamba2Mixer(MegatronModule):
         Drawn as megatron-core draws them (Mamba-2's own ranges): A uniform, softplus(dt_bias)
         log-uniform.
         """
-        config = self.config
-        device = parameter_device(config)
-        channels = sum(self.conv_parts.values())
-
-        def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
-            made = nn.Parameter(torch.empty(*shape, dtype=dtype, device=device))
-            set_tensor_model_parallel_attributes(made, is_parallel=True, dim=0, stride=1)
-            return made
-
-        self.conv1d_weight = parameter(channels, 1, CONV_KERNEL_SIZE, dtype=config.params_dtype)
-        self.conv1d_bias = parameter(channels, dtype=config.params_dtype)
-        self.A_log = parameter(self.num_heads)
-        self.dt_bias = parameter(self.num_heads)
-        self.D = parameter(self.num_heads)
-        conv_sizes = list(self.conv_parts.values())
-        # Read by the engine's resharding, as the in_proj's.
-        self.conv1d_weight.partition_sizes = conv_sizes  # type: ignore[attr-defined]
-        self.conv1d_bias.partition_sizes = conv_sizes  # type: ignore[attr-defined]
-        if not config.perform_initialization:
+        channels, dtype = sum(self.conv_parts.values()), self.config.params_dtype
+        self.conv1d_weight = self._parameter(channels, 1, CONV_KERNEL_SIZE, dtype=dtype)
+        self.conv1d_bias = self._parameter(channels, dtype=dtype)
+        self._pack("conv1d_weight", self.conv1d_weight, self.conv_parts)
+        self._pack("conv1d_bias", self.conv1d_bias, self.conv_parts)
+        self.A_log = self._parameter(self.num_heads)
+        self.dt_bias = self._parameter(self.num_heads)
+        self.D = self._parameter(self.num_heads)
+        if not self.config.perform_initialization:
             return
-        bound = 1 / math.sqrt(CONV_KERNEL_SIZE)
-        log_dt_min, log_dt_max = (math.log(dt) for dt in DT_INIT_RANGE)
         with torch.no_grad(), get_cuda_rng_tracker().fork():
             self.D.fill_(1.0)
-            self.conv1d_weight.uniform_(-bound, bound)
-            self.conv1d_bias.uniform_(-bound, bound)
-            dt = self.dt_bias.uniform_(log_dt_min, log_dt_max).exp().clamp(min=DT_INIT_FLOOR)
-            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+            draw_convolution(self.conv1d_weight, self.conv1d_bias)
+            draw_dt_bias(self.dt_bias)
             self.A_log.uniform_(*A_INIT_RANGE).log_()
-
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        """As nn.Module's, but a cast to 16 bits leaves A_log, D and dt_bias in fp32."""
-        kept = {name: getattr(self, name).data for name in FP32_PARAMETERS}
-        super()._apply(fn, recurse)
-        for name, data in kept.items():
-            parameter = getattr(self, name)
-            if parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = data.to(parameter.device)
-        return self
 
     def forward(
         self,
@@ -237,34 +195,3 @@ class Mamba2Mixer(MegatronModule):
             return y
         y = self.cp.post_conv_ssm(y)
         return y if self.norm is None else self.norm(y)
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> dict:
-        """megatron-core's keys: the packed tensors are stored in parts (`in_proj.weight.z`, …)."""
-        metadata = ensure_metadata_has_dp_cp_group(metadata)
-        own: dict = {}
-        self._save_to_state_dict(own, "", keep_vars=True)
-        sharded = make_sharded_tensors_for_checkpoint(
-            own,
-            prefix,
-            dict.fromkeys(own, 0),
-            sharded_offsets=sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )
-        for name, module in self.named_children():
-            sharded.update(
-                sharded_state_dict_default(
-                    module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
-                )
-            )
-        packed = {"in_proj.weight": self.in_proj_parts}
-        for name in ("weight", "bias"):
-            sharded[f"{prefix}conv1d_{name}"].key = f"{prefix}conv1d.{name}"
-            packed[f"conv1d_{name}"] = self.conv_parts
-        for name, parts in packed.items():
-            sharded[f"{prefix}{name}"] = _split_tensor_factory(
-                sharded[f"{prefix}{name}"], list(parts.values()), list(parts), 0
-            )
-        return sharded

@@ -7,15 +7,15 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 from megatron_hybrid.config import RunConfig
-from megatron_hybrid.config.layers import are_unlike, rotates
-from megatron_hybrid.config.pattern import parse_pattern
+from megatron_hybrid.config.layers import are_unlike, layers, rotates
+from megatron_hybrid.config.pattern import MAMBA, parse_pattern
 from megatron_hybrid.config.phases import sequence_lengths
 from megatron_hybrid.layers.multipliers import multiply_output
 from megatron_hybrid.layers.router import TopKRouter
 from megatron_hybrid.layers.vocabulary import draw_vocabulary, leave_out_padding
 from megatron_hybrid.model.float8 import emulate_float8
 from megatron_hybrid.model.own_sizes import with_own_sizes
-from megatron_hybrid.model.specs import hybrid_stack_spec, layer_classes
+from megatron_hybrid.model.specs import hybrid_stack_spec, layer_classes, mamba_mixer_spec
 from megatron_hybrid.model.transformer_config import layer_configs
 from megatron_hybrid.platform import initialize
 
@@ -46,7 +46,13 @@ def build_model(
     if are_unlike(model):
         on_meta = engine_config.use_cpu_initialization
         device = torch.device("meta") if on_meta else initialize().device
-        stack = with_own_sizes(stack, model, layer_configs(config, backend, device))
+        configs = layer_configs(config, backend, device)
+        mixers = {
+            each.number: mamba_mixer_spec(backend, each.model)
+            for each in layers(model)
+            if each.kind == MAMBA
+        }
+        stack = with_own_sizes(stack, model, configs, mixers)
     built = layer_classes(backend).model(
         config=engine_config,
         hybrid_stack_spec=stack,

@@ -2,8 +2,9 @@
 
 Letters: d hidden_size, V padded vocabulary, L length of a sequence in tokens; Mamba-2: h heads of
 p channels, i = h*p inner channels, G groups, N states, c = i + 2*G*N channels of the convolution
-over K = 4 tokens; attention: q query and g key/value heads of k channels; MLP: f inner channels,
-u = 3 matrices (swiglu) or 2; MoE: E experts, of which a token visits t.
+over K = 4 tokens; Mamba-1: i channels, all of them convolved, r rank of dt; attention: q query and
+g key/value heads of k channels; MLP: f inner channels, u = 3 matrices (swiglu) or 2; MoE: E
+experts, of which a token visits t.
 """
 
 from dataclasses import dataclass
@@ -23,12 +24,14 @@ class LayerCounts:
 
     Attributes:
         kind: symbol.
+        what: the kind in words.
         numbers: the layers, from 1.
         each: of one layer, its norm included.
         active: the same, counting of a MoE layer the experts a token visits.
     """
 
     kind: str
+    what: str
     numbers: tuple[int, ...]
     each: int
     active: int
@@ -116,9 +119,18 @@ def _vocabulary(model: ModelConfig) -> int:
 
 def _convolved(model: ModelConfig) -> int:
     """c."""
+    if model.mamba_version == 1:
+        assert model.mamba_intermediate_size is not None
+        return model.mamba_intermediate_size
     assert model.mamba_num_heads is not None
     inner = model.mamba_num_heads * model.mamba_head_dim
     return inner + 2 * model.mamba_num_groups * model.mamba_state_dim
+
+
+def _steps_products(model: ModelConfig) -> int:
+    """2r + 2N: what a channel of Mamba-1 has in x_proj and dt_proj."""
+    assert model.mamba_dt_rank is not None
+    return 2 * (model.mamba_dt_rank + model.mamba_state_dim)
 
 
 @dataclass(frozen=True)
@@ -127,7 +139,7 @@ class Parameters:
 
     Attributes:
         dense: in the run's format, and of every layer but of experts.
-        fp32: always in fp32: A_log, D and dt_bias of Mamba-2.
+        fp32: always in fp32: A_log, D and dt_bias of Mamba.
         expert: of experts.
     """
 
@@ -153,9 +165,10 @@ def layer_parameters(
 
     `model` has the layer's own sizes, as that of `config.layers.Layer` has.
 
-    Linears, with biases but in Mamba-2; Mamba-2: convolution c(K+1), gated norm i (where there is
-    one), and 3h in fp32; MoE: the router's d*E,
-    with biases E more. Parallel heads: both, with one norm before them.
+    Linears, with biases but in Mamba; Mamba-2: convolution c(K+1), gated norm i (where there is
+    one), and 3h in fp32; Mamba-1: convolution i(K+1), x_proj i(r+2N), dt_proj ir, and i(N+2) in
+    fp32; MoE: the router's d*E, with biases E more. Parallel heads: both, with one norm before
+    them.
     """
     if kind == PARALLEL:
         parts = [layer_parameters(model, part, tp=tp) for part in made_of(kind)]
@@ -169,7 +182,11 @@ def layer_parameters(
         dense, of_expert = (
             (dense, of_expert + weights) if linear.routed else (dense + weights, of_expert)
         )
-    if kind == MAMBA:
+    if kind == MAMBA and model.mamba_version == 1:
+        inner = _convolved(model) // tp
+        dense += inner * (CONV_KERNEL + 1 + _steps_products(model))
+        fp32 = inner * (model.mamba_state_dim + 2)
+    elif kind == MAMBA:
         assert model.mamba_num_heads is not None
         inner = model.mamba_num_heads * model.mamba_head_dim
         gated_norm = inner if model.mamba_rms_norm else 0
@@ -200,7 +217,7 @@ def count_parameters(model: ModelConfig) -> Counts:
     return Counts(
         sorts=tuple(
             LayerCounts(
-                sort.kind, sort.numbers,
+                sort.kind, sort.layer.what, sort.numbers,
                 layer_parameters(sort.model, sort.kind).total, _active(sort.model, sort.kind),
             )
             for sort in sorts(model)
@@ -232,6 +249,10 @@ def _forward_flops(model: ModelConfig, kind: str, seq_length: int) -> float:
         2 * linear.inputs * linear.outputs * (model.moe_router_topk if linear.routed else 1)
         for linear in linears(model, kind).values()
     )
+    if kind == MAMBA and model.mamba_version == 1:
+        channels = _convolved(model)
+        scan = 5 * channels * model.mamba_state_dim
+        return products + 2 * channels * (CONV_KERNEL + _steps_products(model)) + scan
     if kind == MAMBA:
         assert model.mamba_num_heads is not None
         inner = model.mamba_num_heads * model.mamba_head_dim

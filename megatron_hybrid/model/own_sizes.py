@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from megatron.core.ssm.mamba_layer import MambaLayer
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -41,7 +41,18 @@ class _OwnSizes:
 
 
 class OwnMamba(_OwnSizes, MambaLayer):
-    """A Mamba-2 layer of its own sizes."""
+    """A Mamba layer of its own sizes and version."""
+
+    def __init__(
+        self,
+        *,
+        mixers: Mapping[int, ModuleSpec],
+        layer_number: int,
+        submodules: MambaLayerSubmodules,
+        **named: Any,
+    ) -> None:
+        submodules = replace(submodules, mixer=mixers[layer_number])
+        super().__init__(layer_number=layer_number, submodules=submodules, **named)
 
 
 class OwnMlp(_OwnSizes, MLPLayer):
@@ -95,12 +106,16 @@ class Rotation:
 
 
 def with_own_sizes(
-    stack: ModuleSpec, model: ModelConfig, configs: Mapping[int, TransformerConfig]
+    stack: ModuleSpec,
+    model: ModelConfig,
+    configs: Mapping[int, TransformerConfig],
+    mixers: Mapping[int, ModuleSpec],
 ) -> ModuleSpec:
     """A stack's spec with layers that take their configs by number.
 
     Args:
         configs: of every layer, `model.transformer_config.layer_configs`.
+        mixers: of every M layer.
     """
     kinds = stack.submodules
     rotations = {layer.number: Rotation(layer) for layer in layers(model)}
@@ -124,7 +139,7 @@ def with_own_sizes(
         stack,
         submodules=replace(
             kinds,
-            mamba_layer=own(kinds.mamba_layer, OwnMamba),
+            mamba_layer=own(kinds.mamba_layer, OwnMamba, mixers=mixers),
             attention_layer=attention,
             mlp_layer=own(kinds.mlp_layer, OwnMlp),
             moe_layer=own(kinds.moe_layer, OwnMoe),

@@ -1,7 +1,7 @@
 """Which class serves which layer, by backend: the table that megatron-core builds the stack from.
 
-Symbols of the pattern: M Mamba-2, * attention, - MLP, E mixture of experts, H attention and Mamba-2
-side by side.
+Symbols of the pattern: M Mamba-1 or Mamba-2, * attention, - MLP, E mixture of experts, H attention
+and Mamba-2 side by side.
 """
 
 from dataclasses import replace
@@ -34,7 +34,7 @@ from megatron.core.transformer.transformer_layer import (
 from megatron_hybrid.config import ModelConfig
 from megatron_hybrid.config.pattern import PARALLEL, parse_pattern
 from megatron_hybrid.layers.linear import ColumnParallelLinear, RowParallelLinear
-from megatron_hybrid.layers.mamba2 import Mamba2MixerSubmodules
+from megatron_hybrid.layers.mamba import MambaMixerSubmodules
 from megatron_hybrid.layers.multipliers import scaled_bias_dropout_add
 from megatron_hybrid.layers.parallel_heads import (
     ByNumber,
@@ -87,6 +87,19 @@ SERVED: dict[str, Served] = {
     ),
     "mamba_mixer": Served(
         f"{_OURS}.layers.mamba2:Mamba2Mixer", f"{_OURS}.layers.mamba2:Mamba2Mixer"
+    ),
+    "mamba1_mixer": Served(
+        f"{_OURS}.layers.mamba1:Mamba1Mixer", f"{_OURS}.layers.mamba1:Mamba1Mixer"
+    ),
+    "mamba1_scan": Served(
+        f"{_OURS}.ops.selective_scan.torch_chunked:selective_scan_torch",
+        "mamba_ssm.ops.selective_scan_interface:selective_scan_fn",
+        "ops.selective_scan, by the mixer's kernel",
+    ),
+    "mamba1_conv1d": Served(
+        f"{_OURS}.ops.causal_conv1d:causal_conv1d",
+        f"{_OURS}.ops.causal_conv1d:causal_conv1d",
+        "layers.mamba1",
     ),
     "mamba_scan": Served(
         f"{_OURS}.ops.mamba2_fused:fused_core",
@@ -200,6 +213,7 @@ class LayerClasses(NamedTuple):
     row_linear: type
     core_attention: type
     mamba_mixer: type
+    mamba1_mixer: type
     mamba_kernel: SSDBackend
     moe: Any
 
@@ -207,7 +221,7 @@ class LayerClasses(NamedTuple):
 def layer_classes(backend: str) -> LayerClasses:
     """The classes of a backend: "torch" (any device) or "transformer_engine" (CUDA)."""
     parts = ("model", "stack", "norm", "norm_and_column_linear", "column_linear", "row_linear",
-             "core_attention", "mamba_mixer")  # fmt: skip
+             "core_attention", "mamba_mixer", "mamba1_mixer")  # fmt: skip
     return LayerClasses(
         **{part: served(part, backend) for part in parts},
         mamba_kernel="torch" if backend == "torch" else "mamba_ssm",
@@ -228,7 +242,24 @@ def _mamba_mixer(
     return ModuleSpec(
         module=classes.mamba_mixer,
         params=params,
-        submodules=Mamba2MixerSubmodules(in_proj=in_proj, out_proj=classes.row_linear),
+        submodules=MambaMixerSubmodules(in_proj=in_proj, out_proj=classes.row_linear),
+    )
+
+
+def mamba_mixer_spec(backend: str, model: ModelConfig) -> ModuleSpec:
+    """The mixer of M layers with the sizes of `model`."""
+    classes = layer_classes(backend)
+    in_proj = classes.norm_and_column_linear
+    if model.mamba_version == 2:
+        return _mamba_mixer(classes, model, in_proj)
+    return ModuleSpec(
+        module=classes.mamba1_mixer,
+        params={
+            "kernel": classes.mamba_kernel,
+            "intermediate_size": model.mamba_intermediate_size,
+            "dt_rank": model.mamba_dt_rank,
+        },
+        submodules=MambaMixerSubmodules(in_proj=in_proj, out_proj=classes.row_linear),
     )
 
 
@@ -269,7 +300,7 @@ def hybrid_stack_spec(backend: str, model: ModelConfig) -> ModuleSpec:
     mamba = ModuleSpec(
         module=MambaLayer,
         submodules=MambaLayerSubmodules(
-            mixer=_mamba_mixer(classes, model, classes.norm_and_column_linear),
+            mixer=mamba_mixer_spec(backend, model),
             mamba_bda=get_bias_dropout_add,
         ),
     )

@@ -51,7 +51,7 @@ class MaskedDiffusion(Objective):
         name, model = "training.objective=masked_diffusion", config.model
         if has_kind(model.hybrid_layer_pattern, MAMBA):
             yield (
-                f"{name} needs a pattern without 'M' and 'H' layers, as Mamba-2 reads from left "
+                f"{name} needs a pattern without 'M' and 'H' layers, as Mamba reads from left "
                 f"to right; model.hybrid_layer_pattern={model.hybrid_layer_pattern!r}; "
                 "allowed: '*', '-', 'E'"
             )

@@ -19,6 +19,8 @@ from megatron_hybrid.ops.attention_blocks import Block, plan_blocks
 from megatron_hybrid.planner.layout import Layout
 
 CHUNK_TOKENS = 64  # of ops.ssd: states are kept before each chunk
+SCAN_BLOCK_TOKENS = 32  # of ops.selective_scan: the same
+SCAN_CHUNK_TOKENS = 2048  # of mamba-ssm's selective scan
 
 
 def layer_activations(
@@ -59,6 +61,8 @@ def layer_activations(
             + _mamba(model, layout, e, stored, fused=fused)
             + _attention(model, layout, e, fused=fused, selective=again)
         )
+    if kind == MAMBA and model.mamba_version == 1:
+        return residual + _mamba1(model, layout, e, stored, fused=fused)
     if kind == MAMBA:
         return residual + _mamba(model, layout, e, stored, fused=fused)
     if kind == ATTENTION:
@@ -117,6 +121,23 @@ def _mamba(model: ModelConfig, layout: Layout, e: int, stored: int, *, fused: bo
     # Under CP the norm is an operation of its own, with an input of its own.
     norm = e * output + 4 * T * model.mamba_num_groups // tp if layout.cp > 1 else 0
     return e * (projected + output + states) + norm
+
+
+def _mamba1(model: ModelConfig, layout: Layout, e: int, stored: int, *, fused: bool) -> int:
+    assert model.mamba_intermediate_size is not None and model.mamba_dt_rank is not None
+    T, inner = layout.tokens, model.mamba_intermediate_size // layout.tp
+    width, n = T * inner, model.mamba_state_dim
+    # Under CP the tokens are all, and the channels a part; of dt, B and C a rank has all.
+    shared = T * layout.cp * (model.mamba_dt_rank + 2 * n)
+    tokens = SCAN_CHUNK_TOKENS if fused else SCAN_BLOCK_TOKENS
+    blocks = layout.micro_batch * -(-layout.seq_length // tokens)
+    # Decay rates are made of their logarithms, and both are kept.
+    states = 4 * (blocks + 2) * inner * n // layout.cp
+    # Projection, convolution's output, steps.
+    numbers = 4 * width + shared
+    if fused:  # copies by channel of x, z, B and C; outputs before and after the gate
+        return e * (numbers + 4 * width + 2 * n * T * layout.cp) + stored * width + 2 * states
+    return e * (numbers + width) + states
 
 
 def _attention(model: ModelConfig, layout: Layout, e: int, *, fused: bool, selective: bool) -> int:

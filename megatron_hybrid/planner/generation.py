@@ -1,4 +1,4 @@
-"""Memory to generate text on one GPU: weights, keys and values, and the states of Mamba-2."""
+"""Memory to generate text on one GPU: weights, keys and values, and the states of Mamba."""
 
 from dataclasses import dataclass
 
@@ -52,7 +52,11 @@ def generation_memory(
             if m.window_size is not None:
                 length = min(length, m.window_size[0] + 1)
             keys_values += layers * length * 2 * m.num_query_groups * m.kv_channels * number_bytes
-        if sort.has(MAMBA):
+        if sort.kind == MAMBA and m.mamba_version == 1:
+            assert m.mamba_intermediate_size is not None
+            ssm += layers * m.mamba_intermediate_size * m.mamba_state_dim * state_bytes
+            conv += layers * m.mamba_intermediate_size * CONV_KERNEL * number_bytes
+        elif sort.has(MAMBA):
             assert m.mamba_num_heads is not None
             inner = m.mamba_num_heads * m.mamba_head_dim
             channels = inner + 2 * m.mamba_num_groups * m.mamba_state_dim

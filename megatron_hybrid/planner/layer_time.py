@@ -249,6 +249,8 @@ class Rank:
             moved = NUMBER_BYTES * T * (2 * width + 2 * keys + rotated)
             share = self.shares.attention[self.gpu.generation]
             return flops / (peak * share), (moved, 2 * moved)
+        if kind == MAMBA and model.mamba_version == 1:
+            return self._selective_scan()
         if kind == MAMBA:
             assert model.mamba_num_heads is not None
             inner = model.mamba_num_heads * model.mamba_head_dim // layout.tp
@@ -258,6 +260,18 @@ class Rank:
             moved = NUMBER_BYTES * T * (2 * convolved + 6 * inner)
             return flops / (peak * self.shares.scan[self.gpu.generation]), (moved, 2 * moved)
         return 0.0, self._activated(kind)
+
+    def _selective_scan(self) -> tuple[float, tuple[float, float]]:
+        """Mamba-1's products and its scan, whose states stay on the chip; a copy of each input.
+
+        The scan itself is taken to be hidden behind what it moves, which was not measured.
+        """
+        layout, model, T = self.layout, self.model, self.layout.tokens
+        assert model.mamba_intermediate_size is not None and model.mamba_dt_rank is not None
+        inner, n = model.mamba_intermediate_size // layout.tp, model.mamba_state_dim
+        flops = 4.0 * T * inner * (model.mamba_dt_rank + n)
+        moved = NUMBER_BYTES * T * 14 * inner
+        return flops / (self.gpu.bf16_tflops * 1e12), (moved, 2 * moved)
 
     def _activated(self, kind: str) -> tuple[float, float]:
         """Bytes of the activation; of experts also of the router and of bringing tokens there."""

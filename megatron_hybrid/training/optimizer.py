@@ -76,7 +76,7 @@ def wrap_data_parallel(
 def build_optimizer(
     config: RunConfig, engine_config: TransformerConfig, model: list[DistributedDataParallel]
 ) -> MegatronOptimizer:
-    """AdamW with fp32 main parameters; no weight decay on vectors (norms, biases, A_log, D)."""
+    """AdamW with fp32 main parameters; no weight decay on vectors (norms, biases, D) and A_log."""
     options = config.optimizer
     optimizer_config = OptimizerConfig(
         optimizer="adam",
@@ -94,6 +94,7 @@ def build_optimizer(
         fp8_recipe=engine_config.fp8_recipe if engine_config.fp8 else None,
     )
     overrides = get_standard_config_overrides(optimizer_config)
+    overrides[ParamKey(name="*.A_log")] = {"wd_mult": 0.0}  # of Mamba-1 a matrix
     if engine_config.bf16:
         # fp32 parameters among bf16 ones need a group of their own: within a group the engine
         # puts them first, and then stores each one's state under another's name. A rate of its

@@ -54,9 +54,24 @@ def test_what_an_entry_does_not_say_is_the_models() -> None:
     assert by_number[4].own == {"window_size": None}
     assert by_number[6].own == {"moe_shared_expert_intermediate_size": None}
     assert by_number[3].sizes == {
-        "mamba_num_heads": 8, "mamba_head_dim": 16, "mamba_state_dim": 32, "mamba_num_groups": 2,
+        "mamba_version": 2, "mamba_num_heads": 8, "mamba_head_dim": 16, "mamba_state_dim": 32,
+        "mamba_num_groups": 2,
     }  # fmt: skip
     assert made.model.window_size == (64, 0)
+
+
+def test_a_layer_has_the_sizes_of_its_version() -> None:
+    """What is said of a kind goes to layers of the version that knows it; sizes are derived where
+    any layer has that version."""
+    made = config("model.layers={M: {mamba_num_heads: 4, mamba_dt_rank: 3}, 3: {mamba_version: 1}}")
+    mamba = {each.number: each for each in layers(made.model) if each.kind == "M"}
+    assert mamba[3].own == {"mamba_version": 1, "mamba_dt_rank": 3}
+    assert mamba[3].sizes["mamba_intermediate_size"] == 2 * made.model.hidden_size
+    assert mamba[1].own == {"mamba_num_heads": 4}
+    assert [each.what for each in mamba.values()] == ["Mamba-2", "Mamba-1", "Mamba-2", "Mamba-2"]
+    rank = config("model.mamba_version=1", "model.hidden_size=40").model
+    assert (rank.mamba_dt_rank, rank.mamba_intermediate_size) == (3, 80)
+    assert rank.mamba_num_heads is None
 
 
 def test_a_range_is_for_the_layers_that_have_its_fields() -> None:

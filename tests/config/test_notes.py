@@ -85,12 +85,15 @@ UNUSED = {
     "model.kv_channels=16": (
         ["model.hybrid_layer_pattern=M-E"], "model.hybrid_layer_pattern=M*E",
     ),
+    "model.mamba_version=1": (
+        ["model.hybrid_layer_pattern=*-E"], "model.hybrid_layer_pattern=M*E",
+    ),
+    "model.mamba_intermediate_size=96": ([], "model.layers.1.mamba_version=1"),
+    "model.mamba_dt_rank=3": ([], "model.mamba_version=1"),
     "model.mamba_num_heads=8": (
         ["model.hybrid_layer_pattern=*-E"], "model.hybrid_layer_pattern=M*E",
     ),
-    "model.mamba_head_dim=16": (
-        ["model.hybrid_layer_pattern=*-E"], "model.hybrid_layer_pattern=M*E",
-    ),
+    "model.mamba_head_dim=16": (["model.mamba_version=1"], "model.layers.1.mamba_version=2"),
     "model.mamba_state_dim=16": (
         ["model.hybrid_layer_pattern=*-E"], "model.hybrid_layer_pattern=M*E",
     ),

@@ -42,11 +42,14 @@ HEADS_FIELDS = {
         },
     },
 }  # fmt: skip
-# Two of each kind, the second of which is unlike the first: other numbers of heads, which are as
-# wide or not, groups of the gated norm, angles of RoPE, activations and experts,
-# which biases balance.
+# Two of each kind, the second of which is unlike the first: Mamba-1 and Mamba-2, other numbers of
+# heads, which are as wide or not, groups of the gated norm, angles of RoPE, activations and
+# experts, which biases balance.
 UNLIKE = "M-*EM-*E"
 UNLIKE_LAYERS = {
+    "1": {
+        "mamba_version": 1, "mamba_state_dim": 8, "mamba_intermediate_size": 96, "mamba_dt_rank": 3,
+    },
     "5": {"mamba_num_heads": 4, "mamba_head_dim": 24, "mamba_state_dim": 8, "mamba_num_groups": 4},
     "5-6": {"ffn_hidden_size": 96, "activation": "swiglu"},
     "7": {

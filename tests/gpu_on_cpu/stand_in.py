@@ -45,7 +45,8 @@ def install(te_folder: Path | None = None) -> None:
     silence()  # as `platform.initialize` does, before anything of the engine is imported
     hide_gpu_modules()
     _take_transformer_engine(te_folder or find_folder())
-    sys.modules["mamba_ssm.ops.triton.ssd_combined"] = _mamba_ssm()
+    for module in (_mamba_ssm(), _mamba_1()):
+        sys.modules[module.__name__] = module
     device.pretend()
     _patch_engine()
     platform._initialize_once = lambda: Platform(device.memory(), "gloo", has_cuda=True)
@@ -110,6 +111,38 @@ def _mamba_ssm() -> ModuleType:
 
     module = ModuleType("mamba_ssm.ops.triton.ssd_combined")
     module.mamba_split_conv1d_scan_combined = mamba_split_conv1d_scan_combined  # type: ignore
+    return module
+
+
+def _mamba_1() -> ModuleType:
+    """mamba-ssm's module of the scan of Mamba-1, by the torch backend's."""
+    from megatron_hybrid.ops.selective_scan import selective_scan
+
+    def selective_scan_fn(
+        u: torch.Tensor,
+        delta: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        C: torch.Tensor,
+        *,
+        D: torch.Tensor,
+        z: torch.Tensor,
+        delta_bias: torch.Tensor,
+        delta_softplus: bool = False,
+        return_last_state: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not (delta_softplus and return_last_state):
+            raise NotImplementedError(f"{delta_softplus=}, {return_last_state=}")
+        # Which its compiled code refuses otherwise.
+        assert u.dtype == delta.dtype == z.dtype == B.dtype == C.dtype
+        assert A.dtype == D.dtype == delta_bias.dtype == torch.float32
+        by_token = [each.transpose(1, 2) for each in (u, delta, B, C, z)]
+        x, dt, B_l, C_l, z_l = by_token
+        y, state = selective_scan(x, dt, A, B_l, C_l, D, z_l, delta_bias, backend="torch")
+        return y.transpose(1, 2), state
+
+    module = ModuleType("mamba_ssm.ops.selective_scan_interface")
+    module.selective_scan_fn = selective_scan_fn  # type: ignore[attr-defined]
     return module
 
 

@@ -57,19 +57,21 @@ def test_built_equals_formula(name: str) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    ["model.activation=swiglu", "model.untie_embeddings_and_output_weights=false",
+    ["model.mamba_version=1", "model.activation=swiglu",
+     "model.untie_embeddings_and_output_weights=false",
      "model.moe_shared_expert_intermediate_size=null", "model.mamba_num_groups=1",
      "model.moe_router_enable_expert_bias=true",
      "model.hybrid_layer_pattern=H-HME; model.mamba_rms_norm=false; model.add_bias_linear=true"
      "; model.moe_shared_expert_intermediate_size=null"
      "; model.layers={3: {num_attention_heads: 8, mamba_state_dim: 16}}",
-     "model.layers={3: {mamba_num_heads: 4, mamba_state_dim: 16, mamba_num_groups: 4}, 5-8:"
+     "model.layers={3: {mamba_num_heads: 4, mamba_state_dim: 16, mamba_num_groups: 4},"
+     " 1: {mamba_version: 1, mamba_intermediate_size: 72, mamba_dt_rank: 3}, 5-8:"
      " {activation: swiglu, ffn_hidden_size: 96, num_moe_experts: 3, moe_ffn_hidden_size: 32,"
      " moe_shared_expert_intermediate_size: null, mamba_head_dim: 16},"
      " '*': {num_attention_heads: 6, num_query_groups: 3, kv_channels: 16}}"],
 )  # fmt: skip
 def test_variants(change: str) -> None:
-    """Gated MLPs, tied embeddings, no shared expert, unlike layers: the formula follows."""
+    """Mamba-1, gated MLPs, tied embeddings, no shared expert, unlike layers: it follows."""
     more = ["model.moe_router_score_function=sigmoid"] if "expert_bias" in change else []
     args = ["tiny", *ONE_RANK, VOCABULARY, *change.split("; "), *more]
     built = run_distributed(parameters_built, 1, args)[0]

@@ -120,6 +120,24 @@ def test_flops_of_mamba_by_hand() -> None:
     assert flops_per_token(config, 8192).by_kind["M"] == 3 * forward
 
 
+MAMBA_130M = [
+    "nemotron_h_8b", "--hybrid-layer-pattern", 24 * "M", "model.mamba_version=1",
+    "model.hidden_size=768",
+    "model.mamba_state_dim=16", "model.vocab_size=50280", "--make-vocab-size-divisible-by", "8",
+    "--no-untie-embeddings-and-output-weights",
+]  # fmt: skip
+
+
+def test_mamba_1_as_released() -> None:
+    """mamba-130m, to the last parameter; FLOPs of linears, convolution, steps and recurrence."""
+    config = model(*MAMBA_130M)
+    assert count_parameters(config).total == 129_135_360
+    inner, rank, states = 1536, 48, 16
+    forward = 2 * 768 * 3 * inner + 2 * 4 * inner + 2 * inner * (2 * rank + 2 * states)
+    forward += 5 * inner * states
+    assert flops_per_token(config, 2048).by_kind["M"] == 24 * 3 * forward
+
+
 def test_unlike_layers_are_counted_one_by_one() -> None:
     """What each layer would count in a model of its own, parameters and FLOPs."""
     words = ("nemotron_h_8b", "--hybrid-layer-pattern", "M-*-M")

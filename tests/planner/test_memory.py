@@ -229,6 +229,12 @@ VARIANTS = {
         "model.activation=swiglu", "model.mlp_multipliers=[0.5,0.5]",
         "model.attention_in_multiplier=0.5",
     ],
+    "Mamba-1": ["MM", "model.mamba_version=1"],
+    "TP2 SP, Mamba-1, fp32": [
+        "MM", "model.layers={2: {mamba_version: 1, mamba_dt_rank: 5}}", "precision.recipe=fp32",
+        "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true",
+    ],
+    "CP2, Mamba-1": ["MM", "model.mamba_version=1", "parallel.context_parallel_size=2"],
     "hidden dropout": ["M*-E", "model.hidden_dropout=0.1"],
     "2048 tokens, wider": [
         "M*-E", "data.seq_length=2048", "model.hidden_size=512", "model.mamba_state_dim=128",

@@ -1,8 +1,8 @@
 """Rules of what only GPUs have: where it runs, and what each kernel and overlap needs."""
 
 from megatron_hybrid.config.describe import shown
-from megatron_hybrid.config.layers import layers_of
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, PARALLEL
+from megatron_hybrid.config.layers import layers_of, mamba_layers
+from megatron_hybrid.config.pattern import ATTENTION, MLP, MOE, PARALLEL
 from megatron_hybrid.config.rules.common import (
     Facts,
     Problems,
@@ -14,6 +14,7 @@ from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.sections import GpuConfig
 
 CONVOLVED_TOGETHER = 8  # channels, in causal-conv1d
+MOST_SCANNED_STATES = 256  # in mamba-ssm's selective scan
 _CONVOLVED = ("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim")
 
 
@@ -93,7 +94,7 @@ def convolved_channels(c: RunConfig, facts: Facts) -> Problems:
     tp, cp = c.parallel.tensor_model_parallel_size, c.parallel.context_parallel_size
     if not on_transformer_engine(c, facts):
         return
-    for layer in layers_of(c.model, MAMBA):
+    for layer in mamba_layers(c.model, 2):
         m = layer.model
         if m.mamba_num_heads is None or m.mamba_num_heads % (tp * cp) or m.mamba_num_groups % tp:
             continue
@@ -107,6 +108,18 @@ def convolved_channels(c: RunConfig, facts: Facts) -> Problems:
                 f"{', '.join(first)} and {last} make {channels} convolved channels on a "
                 f"rank, which must be a multiple of {CONVOLVED_TOGETHER} on the transformer_engine "
                 "backend"
+            )
+
+
+def selective_scan_states(c: RunConfig, facts: Facts) -> Problems:
+    """mamba-ssm's kernel keeps a channel's states in registers, and has so many of them."""
+    if not on_transformer_engine(c, facts):
+        return
+    for layer in mamba_layers(c.model, 1):
+        if layer.model.mamba_state_dim > MOST_SCANNED_STATES:
+            yield (
+                f"{layer.path('mamba_state_dim')}={layer.model.mamba_state_dim} must be at most "
+                f"{MOST_SCANNED_STATES} in a Mamba-1 layer on the transformer_engine backend"
             )
 
 
@@ -195,6 +208,7 @@ GPU: tuple[Rule, ...] = (
     overlapping,
     experts,
     convolved_channels,
+    selective_scan_states,
     fusions,
     cuda_graphs,
 )

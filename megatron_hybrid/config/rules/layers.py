@@ -1,14 +1,15 @@
 """Rules of `model.layers`: entries are about layers that there are, and sizes that those have."""
 
 from megatron_hybrid.config.layers import (
-    SIZES,
     Key,
+    Layer,
+    layers,
     read_key,
     said,
     said_of_layers,
     shown_size,
 )
-from megatron_hybrid.config.pattern import KINDS, MAMBA, PARALLEL, parse_pattern
+from megatron_hybrid.config.pattern import KINDS, PARALLEL, parse_pattern
 from megatron_hybrid.config.rules.common import Facts, Problems, Rule
 from megatron_hybrid.config.run import RunConfig
 
@@ -20,6 +21,7 @@ _FORMS = "a layer number such as 3, a range such as 10-20, or a kind: " + ", ".j
 def layer_entries(c: RunConfig, _: Facts) -> Problems:
     """Each entry names layers of the pattern, and fields that some of them have."""
     symbols = parse_pattern(c.model.hybrid_layer_pattern).layers
+    resolved = layers(c.model)
     for text, entry in c.model.layers.items():
         path, key = f"model.layers.{text}", read_key(text, len(symbols))
         if key is None or not key.numbers:
@@ -35,19 +37,20 @@ def layer_entries(c: RunConfig, _: Facts) -> Problems:
                 f"{c.model.hybrid_layer_pattern!r} has layers 1 to {len(symbols)}"
             )
         else:
-            kinds = key.kind or "".join(symbols[number - 1] for number in key.numbers)
-            allowed = [name for kind in KINDS if kind in kinds for name in SIZES[kind]]
+            of = [resolved[n - 1] for n in key.numbers if key.kind in (None, symbols[n - 1])]
+            of.sort(key=lambda layer: list(KINDS).index(layer.kind))
+            allowed = [name for layer in of for name in layer.sizes]
             for name, value in said(entry):
                 if name not in allowed:
                     yield (
-                        f"{path}.{name}={shown_size(value)}: {_whose(key, kinds)} no such field; "
+                        f"{path}.{name}={shown_size(value)}: {_whose(key, of)} no such field; "
                         f"allowed: {', '.join(dict.fromkeys(allowed))}"
                     )
 
 
-def _whose(key: Key, kinds: str) -> str:
+def _whose(key: Key, of: list[Layer]) -> str:
     """The layers of an entry, as what has or has not a field."""
-    named = " or ".join(KINDS[kind] for kind in KINDS if kind in kinds)
+    named = " or ".join(dict.fromkeys(layer.what for layer in of))
     if key.kind is not None:
         return f"{named} layers have"
     if len(key.numbers) == 1:
@@ -56,7 +59,7 @@ def _whose(key: Key, kinds: str) -> str:
 
 
 def _article(word: str) -> str:
-    return "a" if word in (KINDS[MAMBA], KINDS[PARALLEL]) else "an"
+    return "a" if word.startswith("Mamba") or word == KINDS[PARALLEL] else "an"
 
 
 def layer_ranges(c: RunConfig, _: Facts) -> Problems:

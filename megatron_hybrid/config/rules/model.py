@@ -1,7 +1,7 @@
 """Rules of the network itself, whatever it runs on."""
 
 from megatron_hybrid.config.describe import fields, shown
-from megatron_hybrid.config.layers import MULTIPLIED, layers_of
+from megatron_hybrid.config.layers import MULTIPLIED, layers_of, mamba_layers, mamba_versions
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, PARALLEL, has_kind, having
 from megatron_hybrid.config.rules.common import (
     Facts,
@@ -68,7 +68,7 @@ def attention_mask(c: RunConfig, _: Facts) -> Problems:
     if has_kind(pattern, MAMBA):
         yield (
             "model.attn_mask_type=no_mask needs a pattern without 'M' and 'H' layers, as "
-            "Mamba-2 reads "
+            "Mamba reads "
             f"from left to right; model.hybrid_layer_pattern={pattern!r}; allowed: causal"
         )
     elif not has_kind(pattern, ATTENTION):
@@ -102,7 +102,7 @@ def rotary_channels(c: RunConfig, _: Facts) -> Problems:
 
 def mamba_heads(c: RunConfig, _: Facts) -> Problems:
     """Mamba-2 heads share B and C in whole groups."""
-    for layer in layers_of(c.model, MAMBA):
+    for layer in mamba_layers(c.model, 2):
         heads = layer.model.mamba_num_heads
         assert heads is not None
         yield from must_divide(
@@ -146,6 +146,25 @@ def multipliers(c: RunConfig, _: Facts) -> Problems:
                 f"{of_mlps}: the first is of the gate, of which {path}={model.activation} has "
                 "none; allowed: 1.0, or swiglu"
             )
+
+
+def mamba_version(c: RunConfig, _: Facts) -> Problems:
+    """Parallel heads have Mamba-2, and only Mamba-2 has factors and a norm after the gate."""
+    pattern = c.model.hybrid_layer_pattern
+    if c.model.mamba_version == 1 and PARALLEL in pattern:
+        yield (
+            f"model.mamba_version=1 with 'H' layers in model.hybrid_layer_pattern={pattern!r} is "
+            "not supported: parallel heads have Mamba-2; allowed: 2, or "
+            "model.layers.M.mamba_version"
+        )
+    elif mamba_versions(c.model) == {1}:
+        for name in (name for name, kind in MULTIPLIED.items() if kind == MAMBA):
+            value, default = getattr(c.model, name), fields()[f"model.{name}"].default
+            if value != default:
+                yield (
+                    f"model.{name}={_typed(value)} needs Mamba-2 layers, and all are Mamba-1; "
+                    f"allowed: {_typed(default)}"
+                )
 
 
 def moe_only_with_moe_layers(c: RunConfig, _: Facts) -> Problems:
@@ -229,6 +248,7 @@ MODEL: tuple[Rule, ...] = (
     attention_mask,
     rotary_channels,
     mamba_heads,
+    mamba_version,
     multipliers,
     moe_only_with_moe_layers,
     moe_router,

@@ -2,7 +2,7 @@
 
 from math import prod
 
-from megatron_hybrid.config.layers import layers_of
+from megatron_hybrid.config.layers import layers_of, mamba_layers
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, parse_pattern
 from megatron_hybrid.config.phases import sequence_length_fields
 from megatron_hybrid.config.ranks import (
@@ -36,7 +36,7 @@ def tensor_parallel(c: RunConfig, _: Facts) -> Problems:
     tp = c.parallel.tensor_model_parallel_size
     needed = {
         ATTENTION: ("num_attention_heads", "num_query_groups"),
-        MAMBA: ("mamba_num_heads", "mamba_num_groups"),
+        MAMBA: ("mamba_num_heads", "mamba_num_groups", "mamba_intermediate_size"),
         MLP: ("ffn_hidden_size",),
         MOE: ("moe_shared_expert_intermediate_size",),
     }
@@ -44,7 +44,7 @@ def tensor_parallel(c: RunConfig, _: Facts) -> Problems:
         of_kind = layers_of(c.model, symbol)
         for name in names:
             for layer in of_kind:
-                size = getattr(layer.model, name)
+                size = layer.sizes.get(name)
                 if size is not None:
                     yield from must_divide(TP, tp, layer.path(name), size)
     # The padded vocabulary is a multiple of this, whatever the tokenizer brings.
@@ -72,11 +72,17 @@ def sequence_length(c: RunConfig, _: Facts) -> Problems:
 
 
 def mamba_context_parallel(c: RunConfig, _: Facts) -> Problems:
-    """CP turns sequence shards into head shards: each CP rank runs whole heads and groups."""
+    """CP turns sequence shards into head shards: each CP rank runs whole heads and groups, or an
+    equal share of Mamba-1's channels."""
     tp, cp = c.parallel.tensor_model_parallel_size, c.parallel.context_parallel_size
     if cp == 1:
         return
-    for layer in layers_of(c.model, MAMBA):
+    for layer in mamba_layers(c.model, 1):
+        channels = layer.model.mamba_intermediate_size
+        if channels is not None:
+            name = layer.path("mamba_intermediate_size")
+            yield from must_be_multiple(name, channels, f"{TP} * {CP}", tp * cp)
+    for layer in mamba_layers(c.model, 2):
         heads, groups = layer.model.mamba_num_heads, layer.model.mamba_num_groups
         if heads is not None:
             name = layer.path("mamba_num_heads")

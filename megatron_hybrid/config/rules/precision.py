@@ -25,9 +25,8 @@ from megatron_hybrid.config.run import RunConfig
 
 _START = "precision.num_layers_at_start_in_bf16"
 _END = "precision.num_layers_at_end_in_bf16"
-_KINDS = {
-    MAMBA: "a Mamba-2 layer", ATTENTION: "an attention layer", MLP: "an MLP layer",
-    PARALLEL: "a layer of parallel heads",
+_WHOSE = {
+    ATTENTION: "an attention layer", MLP: "an MLP layer", PARALLEL: "a layer of parallel heads",
 }  # fmt: skip
 
 
@@ -163,9 +162,9 @@ def _width_problem(
     tp = c.parallel.tensor_model_parallel_size
     shared = f" on each of {tp} tensor-parallel ranks" if tp > 1 else ""
     ways = ""
-    if layer.has(MAMBA) and linear == "in_proj" and name == "outputs":
+    if "mamba_num_heads" in layer.sizes and linear == "in_proj" and name == "outputs":
         ways = f"; nearest {layer.path('mamba_num_heads')}: {_near_heads(c, layer, multiple)}"
-    whose = _KINDS.get(layer.kind, "a MoE layer")
+    whose = _WHOSE.get(layer.kind, f"a {layer.what} layer")
     if layer.own:
         whose = f"layer {layer.number}, {whose},"
     return (

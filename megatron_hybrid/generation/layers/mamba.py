@@ -1,4 +1,4 @@
-"""A Mamba-2 mixer as generation runs it, over the states of sequences.
+"""Mamba mixers as generation runs them, over the states of sequences.
 
 Legend: T tokens of the step, h hidden size.
 """
@@ -12,30 +12,57 @@ from megatron_hybrid.generation.batch import Batch
 from megatron_hybrid.generation.cache import MambaSlots
 from megatron_hybrid.generation.linears import Group, Linear, Norm
 from megatron_hybrid.ops.mamba2_fused import Norm as NormSizes
-from megatron_hybrid.ops.mamba2_states import CoreParameters, Mamba2Step
+from megatron_hybrid.ops.mamba2_states import CoreParameters, Mamba2Step, empty_states
 from megatron_hybrid.ops.mamba2_texts import mamba2_texts
 from megatron_hybrid.ops.ssd.buffers import Sizes
 
 
 class MambaMixer:
-    """A Mamba-2 mixer of what was normed; `take` gives it its states before the first call."""
+    """A mixer of what was normed; `take` gives it its states before the first call."""
+
+    slots: MambaSlots
 
     def __init__(self, layer: Any, group: Group) -> None:
         self._mixer = mixer = layer.mixer
         self.in_proj, self.out_proj = Linear(mixer.in_proj), Linear(mixer.out_proj, group=group)
-        self.sizes = Sizes(mixer.num_heads, mixer.head_dim, mixer.num_groups, mixer.state_dim)
-        self._steps: dict[int, Mamba2Step] = {}
-        self.refresh()
+
+    def new_slots(self, sequences: int) -> MambaSlots:
+        """States before the first token of so many sequences."""
+        raise NotImplementedError
 
     def take(self, slots: MambaSlots) -> None:
         """The states of sequences to work on."""
         self.slots = slots
-        self._steps.clear()
 
     def refresh(self) -> None:
         """Take the parameters up again."""
         for each in (self.in_proj, self.out_proj):
             each.refresh()
+
+    def mixed(self, normed: Tensor, batch: Batch) -> Tensor:
+        """`[T, h]` -> `[T, d]`, what the projection after it takes."""
+        raise NotImplementedError
+
+
+class Mamba2Mixer(MambaMixer):
+    """A Mamba-2 mixer."""
+
+    def __init__(self, layer: Any, group: Group) -> None:
+        super().__init__(layer, group)
+        mixer = self._mixer
+        self.sizes = Sizes(mixer.num_heads, mixer.head_dim, mixer.num_groups, mixer.state_dim)
+        self._steps: dict[int, Mamba2Step] = {}
+        self.refresh()
+
+    def new_slots(self, sequences: int) -> MambaSlots:
+        return MambaSlots(*empty_states(self.parameters, sequences))
+
+    def take(self, slots: MambaSlots) -> None:
+        super().take(slots)
+        self._steps.clear()
+
+    def refresh(self) -> None:
+        super().refresh()
         mixer, norm = self._mixer, self._mixer.norm
         self.parameters = CoreParameters(
             self.sizes,
@@ -49,7 +76,6 @@ class MambaMixer:
         )
 
     def mixed(self, normed: Tensor, batch: Batch) -> Tensor:
-        """`[T, h]` -> `[T, d]`, what the projection after it takes."""
         projected = self.in_proj(normed)
         if self._mixer.multipliers:
             parts = projected.split(list(self._mixer.in_proj_parts.values()), -1)
@@ -80,19 +106,18 @@ class MambaMixer:
         return self._steps[sequences]
 
 
-class MambaLayer(MambaMixer):
-    """A Mamba-2 mixer with the norm before it."""
+class MambaLayer:
+    """A mixer with the norm before it."""
 
-    def __init__(self, layer: Any, group: Group) -> None:
+    def __init__(self, layer: Any, mixer: MambaMixer) -> None:
         in_proj = layer.mixer.in_proj
-        self.norm = Norm(in_proj, "layer_norm_weight", in_proj.eps)
-        super().__init__(layer, group)
+        self.norm, self.mixer = Norm(in_proj, "layer_norm_weight", in_proj.eps), mixer
 
     def refresh(self) -> None:
         """Take the parameters up again."""
         self.norm.refresh()
-        super().refresh()
+        self.mixer.refresh()
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
         """`[T, h]` -> `[T, h]`."""
-        return self.out_proj.add_to(x, self.mixed(self.norm(x), batch))
+        return self.mixer.out_proj.add_to(x, self.mixer.mixed(self.norm(x), batch))

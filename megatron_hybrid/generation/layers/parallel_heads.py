@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_hybrid.generation.batch import Batch
 from megatron_hybrid.generation.layers.attention import Attention
-from megatron_hybrid.generation.layers.mamba import MambaMixer
+from megatron_hybrid.generation.layers.mamba import Mamba2Mixer
 from megatron_hybrid.generation.linears import Group, Norm, sum_over
 
 
@@ -17,7 +17,7 @@ class ParallelHeadsLayer:
     """Both mixers with the norm before them; each has states of its own."""
 
     def __init__(self, layer: Any, group: Group) -> None:
-        self.attention, self.mamba = Attention(layer, group), MambaMixer(layer, group)
+        self.attention, self.mamba = Attention(layer, group), Mamba2Mixer(layer, group)
         self.norm = Norm(layer.input_layernorm, "weight", layer.config.layernorm_epsilon)
         self._factors, self._group = layer.factors, group
 

@@ -1,0 +1,123 @@
+"""A Mamba-1 mixer as generation runs it, over the states of sequences.
+
+Legend: T tokens of the step, h hidden size, S slots, d channels of this rank, n state.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_hybrid.generation.batch import Batch
+from megatron_hybrid.generation.cache import MambaSlots
+from megatron_hybrid.generation.layers.mamba import MambaMixer
+from megatron_hybrid.generation.linears import Group, Linear, sum_over
+from megatron_hybrid.ops.causal_conv1d import causal_conv1d
+from megatron_hybrid.ops.selective_scan import selective_scan
+from megatron_hybrid.ops.selective_scan.torch_chunked import selective_scan_step
+
+
+class _Weight:
+    """One of the mixer's own weights, as a linear's."""
+
+    bias = None
+
+    def __init__(self, mixer: Any, name: str) -> None:
+        self._mixer, self._name = mixer, name
+
+    @property
+    def weight(self) -> Tensor:
+        weight: Tensor = getattr(self._mixer, self._name)
+        return weight
+
+
+class Mamba1Mixer(MambaMixer):
+    """A Mamba-1 mixer. States are fp32: the last inputs of the convolution `[S, taps - 1, d]`, and
+    those of the scan `[S, n, d]`."""
+
+    def __init__(self, layer: Any, group: Group) -> None:
+        super().__init__(layer, group)
+        self._group = group
+        self.x_proj, self.dt_proj = (
+            Linear(_Weight(self._mixer, name)) for name in ("x_proj_weight", "dt_proj_weight")
+        )
+        self.refresh()
+
+    def new_slots(self, sequences: int) -> MambaSlots:
+        taps, (state, channels) = self.taps.shape[1], self.A.shape
+        return MambaSlots(
+            self.A.new_zeros(sequences, taps - 1, channels),
+            self.A.new_zeros(sequences, state, channels),
+        )
+
+    def refresh(self) -> None:
+        super().refresh()
+        for each in (self.x_proj, self.dt_proj):
+            each.refresh()
+        mixer = self._mixer
+        self.taps = mixer.conv1d_weight.detach().squeeze(1).float()  # [d, taps]
+        self.taps_by_token = self.taps.t().contiguous()
+        self.conv_bias = mixer.conv1d_bias.detach().float()
+        self.A = -torch.exp(mixer.A_log.detach().float()).t().contiguous()  # [n, d]
+        self.D, self.dt_bias = mixer.D.detach().float(), mixer.dt_bias.detach().float()
+
+    def mixed(self, normed: Tensor, batch: Batch) -> Tensor:
+        inputs, z = self.in_proj(normed).chunk(2, dim=-1)
+        decoding, slots = batch.decoding, batch.filling
+        lengths = [] if batch.texts is None else batch.texts.lengths
+        y = torch.empty_like(inputs)
+        if decoding:
+            y[:decoding] = self._convolve_token(inputs[:decoding])
+        if slots is not None:
+            conv = self.slots.conv[slots]  # a copy
+            of_texts = zip(conv, inputs[decoding:].split(lengths), strict=True)
+            y[decoding:] = torch.cat([self._convolve_text(*each) for each in of_texts])
+            self.slots.conv[slots] = conv
+
+        shared = sum_over(self.x_proj(y), self._group)
+        n = len(self.A)
+        low, B, C = shared.split([shared.shape[1] - 2 * n, n, n], dim=-1)
+        dt = self.dt_proj(low.contiguous())
+        if decoding:
+            token = [each[:decoding] for each in (y, dt, B, C, z)]
+            y[:decoding] = self._step(self.slots.ssm[:decoding], *token)
+        if slots is not None:
+            states = self.slots.ssm[slots]  # a copy
+            parts = (each[decoding:].split(lengths) for each in (y, dt, B, C, z))
+            of_texts = zip(states, *parts, strict=True)
+            y[decoding:] = torch.cat([self._text(state, *rest) for state, *rest in of_texts])
+            self.slots.ssm[slots] = states
+        return y
+
+    def _convolve_token(self, x: Tensor) -> Tensor:
+        """One token of each of the first sequences, `[b, d]`."""
+        before = self.slots.conv[: len(x)]
+        window = torch.cat((before, x[:, None].float()), 1)
+        before.copy_(window[:, 1:])
+        total = window.mul_(self.taps_by_token).sum(1).add_(self.conv_bias)
+        return F.silu(total, inplace=True).to(x.dtype)
+
+    def _convolve_text(self, before: Tensor, x: Tensor) -> Tensor:
+        """A part of a text, `[t, d]`; the inputs before it, `[taps - 1, d]`, move on in place."""
+        window = torch.cat((before, x.float()))
+        convolved = causal_conv1d(window[None], self.taps, self.conv_bias)
+        assert isinstance(convolved, Tensor)
+        before.copy_(window[len(x) :])
+        return convolved[0, len(before) :].to(x.dtype)
+
+    def _step(
+        self, states: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor
+    ) -> Tensor:
+        return selective_scan_step(states, x, dt, self.A, B, C, self.D, z, self.dt_bias)
+
+    def _text(
+        self, state: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor
+    ) -> Tensor:
+        """A part of a text, `[t, .]`; its state, `[n, d]`, moves on in place."""
+        y, after = selective_scan(
+            x[None], dt[None], self.A.t(), B[None], C[None], self.D, z[None], self.dt_bias,
+            initial_state=state.t()[None],
+        )  # fmt: skip
+        state.copy_(after[0].t())
+        return y[0]

@@ -1,0 +1,184 @@
+"""The Mamba-1 mixer under tensor, sequence and context parallelism.
+
+Parameters are those of mamba-ssm's `Mamba`, drawn as it draws them.
+
+Legend: s sequence of this rank, l whole sequence, b batch, h hidden size, d channels, n state, r
+rank of dt; the projection is packed [x, z]. Sizes named here are those of one TP rank.
+"""
+
+import math
+
+import torch
+from megatron.core.inference.contexts import BaseInferenceContext
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import build_module
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from megatron_hybrid.layers.context_parallel import to_channels, to_sequence
+from megatron_hybrid.layers.mamba import (
+    CONV_KERNEL_SIZE,
+    MambaMixer,
+    MambaMixerSubmodules,
+    draw_convolution,
+    draw_dt_bias,
+)
+from megatron_hybrid.ops.causal_conv1d import causal_conv1d
+from megatron_hybrid.ops.linear import linear
+from megatron_hybrid.ops.selective_scan import ScanBackend, selective_scan
+
+
+class Mamba1Mixer(MambaMixer):
+    """Projection, causal convolution, selective scan, gate, projection.
+
+    Forward: `[s, b, h]` -> (`[s, b, h]`, bias or None). Channels are sharded over TP, and under
+    context parallelism again over the ranks that share a sequence; what all of them say together
+    of dt, B and C is added up.
+
+    Args:
+        kernel: "torch" or "mamba_ssm", which kernel of `megatron_hybrid.ops` runs the scan.
+        intermediate_size: channels d of all TP ranks.
+        dt_rank: r.
+        d_model: hidden size h.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MambaMixerSubmodules,
+        d_model: int,
+        intermediate_size: int,
+        dt_rank: int,
+        kernel: ScanBackend = "torch",
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        pp_layer_offset: int = 0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(config)
+        assert pg_collection is not None
+        self.kernel = kernel
+        self.layer_number = layer_number
+        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
+        tp_size = self.tp_group.size()
+        assert intermediate_size % (tp_size * self.cp_group.size()) == 0
+        self.d_inner, self.all_channels = intermediate_size // tp_size, intermediate_size
+        self.dt_rank, self.state_dim = dt_rank, config.mamba_state_dim
+        self.in_proj = build_module(
+            submodules.in_proj,
+            d_model,
+            2 * intermediate_size,
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="fc1",
+            tp_group=self.tp_group,
+            name=f"{name}.in_proj" if name is not None else None,
+        )
+        in_proj_parts = {"x": self.d_inner, "z": self.d_inner}
+        self._pack("in_proj.weight", self.in_proj.weight, in_proj_parts)
+        self._build_scan_parameters()
+        self.out_proj = build_module(
+            submodules.out_proj,
+            intermediate_size,
+            d_model,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=False,
+            tp_comm_buffer_name="fc2",
+            tp_group=self.tp_group,
+            name=f"{name}.out_proj" if name is not None else None,
+        )
+
+    def _build_scan_parameters(self) -> None:
+        """conv1d_weight `[d, 1, 4]`, conv1d_bias `[d]`; x_proj_weight `[r + 2n, d]`, dt_proj_weight
+        `[d, r]`, dt_bias `[d]`; A_log `[d, n]`, D `[d]`.
+        """
+        d, n, r, dtype = self.d_inner, self.state_dim, self.dt_rank, self.config.params_dtype
+        self.conv1d_weight = self._parameter(d, 1, CONV_KERNEL_SIZE, dtype=dtype)
+        self.conv1d_bias = self._parameter(d, dtype=dtype)
+        self.x_proj_weight = self._parameter(r + 2 * n, d, dtype=dtype, dim=1)
+        self.dt_proj_weight = self._parameter(d, r, dtype=dtype)
+        self.dt_bias = self._parameter(d)
+        self.A_log = self._parameter(d, n)
+        self.D = self._parameter(d)
+        self.dims["x_proj_weight"] = 1
+        self.keys |= {"x_proj_weight": "x_proj.weight", "dt_proj_weight": "dt_proj.weight"}
+        if not self.config.perform_initialization:
+            return
+        with torch.no_grad(), get_cuda_rng_tracker().fork():
+            self.D.fill_(1.0)
+            draw_convolution(self.conv1d_weight, self.conv1d_bias)
+            bound = 1 / math.sqrt(self.all_channels)
+            self.x_proj_weight.uniform_(-bound, bound)
+            bound = 1 / math.sqrt(r)
+            self.dt_proj_weight.uniform_(-bound, bound)
+            draw_dt_bias(self.dt_bias)
+            rates = torch.arange(1, n + 1, dtype=torch.float32, device=self.A_log.device)
+            self.A_log.copy_(rates.log().expand(d, n))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        inference_context: BaseInferenceContext | None = None,
+        *,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix along the sequence.
+
+        Args:
+            hidden_states: `[s, b, h]`.
+            inference_context: None; text is generated by `megatron_hybrid.generation`.
+            packed_seq_params: its `seq_idx [b, l]` numbers the documents; states start anew.
+        """
+        assert inference_context is None
+        projected, _ = self.in_proj(hidden_states)
+        seq_idx = None if packed_seq_params is None else packed_seq_params.seq_idx
+        return self.out_proj(self._scan(projected, seq_idx))
+
+    def _scan(self, projected: Tensor, seq_idx: Tensor | None) -> Tensor:
+        """`[s, b, 2d]` -> `[s, b, d]`: convolution, scan and gate, of the channels of this rank."""
+        gathered = to_channels(projected, [self.d_inner] * 2, self.cp_group)
+        x, z = gathered.transpose(0, 1).chunk(2, dim=-1)  # [b, l, d / CP]
+        weight, bias, dt_proj, dt_bias, A_log, D = (
+            self._of_channels(each)
+            for each in (self.conv1d_weight, self.conv1d_bias, self.dt_proj_weight, self.dt_bias,
+                         self.A_log, self.D)
+        )  # fmt: skip
+        # It keeps several tensors as large as x, and takes little time.
+        x = checkpoint(
+            causal_conv1d, x, weight.squeeze(1), bias, seq_idx=seq_idx,
+            use_reentrant=False, preserve_rng_state=False,
+        )  # fmt: skip
+        projection = self._of_channels(self.x_proj_weight, dim=1)
+        shared = self._sum_of_ranks(linear(x, projection))
+        low, B, C = shared.split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
+        dt, A = linear(low, dt_proj), -torch.exp(A_log)
+        y, _ = selective_scan(x, dt, A, B, C, D, z, dt_bias, seq_idx=seq_idx, backend=self.kernel)
+        return to_sequence(y.transpose(0, 1), self.cp_group)
+
+    def _of_channels(self, parameter: Tensor, dim: int = 0) -> Tensor:
+        """What the channels of this context-parallel rank have of a parameter."""
+        size = self.d_inner // self.cp_group.size()
+        return parameter.narrow(dim, self.cp_group.rank() * size, size)
+
+    def _sum_of_ranks(self, part: Tensor) -> Tensor:
+        """Over all ranks with other channels of the same tokens; of gradients, too."""
+        for group in (self.tp_group, self.cp_group):
+            if group.size() > 1:
+                part = reduce_from_tensor_model_parallel_region(part, group=group)
+                part = copy_to_tensor_model_parallel_region(part, group=group)
+        return part
