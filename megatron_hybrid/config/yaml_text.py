@@ -91,7 +91,10 @@ def parse_yaml(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ValueError(f"{where}{error.problem}") from error
+        # Of layers.* and of a pattern: to YAML, a star says that what follows is a name.
+        named = error.context == "while scanning an alias" or "alias" in (error.problem or "")
+        hint = "; what begins with '*' must be in quotes" if named else ""
+        raise ValueError(f"{where}{error.problem}{hint}") from error
     except yaml.YAMLError as error:
         raise ValueError(str(error).splitlines()[0]) from error
     if is_too_deep(value):

@@ -43,6 +43,8 @@ model:
     "syntax.yaml": "model:\n  hidden_size: [64\n",
     "twice.yaml": "preset: tiny\nmodel:\n  hidden_size: 64\n  hidden_size: 128\n",
     "tabs.yaml": "model:\n\thidden_size: 64\n",
+    "star.yaml": "preset: tiny\nmodel:\n  layers:\n    *: {window_size: [8, 0]}\n",
+    "star_pattern.yaml": "preset: tiny\nmodel:\n  hybrid_layer_pattern: *M\n",
     "no_preset.yaml": "preset: tinny\n",
     "model_is_a_number.yaml": "preset: tiny\nmodel: 3\n",
     "unknown_section.yaml": "preset: tiny\nparalel:\n  tensor_model_parallel_size: 2\n",
