@@ -95,8 +95,9 @@ def _draw_shares(axes: Axes, layers: Sequence[int], shares: Sequence[dict[str, A
     for row, dead in enumerate((values == 0).sum(axis=1)):
         if dead:
             axes.annotate(
-                f"{dead} dead", (experts, row + 0.5), xytext=(-4, 0), textcoords="offset points",
-                ha="right", va="center", color="white", fontweight="bold", fontsize=8,
+                f"{dead} dead", (counts[row], row + 0.5),
+                xytext=(-4, 0), textcoords="offset points", ha="right", va="center",
+                color="white", fontweight="bold", fontsize=8,
             )  # fmt: skip
     count = len(shares[-_AVERAGED:])
     when = f"mean of the last {count} records" if count > 1 else "in the last record"

@@ -16,7 +16,7 @@ from megatron_hybrid.errors import UserError
 from megatron_hybrid.plotting import save_png
 from megatron_hybrid.training.metrics import METRICS_FILE, rewound_steps
 from megatron_hybrid.training.plot import _summary, load_run, plot_runs
-from megatron_hybrid.training.plot_experts import draw_expert_load
+from megatron_hybrid.training.plot_experts import _draw_shares, draw_expert_load
 from megatron_hybrid.training.plot_float8 import draw_float8
 from megatron_hybrid.training.step_metrics import StepMetrics
 from tests.training.reports import reports
@@ -199,6 +199,10 @@ def test_draws_the_load_of_experts(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "expert_load.png")
     assert len(colors(tmp_path / "expert_load.png")) > 20
+    axes = Figure().add_subplot()
+    _draw_shares(axes, [2, 5], [shares | {"shares": [[0.2, 0.3, 0.5], [1.0, 0.0]]}])
+    [dead] = [text for text in axes.texts if text.get_text() == "1 dead"]
+    assert dead.xy == (2, 1.5)  # in a cell that layer 5 has
     metrics.write_bytes(orjson.dumps(steps[0] | {"expert_load": None}) + b"\n")
     with pytest.raises(UserError, match="holds no load of experts"):
         draw_expert_load(tmp_path, tmp_path / "again.png")
