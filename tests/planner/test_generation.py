@@ -43,6 +43,13 @@ def test_the_9b_fits_an_a10g_and_the_12b_does_not() -> None:
     assert round(large.total / GIB, 1) == 26.0 > A10G_GIB
 
 
+def test_parallel_heads_keep_what_both_mixers_keep() -> None:
+    """Falcon-H1 0.5B: 512 bytes of keys and values a token and layer, and a state of 384 KiB."""
+    found = generation_memory(model("falcon_h1_0_5b", "model.vocab_size=32784"), 1000, 3)
+    assert found.keys_values == 3 * 1000 * 36 * 512
+    assert found.ssm_states == 3 * 36 * 24 * 64 * 128 * 2 == 3 * 36 * 384 * 1024
+
+
 def test_the_pruned_7b() -> None:
     """Layers 43 to 48, 50 and 52 of the 9B dropped, and narrower: the published pattern, 7.00 B."""
     whole = model("nemotron_nano_9b_v2")
