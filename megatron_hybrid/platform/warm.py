@@ -18,6 +18,8 @@ MODULES = (
     "megatron_hybrid.model.hybrid",
     "megatron_hybrid.layers.attention",
     "megatron_hybrid.layers.cross_entropy",
+    "megatron_hybrid.layers.mamba1",
+    "megatron_hybrid.layers.mamba2",
     "megatron_hybrid.objectives.pretraining",
     "megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader",
     "megatron.core.dist_checkpointing.strategies.fully_parallel",

@@ -179,7 +179,7 @@ def test_places_where_no_folder_can_be(
         ("mlp_hidden_act", {}, "mlp_hidden_act"),
         ("layers_block_type", 5, "layers_block_type=5 must be a list"),
         ("model_type", ["x"], "model_type"),
-        ("model_type", "falcon_h1", "its layers add attention and Mamba-2 of one input"),
+        ("model_type", "zamba2", "its attention layers share their weights"),
         ("hidden_size", "x", "hidden_size='x' must be a whole number"),
     ],
 )

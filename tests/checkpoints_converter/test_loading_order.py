@@ -17,7 +17,7 @@ from checkpoints_converter.registry import MODULES
 from checkpoints_converter.weights import Names
 from megatron_hybrid.checkpoint.reader import CheckpointReader, as_matrix
 from tests.checkpoints_converter.peer_models import nemotron_h, saved
-from tests.checkpoints_converter.test_families import bamba, granite, mamba2
+from tests.checkpoints_converter.test_families import bamba, falcon, granite, mamba2
 
 Tensors = dict[str, Tensor]
 OUTPUT = "lm_head.weight"
@@ -30,6 +30,7 @@ TIED: dict[str, Callable[[], Any]] = {
         tie_word_embeddings=True, num_hidden_layers=2, num_local_experts=4,
         layer_types=["linear_attention", "full_attention"],
     ),
+    "falcon_h1": lambda: falcon(tie_word_embeddings=True, num_hidden_layers=1),
 }  # fmt: skip
 assert TIED.keys() == MODULES.keys()
 

@@ -18,11 +18,11 @@ GROUPED, ALWAYS = "5.23.0", "5.15.1"
 
 @pytest.mark.parametrize("model_type", MODULES)
 def test_floor_of_each_family(model_type: str) -> None:
-    """Up to 5.22 all but nemotron_h apply the gated norm over the whole width of the groups."""
+    """Up to 5.22 some families apply the gated norm over the whole width of the groups."""
     several, _ = written(model_type)
     one, _ = written(model_type, mamba_num_groups=1)
     chosen = family(model_type)
-    expected = ALWAYS if model_type == "nemotron_h" else GROUPED
+    expected = ALWAYS if model_type in ("nemotron_h", "falcon_h1") else GROUPED
     assert str(releases.floor(chosen, several).version) == expected
     assert str(releases.floor(chosen, one).version) == ALWAYS
     assert releases.problem(expected, chosen, several) is None

@@ -181,6 +181,7 @@ def test_answers_of_which_no_token_ends_a_text(
     chats = {"a": ([5, EOD, 6, 7], [0, 0, 1, 1]), "b": ([5, 6, EOD], [0, 1, 1])}
     paths = {n: [write_conversations(tmp_path / n, [it], VOCAB_SIZE)] for n, it in chats.items()}
     sources = conversation_sources(open_sources(paths), ROW)
+    caplog.clear()
     note_ends(sources, {EOD, 7}, NullTokenizer(VOCAB_SIZE))
     assert not caplog.messages
     note_ends(sources, {EOD, 8}, NullTokenizer(VOCAB_SIZE))

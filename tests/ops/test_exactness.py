@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_hybrid.layers.mamba2 import A_INIT_RANGE, DT_INIT_RANGE
+from megatron_hybrid.layers.mamba import DT_INIT_RANGE
+from megatron_hybrid.layers.mamba2 import A_INIT_RANGE
 from megatron_hybrid.ops.mamba2 import mamba2_split_conv1d_scan
 
 MODELS = 20

@@ -113,6 +113,14 @@ CHANGED: dict[str, str] = {
     "rotary_base": "20000", "rotary_percent": "0.5", "normalization": "LayerNorm",
     "layernorm_epsilon": "1e-3", "moe_router_topk": "1", "moe_router_score_function": "sigmoid",
     "moe_router_pre_softmax": "true", "moe_router_topk_scaling_factor": "2.5",
+    "ssm_multipliers": "[1,1,2,1,1]", "mlp_multipliers": "[1,2]",
+    **dict.fromkeys(
+        (
+            "key_multiplier", "ssm_in_multiplier", "ssm_out_multiplier", "attention_in_multiplier",
+            "attention_out_multiplier", "embedding_multiplier", "lm_head_multiplier",
+        ),
+        "2.0",
+    ),
 }  # fmt: skip
 
 
