@@ -12,7 +12,7 @@ from megatron_hybrid.config.layers import layers
 from megatron_hybrid.config.pattern import MLP, MOE, parse_pattern
 from megatron_hybrid.config.rules.common import LENGTHS, divisors, listing
 from megatron_hybrid.errors import ConfigError
-from megatron_hybrid.upcycling.scheme import sizes_in_common
+from megatron_hybrid.upcycling.scheme import factors_problem, sizes_in_common
 
 # Of the load-balancing loss where a model had no experts before: what the paper trained with.
 AUX_LOSS_COEFF = 0.01
@@ -178,7 +178,7 @@ def _problems(model: ModelConfig, request: Request, typed: Mapping[str, Any]) ->
     chosen = _chosen(model, request) & set(mlps)
     changed = [layer for layer in layers(model) if layer.number in chosen]
     mlp, unlike = sizes_in_common(model, chosen)
-    problems += unlike
+    problems += unlike + factors_problem(model)
     f = mlp.ffn_hidden_size or 1
     if f % g:
         name = changed[0].path("ffn_hidden_size") if changed else "model.ffn_hidden_size"

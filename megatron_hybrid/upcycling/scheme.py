@@ -20,6 +20,7 @@ from megatron_hybrid.checkpoint.saved_config import (
     other_sizes,
 )
 from megatron_hybrid.config.layers import layers as layers_of_model
+from megatron_hybrid.config.layers import shown_size
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.pattern import MLP, MOE, parse_pattern
 from megatron_hybrid.config.rules.common import divisors, listing
@@ -134,7 +135,7 @@ def scheme_between(dense: ModelConfig, moe: ModelConfig, *, scale_weights: bool)
         ]
     dense, other_mlps = sizes_in_common(dense, [number + 1 for number in layers])
     moe, other_experts = sizes_in_common(moe, [number + 1 for number in layers])
-    problems += other_mlps + other_experts
+    problems += other_mlps + other_experts + factors_problem(dense)
     if moe.add_bias_linear:
         problems.append("model.add_bias_linear=true must be false: biases are not cut into experts")
     granularity, shared, cut_problems = _cut(dense, moe)
@@ -163,6 +164,17 @@ def scheme_between(dense: ModelConfig, moe: ModelConfig, *, scale_weights: bool)
         gated=moe.activation == "swiglu",
         scale=weight_scale(moe, expansion, routed) if scale_weights else 1.0,
     )
+
+
+def factors_problem(dense: ModelConfig) -> list[str]:
+    """Why the MLPs of a dense model compute what no experts do; empty: they do not."""
+    factors, none = dense.mlp_multipliers, ModelConfig.model_fields["mlp_multipliers"].default
+    if factors == none:
+        return []
+    return [
+        f"the dense model has model.mlp_multipliers={shown_size(factors)}, and experts have no "
+        f"factors; allowed: {shown_size(none)}"
+    ]
 
 
 def sizes_in_common(model: ModelConfig, numbers: Collection[int]) -> tuple[ModelConfig, list[str]]:

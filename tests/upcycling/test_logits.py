@@ -123,11 +123,14 @@ def test_equals_the_dense_model_in_a_layout(
 
 
 def test_mlps_that_are_alike_among_unlike_layers(tmp_path: Path) -> None:
-    """Layers 4 and 6 become experts of their own width and activation; others keep their sizes, and
-    an MLP of another width is refused beside them."""
-    sizes = ("model.layers={1: {mamba_num_heads: 4}, 3: {window_size: [7, 0]},"
+    """Layers 4 and 6 become experts of their own width and activation; others, Mamba-1 and parallel
+    heads with factors among them, keep their sizes, and an MLP of another width is refused."""
+    sizes = ("model.layers={1: {mamba_version: 1, mamba_dt_rank: 3}, 3: {window_size: [7, 0]},"
              " 4-6: {ffn_hidden_size: 24, activation: squared_relu}}")  # fmt: skip
-    line = dense_words(tmp_path / "dense", "training.train_iters=1", "model.activation=gelu", sizes)
+    line = dense_words(
+        tmp_path / "dense", "training.train_iters=1", "model.activation=gelu", sizes,
+        "model.hybrid_layer_pattern=M-H-M-", "model.ssm_out_multiplier=0.6",
+    )  # fmt: skip
     run_distributed(train, 1, line)
     expected = run_distributed(logits, 1, line, find_checkpoint(tmp_path / "dense"))[0]
     request = Request(2, 4, 4, layers=(4, 6), pre_softmax=False)

@@ -217,6 +217,20 @@ def test_moe_layers_that_are_there_keep_their_routing() -> None:
     assert "model.moe_router_pre_softmax=False" in str(caught.value)
 
 
+def test_factors_of_mlps_are_refused(tmp_path: Path) -> None:
+    """Also where the MoE model says none, as it must: its experts would be other functions."""
+    sizes = {"activation": "swiglu", "ffn_hidden_size": 16, "moe_ffn_hidden_size": 8}
+    dense = moe(2, hybrid_layer_pattern="-", mlp_multipliers=[0.5, 0.3], **sizes)
+    into = moe(2, hybrid_layer_pattern="E", **sizes)
+    match = r"has model.mlp_multipliers=\[0.5, 0.3\], and experts have no factors"
+    with pytest.raises(UserError, match=match):
+        scheme_between(dense, into, scale_weights=True)
+    words = ["model.activation=swiglu", "model.mlp_multipliers=[0.5, 0.3]"]
+    run = load_config(dense_words(tmp_path, *words))
+    with pytest.raises(UserError, match=match):
+        upcycled_config(run, Request(2, 4, 4), tmp_path, ["model.mlp_multipliers=[1, 1]"])
+
+
 def test_vocabularies_are_compared_by_their_rows() -> None:
     """Megatron-LM's checkpoints know how many rows there are, not what they were a multiple of."""
     sizes = {"ffn_hidden_size": 16, "moe_ffn_hidden_size": 8}
