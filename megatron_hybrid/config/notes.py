@@ -12,7 +12,7 @@ from typing import NamedTuple
 from megatron_hybrid.config.derive import DERIVED
 from megatron_hybrid.config.describe import fields, shown
 from megatron_hybrid.config.effects import differences
-from megatron_hybrid.config.layers import layers, mamba_versions, rotates
+from megatron_hybrid.config.layers import layers, mamba_layers, mamba_versions, rotates
 from megatron_hybrid.config.lengths import lengths
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, has_kind
 from megatron_hybrid.config.phases import (
@@ -324,7 +324,8 @@ def notes(config: RunConfig, world_size: int | None = None) -> list[str]:
     ]
     of_fields = differences(config) + unused
     return [
-        *of_fields, *_unread_sources(config), *_unread_sizes(config), *_alone(config, world_size),
+        *of_fields, *_unread_sources(config), *_unread_sizes(config), *_states_of_mamba1(config),
+        *_alone(config, world_size),
     ]  # fmt: skip
 
 
@@ -346,6 +347,18 @@ def _unread_sources(c: RunConfig) -> list[str]:
         f"data.sources.{name} has no effect: no phase has a weight for it"
         for name in c.data.sources
         if name not in _weighed(c)
+    ]
+
+
+def _states_of_mamba1(c: RunConfig) -> list[str]:
+    """That the default is Mamba-2's, where nobody has said the size of Mamba-1."""
+    name, size = "model.mamba_state_dim", c.model.mamba_state_dim
+    theirs = any(layer.path("mamba_state_dim") == name for layer in mamba_layers(c.model, 1))
+    if not theirs or size != fields()[name].default:
+        return []
+    return [
+        f"{name}={size}, the default, is usual for Mamba-2: layers of Mamba-1 usually have 16, and "
+        "the time and memory of their scan go by it"
     ]
 
 

@@ -164,6 +164,21 @@ def test_the_whole_table_is_tried() -> None:
     assert named == {word.partition("=")[0] for word in UNUSED}
 
 
+def test_the_usual_states_of_the_other_mamba_are_said() -> None:
+    """Where a layer of Mamba-1 has the default: no size of its own, and no other of the model's."""
+
+    def said(*words: str) -> list[str]:
+        line = [*GOOD, "model.mamba_state_dim=128", *words]
+        found = notes(load_config(line, which=()))
+        return [note for note in found if note.startswith("model.mamba_state_dim=128")]
+
+    (note,) = said("model.mamba_version=1")
+    assert "Mamba-1 usually have 16" in note
+    assert said("model.layers.1.mamba_version=1") == [note]
+    assert said() == said("model.mamba_version=1", "model.mamba_state_dim=16") == []
+    assert said("model.mamba_version=1", "model.layers.M.mamba_state_dim=16") == []
+
+
 # Fields that a rule refuses where nothing would read them.
 REFUSED = """
     model.key_multiplier model.ssm_multipliers model.ssm_in_multiplier model.ssm_out_multiplier
