@@ -385,9 +385,11 @@ def refuse_unlike(model: ModelConfig, what: str) -> None:
 
 
 def shown_size(value: Any) -> str:
-    """A size as one types it."""
+    """A size, or what else a model says of its layers, as one types it."""
     if isinstance(value, tuple):
         return str(list(value))
+    if isinstance(value, bool):
+        return str(value).lower()
     return "null" if value is None else str(value)
 
 

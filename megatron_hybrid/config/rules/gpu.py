@@ -1,7 +1,7 @@
 """Rules of what only GPUs have: where it runs, and what each kernel and overlap needs."""
 
 from megatron_hybrid.config.describe import shown
-from megatron_hybrid.config.layers import layers_of, mamba_layers
+from megatron_hybrid.config.layers import layers_of, mamba_layers, shown_size
 from megatron_hybrid.config.pattern import ATTENTION, MLP, MOE, PARALLEL
 from megatron_hybrid.config.rules.common import (
     Facts,
@@ -148,7 +148,7 @@ def fusions(c: RunConfig, facts: Facts) -> Problems:
     if c.gpu.bias_activation_fusion and c.model.mlp_multipliers[0] != 1:
         yield (
             "gpu.bias_activation_fusion=true has no kernel for model.mlp_multipliers="
-            f"{shown(c.model.mlp_multipliers)}; allowed: false, or a first one of 1.0"
+            f"{shown_size(c.model.mlp_multipliers)}; allowed: false, or a first one of 1.0"
         )
     if c.gpu.cross_entropy_fusion_impl != "native" and not c.gpu.cross_entropy_loss_fusion:
         yield (

@@ -1,7 +1,13 @@
 """Rules of the network itself, whatever it runs on."""
 
 from megatron_hybrid.config.describe import fields, shown
-from megatron_hybrid.config.layers import MULTIPLIED, layers_of, mamba_layers, mamba_versions
+from megatron_hybrid.config.layers import (
+    MULTIPLIED,
+    layers_of,
+    mamba_layers,
+    mamba_versions,
+    shown_size,
+)
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, PARALLEL, has_kind, having
 from megatron_hybrid.config.rules.common import (
     Facts,
@@ -111,11 +117,6 @@ def mamba_heads(c: RunConfig, _: Facts) -> Problems:
         )  # fmt: skip
 
 
-def _typed(value: object) -> str:
-    """A value as one types it."""
-    return str(list(value)) if isinstance(value, tuple) else shown(value)
-
-
 def multipliers(c: RunConfig, _: Facts) -> Problems:
     """A factor needs the layers that it is of, and one on a gate an activation that has one."""
     pattern = c.model.hybrid_layer_pattern
@@ -126,11 +127,12 @@ def multipliers(c: RunConfig, _: Facts) -> Problems:
             needed = " or ".join(map(repr, having(kind)))
             article = "an" if kind in (MAMBA, PARALLEL) else "a"
             yield (
-                f"{path}={_typed(value)} needs {article} {needed} layer in "
-                f"model.hybrid_layer_pattern={pattern!r}; without one, allowed: {_typed(default)}"
+                f"{path}={shown_size(value)} needs {article} {needed} layer in "
+                f"model.hybrid_layer_pattern={pattern!r}; without one, allowed: "
+                f"{shown_size(default)}"
             )
     gate, output = c.model.mlp_multipliers
-    of_mlps = f"model.mlp_multipliers={_typed(c.model.mlp_multipliers)}"
+    of_mlps = f"model.mlp_multipliers={shown_size(c.model.mlp_multipliers)}"
     if (gate, output) != (1, 1) and MLP in pattern and MOE in pattern:
         yield (
             f"{of_mlps} with 'E' layers in "
@@ -162,8 +164,8 @@ def mamba_version(c: RunConfig, _: Facts) -> Problems:
             value, default = getattr(c.model, name), fields()[f"model.{name}"].default
             if value != default:
                 yield (
-                    f"model.{name}={_typed(value)} needs Mamba-2 layers, and all are Mamba-1; "
-                    f"allowed: {_typed(default)}"
+                    f"model.{name}={shown_size(value)} needs Mamba-2 layers, and all are Mamba-1; "
+                    f"allowed: {shown_size(default)}"
                 )
 
 
