@@ -22,7 +22,7 @@ DISTRIBUTION = "megatron-hybrid"
 # Optional packages, and what each of them gives.
 OPTIONAL = {
     "transformer-engine": "FP8 and fused linears on GPUs",
-    "mamba-ssm": "fast Mamba-2 kernels on GPUs",
+    "mamba-ssm": "fast scans of Mamba on GPUs",
     "causal-conv1d": "fast convolutions of Mamba-2 on GPUs",
     "flash-attn": "other attention kernels on GPUs",
     "mpi4py": "the addresses of ranks that mpirun starts",

@@ -9,7 +9,7 @@ from types import MappingProxyType
 MAMBA, ATTENTION, MLP, MOE, PARALLEL, SEPARATOR = "M", "*", "-", "E", "H", "|"
 KINDS = MappingProxyType(
     {
-        MAMBA: "Mamba-2", ATTENTION: "attention", MLP: "MLP", MOE: "MoE",
+        MAMBA: "Mamba", ATTENTION: "attention", MLP: "MLP", MOE: "MoE",
         PARALLEL: "parallel heads",
     }
 )  # fmt: skip

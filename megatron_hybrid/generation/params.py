@@ -127,7 +127,7 @@ class Limits:
     """What an engine holds at a time: sizes of its states, fixed before the first token.
 
     Attributes:
-        max_sequences: that are under way at once; each has one slot of Mamba-2's states.
+        max_sequences: that are under way at once; each has one slot of Mamba's states.
         max_tokens: of all sequences under way, prompts and continuations, for which attention
             layers keep keys and values.
         prefill_tokens: of prompts that one step computes, beside a token of each other sequence.

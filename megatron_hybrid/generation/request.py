@@ -71,7 +71,7 @@ class Sequence:
         prompt_tokens: how many of them were there from the start.
         shared: how many of those its siblings have, too.
         seen: how many of `tokens` the states hold.
-        slot: of Mamba-2's states; -1 while it waits.
+        slot: of Mamba's states; -1 while it waits.
         pages: of keys and values, in order of the text; the first is that of token
             `first_page * page_tokens`.
         reserved_pages: that it may have at once.

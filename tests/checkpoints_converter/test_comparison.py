@@ -85,7 +85,7 @@ def test_says_which_side_is_off(name: str, side: str, tmp_path: Path) -> None:
     wrong = theirs(model)
     answers = (wrong, right) if side == "ours" else (right, wrong)
     report = compare(folder, *answers)
-    assert report.first_difference == "layer 1 (Mamba-2)"
+    assert report.first_difference == "layer 1 (Mamba)"
     assert report.blame is not None and report.blame.startswith(f"{side} off (")
     assert not report.passed
 

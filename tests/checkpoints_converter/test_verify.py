@@ -144,7 +144,7 @@ def test_finds_what_is_wrong(trained: Path, exported: Path, tmp_path: Path) -> N
     settings.write_text(settings.read_text().replace('"eos_token_id": 1', '"eos_token_id": 7'))
     heads, number, missing, bf16, end = run_distributed(reports, 1, trained, folders)[0]
     assert not heads["passed"] and heads["first_difference"] == "layer 3 (attention)"
-    assert not number["passed"] and number["first_difference"] == "layer 2 (Mamba-2)"
+    assert not number["passed"] and number["first_difference"] == "layer 2 (Mamba)"
     # The arbiter tells whose fault it is: the files are as transformers computes them.
     assert [row["passed"] for row in number["rows"][-2:]] == [False, True]
     assert "norm_f.weight" in missing

@@ -33,7 +33,7 @@ def test_the_engine_gets_bars_only_with_stages() -> None:
 @pytest.mark.parametrize(
     ("text", "fragments"),
     [
-        ("Mx-", ["symbol 2, 'x', is not a layer", "'M' (Mamba-2)"]),
+        ("Mx-", ["symbol 2, 'x', is not a layer", "'M' (Mamba)"]),
         ("MG", ["symbol 2, 'G' (gated delta-net), is not supported"]),
         ("", ["it has no layer"]),
         ("M||M", ["pipeline segment 2 of 3 is empty"]),
