@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_hybrid.testing import run_distributed
+from megatron_hybrid.training.optimizer import optimizer_parts
 from tests.training.runs import (
     GLOBAL_BATCH_SIZE,
     MOE,
@@ -248,22 +249,34 @@ def test_overlap(tmp_path: Path) -> None:
         assert losses(overlapped) == pytest.approx(losses(plain), rel=1e-6)
 
 
-def precisions(line: list[str]) -> dict[str, Any]:
-    """On a rank: train, and tell the dtypes of the parameters."""
+def precisions(line: list[str]) -> tuple[dict[str, Any], set[str]]:
+    """On a rank: train, and tell the dtypes of the parameters, and which of them decay."""
     with trainer(line) as run:
         run.run()
-        return {name: parameter.dtype for name, parameter in run.model[0].named_parameters()}
+        named = dict(run.model[0].named_parameters())
+        decay = set()
+        for part in optimizer_parts(run.optimizer):
+            groups = part.optimizer.param_groups
+            for name, parameter in named.items():
+                place = part.model_param_group_index_map.get(parameter)
+                if place is not None and groups[place[0]]["wd_mult"]:
+                    decay.add(name.rpartition("decoder.")[2])
+        return {name: parameter.dtype for name, parameter in named.items()}, decay
 
 
 def test_bf16(tmp_path: Path) -> None:
-    """Training in bf16 follows fp32; what the state space is sensitive to stays fp32."""
-    length = "training.train_iters=20"
+    """Training in bf16 follows fp32; what the state space is sensitive to stays fp32, and its decay
+    rates, of Mamba-1 a matrix, do not decay themselves."""
+    both = ["model.hybrid_layer_pattern=MM*-", "model.layers.1.mamba_version=1"]
     fp32, bf16 = (
-        words(tmp_path / recipe, length, f"precision.recipe={recipe}")
+        words(tmp_path / recipe, "training.train_iters=20", *both, f"precision.recipe={recipe}")
         for recipe in ("fp32", "bf16")
     )
     run_distributed(outcomes, 1, [fp32])
-    dtypes = run_distributed(precisions, 1, bf16)[0]
+    dtypes, decay = run_distributed(precisions, 1, bf16)[0]
+    for number, projections in enumerate(({"x_proj_weight", "dt_proj_weight"}, set())):
+        own = {name.rpartition(".")[2] for name in decay if f"layers.{number}.mixer." in name}
+        assert own == {"weight", "conv1d_weight"} | projections
     in_fp32 = {name.rpartition(".")[2] for name in dtypes if dtypes[name] == torch.float32}
     assert in_fp32 == {"A_log", "D", "dt_bias"}
     assert set(dtypes.values()) == {torch.float32, torch.bfloat16}
