@@ -69,6 +69,8 @@ def variants_of(layout: Layout, layers: str) -> list[Variant]:
         return []
     if layers in (UNLIKE, HEADS) and layout.ranks > 1:
         return [PLAIN, PACKED_AGAIN]
+    if layers == DENSE and layout.ranks > 1 and layout.name not in (*SINGLE, "DP2"):
+        return []  # of more dimensions: UNLIKE has all kinds of layers
     if layers != MOE:
         return [] if layout.needs_moe and layers == DENSE else VARIANTS
     return [*VARIANTS, SFT] if layout.ranks == 1 or layout.name in SINGLE else VARIANTS
