@@ -101,7 +101,9 @@ class Rotation:
             return None
         if angles.shape[-1] == self.channels:
             return angles
-        own = angles[..., :1] * self._frequencies.to(angles.device)
+        # Kept there: from the host it would come again at each step.
+        self._frequencies = self._frequencies.to(angles.device)
+        own = angles[..., :1] * self._frequencies
         return torch.cat((own, own), dim=-1)
 
 
