@@ -35,6 +35,25 @@ def test_published_models(name: str) -> None:
     assert counts.active == counts.total
 
 
+# Candidates of the published width search, cut from the 8B model: its figures to the last digit.
+MINITRON = {
+    (3072, 12288, 112): 4_489_223_040,
+    (3072, 10752, 128): 4_490_551_296,
+    (3328, 9984, 112): 4_495_167_616,
+}
+
+
+@pytest.mark.parametrize(("hidden", "ffn", "heads"), MINITRON)
+def test_pruned_widths(hidden: int, ffn: int, heads: int) -> None:
+    """The three best rows of Minitron-SSM's search (arXiv:2504.11409), by words on the parent."""
+    widths = (
+        f"model.hidden_size={hidden}",
+        f"model.ffn_hidden_size={ffn}",
+        f"model.mamba_num_heads={heads}",
+    )
+    assert count_parameters(model("nemotron_h_8b", *widths)).total == MINITRON[hidden, ffn, heads]
+
+
 def test_attention_comes_where_the_papers_say() -> None:
     """1-based places of attention layers in the released patterns."""
     places = {
