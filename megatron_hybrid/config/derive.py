@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_hybrid.config.layers import mamba_versions
-from megatron_hybrid.config.pattern import ATTENTION, MOE, has_kind, parse_pattern
+from megatron_hybrid.config.layers import all_say, mamba_versions
+from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MOE, has_kind, parse_pattern
 from megatron_hybrid.config.precision import FLOAT8_RECIPES
 from megatron_hybrid.config.run import RunConfig
 
@@ -28,6 +28,8 @@ def _kv_channels(c: RunConfig) -> int | None:
     if heads is None or not has_kind(c.model.hybrid_layer_pattern, ATTENTION):
         return None
     if c.model.hidden_size % heads:
+        if all_say(c.model, ATTENTION, "kv_channels"):
+            return None
         raise UnderivableError(
             f"model.kv_channels is not set and model.hidden_size={c.model.hidden_size} is not a "
             f"multiple of model.num_attention_heads={heads}; set model.kv_channels"
@@ -40,6 +42,8 @@ def _mamba_num_heads(c: RunConfig) -> int | None:
         return None
     inner, head_dim = 2 * c.model.hidden_size, c.model.mamba_head_dim
     if inner % head_dim:
+        if all_say(c.model, MAMBA, "mamba_num_heads"):
+            return None
         raise UnderivableError(
             f"model.mamba_num_heads is not set and 2 * model.hidden_size={inner} is not a "
             f"multiple of model.mamba_head_dim={head_dim}; set model.mamba_num_heads"

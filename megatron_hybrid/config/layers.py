@@ -191,6 +191,18 @@ def mamba_versions(model: ModelConfig) -> set[int]:
     }
 
 
+def all_say(model: ModelConfig, kind: str, name: str) -> bool:
+    """Whether every layer of a kind, or with it in it, that has a size says its own; null sizes
+    need not be resolved."""
+    symbols = parse_pattern(model.hybrid_layer_pattern).layers
+    of_layers = zip(symbols, said_of_layers(model), strict=True)
+    return all(
+        name in of_layer
+        for symbol, of_layer in of_layers
+        if is_or_has(symbol, kind) and name in sizes_of(symbol, _mamba_version(model, of_layer))
+    )
+
+
 def said(entry: LayerConfig) -> Iterator[tuple[str, Any]]:
     """The fields that an entry says, with their values."""
     for name in LayerConfig.model_fields:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_hybrid.config.layers import sorts
+from megatron_hybrid.config.layers import layers_of, sorts
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA
 from megatron_hybrid.model.counts import CONV_KERNEL, count_parameters
@@ -35,32 +35,36 @@ def generation_memory(
     batch_size: int = 1,
     *,
     number_bytes: int = 2,
-    state_bytes: int = 2,
+    state_bytes: int = 4,
 ) -> GenerationMemory:
     """What generation holds when `batch_size` sequences have `context_tokens` tokens each.
 
+    Keys and values are kept as `megatron-hybrid generate` keeps them: of tokens that some layer
+    still sees, by every layer.
+
     Args:
         number_bytes: of a weight, a key or a value.
-        state_bytes: of a number of a state; `megatron-hybrid generate` itself keeps fp32 ones (4).
+        state_bytes: of a number of a state: 4, as states are fp32 whatever the weights are. Other
+            programs keep 2.
     """
     keys_values = ssm = conv = 0
+    windows = [layer.model.window_size for layer in layers_of(model, ATTENTION)]
+    seen = [context_tokens if window is None else window[0] + 1 for window in windows]
+    length = min(context_tokens, max(seen, default=0))
     for sort in sorts(model):
         m, layers = sort.model, batch_size * len(sort.numbers)
         if sort.has(ATTENTION):
             assert m.num_query_groups is not None and m.kv_channels is not None
-            length = context_tokens
-            if m.window_size is not None:
-                length = min(length, m.window_size[0] + 1)
             keys_values += layers * length * 2 * m.num_query_groups * m.kv_channels * number_bytes
         if sort.kind == MAMBA and m.mamba_version == 1:
             assert m.mamba_intermediate_size is not None
             ssm += layers * m.mamba_intermediate_size * m.mamba_state_dim * state_bytes
-            conv += layers * m.mamba_intermediate_size * CONV_KERNEL * number_bytes
+            conv += layers * m.mamba_intermediate_size * (CONV_KERNEL - 1) * state_bytes
         elif sort.has(MAMBA):
             assert m.mamba_num_heads is not None
             inner = m.mamba_num_heads * m.mamba_head_dim
             channels = inner + 2 * m.mamba_num_groups * m.mamba_state_dim
             ssm += layers * inner * m.mamba_state_dim * state_bytes
-            conv += layers * channels * CONV_KERNEL * number_bytes
+            conv += layers * channels * (CONV_KERNEL - 1) * state_bytes
     weights = count_parameters(model).total * number_bytes
     return GenerationMemory(weights, keys_values, ssm, conv)

@@ -54,7 +54,10 @@ class Report:
         layout = layout_of(config, gpus)
         generation = None
         if context_tokens is not None:
-            generation = generation_memory(config.model, context_tokens, batch)
+            number_bytes = 2 if config.precision.weights == "bf16" else 4
+            generation = generation_memory(
+                config.model, context_tokens, batch, number_bytes=number_bytes
+            )
         return cls(
             config, gpu, layout, rank_memory(config, gpus, fused=True),
             step_time(config, gpus, gpu), flops_per_token(config.model, layout.seq_length),

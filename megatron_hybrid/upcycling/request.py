@@ -8,7 +8,7 @@ from typing import Any
 from megatron_hybrid.checkpoint.errors import CheckpointError
 from megatron_hybrid.config import ModelConfig, RunConfig, load_config, rules
 from megatron_hybrid.config.flags import parse_command_line
-from megatron_hybrid.config.layers import layers
+from megatron_hybrid.config.layers import layers, shown_size
 from megatron_hybrid.config.pattern import MLP, MOE, parse_pattern
 from megatron_hybrid.config.rules.common import LENGTHS, divisors, listing
 from megatron_hybrid.errors import ConfigError
@@ -78,8 +78,7 @@ def upcycled_config(
             load_config(words, which=rules.NO_FILES, base=dense.model_dump(mode="json"))
         except ConfigError as error:
             problems += error.problems
-        lines = [f"  - {problem}" for problem in problems]
-        raise CheckpointError("\n".join(["this upcycling cannot be done:", *lines]))
+        raise _refusal(problems)
     values = dense.model_dump(mode="json")
     values["run_dir"] = str(save.parent if save.name == "checkpoints" else save)
     values["model"] |= _model_values(dense.model, request)
@@ -98,7 +97,14 @@ def upcycled_config(
             f"model.hybrid_layer_pattern={found!r} must be {pattern!r}, which --layers decides, "
             "but for the places of '|'"
         )
+    if said := _said_of_layers(config.model, _chosen(dense.model, request)):
+        raise _refusal(said)
     return config
+
+
+def _refusal(problems: Sequence[str]) -> CheckpointError:
+    lines = [f"  - {problem}" for problem in problems]
+    return CheckpointError("\n".join(["this upcycling cannot be done:", *lines]))
 
 
 def refuse_unsaid(source: Path, words: Sequence[str]) -> None:
@@ -161,6 +167,18 @@ def _said_twice(typed: Mapping[str, Any]) -> list[str]:
         for path, value in typed.items()
         if path in _OPTIONS
     ]
+
+
+def _said_of_layers(moe: ModelConfig, chosen: frozenset[int]) -> list[str]:
+    """The same of `model.layers`: entries that say of a layer that changes what an option says."""
+    found = [
+        f"{path}={shown_size(value)} cannot be set here: {_OPTIONS[f'model.{name}']} decides it"
+        for layer in layers(moe)
+        if layer.number in chosen
+        for name, value in layer.sizes.items()
+        if f"model.{name}" in _OPTIONS and (path := layer.path(name)) != f"model.{name}"
+    ]
+    return list(dict.fromkeys(found))
 
 
 def _problems(model: ModelConfig, request: Request, typed: Mapping[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 """What is layer i: entries of `model.layers` by number, range and kind, and what follows."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron_hybrid.config.layers import (
 )
 from megatron_hybrid.config.notes import notes
 from megatron_hybrid.config.pattern import parse_pattern
+from megatron_hybrid.errors import ConfigError
 from tests.config import GOOD
 
 
@@ -94,6 +96,30 @@ def test_sorts_are_by_what_layers_are_alike_in() -> None:
         symbols = parse_pattern(model.hybrid_layer_pattern).layers
         assert [layer.kind for layer in layers(model)] == list(symbols)
         assert [len(sort.numbers) for sort in sorts(model)] == [4, 1, 2, 1]
+
+
+def test_sizes_that_every_layer_says_need_not_be_the_models() -> None:
+    """Nor need those follow from others of the model: heads, experts, and what is derived."""
+    sizes = {
+        "*": {"num_attention_heads": 2, "num_query_groups": 1, "kv_channels": 24},
+        "M": {"mamba_num_heads": 6}, "E": {"num_moe_experts": 2, "moe_ffn_hidden_size": 16},
+    }  # fmt: skip
+    unsaid = ["model.mamba_head_dim=48"]  # by which 2 * hidden_size is not divided
+    unsaid += [f"model.{name}=null" for of_kind in sizes.values() for name in of_kind]
+    entries = [f"model.layers.{kind}={json.dumps(of)}" for kind, of in sizes.items()]
+    said = [f"model.{name}={size}" for of in sizes.values() for name, size in of.items()]
+    made = config(*unsaid, *entries).model
+    assert made.num_attention_heads is made.mamba_num_heads is made.num_moe_experts is None
+    assert in_the_model(made) == config(*unsaid, *said).model
+    assert config(*unsaid, *entries, "model.num_attention_heads=5").model.kv_channels is None
+    for kind, lacking in (("*", "kv_channels"), ("M", "mamba_num_heads"), ("E", "num_moe_experts")):
+        one = [*entries, f"model.hybrid_layer_pattern=M*EM*E-{kind}"]
+        some = [word for word in one if not word.startswith(f"model.layers.{kind}=")]
+        some += [f"model.layers.1-6={json.dumps(sizes[kind])}"]
+        with pytest.raises(
+            ConfigError, match=rf"model\.{lacking} is not set|num_attention_heads is"
+        ):
+            config(*unsaid, *some)
 
 
 def test_sizes_of_whole_kinds_are_the_models() -> None:

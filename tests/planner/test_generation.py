@@ -2,10 +2,16 @@
 
 import pytest
 
-from megatron_hybrid.config import load_config
+from megatron_hybrid.config import RunConfig, load_config
 from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.generation import Limits
+from megatron_hybrid.generation.decoder import Decoder
 from megatron_hybrid.model.counts import count_parameters
 from megatron_hybrid.planner.generation import generation_memory
+from megatron_hybrid.planner.hardware import GPUS
+from megatron_hybrid.planner.report import Report
+from megatron_hybrid.testing import run_distributed
+from tests.generation.models import built, small_config
 
 MIB, GIB = 2**20, 2**30
 DATA = ["data.mock_data=true", "data.tokenizer_type=null", "model.vocab_size=131072"]
@@ -31,12 +37,12 @@ def test_weights(preset: str, parameters: int) -> None:
 def test_the_9b_fits_an_a10g_and_the_12b_does_not() -> None:
     """At 128k tokens and one sequence: 18.62 and 26.0 GiB, of 19.66."""
     assert round(A10G_GIB, 2) == 19.66
-    small = generation_memory(model("nemotron_nano_9b_v2"), 128 * 1024)
+    small = generation_memory(model("nemotron_nano_9b_v2"), 128 * 1024, state_bytes=2)
     assert round(small.weights / GIB, 3) == 16.556
     assert small.keys_values == 2 * GIB
     assert round(small.ssm_states / GIB, 3) == 0.066
     assert round(small.total / GIB, 2) == 18.62 < A10G_GIB
-    large = generation_memory(model("nemotron_nano_12b_v2"), 128 * 1024)
+    large = generation_memory(model("nemotron_nano_12b_v2"), 128 * 1024, state_bytes=2)
     assert round(large.weights / GIB, 3) == 22.929
     assert large.keys_values == 3 * GIB
     assert round(large.ssm_states / GIB, 3) == 0.068
@@ -44,10 +50,41 @@ def test_the_9b_fits_an_a10g_and_the_12b_does_not() -> None:
 
 
 def test_parallel_heads_keep_what_both_mixers_keep() -> None:
-    """Falcon-H1 0.5B: 512 bytes of keys and values a token and layer, and a state of 384 KiB."""
+    """Falcon-H1 0.5B: 512 bytes of keys and values a token and layer, a state of 768 KiB."""
     found = generation_memory(model("falcon_h1_0_5b", "model.vocab_size=32784"), 1000, 3)
     assert found.keys_values == 3 * 1000 * 36 * 512
-    assert found.ssm_states == 3 * 36 * 24 * 64 * 128 * 2 == 3 * 36 * 384 * 1024
+    assert found.ssm_states == 3 * 36 * 24 * 64 * 128 * 4 == 3 * 36 * 768 * 1024
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [("unlike layers", "fp32"), ("window", "fp32"), ("parallel heads", "bf16"),
+     ("mamba alone, tied", "bf16")],
+)  # fmt: skip
+def test_what_generate_keeps(name: str, recipe: str) -> None:
+    """Byte by byte what the program's own engine allocates: states in fp32 whatever the weights
+    are, and keys of layers with windows as long as another layer sees all."""
+    config, tokens = small_config(name, f"precision.recipe={recipe}"), 40
+    report = Report.of(config, 1, GPUS["h100"], context_tokens=tokens, batch=3)
+    assert report.generation is not None
+    length = min(tokens, 12) if name == "window" else tokens
+    limits = Limits(max_sequences=3, max_tokens=3 * length, page_tokens=1)
+    kept = run_distributed(_kept, 1, config, limits)[0]
+    memory = report.generation
+    assert (memory.conv_states, memory.ssm_states, memory.keys_values) == kept
+
+
+def _kept(config: RunConfig, limits: Limits) -> tuple[int, int, int]:
+    with built(config, limits) as generator:
+        decoder = Decoder(generator.chunks, config.model)
+        states = decoder.make_states(limits)
+        pages = [each for pool in states.attention for each in (pool.keys, pool.values)]
+        return (
+            sum(slots.conv.nbytes for slots in states.mamba),
+            sum(slots.ssm.nbytes for slots in states.mamba),
+            # In the weights' format, but on CPUs without products of bf16.
+            sum(tensor.numel() for tensor in pages) * decoder.dtype.itemsize,
+        )
 
 
 def test_the_pruned_7b() -> None:

@@ -67,6 +67,12 @@ REFUSED = {
          "upcycling.from=/tmp cannot be set here: --load decides it",
          "checkpoint.load_optim=False cannot be set here: pretrain, which loads what is made"],
     ),
+    "said twice, of layers": (
+        "--experts 2 --granularity 4 --topk 4 model.layers.E.moe_ffn_hidden_size=4 "
+        "model.layers.2-4.moe_router_topk=1",
+        ["model.layers.E.moe_ffn_hidden_size=4 cannot be set here: --granularity decides it",
+         "model.layers.2-4.moe_router_topk=1 cannot be set here: --topk decides it"],
+    ),
     "another pattern": (
         "--experts 2 --granularity 4 --topk 4 model.hybrid_layer_pattern=M-*EME",
         ["model.hybrid_layer_pattern='M-*EME' must be 'ME*EME', which --layers decides"],

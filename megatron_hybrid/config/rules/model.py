@@ -34,18 +34,26 @@ def attention_heads(c: RunConfig, _: Facts) -> Problems:
     pattern = c.model.hybrid_layer_pattern
     if not has_kind(pattern, ATTENTION):
         return
-    if c.model.num_attention_heads is None:
-        yield (
-            f"model.num_attention_heads is not set, and model.hybrid_layer_pattern={pattern!r} has "
-            f"{_layers(pattern, ATTENTION)}; it must be a whole number of at least 1"
-        )
-        return
     for layer in layers_of(c.model, ATTENTION):
         heads, groups = layer.model.num_attention_heads, layer.model.num_query_groups
-        assert heads is not None and groups is not None
-        yield from must_divide(
-            layer.path("num_query_groups"), groups, layer.path("num_attention_heads"), heads
-        )
+        if heads is None:
+            yield (
+                f"model.num_attention_heads is not set, and model.hybrid_layer_pattern={pattern!r} "
+                f"has {_layers(pattern, ATTENTION)}; it must be a whole number of at least 1"
+            )
+            continue
+        # Which follow from the model's heads.
+        for name in ("num_query_groups", "kv_channels"):
+            if getattr(layer.model, name) is None:
+                yield (
+                    f"model.{name} is not set, and follows from model.num_attention_heads, which "
+                    f"is not set either; layer {layer.number} has none of its own: it must be a "
+                    "whole number of at least 1"
+                )
+        if groups is not None:
+            yield from must_divide(
+                layer.path("num_query_groups"), groups, layer.path("num_attention_heads"), heads
+            )
 
 
 def attention_window(c: RunConfig, _: Facts) -> Problems:
@@ -173,7 +181,7 @@ def moe_only_with_moe_layers(c: RunConfig, _: Facts) -> Problems:
     """MoE layers need experts; MoE fields without MoE layers are a mistake somewhere."""
     pattern = c.model.hybrid_layer_pattern
     if MOE in pattern:
-        if c.model.num_moe_experts is None:
+        if any(each.model.num_moe_experts is None for each in layers_of(c.model, MOE)):
             yield (
                 f"model.num_moe_experts is not set, and model.hybrid_layer_pattern={pattern!r} has "
                 "'E' layers; it must be a whole number of at least 1"
@@ -192,13 +200,12 @@ def moe_only_with_moe_layers(c: RunConfig, _: Facts) -> Problems:
 def moe_router(c: RunConfig, _: Facts) -> Problems:
     """What megatron-core's router can do."""
     m = c.model
-    if MOE not in m.hybrid_layer_pattern or m.num_moe_experts is None:
+    if MOE not in m.hybrid_layer_pattern:
         return
     softmax = m.moe_router_score_function == "softmax"
     for layer in layers_of(m, MOE):
         topk, experts = layer.model.moe_router_topk, layer.model.num_moe_experts
-        assert experts is not None
-        if topk > experts:
+        if experts is not None and topk > experts:
             yield (
                 f"{layer.path('moe_router_topk')}={topk} must be at most "
                 f"{layer.path('num_moe_experts')}={experts}; allowed: 1 to {experts}"

@@ -130,15 +130,15 @@ def virtual_pipeline(c: RunConfig, _: Facts) -> Problems:
 def expert_parallel(c: RunConfig, _: Facts) -> Problems:
     """Each EP rank holds whole experts; each expert's width is cut over its own TP."""
     ep, etp = c.parallel.expert_model_parallel_size, c.parallel.expert_tensor_parallel_size
-    if c.model.num_moe_experts is None:
+    if MOE not in c.model.hybrid_layer_pattern:
         for name, size in ((EP, ep), (ETP, etp)):
             if size not in (1, None):
                 yield f"{name}={size} needs model.num_moe_experts, which is null; allowed: 1"
         return
     for layer in layers_of(c.model, MOE):
         experts, width = layer.model.num_moe_experts, layer.model.moe_ffn_hidden_size
-        assert experts is not None
-        yield from must_divide(EP, ep, layer.path("num_moe_experts"), experts)
+        if experts is not None:
+            yield from must_divide(EP, ep, layer.path("num_moe_experts"), experts)
         if width is not None and etp is not None:
             yield from must_divide(ETP, etp, layer.path("moe_ffn_hidden_size"), width)
     if etp is not None and etp > 1 and c.model.add_bias_linear:
@@ -168,7 +168,7 @@ def world_size(c: RunConfig, facts: Facts) -> Problems:
     if world is None:
         return
     layouts = [model_ranks(c)]
-    if c.model.num_moe_experts is not None:
+    if MOE in c.model.hybrid_layer_pattern:
         layouts.append(expert_ranks(c))
     for layout in layouts:
         ranks = prod(layout.values())
