@@ -1,15 +1,14 @@
-"""The one model that `train_step.py` trains on both sides, and its weights under either's names.
+"""The models that `train_step.py` trains on both sides: transformers' configs, and ours."""
 
-Shapes: q query heads and g key/value groups of d channels each, h hidden size.
-"""
-
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_hybrid.config import RunConfig, build_config
+from megatron_hybrid.config import RunConfig, build_config, load_config
 
 PATTERN = "M-M-M*-M-M*-M-M-"
 VOCAB_SIZE = 8192
@@ -17,20 +16,20 @@ QUERY_HEADS, KEY_VALUE_GROUPS, HEAD_DIM = 8, 2, 64
 LEARNING_RATE, WEIGHT_DECAY, BETAS, ADAM_EPS, CLIP_GRAD = 1e-3, 0.1, (0.9, 0.95), 1e-8, 1.0
 SEED = 1234
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-NORMED = {"M": "mixer.in_proj", "*": "self_attention.linear_qkv", "-": "mlp.linear_fc1"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: one sequence of `length` tokens a step, in "fp32" or "bf16"."""
+    """One comparison: one sequence of `length` tokens a step, in "fp32" or "bf16", of a model."""
 
     length: int
     dtype: str
     threads: int
+    model: str = "nemotron_h"
 
 
 def our_config(case: Case) -> RunConfig:
-    """The run config of our side."""
+    """The run config of NemotronH's 33M parameters, as it would be written from scratch."""
     return build_config(
         {
             "model": {
@@ -64,8 +63,29 @@ def our_config(case: Case) -> RunConfig:
     )
 
 
-def peer_config() -> Any:
-    """The same model as a NemotronHConfig; its cache is off, as it is of no use in training."""
+def imported_config(case: Case, checkpoint: Path) -> RunConfig:
+    """Our side's run: the model that was imported, trained as the peer trains it.
+
+    Args:
+        checkpoint: the folder of the imported checkpoint, with its run_config.yaml.
+    """
+    return load_config(
+        [
+            str(checkpoint / "run_config.yaml"),
+            f"precision.recipe={case.dtype}",
+            "data.mock_data=true", "data.tokenizer_type=null", f"data.seq_length={case.length}",
+            "training.train_iters=1000", f"training.seed={SEED}", "training.global_batch_size=1",
+            f"optimizer.lr={LEARNING_RATE}", "optimizer.lr_decay_style=constant",
+            f"optimizer.weight_decay={WEIGHT_DECAY}", f"optimizer.adam_eps={ADAM_EPS}",
+            f"optimizer.adam_beta1={BETAS[0]}", f"optimizer.adam_beta2={BETAS[1]}",
+            f"optimizer.clip_grad={CLIP_GRAD}",
+        ],
+        world_size=1, has_cuda=False,
+    )  # fmt: skip
+
+
+def nemotron_h() -> Any:
+    """The 33M parameters of `our_config` as a NemotronHConfig."""
     from transformers import NemotronHConfig
 
     kinds = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
@@ -82,8 +102,42 @@ def peer_config() -> Any:
         n_groups=1,
         vocab_size=VOCAB_SIZE,
         max_position_embeddings=4096,
-        use_cache=False,
     )
+
+
+def falcon_h1() -> Any:
+    """Six blocks of Falcon-H1 0.5B at half its width, with its factors: 26M parameters."""
+    from transformers import FalconH1Config
+
+    return FalconH1Config(
+        num_hidden_layers=6,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_attention_heads=QUERY_HEADS,
+        num_key_value_heads=KEY_VALUE_GROUPS,
+        head_dim=HEAD_DIM,
+        mamba_d_ssm=768,
+        mamba_n_heads=12,
+        mamba_d_head=64,
+        mamba_d_state=128,
+        mamba_n_groups=1,
+        mamba_rms_norm=False,
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        embedding_multiplier=5.656854249492381,
+        lm_head_multiplier=0.0390625,
+        key_multiplier=0.39062499999999994,
+        attention_out_multiplier=0.9375,
+        ssm_in_multiplier=1.25,
+        ssm_out_multiplier=0.23570226039551587,
+        ssm_multipliers=[0.3535533905932738, 0.25, 0.3535533905932738, 0.5, 0.3535533905932738],
+        mlp_multipliers=[0.8838834764831844, 0.5859375],
+    )
+
+
+# By transformers' `model_type`.
+PEERS: dict[str, Callable[[], Any]] = {"nemotron_h": nemotron_h, "falcon_h1": falcon_h1}
 
 
 def batch(case: Case) -> tuple[Tensor, Tensor]:
@@ -91,33 +145,3 @@ def batch(case: Case) -> tuple[Tensor, Tensor]:
     draws = torch.Generator().manual_seed(SEED)
     tokens = torch.randint(0, VOCAB_SIZE, (1, case.length + 1), generator=draws)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-
-def to_our_names(peer: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The peer's state dict as one of ours: megatron-core's names, one QKV matrix by groups."""
-    ours = {
-        "embedding.word_embeddings.weight": peer["model.embeddings.weight"],
-        "decoder.final_norm.weight": peer["model.norm_f.weight"],
-        "output_layer.weight": peer["lm_head.weight"],
-    }
-    for index, symbol in enumerate(PATTERN):
-        prefix, layer = f"model.layers.{index}.", f"decoder.layers.{index}."
-        ours[f"{layer}{NORMED[symbol]}.layer_norm_weight"] = peer[f"{prefix}norm.weight"]
-        mixer = {
-            name.removeprefix(f"{prefix}mixer."): tensor
-            for name, tensor in peer.items()
-            if name.startswith(f"{prefix}mixer.")
-        }
-        if symbol == "M":
-            for name, tensor in mixer.items():
-                ours[f"{layer}mixer.{name.replace('conv1d.', 'conv1d_')}"] = tensor
-        elif symbol == "-":
-            ours[f"{layer}mlp.linear_fc1.weight"] = mixer["up_proj.weight"]
-            ours[f"{layer}mlp.linear_fc2.weight"] = mixer["down_proj.weight"]
-        else:
-            parts = [mixer[f"{name}_proj.weight"] for name in ("q", "k", "v")]
-            # Ours holds, group after group, the group's queries, its key and its value.
-            by_group = [part.unflatten(0, (KEY_VALUE_GROUPS, -1)) for part in parts]
-            ours[f"{layer}self_attention.linear_qkv.weight"] = torch.cat(by_group, 1).flatten(0, 1)
-            ours[f"{layer}self_attention.linear_proj.weight"] = mixer["o_proj.weight"]
-    return ours

@@ -14,13 +14,12 @@ from step_model import (
     CLIP_GRAD,
     DTYPES,
     LEARNING_RATE,
+    PEERS,
     SEED,
     WEIGHT_DECAY,
     Case,
     batch,
-    our_config,
-    peer_config,
-    to_our_names,
+    imported_config,
 )
 
 from megatron_hybrid.ops.linear import product
@@ -31,12 +30,18 @@ GEMM_SIZE, GEMM_REPEATS = 2048, 4
 GEMM_FLOPS = 2.0 * GEMM_SIZE**3 * GEMM_REPEATS
 
 
-def ours(case: Case, weights: Path, resources: ExitStack) -> Step:
-    """Our trainer's step on one rank: DDP, distributed optimizer, clipping, AdamW."""
+def ours(case: Case, folder: Path, resources: ExitStack) -> Step:
+    """Our trainer's step on one rank: DDP, distributed optimizer, clipping, AdamW.
+
+    Args:
+        folder: `run` in it holds the peer's weights, imported.
+    """
+    from megatron_hybrid.checkpoint.files import find_checkpoint
     from megatron_hybrid.data.batch import Batch
     from megatron_hybrid.model.build import build_model_chunks
     from megatron_hybrid.model.transformer_config import transformer_config
     from megatron_hybrid.platform import initialize
+    from megatron_hybrid.training.checkpoint import load_checkpoint
     from megatron_hybrid.training.distributed import process_groups
     from megatron_hybrid.training.optimizer import (
         LearningRate,
@@ -45,15 +50,12 @@ def ours(case: Case, weights: Path, resources: ExitStack) -> Step:
     )
     from megatron_hybrid.training.step import BatchShape, Stepper
 
-    platform, config = initialize(), our_config(case)
+    platform, checkpoint = initialize(), find_checkpoint(folder / "run")
+    config = imported_config(case, checkpoint)
     resources.enter_context(process_groups(config, platform))
     engine_config = transformer_config(config, "torch", platform.device)
     (chunk,) = build_model_chunks(config, engine_config, "torch")
-    named = to_our_names(torch.load(weights, weights_only=True))
-    with torch.no_grad():
-        for name, parameter in chunk.named_parameters():
-            parameter.copy_(named.pop(name.removeprefix("module.")))
-    assert not named, f"parameters of the peer that ours has not: {list(named)}"
+    load_checkpoint(config, checkpoint, [chunk], None, weights_only=True)
     model = wrap_data_parallel(config, engine_config, [chunk])
     optimizer = build_optimizer(config, engine_config, model)
     LearningRate(config, optimizer).set(0)
@@ -65,23 +67,24 @@ def ours(case: Case, weights: Path, resources: ExitStack) -> Step:
     return lambda: stepper.train(data, shape, float("inf"), []).loss
 
 
-def peer(case: Case, weights: Path, resources: ExitStack) -> Step:
-    """The same step with Hugging Face's NemotronH: SDPA, clipping, torch's fused AdamW.
+def peer(case: Case, folder: Path, resources: ExitStack) -> Step:
+    """The same step with Hugging Face transformers: SDPA, clipping, torch's fused AdamW.
 
     In bf16 its parameters, gradients and AdamW states are bf16 altogether, the fastest and smallest
     that it can do; ours keeps main parameters, gradients and states in fp32.
     """
     del resources
-    from transformers import NemotronHForCausalLM
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(SEED)
-    model = NemotronHForCausalLM(peer_config())
-    torch.save(model.state_dict(), weights)
+    model = AutoModelForCausalLM.from_config(PEERS[case.model]())
+    model.save_pretrained(folder / "hf")
+    model.config.use_cache = False  # of no use in training
     model = model.to(DTYPES[case.dtype]).train()
-    for layer in model.model.layers:
-        if layer.block_type == "linear_attention":
-            # It would raise step sizes to 0.001, which ours does not.
-            layer.mixer.time_step_limit = (0.0, float("inf"))
+    for module in model.modules():
+        if hasattr(module, "time_step_limit"):
+            # NemotronH would raise step sizes to 0.001, which ours does not.
+            module.time_step_limit = (0.0, float("inf"))
     vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     optimizer = torch.optim.AdamW(
@@ -105,12 +108,12 @@ def peer(case: Case, weights: Path, resources: ExitStack) -> Step:
     return step
 
 
-def gemm(case: Case, weights: Path, resources: ExitStack) -> Step:
+def gemm(case: Case, folder: Path, resources: ExitStack) -> Step:
     """Square matrix products, `GEMM_FLOPS` a step, by torch.mm and by oneDNN in turns.
 
     In fp32 torch.mm is MKL's, which is not the fastest on every processor.
     """
-    del weights, resources
+    del folder, resources
     a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE).to(DTYPES[case.dtype]) for _ in range(2))
     products = itertools.cycle([lambda: torch.mm(a, b.t()), lambda: product(a, b)])
 
@@ -126,7 +129,7 @@ def gemm(case: Case, weights: Path, resources: ExitStack) -> Step:
 SIDES = {"ours": ours, "peer": peer, "gemm": gemm}
 
 
-def serve(side: str, case: Case, weights: Path, pipe: Connection) -> None:
+def serve(side: str, case: Case, folder: Path, pipe: Connection) -> None:
     """Build a side; for each message of the pipe run a step and answer (seconds, loss, peak MiB).
 
     The peak is VmHWM less the process's VmRSS with everything imported, before the model is built:
@@ -137,7 +140,7 @@ def serve(side: str, case: Case, weights: Path, pipe: Connection) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     baseline_mib = resident_mib("VmRSS")
     with ExitStack() as resources:
-        step = SIDES[side](case, weights, resources)
+        step = SIDES[side](case, folder, resources)
         pipe.send("ready")
         while pipe.recv():
             start = time.perf_counter()
@@ -154,7 +157,7 @@ def _import_libraries(side: str) -> None:
         initialize()
         import megatron_hybrid.training.trainer  # noqa: F401
     elif side == "peer":
-        from transformers import NemotronHForCausalLM  # noqa: F401
+        from transformers import FalconH1ForCausalLM, NemotronHForCausalLM  # noqa: F401
 
 
 def resident_mib(field: str) -> float:

@@ -1,10 +1,11 @@
-"""A whole training step against Hugging Face transformers' NemotronH, on the same CPU.
+"""A whole training step against Hugging Face transformers' on the same CPU.
 
-One model of 33 million parameters with the same weights and tokens on both sides; they take turns,
-each in its own process, and the medians are compared beside the speed of matrix products measured
-in between.
+A NemotronH of 33 million parameters, or a Falcon-H1 of 26, with the same weights and tokens on both
+sides; they take turns, each in its own process, and the medians are compared beside the speed of
+matrix products measured in between.
 
     python benchmarks/train_step.py --lengths 1024 4096 --json train_step.json
+    python benchmarks/train_step.py --model falcon_h1 --lengths 2048
     python benchmarks/train_step.py --against COMMIT    # this tree's whole runs beside a commit's
 """
 
@@ -21,9 +22,10 @@ from rich.console import Console
 from rich.table import Table
 from side_process import side_process
 from step_commits import CASES, compare_commits
-from step_model import Case, our_config
+from step_model import PEERS, Case, imported_config
 from step_sides import GEMM_FLOPS, serve
 
+from checkpoints_converter.importing import ImportOptions, import_model
 from megatron_hybrid.model.counts import flops_per_token
 
 # First losses of the same weights, in nats: fp32 differs by rounding, bf16 by far more.
@@ -52,19 +54,19 @@ class Measured:
 def compare(case: Case, rounds: int) -> tuple[dict[str, Measured], float]:
     """Both sides over `rounds` turns after one to warm up, and the GEMM roofline in GFLOP/s."""
     answers: dict[str, list[tuple[float, float, float]]] = {}
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as processes:
-        weights = Path(folder) / "weights.pt"
-        # The peer draws the weights that ours starts from, so it is built first.
-        pipes = {
-            side: processes.enter_context(side_process(side, serve, case, weights))
-            for side in ("peer", "ours", "gemm")
-        }
+    with tempfile.TemporaryDirectory() as name, ExitStack() as processes:
+        folder, pipes = Path(name), {}
+        for side in ("peer", "ours", "gemm"):
+            if side == "ours":  # from the weights that the peer has drawn
+                imported = import_model(folder / "hf", folder / "run", ImportOptions()).folder
+                model = imported_config(case, imported).model
+            pipes[side] = processes.enter_context(side_process(side, serve, case, folder))
         for _ in range(rounds + 1):
             for side, pipe in pipes.items():
                 pipe.send(True)
                 answers.setdefault(side, []).append(pipe.recv())
     roofline = max(GEMM_FLOPS / seconds / 1e9 for seconds, _, _ in answers.pop("gemm"))
-    flops = case.length * flops_per_token(our_config(case).model, case.length).total
+    flops = case.length * flops_per_token(model, case.length).total
     measured = {}
     for side, steps in answers.items():
         seconds = statistics.median(seconds for seconds, _, _ in steps[1:])
@@ -92,8 +94,9 @@ def check_losses(case: Case, measured: dict[str, Measured]) -> None:
         )
 
 
-def new_table(threads: int) -> Table:
-    table = Table(title=f"Training step, batch 1, {threads} threads; memory above the process")
+def new_table(model: str, threads: int) -> Table:
+    title = f"Training step of {model}, batch 1, {threads} threads; memory above the process"
+    table = Table(title=title)
     for name in ("length", "dtype", "side", "ms", "tokens/s", "speed", "GFLOP/s", "of GEMM",
                  "peak MiB", "memory", "first loss", "last loss"):  # fmt: skip
         table.add_column(name, justify="left" if name in ("dtype", "side") else "right")
@@ -137,6 +140,7 @@ def print_commits(commit: str, pairs: int, threads: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=PEERS, default="nemotron_h")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--threads", type=int, default=2)
@@ -150,10 +154,10 @@ def main() -> None:
         return
     # Read when a side's process starts; more threads than asked for would spin.
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    table, records = new_table(args.threads), []
+    table, records = new_table(args.model, args.threads), []
     for length in args.lengths:
         for dtype in args.dtypes:
-            case = Case(length, dtype, args.threads)
+            case = Case(length, dtype, args.threads, args.model)
             measured, roofline = compare(case, args.rounds)
             check_losses(case, measured)
             add_rows(table, case, measured, roofline)
