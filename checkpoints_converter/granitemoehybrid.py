@@ -70,6 +70,8 @@ def cannot_hold(model: ModelConfig) -> list[str]:
         "moe_router_pre_softmax": (False, "its softmax is over the chosen experts"),
         "moe_router_enable_expert_bias": (False, "its router has no bias"),
         "moe_router_topk_scaling_factor": (None, "its scores are not scaled"),
+        "moe_latent_size": (None, "its experts take tokens as they are"),
+        "moe_router_num_groups": (None, "its experts are in no groups"),
     }
     problems += [
         f"model.{name}={getattr(model, name)!r} must be {value!r}: {why}"

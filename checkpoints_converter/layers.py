@@ -17,6 +17,7 @@ from checkpoints_converter.weights import (
     renamed,
 )
 from megatron_hybrid.config import ModelConfig
+from megatron_hybrid.config.linears import expert_width
 from megatron_hybrid.model.counts import CONV_KERNEL
 from megatron_hybrid.model.tensor_names import NORM_NAMES
 
@@ -116,12 +117,13 @@ def mlp(our: str, their: str, h: int, f: int | None) -> list[Mapping]:
 
 
 def experts(model: ModelConfig, our: str, their: str, ours: Names, theirs: Names) -> list[Mapping]:
-    """Experts without a gate: up_proj [f, h], down_proj [h, f] of each, or stacked on either side.
+    """Experts without a gate: up_proj [f, l], down_proj [l, f] of each, or stacked on either side;
+    l is h, or the size of latent tokens.
 
     Ours are stacked unless the checkpoint was saved with singleton shards; theirs are single unless
     they were saved as transformers holds them in memory.
     """
-    h, f, count = model.hidden_size, model.moe_ffn_hidden_size, model.num_moe_experts
+    h, f, count = expert_width(model), model.moe_ffn_hidden_size, model.num_moe_experts
     assert f is not None and count is not None
     mappings = []
     for our_name, their_name, shape in (

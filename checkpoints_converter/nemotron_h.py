@@ -21,6 +21,8 @@ from megatron_hybrid.model.counts import CONV_KERNEL
 
 # transformers clamps the step size from below, and fails at 0; here nothing is clamped.
 NO_TIME_STEP_MIN = 1e-30
+# Experts by which a group is judged.
+_BEST_OF_GROUP = 2
 _TYPE_OF = {MAMBA: "linear_attention", ATTENTION: "full_attention", MLP: "mlp", MOE: "moe"}
 
 
@@ -53,6 +55,15 @@ def cannot_hold(model: ModelConfig) -> list[str]:
             "model.moe_shared_expert_intermediate_size=null must be a size: "
             "its MoE layers always have a shared expert"
         )
+    if kinds.has(MOE) and _groups(model) > 1:
+        assert model.moe_router_group_topk is not None
+        best = model.moe_router_topk // model.moe_router_group_topk
+        if best != _BEST_OF_GROUP:
+            problems.append(
+                f"model.moe_router_group_topk={model.moe_router_group_topk} with "
+                f"model.moe_router_topk={model.moe_router_topk} judges groups of experts by their "
+                f"{best} best, and transformers by {_BEST_OF_GROUP}"
+            )
     return problems
 
 
@@ -107,6 +118,9 @@ def config(model: ModelConfig) -> dict[str, Any]:
             "time_step_floor": 1e-4,
         }
     if pattern.has(MOE):
+        groups = _groups(model)
+        if model.moe_latent_size is not None:
+            fields["moe_latent_size"] = model.moe_latent_size
         fields |= {
             "n_routed_experts": model.num_moe_experts,
             "n_shared_experts": 1,
@@ -116,8 +130,8 @@ def config(model: ModelConfig) -> dict[str, Any]:
             "routed_scaling_factor": model.moe_router_topk_scaling_factor or 1.0,
             # megatron-core divides by the sum where there is something to sum.
             "norm_topk_prob": model.moe_router_topk > 1,
-            "n_group": 1,
-            "topk_group": 1,
+            "n_group": groups,
+            "topk_group": model.moe_router_group_topk if groups > 1 else 1,
         }
     return fields
 
@@ -181,19 +195,50 @@ def _moe_model(fields: Fields) -> dict[str, Any]:
             f"must be {topk > 1}: with num_experts_per_tok={topk}, megatron-core "
             + ("divides the scores by their sum" if topk > 1 else "leaves the only score as it is"),
         )
-    groups = fields["n_group"]
-    if fields["topk_group"] != groups:
-        fields.refuse("topk_group", f"must be {groups}: all n_group={groups} groups are open")
+    experts, groups, open_groups = (
+        fields[name] for name in ("n_routed_experts", "n_group", "topk_group")
+    )
+    limited = open_groups != groups
+    if limited:
+        _refuse_other_groups(fields, experts, groups, open_groups, topk)
     factor = fields["routed_scaling_factor"]
     return {
-        "num_moe_experts": fields["n_routed_experts"],
+        "num_moe_experts": experts,
         "moe_ffn_hidden_size": fields["moe_intermediate_size"],
         "moe_shared_expert_intermediate_size": fields["moe_shared_expert_intermediate_size"],
         "moe_router_topk": topk,
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
         "moe_router_topk_scaling_factor": None if factor == 1.0 else factor,
+        "moe_latent_size": fields["moe_latent_size"],
+        **(
+            {"moe_router_num_groups": groups, "moe_router_group_topk": open_groups}
+            if limited
+            else {}
+        ),
     }
+
+
+def _refuse_other_groups(
+    fields: Fields, experts: int, groups: int, open_groups: int, topk: int
+) -> None:
+    """Of groups of experts, what transformers and megatron-core do not read alike."""
+    if experts % groups:
+        fields.refuse("n_group", f"must divide n_routed_experts={experts}")
+    elif open_groups > groups:
+        fields.refuse("topk_group", f"must be at most n_group={groups}")
+    elif topk // open_groups != _BEST_OF_GROUP:
+        fields.refuse(
+            "topk_group",
+            f"with num_experts_per_tok={topk}, transformers goes by the {_BEST_OF_GROUP} best "
+            f"experts of each group, and megatron-core by {topk // open_groups}",
+        )
+
+
+def _groups(model: ModelConfig) -> int:
+    """Groups of experts; 1 where all are open."""
+    groups = model.moe_router_num_groups
+    return 1 if groups is None or groups == model.moe_router_group_topk else groups
 
 
 def table(model: ModelConfig, ours: Names, theirs: Names) -> list[Mapping]:
@@ -234,12 +279,24 @@ def _moe(model: ModelConfig, our: str, their: str, ours: Names, theirs: Names) -
         if model.moe_router_enable_expert_bias
         else always_zero(bias, (experts,), fp32=True),
         *layers.experts(model, our, f"{their}experts.", ours, theirs),
+        *_latent(model, our, their),
         *layers.mlp(
             f"{our}mlp.shared_experts.",
             f"{their}shared_experts.",
             h,
             model.moe_shared_expert_intermediate_size,
         ),
+    ]
+
+
+def _latent(model: ModelConfig, our: str, their: str) -> list[Mapping]:
+    """What tokens are projected with before their experts and after them: [l, h] and [h, l]."""
+    h, latent = model.hidden_size, model.moe_latent_size
+    if latent is None:
+        return []
+    return [
+        renamed(f"{our}mlp.{name}.weight", f"{their}{name}.weight", shape)
+        for name, shape in (("fc1_latent_proj", (latent, h)), ("fc2_latent_proj", (h, latent)))
     ]
 
 

@@ -95,9 +95,7 @@ FIELDS: Rules = {
     ),
     "moe_intermediate_size": Whole(default=7688, layers=MOE),
     "moe_shared_expert_intermediate_size": Whole(default=7688, layers=MOE),
-    "moe_latent_size": MustBe(
-        default=None, allowed=(None,), layers=MOE, why="there are no latent experts here"
-    ),
+    "moe_latent_size": Whole(nullable=True, layers=MOE),
     "num_experts_per_tok": Whole(default=2, layers=MOE),
     "routed_scaling_factor": Number(default=1.0, above=0, layers=MOE),
     "n_group": Whole(default=1, layers=MOE),

@@ -18,7 +18,8 @@ _SAME_NAME = (
 _MOE_SAME_NAME = (
     "moe_ffn_hidden_size", "moe_router_topk", "moe_shared_expert_intermediate_size",
     "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor",
-    "moe_router_enable_expert_bias",
+    "moe_router_enable_expert_bias", "moe_latent_size", "moe_router_num_groups",
+    "moe_router_group_topk",
 )  # fmt: skip
 _EPSILON = ("layernorm_epsilon", "norm_epsilon")  # newer and older releases
 # What changes the computation and has no field here, with the values that change nothing. Releases
@@ -50,8 +51,6 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "quick_geglu": (False,),
     "glu_linear_offset": (0,),
     "activation_func_clamp_value": (),
-    "moe_latent_size": (),
-    "moe_router_num_groups": (1,),
     "moe_shared_expert_gate": (False,),
     "moe_apply_probs_on_input": (False,),
     "moe_mlp_glu_interleave_size": (),
@@ -70,8 +69,8 @@ WITHOUT_EFFECT = (
     "num_layers", "is_hybrid_model", "moe_layer_freq", "mtp_*", "pipeline_model_parallel_layout",
     "account_for_*",
     # Of what `_MUST_BE` refuses.
-    "dsa_*", "linear_*", "mup_*", "window_attn_skip_freq", "moe_router_group_topk",
-    "rope_scaling_factor", "rotary_scaling_factor",
+    "dsa_*", "linear_*", "mup_*", "window_attn_skip_freq", "rope_scaling_factor",
+    "rotary_scaling_factor",
     # Only how it was trained: initial weights, noise, losses, balance.
     "embedding_init_method_std", "init_model_with_meta_device", "qk_clip*",
     "log_max_attention_logit", "calculate_per_token_loss", "moe_aux_loss_coeff",
@@ -122,6 +121,7 @@ def run_values(arguments: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"the checkpoint's Megatron-LM arguments cannot be used:\n{text}")
     assert isinstance(pattern, str)
     names = _SAME_NAME + (_MOE_SAME_NAME if "E" in pattern else ())
+    arguments = _without_idle_groups(arguments)
     model = {name: arguments[name] for name in names if arguments.get(name) is not None}
     if "E" in pattern:
         model["num_moe_experts"] = arguments.get("num_experts")
@@ -179,6 +179,7 @@ def function_values(arguments: Mapping[str, Any], layers: str) -> dict[str, Any]
         layers: symbols of the model's layers; of other kinds nothing is said.
     """
     names = [name for name in FUNCTION_FIELDS if name in (*_SAME_NAME, *_MOE_SAME_NAME)]
+    arguments = _without_idle_groups(arguments)
     found = {
         name: arguments[name]
         for name in names
@@ -211,6 +212,12 @@ def _without_counterpart(arguments: Mapping[str, Any]) -> list[str]:
         for name, allowed in _MUST_BE.items()
         if arguments.get(name) not in (*allowed, None)
     ]
+
+
+def _without_idle_groups(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Without groups of experts of which a token goes to any: Megatron-LM reads none of them."""
+    idle = "" if arguments.get("moe_router_group_topk") else "moe_router_num_groups"
+    return {name: value for name, value in arguments.items() if name != idle}
 
 
 def _activation(arguments: Mapping[str, Any]) -> str:

@@ -31,7 +31,7 @@ SHAPE_FIELDS = (
     "mamba_rms_norm", "mamba_intermediate_size", "mamba_dt_rank",
     "padded_vocab_size", "untie_embeddings_and_output_weights",
     "num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
-    "moe_router_enable_expert_bias",
+    "moe_router_enable_expert_bias", "moe_latent_size",
 )  # fmt: skip
 
 # The rest of what a model is: with other values the same tensors load, and compute something else.
@@ -42,7 +42,7 @@ FUNCTION_FIELDS = (
     "attention_in_multiplier", "attention_out_multiplier", "mlp_multipliers",
     "embedding_multiplier", "lm_head_multiplier",
     "moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax",
-    "moe_router_topk_scaling_factor",
+    "moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk",
 )  # fmt: skip
 
 # Of these, what each layer may have of its own, and where that is among what a model says.

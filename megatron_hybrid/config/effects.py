@@ -39,7 +39,8 @@ _FIELDS: Mapping[Effect, str] = {
         model.num_moe_experts model.moe_ffn_hidden_size model.moe_router_topk
         model.moe_shared_expert_intermediate_size model.moe_router_score_function
         model.moe_router_pre_softmax model.moe_router_topk_scaling_factor
-        model.moe_router_enable_expert_bias model.layers preset
+        model.moe_router_enable_expert_bias model.moe_latent_size model.moe_router_num_groups
+        model.moe_router_group_topk model.layers preset
     """,
     "rounding": """
         backend model.make_vocab_size_divisible_by model.moe_token_dispatcher_type

@@ -40,7 +40,8 @@ SIZES = MappingProxyType(
         MLP: ("ffn_hidden_size", "activation"),
         MOE: (
             "num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk",
-            "moe_shared_expert_intermediate_size", "activation",
+            "moe_shared_expert_intermediate_size", "moe_latent_size", "moe_router_num_groups",
+            "moe_router_group_topk", "activation",
         ),
     }
 )  # fmt: skip

@@ -7,11 +7,17 @@ from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, PARALLEL,
 
 
 class Linear(NamedTuple):
-    """Widths of a linear; `routed`: each expert has one, and sees the tokens that it gets."""
+    """Widths of a linear.
+
+    Attributes:
+        routed: each expert has one, and sees the tokens that it gets.
+        whole: each TP rank has all of it, and sees its own tokens under sequence parallelism.
+    """
 
     inputs: int
     outputs: int
     routed: bool = False
+    whole: bool = False
 
 
 def linears(model: ModelConfig, kind: str, *, tp: int = 1, etp: int = 1) -> dict[str, Linear]:
@@ -51,6 +57,11 @@ def linears(model: ModelConfig, kind: str, *, tp: int = 1, etp: int = 1) -> dict
         return _mlp(model, model.ffn_hidden_size // tp, "")
     assert kind == MOE and model.moe_ffn_hidden_size is not None
     found = _mlp(model, model.moe_ffn_hidden_size // etp, " of an expert", routed=True)
+    if model.moe_latent_size is not None:
+        found |= {
+            "fc1_latent_proj": Linear(d, model.moe_latent_size, whole=True),
+            "fc2_latent_proj": Linear(model.moe_latent_size, d, whole=True),
+        }
     if model.moe_shared_expert_intermediate_size is not None:
         shared = model.moe_shared_expert_intermediate_size // tp
         found |= _mlp(model, shared, " of the shared expert")
@@ -59,7 +70,13 @@ def linears(model: ModelConfig, kind: str, *, tp: int = 1, etp: int = 1) -> dict
 
 def _mlp(model: ModelConfig, inner: int, whose: str, *, routed: bool = False) -> dict[str, Linear]:
     gate = 2 if model.activation == "swiglu" else 1
+    width = expert_width(model) if routed else model.hidden_size
     return {
-        f"linear_fc1{whose}": Linear(model.hidden_size, gate * inner, routed),
-        f"linear_fc2{whose}": Linear(inner, model.hidden_size, routed),
+        f"linear_fc1{whose}": Linear(width, gate * inner, routed),
+        f"linear_fc2{whose}": Linear(inner, width, routed),
     }
+
+
+def expert_width(model: ModelConfig) -> int:
+    """What a token has when it goes to an expert."""
+    return model.moe_latent_size or model.hidden_size

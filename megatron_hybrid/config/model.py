@@ -78,6 +78,13 @@ class LayerConfig(Section):
     moe_shared_expert_intermediate_size: Positive | None = _unsaid(
         "MoE: inner width of the expert that every token goes to; null: none"
     )
+    moe_latent_size: Positive | None = _unsaid(
+        "MoE: width that tokens are projected to for the experts; null: hidden_size, as they are"
+    )
+    moe_router_num_groups: Positive | None = _unsaid(
+        "MoE: groups of experts, of which a token goes to some; null: no groups"
+    )
+    moe_router_group_topk: Positive | None = _unsaid("MoE: groups that a token goes to")
 
     @model_serializer
     def said(self) -> dict[str, Any]:
@@ -221,6 +228,21 @@ class ModelConfig(Section):
     moe_router_topk: Positive = Field(default=2, description="experts a token goes to")
     moe_shared_expert_intermediate_size: Positive | None = Field(
         default=None, description="inner width of the expert that every token goes to; null: none"
+    )
+    moe_latent_size: Positive | None = Field(
+        default=None,
+        description="width that a MoE layer projects tokens to for its experts, and back from; "
+        "null: hidden_size, without projections",
+    )
+    moe_router_num_groups: Positive | None = Field(
+        default=None,
+        description="groups of experts, of which a token goes to moe_router_group_topk; null: no "
+        "groups",
+    )
+    moe_router_group_topk: Positive | None = Field(
+        default=None,
+        description="groups of experts that a token goes to: those whose best "
+        "moe_router_topk / moe_router_group_topk experts have the highest scores together",
     )
     moe_aux_loss_coeff: Real = Field(default=0.0, description="weight of the load-balancing loss")
     moe_z_loss_coeff: Real | None = Field(

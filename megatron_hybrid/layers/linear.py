@@ -16,10 +16,10 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron_hybrid.layers.norm import norm_weight
+from megatron_hybrid.layers.norm import norm_weight, parameter_device
 from megatron_hybrid.ops.gated_norm import rms_norm_grouped
 from megatron_hybrid.ops.linear import linear
 
@@ -71,6 +71,39 @@ class RowParallelLinear(EngineRowParallelLinear):
     """The engine's linear with the weight split by columns over TP, on our product."""
 
     _forward_impl = staticmethod(parallel_linear)
+
+
+class WholeLinear(nn.Module):
+    """A linear that every TP rank has all of, and that sees this rank's own tokens.
+
+    What Transformer Engine's is with `parallel_mode="duplicated"`. The engine adds up the gradients
+    of its parameters over TP under sequence parallelism; without that they are alike.
+
+    Forward: `[s, b, h]` -> (`[s, b, o]` with the bias added, None).
+    """
+
+    _forward_impl = staticmethod(parallel_linear)
+
+    def __init__(
+        self, input_size: int, output_size: int, config: TransformerConfig, init_method: Callable
+    ) -> None:
+        super().__init__()
+        made = {"dtype": config.params_dtype, "device": parameter_device(config)}
+        self.weight = nn.Parameter(torch.empty(output_size, input_size, **made))
+        self.bias = (
+            nn.Parameter(torch.zeros(output_size, **made)) if config.add_bias_linear else None
+        )
+        if config.perform_initialization:
+            init_method(self.weight)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, input: Tensor) -> tuple[Tensor, None]:
+        output = self._forward_impl(
+            input, self.weight, self.bias,
+            allreduce_dgrad=False, sequence_parallel=False, tp_group=None,
+        )  # fmt: skip
+        return output, None
 
 
 def made_again_in_backward(

@@ -20,6 +20,18 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
+def _open_groups(scores: Tensor, topk: int, num_groups: int, group_topk: int) -> Tensor:
+    """Which experts are in the groups that a token goes to: bool `[t, E]`.
+
+    Those whose best topk / group_topk scores have the largest sums (DeepSeek-V3, 2412.19437, 2.1.2;
+    `group_limited_topk` of megatron-core); of equal groups, those with the lower index.
+    """
+    grouped = scores.detach().unflatten(1, (num_groups, -1))
+    best = grouped.topk(topk // group_topk, dim=2).values.sum(2)
+    is_open = _map_of_topk(best, group_topk)
+    return is_open.repeat_interleave(grouped.shape[2], dim=1)
+
+
 def stable_topk(scores: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row, and of equal ones those with the lower index.
 
@@ -71,9 +83,12 @@ class _StableTopk:
         group_topk: int | None = None,
         default_compute_topk: Callable[..., Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`stable_topk`; the config has no groups of experts."""
-        assert group_topk is None
-        return stable_topk(scores, topk)
+        """`stable_topk` of the experts in open groups."""
+        if num_groups is None or group_topk is None:
+            return stable_topk(scores, topk)
+        is_open = _open_groups(scores, topk, num_groups, group_topk)
+        _, indices = stable_topk(scores.masked_fill(~is_open, -torch.inf), topk)
+        return scores.gather(1, indices), indices
 
 
 class TopKRouter(EngineTopKRouter):

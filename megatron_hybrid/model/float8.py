@@ -16,6 +16,7 @@ from megatron_hybrid.config.precision import FLOAT8_RECIPES, float8_layers
 from megatron_hybrid.layers.linear import (
     ColumnParallelLinear,
     RowParallelLinear,
+    WholeLinear,
     parallel_linear,
 )
 from megatron_hybrid.ops.float8 import ROLES, Float8Linear
@@ -39,7 +40,7 @@ def emulate_float8(config: RunConfig, chunk: torch.nn.Module, device: torch.devi
             shared: dict[str, Float8Linear] = {}
             for name, module in layer.named_modules():
                 if layer.layer_number in numbers and isinstance(
-                    module, ColumnParallelLinear | RowParallelLinear
+                    module, ColumnParallelLinear | RowParallelLinear | WholeLinear
                 ):
                     name = re.sub(r"local_experts\.\d+\.", "experts.", name)
                     float8 = shared.setdefault(name, Float8Linear(recipe, device))

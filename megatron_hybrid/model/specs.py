@@ -112,9 +112,11 @@ SERVED: dict[str, Served] = {
         "within mamba_scan: its kernel calls it",
     ),
     "moe_layer": Served(
+        f"{_OURS}.layers.moe:MoELayer",
         f"{_CORE}.transformer.moe.moe_layer:MoELayer",
-        f"{_CORE}.transformer.moe.moe_layer:MoELayer",
-        "the engine's MoE spec",
+    ),
+    "moe_latent_projections": Served(
+        f"{_OURS}.layers.linear:WholeLinear", f"{_TE}:TELinear", "moe_layer"
     ),
     "moe_router": Served(f"{_OURS}.layers.router:TopKRouter", f"{_OURS}.layers.router:TopKRouter"),
     "moe_dispatcher": Served(
@@ -199,7 +201,7 @@ def _moe(backend: str) -> partial[Any]:
         moe = get_moe_module_spec(use_te=True, num_experts=1, moe_grouped_gemm=True)
     assert isinstance(moe, partial)
     submodules = replace(moe.keywords["submodules"], router=TopKRouter)
-    return partial(moe.func, submodules=submodules)
+    return partial(served("moe_layer", backend), submodules=submodules)
 
 
 class LayerClasses(NamedTuple):

@@ -55,6 +55,9 @@ def extra_states(model: ModelConfig) -> Iterator[str]:
         yield from (f"{layer}{name}._extra_state/shard_0_1" for name in of_kind[each.kind])
         if each.kind == MOE:
             assert experts is not None
+            if each.model.moe_latent_size is not None:
+                for name in ("fc1_latent_proj", "fc2_latent_proj"):
+                    yield f"{layer}mlp.{name}._extra_state/shard_0_1"
             for name in ("linear_fc1", "linear_fc2"):
                 key = f"{layer}mlp.experts.experts.{name}._extra_state"
                 yield from (f"{key}/shard_{expert}_{experts}" for expert in range(experts))

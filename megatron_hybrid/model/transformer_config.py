@@ -32,7 +32,8 @@ MODEL_FIELDS = (
 )  # fmt: skip
 MOE_FIELDS = (
     "num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk",
-    "moe_shared_expert_intermediate_size", "moe_aux_loss_coeff", "moe_z_loss_coeff",
+    "moe_shared_expert_intermediate_size", "moe_latent_size", "moe_router_num_groups",
+    "moe_router_group_topk", "moe_aux_loss_coeff", "moe_z_loss_coeff",
     "moe_router_load_balancing_type", "moe_router_score_function", "moe_router_pre_softmax",
     "moe_router_topk_scaling_factor", "moe_router_enable_expert_bias",
     "moe_router_bias_update_rate", "moe_token_dispatcher_type", "moe_expert_capacity_factor",

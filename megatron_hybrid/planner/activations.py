@@ -13,6 +13,7 @@ parallelism; e bytes of a number (2 in bf16).
 
 from collections.abc import Collection
 
+from megatron_hybrid.config.linears import expert_width
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, PARALLEL
 from megatron_hybrid.ops.attention_blocks import Block, plan_blocks
@@ -246,7 +247,8 @@ def _moe(
     before, between, after = _activation(model, fused=fused)
     # An expert's output is weighted at its inner channels.
     inner = e * (before + between) + (stored * after if fused else e * 2)
-    experts = routed * (stored * d + inner * model.moe_ffn_hidden_size // layout.etp)
+    each = expert_width(model)
+    experts = routed * (stored * each + inner * model.moe_ffn_hidden_size // layout.etp)
     router = t * (12 * model.num_moe_experts + 40 * top)
     shared = 0
     if model.moe_shared_expert_intermediate_size is not None and "shared_experts" not in recompute:
@@ -254,7 +256,10 @@ def _moe(
         shared = T * width * (e * (before + between) + stored * after)
         if layout.sequence_parallel and layout.tp > 1 and not fused:
             shared += e * T * d
-    return ends + router + experts + shared
+    latent = 0
+    if model.moe_latent_size is not None:  # what is summed; and, in float8, the projected tokens
+        latent = t * (stored * each + (stored * d if stored < e else 0))
+    return ends + router + experts + shared + latent
 
 
 def output_activations(

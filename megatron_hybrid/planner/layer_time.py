@@ -10,7 +10,7 @@ import copy
 from dataclasses import dataclass, fields, replace
 
 from megatron_hybrid.config import ModelConfig, RunConfig
-from megatron_hybrid.config.linears import Linear, linears
+from megatron_hybrid.config.linears import Linear, expert_width, linears
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, PARALLEL, made_of
 from megatron_hybrid.config.precision import FLOAT8_RECIPES
 from megatron_hybrid.model.counts import layer_parameters, mean_keys
@@ -205,7 +205,7 @@ class Rank:
                 tokens = layout.own_tokens * model.moe_router_topk
                 products += self.product(tokens / local, linear, fp8=fp8, times=local)
             else:
-                tokens = layout.tokens
+                tokens = layout.own_tokens if linear.whole else layout.tokens
                 products += self.product(tokens, linear, fp8=fp8)
             casts += self.cast(tokens * linear.inputs, fp8=fp8)
         if kind == MOE:
@@ -219,7 +219,7 @@ class Rank:
         layout, model, seconds = self.layout, self.model, 0.0
         gates = 2 if model.activation == "swiglu" else 1
         for name, linear in linears(model, MOE, tp=layout.tp, etp=layout.etp).items():
-            if not linear.routed:
+            if not linear.routed and not linear.whole:
                 seconds += self.product(layout.tokens, linear, fp8=fp8 and self.fp8)
                 seconds += self.cast(layout.tokens * linear.inputs, fp8=fp8 and self.fp8)
                 if "fc1" in name:
@@ -279,7 +279,7 @@ class Rank:
         gates = 2 if model.activation == "swiglu" else 1
         forward = backward = 0.0
         for name, linear in linears(model, kind, tp=layout.tp, etp=layout.etp).items():
-            if "fc1" not in name:
+            if not name.startswith("linear_fc1"):
                 continue
             tokens = layout.own_tokens * model.moe_router_topk if linear.routed else layout.tokens
             inner = tokens * linear.outputs / gates
@@ -287,7 +287,7 @@ class Rank:
             backward += NUMBER_BYTES * inner * (2 * gates + 1)
         if kind == MOE:
             assert model.num_moe_experts is not None
-            sent = layout.own_tokens * model.moe_router_topk * model.hidden_size
+            sent = layout.own_tokens * model.moe_router_topk * expert_width(model)
             # Copied for sending, sorted by expert, sorted back, weighted and summed.
             copies = 6 if layout.ep > 1 else 4
             scores = 4 * 10 * layout.own_tokens * model.num_moe_experts
@@ -320,7 +320,7 @@ class Rank:
         """
         layout, model = self.layout, self.model
         ranks = layout.ep * max(layout.etp, layout.tp)
-        token = NUMBER_BYTES * model.hidden_size
+        token = NUMBER_BYTES * expert_width(model)
         copies = model.moe_router_topk * (layout.ep - 1) / layout.ep
         inside = layout.own_tokens * copies * token
         link = self.gpu.link_gb_per_s * 1e9 * self.shares.link

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.layers import Sort
+from megatron_hybrid.config.linears import expert_width
 from megatron_hybrid.config.pattern import ATTENTION, MOE
 from megatron_hybrid.config.precision import FLOAT8_RECIPES
 from megatron_hybrid.planner.activations import (
@@ -171,7 +172,9 @@ def _communication(config: RunConfig, layout: Layout, stage: int, *, number: int
         for sort in chunk:
             model = sort.model
             if layout.ep > 1 and sort.kind == MOE:
-                on_way.append(number * layout.own_tokens * model.moe_router_topk * d)
+                on_way.append(
+                    number * layout.own_tokens * model.moe_router_topk * expert_width(model)
+                )
             if layout.cp > 1 and sort.has(ATTENTION):
                 assert model.num_query_groups is not None and model.kv_channels is not None
                 width = max(model.num_query_groups // layout.tp, 1) * model.kv_channels

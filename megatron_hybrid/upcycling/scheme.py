@@ -30,11 +30,11 @@ _HOMOGENEOUS_DEGREE = {"squared_relu": 3, "swiglu": 3, "gelu": 2}
 # How tokens are routed, in all MoE layers of a model alike.
 _ROUTING_FIELDS = (
     "moe_router_topk", "moe_router_pre_softmax", "moe_router_score_function",
-    "moe_router_topk_scaling_factor",
+    "moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk",
 )  # fmt: skip
 _EXPERT_FIELDS = (
     "num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
-    "moe_router_enable_expert_bias",
+    "moe_router_enable_expert_bias", "moe_latent_size",
 )  # fmt: skip
 
 
@@ -138,6 +138,11 @@ def scheme_between(dense: ModelConfig, moe: ModelConfig, *, scale_weights: bool)
     problems += other_mlps + other_experts + factors_problem(dense)
     if moe.add_bias_linear:
         problems.append("model.add_bias_linear=true must be false: biases are not cut into experts")
+    if moe.moe_latent_size is not None:
+        problems.append(
+            f"model.moe_latent_size={moe.moe_latent_size} must be null: an MLP reads tokens as "
+            "they are, and so must the experts that are cut from it"
+        )
     granularity, shared, cut_problems = _cut(dense, moe)
     problems += cut_problems
     experts, routed = moe.num_moe_experts or 0, granularity - shared

@@ -62,6 +62,7 @@ def test_what_megatron_lm_says_of_the_function() -> None:
         "normalization": "RMSNorm", "norm_epsilon": 1e-6, "moe_router_topk": 6,
         "moe_router_score_function": "sigmoid", "moe_router_pre_softmax": True,
         "moe_router_topk_scaling_factor": 2.5,
+        "moe_router_num_groups": 4, "moe_router_group_topk": 3,
     }  # fmt: skip
     expected = {"layernorm_epsilon" if k == "norm_epsilon" else k: v for k, v in said.items()}
     # Which it has no arguments for.
@@ -73,6 +74,8 @@ def test_what_megatron_lm_says_of_the_function() -> None:
     assert found == expected
     heads = {name for name, kind in MULTIPLIED.items() if kind in ("H", "-")}
     assert found.keys() == set(FUNCTION_FIELDS) - heads - {"window_size"}  # which is refused
+    # Which it reads only together.
+    assert "moe_router_num_groups" not in function_values({"moe_router_num_groups": 1}, "E")
     dense = function_values(said, "M-")
     assert not any(name.startswith("moe_") for name in dense)
     model = load_config(

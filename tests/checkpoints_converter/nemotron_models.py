@@ -24,6 +24,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "two experts a token": ("ME*E", {"routed_scaling_factor": 1.0, "num_experts_per_tok": 2}),
     "one expert a token": ("ME*E", {"num_experts_per_tok": 1, "norm_topk_prob": False}),
     "many experts": ("MEE*", {"n_routed_experts": 16, "num_experts_per_tok": 6}),
+    "latent experts": ("ME*E", {"moe_latent_size": 12}),
+    "groups of experts": (
+        "MEE*",
+        {
+            "n_routed_experts": 12,
+            "n_group": 4,
+            "topk_group": 2,
+            "num_experts_per_tok": 4,
+            "moe_latent_size": 8,
+        },
+    ),
     "gelu": ("M-*E", {"mlp_hidden_act": "gelu"}),
     "wide heads": ("M*-", {"num_attention_heads": 2, "head_dim": 32, "num_key_value_heads": 1}),
 }

@@ -270,6 +270,14 @@ NOT_EXPORTED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("granitemoehybrid", EXPERTS, {"moe_router_score_function": "sigmoid"}, "takes a softmax"),
     ("granitemoehybrid", EXPERTS, {"moe_router_pre_softmax": True}, "moe_router_pre_softmax=True"),
     ("granitemoehybrid", EXPERTS, {"moe_router_topk_scaling_factor": 2.0}, "not scaled"),
+    ("granitemoehybrid", EXPERTS, {"moe_latent_size": 8}, "moe_latent_size=8 must be None"),
+    (
+        "nemotron_h",
+        EXPERTS
+        | {"moe_router_score_function": "sigmoid", "position_embedding_type": "none"}
+        | {"activation": "squared_relu"},
+        {"moe_router_num_groups": 4, "moe_router_group_topk": 2}, "by their 1 best",
+    ),
     (
         "granitemoehybrid", EXPERTS, {"moe_shared_expert_intermediate_size": None},
         "moe_shared_expert_intermediate_size=null",

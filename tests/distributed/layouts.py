@@ -44,12 +44,13 @@ HEADS_FIELDS = {
 }  # fmt: skip
 # Two of each kind, the second of which is unlike the first: Mamba-1 and Mamba-2, other numbers of
 # heads, which are as wide or not, groups of the gated norm, angles of RoPE, activations and
-# experts, which biases balance.
+# experts, which biases balance: of the first layer latent, of the second in groups.
 UNLIKE = "M-*EM-*E"
 UNLIKE_LAYERS = {
     "1": {
         "mamba_version": 1, "mamba_state_dim": 8, "mamba_intermediate_size": 96, "mamba_dt_rank": 3,
     },
+    "4": {"moe_latent_size": 24},
     "5": {"mamba_num_heads": 4, "mamba_head_dim": 24, "mamba_state_dim": 8, "mamba_num_groups": 4},
     "5-6": {"ffn_hidden_size": 96, "activation": "swiglu"},
     "7": {
@@ -58,6 +59,7 @@ UNLIKE_LAYERS = {
     "8": {
         "num_moe_experts": 6, "moe_ffn_hidden_size": 48, "moe_router_topk": 3,
         "moe_shared_expert_intermediate_size": None, "activation": "gelu",
+        "moe_router_num_groups": 3, "moe_router_group_topk": 2,
     },
 }  # fmt: skip
 UNLIKE_SIZES = {

@@ -40,7 +40,9 @@ MODELS = {
                       " position_embedding_type: none}, 7: {mamba_num_heads: 4,"
                       " mamba_state_dim: 8}, 3: {activation: swiglu}, 8: {activation: gelu,"
                       " moe_ffn_hidden_size: 36, num_moe_experts: 3, moe_router_topk: 1,"
-                      " moe_shared_expert_intermediate_size: null}}", *MOE],
+                      " moe_shared_expert_intermediate_size: null},"
+                      " 5: {moe_latent_size: 20, moe_router_num_groups: 4, moe_router_topk: 3,"
+                      " moe_router_group_topk: 3}}", *MOE],
     "parallel heads": ["model.hybrid_layer_pattern=H-*MH", "model.activation=swiglu",
                        "model.position_embedding_type=rope", "model.mamba_rms_norm=false",
                        "model.key_multiplier=0.7", "model.ssm_multipliers=[0.4,0.6,1.5,0.8,1.2]",

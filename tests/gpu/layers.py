@@ -12,8 +12,11 @@ MOE = [
     "model.num_moe_experts=4", "model.moe_ffn_hidden_size=128", "model.moe_router_topk=2",
     "model.moe_router_score_function=softmax",
 ]  # fmt: skip
+LATENT = [
+    "model.moe_latent_size=64", "model.moe_router_num_groups=2", "model.moe_router_group_topk=1",
+]  # fmt: skip
 ROUTER_SCALE = 20
-KINDS = ("M", "M1", "*", "-", "E", "H")
+KINDS = ("M", "M1", "*", "-", "E", "EL", "H")
 # bf16 has 8 bits, and gradients pass several products of 256 and more terms.
 TOLERANCE = 0.05
 EXPERT = re.compile(r"experts\.local_experts\.(\d+)\.(linear_fc\d)\.(weight|bias)")
@@ -23,7 +26,7 @@ def line(symbol: str, recipe: str, run_dir: Path) -> list[str]:
     """The command line of a model of one layer, its sizes such as kernels of GPUs take.
 
     Args:
-        symbol: of a pattern, or M1 for Mamba-1.
+        symbol: of a pattern, M1 for Mamba-1, or EL for latent experts in groups.
     """
     return [
         f"model.hybrid_layer_pattern={symbol[0]}", "model.hidden_size=256",
@@ -32,7 +35,8 @@ def line(symbol: str, recipe: str, run_dir: Path) -> list[str]:
         "model.mamba_num_groups=2", "model.vocab_size=512", "data.mock_data=true",
         "data.tokenizer_type=null", "data.seq_length=256", f"precision.recipe={recipe}",
         "training.train_iters=1", "optimizer.lr=1e-3", f"run_dir={run_dir}",
-        *(MOE if symbol == "E" else []),
+        *(MOE if symbol[0] == "E" else []),
+        *(LATENT if symbol == "EL" else []),
         *(["model.mamba_version=1"] if symbol == "M1" else []),
     ]  # fmt: skip
 

@@ -31,7 +31,7 @@ LINES = {
         "tiny", *ONE_RANK, VOCABULARY, "model.position_embedding_type=rope",
         "model.layers={3: {mamba_num_heads: 4, mamba_state_dim: 16}, 4: {num_attention_heads: 2,"
         " window_size: [64, 0]}, 5-8: {activation: swiglu, ffn_hidden_size: 96, mamba_head_dim: 16,"
-        " num_moe_experts: 3, moe_shared_expert_intermediate_size: null}}",
+        " num_moe_experts: 3, moe_shared_expert_intermediate_size: null, moe_latent_size: 48}}",
     ],
 }  # fmt: skip
 LAYOUTS = {

@@ -44,6 +44,26 @@ def test_equal_scores_go_to_the_lower_expert() -> None:
     assert scores.grad[:2].tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
 
 
+def test_experts_of_open_groups() -> None:
+    """The choice is megatron-core's; of groups and experts with equal scores, that of the lower."""
+    from megatron.core.transformer.moe.moe_utils import group_limited_topk
+
+    from megatron_hybrid.layers.router import _StableTopk
+
+    scores = torch.rand(500, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scores.requires_grad_()
+    for groups, opened, topk in ((4, 2, 4), (3, 1, 3), (6, 3, 5), (4, 4, 6)):
+        values, indices = _StableTopk().get_replay_topk(scores, topk, groups, opened)
+        theirs, of_theirs = group_limited_topk(scores, topk, 500, 12, groups, opened)
+        assert torch.equal(indices, of_theirs)
+        assert torch.equal(values, theirs)
+    [gradient] = torch.autograd.grad(values.sum(), scores)
+    assert torch.equal(gradient, torch.zeros_like(scores).scatter(1, indices, 1.0))
+    equal = torch.ones(3, 12)
+    _, indices = _StableTopk().get_replay_topk(equal, 4, 4, 2)
+    assert indices.tolist() == [[0, 1, 2, 3]] * 3
+
+
 def test_the_balance_loss_counts_the_experts_that_are_taken() -> None:
     """Of equal scores too: the map that the loss sees is that of the choice."""
     from megatron_hybrid.layers.router import _map_of_topk, stable_topk

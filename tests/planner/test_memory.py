@@ -102,7 +102,8 @@ STATE_LAYOUTS = {
         "parallel.pipeline_model_parallel_size=2",
         "model.layers={5-8: {mamba_num_heads: 8, mamba_num_groups: 4, num_attention_heads: 4,"
         " kv_channels: 64, ffn_hidden_size: 384, activation: swiglu, num_moe_experts: 4,"
-        " moe_ffn_hidden_size: 64, moe_shared_expert_intermediate_size: null}}",
+        " moe_ffn_hidden_size: 64, moe_shared_expert_intermediate_size: null,"
+        " moe_latent_size: 48}}",
     ],
     "EP4, fp32": ["M*E-", "parallel.expert_model_parallel_size=4", "precision.recipe=fp32"],
 }  # fmt: skip
@@ -206,6 +207,7 @@ VARIANTS = {
     "unlike layers, rope of some": [
         "M*-EM**-E", "model.position_embedding_type=rope",
         "model.layers={5: {mamba_num_heads: 8, mamba_state_dim: 64, mamba_num_groups: 4},"
+        " 4: {moe_latent_size: 96, moe_router_num_groups: 4, moe_router_group_topk: 1},"
         " 6: {num_attention_heads: 4, kv_channels: 16, window_size: [128, 0]},"
         " 7: {position_embedding_type: none, num_query_groups: 8}, 8: {activation: swiglu},"
         " 9: {num_moe_experts: 4, moe_router_topk: 3, moe_shared_expert_intermediate_size: 64}}",
@@ -213,7 +215,8 @@ VARIANTS = {
     "TP2 SP, unlike layers": [
         "M-*EM-", "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true",
         "model.layers={4-6: {mamba_head_dim: 64, mamba_num_heads: 4, ffn_hidden_size: 384,"
-        " activation: swiglu, moe_ffn_hidden_size: 64}, '*': {kv_channels: 64}}",
+        " activation: swiglu, moe_ffn_hidden_size: 64}, '*': {kv_channels: 64},"
+        " E: {moe_latent_size: 64}}",
     ],
     "CP2, unlike layers": [
         "M*M*", "parallel.context_parallel_size=2", "data.seq_length=1024",

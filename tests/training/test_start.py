@@ -113,6 +113,7 @@ CHANGED: dict[str, str] = {
     "rotary_base": "20000", "rotary_percent": "0.5", "normalization": "LayerNorm",
     "layernorm_epsilon": "1e-3", "moe_router_topk": "1", "moe_router_score_function": "sigmoid",
     "moe_router_pre_softmax": "true", "moe_router_topk_scaling_factor": "2.5",
+    "moe_router_num_groups": "2", "moe_router_group_topk": "1",
     "ssm_multipliers": "[1,1,2,1,1]", "mlp_multipliers": "[1,2]",
     **dict.fromkeys(
         (

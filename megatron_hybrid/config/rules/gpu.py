@@ -82,6 +82,12 @@ def experts(c: RunConfig, _: Facts) -> Problems:
                     f"gpu.{name}=true needs {layer.path('moe_shared_expert_intermediate_size')}, "
                     "which is null; allowed: false"
                 )
+            if layer.model.moe_latent_size is not None:
+                yield (
+                    f"gpu.{name}=true with {layer.path('moe_latent_size')}="
+                    f"{layer.model.moe_latent_size} is not supported: megatron-core would compute "
+                    "shared experts on latent tokens; allowed: false"
+                )
         if c.model.moe_token_dispatcher_type != "alltoall":
             yield (
                 f"gpu.{name}=true needs model.moe_token_dispatcher_type=alltoall; it is "

@@ -3,6 +3,7 @@
 from megatron_hybrid.config.describe import fields, shown
 from megatron_hybrid.config.layers import (
     MULTIPLIED,
+    Layer,
     layers_of,
     mamba_layers,
     mamba_versions,
@@ -13,6 +14,7 @@ from megatron_hybrid.config.rules.common import (
     Facts,
     Problems,
     Rule,
+    listing,
     must_divide,
 )
 from megatron_hybrid.config.run import RunConfig
@@ -215,6 +217,7 @@ def moe_router(c: RunConfig, _: Facts) -> Problems:
                 f"{layer.path('moe_router_topk')}=1 with model.moe_router_score_function=softmax "
                 "needs model.moe_router_pre_softmax=true: a softmax over one score has no gradient"
             )
+        yield from _expert_groups(layer)
     if m.moe_router_pre_softmax and not softmax:
         yield (
             "model.moe_router_pre_softmax=true needs model.moe_router_score_function=softmax; "
@@ -224,6 +227,34 @@ def moe_router(c: RunConfig, _: Facts) -> Problems:
         yield (
             "model.moe_router_enable_expert_bias=true needs "
             "model.moe_router_score_function=sigmoid; it is softmax"
+        )
+
+
+def _expert_groups(layer: Layer) -> Problems:
+    """Groups of equal size, of which enough are open for all experts that a token goes to."""
+    m, name, open_name = layer.model, "moe_router_num_groups", "moe_router_group_topk"
+    groups, open_groups, topk = m.moe_router_num_groups, m.moe_router_group_topk, m.moe_router_topk
+    experts = m.num_moe_experts
+    assert experts is not None
+    if (groups is None) != (open_groups is None):
+        here, other = (name, open_name) if open_groups is None else (open_name, name)
+        yield (
+            f"{layer.path(here)}={getattr(m, here)} needs {layer.path(other)}, which is null; "
+            "allowed: null, or both"
+        )
+    if groups is None or open_groups is None:
+        return
+    if experts % groups:
+        yield from must_divide(layer.path(name), groups, layer.path("num_moe_experts"), experts)
+        return
+    size, most = experts // groups, min(groups, topk)
+    fits = [n for n in range(1, most + 1) if topk <= n * size and topk // n <= size]
+    if open_groups not in fits:
+        allowed = listing(fits) or "none: set moe_router_num_groups lower"
+        yield (
+            f"{layer.path(open_name)}={open_groups} of {layer.path(name)}={groups} must hold "
+            f"{layer.path('moe_router_topk')}={topk} experts, in groups of {size}; allowed: "
+            f"{allowed}"
         )
 
 

@@ -1,6 +1,7 @@
 """A mixture of experts as generation runs it.
 
-Legend: T tokens of the step, h hidden size, k experts that a token goes to.
+Legend: T tokens of the step, h hidden size, l width of an expert's tokens (h, or of latent ones), k
+experts that a token goes to.
 """
 
 from typing import Any
@@ -32,13 +33,16 @@ class MoeLayer:
         self.shared = None
         if shared is not None:
             self.shared = (Linear(shared.linear_fc1), Linear(shared.linear_fc2, group=group))
+        self.latent = None
+        if moe.config.moe_latent_size is not None:
+            self.latent = (Linear(moe.fc1_latent_proj), Linear(moe.fc2_latent_proj))
         self.activation = activation(moe.config)
         self.refresh()
 
     def refresh(self) -> None:
         """Take the parameters up again."""
         self.norm.refresh()
-        for pair in (*self.experts, *filter(None, [self.shared])):
+        for pair in (*self.experts, *filter(None, [self.shared, self.latent])):
             for each in pair:
                 each.refresh()
         router = self._router
@@ -49,11 +53,13 @@ class MoeLayer:
         """`[T, h]` -> `[T, h]`."""
         normed = self.norm(x)
         shares, experts = self.route(normed)
+        tokens = normed if self.latent is None else self.latent[0](normed)
         if x.device.type == "cpu":
-            routed = self.chosen(normed, shares, experts)
+            routed = self.chosen(tokens, shares, experts)
         else:
-            routed = self.all_tokens(normed, shares, experts)
-        x = x.add_(sum_over(routed, self.expert_group))
+            routed = self.all_tokens(tokens, shares, experts)
+        routed = sum_over(routed, self.expert_group)
+        x = x.add_(routed) if self.latent is None else self.latent[1].add_to(x, routed)
         if self.shared is None:
             return x
         up, down = self.shared
@@ -69,6 +75,8 @@ class MoeLayer:
             logits,
             router.topk,
             use_pre_softmax=config.moe_router_pre_softmax,
+            num_groups=config.moe_router_num_groups,
+            group_topk=config.moe_router_group_topk,
             scaling_factor=config.moe_router_topk_scaling_factor,
             score_function=router.score_function,
             expert_bias=router.expert_bias,
@@ -77,20 +85,21 @@ class MoeLayer:
         )
         return shares, experts
 
-    def chosen(self, normed: Tensor, shares: Tensor, experts: Tensor) -> Tensor:
-        """What this rank's experts make of the tokens that go to them; asks which, on the host."""
+    def chosen(self, tokens: Tensor, shares: Tensor, experts: Tensor) -> Tensor:
+        """What this rank's experts make of the tokens that go to them, `[T, l]` both; asks which,
+        on the host."""
         topk = experts.shape[1]
-        if len(normed) == 1:  # nothing to sort
-            routed = torch.zeros_like(normed)
+        if len(tokens) == 1:  # nothing to sort
+            routed = torch.zeros_like(tokens)
             for number, place in sorted((e, i) for i, e in enumerate(experts[0].tolist())):
                 if 0 <= number - self.first < len(self.experts):
                     up, down = self.experts[number - self.first]
-                    routed += self._expert(up, down, normed, shares[:, place, None])
+                    routed += self._expert(up, down, tokens, shares[:, place, None])
             return routed
         chosen = experts.reshape(-1)
         order = torch.argsort(chosen, stable=True)
         counts = torch.bincount(chosen, minlength=self._config.num_moe_experts).tolist()
-        routed = torch.zeros_like(normed)
+        routed = torch.zeros_like(tokens)
         start = sum(counts[: self.first])
         for (up, down), count in zip(
             self.experts, counts[self.first : self.first + len(self.experts)], strict=True
@@ -99,16 +108,16 @@ class MoeLayer:
                 places = order[start : start + count]
                 rows = places // topk
                 share = shares.reshape(-1)[places].unsqueeze(1)
-                routed.index_add_(0, rows, self._expert(up, down, normed[rows], share))
+                routed.index_add_(0, rows, self._expert(up, down, tokens[rows], share))
             start += count
         return routed
 
-    def all_tokens(self, normed: Tensor, shares: Tensor, experts: Tensor) -> Tensor:
+    def all_tokens(self, tokens: Tensor, shares: Tensor, experts: Tensor) -> Tensor:
         """The same without asking the device which: every expert here computes all tokens."""
-        routed = torch.zeros_like(normed)
+        routed = torch.zeros_like(tokens)
         for number, (up, down) in enumerate(self.experts, self.first):
             share = shares.masked_fill(experts != number, 0.0).sum(1, keepdim=True)
-            routed += self._expert(up, down, normed, share)
+            routed += self._expert(up, down, tokens, share)
         return routed
 
     def _expert(self, up: Linear, down: Linear, tokens: Tensor, share: Tensor) -> Tensor:
