@@ -107,7 +107,8 @@ def test_fields_that_do_not_apply_stay_null() -> None:
 def test_presets_load_and_survive_yaml(name: str, tmp_path: Path) -> None:
     """Every preset is a valid run on its own ranks, and its YAML reads back to the same config."""
     config = load_config([name, *MOCK])
-    ranks = config.parallel.tensor_model_parallel_size
+    layout = config.parallel
+    ranks = max(layout.tensor_model_parallel_size, layout.expert_model_parallel_size)
     assert config == load_config([name, *MOCK], world_size=ranks, has_cuda=True)
     assert load_config([write(tmp_path / "run.yaml", config.to_yaml())]) == config
 

@@ -16,6 +16,7 @@ PUBLISHED = {
     "nemotron_h_56b": 56_324_350_464,
     "nemotron_nano_12b_v2": 12_310_001_152,
     "nemotron_nano_9b_v2": 8_888_227_328,
+    "nemotron_3_nano": 31_577_937_344,
     "falcon_h1_0_5b": 521_411_104,
     "falcon_h1_1_5b": 1_554_863_488,
 }
