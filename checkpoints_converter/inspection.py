@@ -40,7 +40,7 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 # By names of tensors in ours and in Hugging Face's layers; experts have MLPs in them.
 _SIGNS = (
     (MAMBA, re.compile(r"A_log|conv1d|in_proj")),
-    (ATTENTION, re.compile(r"self_attention|self_attn|q_proj")),
+    (ATTENTION, re.compile(r"self_attention|self_attn|q_proj|attention_norm|pre_avg_layernorm")),
     (MOE, re.compile(r"router|experts|mixer\.gate\.|block_sparse_moe")),
     (MLP, re.compile(r"mlp|up_proj|feed_forward")),
 )

@@ -26,7 +26,10 @@ from megatron_hybrid.config.pattern import (
 )
 from megatron_hybrid.errors import ConfigError
 
-_MAMBA = ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups")
+_MAMBA = (
+    "mamba_version", "mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups",
+    "mamba_intermediate_size", "mamba_dt_rank",
+)  # fmt: skip
 _ATTENTION = (
     "num_attention_heads", "num_query_groups", "kv_channels", "window_size",
     "position_embedding_type",
@@ -34,7 +37,7 @@ _ATTENTION = (
 # Which sizes a layer has of its own, by kind.
 SIZES = MappingProxyType(
     {
-        MAMBA: ("mamba_version", *_MAMBA, "mamba_intermediate_size", "mamba_dt_rank"),
+        MAMBA: _MAMBA,
         ATTENTION: _ATTENTION,
         PARALLEL: _ATTENTION + _MAMBA,
         MLP: ("ffn_hidden_size", "activation"),
@@ -45,7 +48,7 @@ SIZES = MappingProxyType(
         ),
     }
 )  # fmt: skip
-# Of an M layer's, which only one of one version of Mamba has.
+# Of a layer's with Mamba, which only one of one version has.
 _VERSIONS = MappingProxyType(
     {
         "mamba_num_heads": 2, "mamba_head_dim": 2, "mamba_num_groups": 2,
@@ -56,7 +59,7 @@ _VERSIONS = MappingProxyType(
 MULTIPLIED = MappingProxyType(
     {
         "key_multiplier": ATTENTION, "ssm_multipliers": MAMBA, "mamba_rms_norm": MAMBA,
-        "mlp_multipliers": MLP,
+        "mamba_inner_layernorms": MAMBA, "mlp_multipliers": MLP, "parallel_heads_join": PARALLEL,
         "ssm_in_multiplier": PARALLEL, "ssm_out_multiplier": PARALLEL,
         "attention_in_multiplier": PARALLEL, "attention_out_multiplier": PARALLEL,
     }
@@ -97,7 +100,10 @@ class Layer:
     @property
     def what(self) -> str:
         """Its kind in words: "Mamba-2"."""
-        return f"Mamba-{self.model.mamba_version}" if self.kind == MAMBA else KINDS[self.kind]
+        version = f"Mamba-{self.model.mamba_version}"
+        if self.kind == PARALLEL and self.model.mamba_version == 1:
+            return f"{KINDS[PARALLEL]} with {version}"
+        return version if self.kind == MAMBA else KINDS[self.kind]
 
     @property
     def rotates(self) -> bool:
@@ -111,7 +117,7 @@ class Layer:
 
 def sizes_of(kind: str, mamba_version: int) -> tuple[str, ...]:
     """Which sizes a layer has of its own."""
-    if kind != MAMBA:
+    if not is_or_has(kind, MAMBA):
         return SIZES[kind]
     return tuple(
         name for name in SIZES[kind] if _VERSIONS.get(name, mamba_version) == mamba_version
@@ -181,12 +187,11 @@ def _mamba_version(model: ModelConfig, of_layer: dict[str, list[Said]]) -> int:
 
 
 def mamba_versions(model: ModelConfig) -> set[int]:
-    """Of all layers with Mamba, of which parallel heads have Mamba-2; null sizes need not be
-    resolved."""
+    """Of all layers with Mamba; null sizes need not be resolved."""
     symbols = parse_pattern(model.hybrid_layer_pattern).layers
     of_layers = said_of_layers(model)
     return {
-        _mamba_version(model, of_layer) if kind == MAMBA else 2
+        _mamba_version(model, of_layer)
         for kind, of_layer in zip(symbols, of_layers, strict=True)
         if is_or_has(kind, MAMBA)
     }

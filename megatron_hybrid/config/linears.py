@@ -26,6 +26,8 @@ def linears(model: ModelConfig, kind: str, *, tp: int = 1, etp: int = 1) -> dict
     Sizes that do not divide are cut off: rules refuse them.
     """
     d = model.hidden_size
+    if kind == PARALLEL and model.parallel_heads_join == "mean":
+        return _of_shared_heads(model, tp)
     if kind == PARALLEL:
         return {
             name: linear
@@ -66,6 +68,26 @@ def linears(model: ModelConfig, kind: str, *, tp: int = 1, etp: int = 1) -> dict
         shared = model.moe_shared_expert_intermediate_size // tp
         found |= _mlp(model, shared, " of the shared expert")
     return found
+
+
+def value_channels(model: ModelConfig, kind: str) -> int:
+    """Of a head of attention in a layer: where its output is joined with Mamba's channels before
+    the projection, as many as make them up; else those of queries and keys.
+    """
+    assert model.kv_channels is not None
+    if kind != PARALLEL or model.parallel_heads_join == "sum":
+        return model.kv_channels
+    assert model.mamba_intermediate_size is not None and model.num_attention_heads is not None
+    return model.mamba_intermediate_size // model.num_attention_heads
+
+
+def _of_shared_heads(model: ModelConfig, tp: int) -> dict[str, Linear]:
+    heads, groups, keys = model.num_attention_heads, model.num_query_groups, model.kv_channels
+    inner, d = model.mamba_intermediate_size, model.hidden_size
+    assert heads is not None and groups is not None and keys is not None and inner is not None
+    # Packed queries, keys, values, x, z.
+    width = heads * keys + groups * (keys + value_channels(model, PARALLEL)) + 2 * inner
+    return {"in_proj": Linear(d, width // tp), "out_proj": Linear(inner // tp, d)}
 
 
 def _mlp(model: ModelConfig, inner: int, whose: str, *, routed: bool = False) -> dict[str, Linear]:

@@ -35,6 +35,7 @@ MlpMultipliers = Annotated[
 ]
 Activation = Literal["squared_relu", "swiglu", "gelu"]
 Positions = Literal["none", "rope"]
+ParallelHeadsJoin = Literal["sum", "mean"]
 MambaVersion = Annotated[int, Field(ge=1, le=2)]
 
 
@@ -110,7 +111,7 @@ class ModelConfig(Section):
 
     hybrid_layer_pattern: LayerPattern = Field(
         description="one symbol a layer: M Mamba, * attention, - MLP, E MoE, H attention and "
-        "Mamba-2 side by side; '|' ends a pipeline segment"
+        "Mamba side by side; '|' ends a pipeline segment"
     )
     hidden_size: Positive = Field(description="width of the residual stream")
     ffn_hidden_size: Positive | None = Field(
@@ -146,7 +147,9 @@ class ModelConfig(Section):
     )
     key_multiplier: PositiveReal = Field(default=1.0, description="attention: factor on the keys")
     mamba_version: MambaVersion = Field(
-        default=2, description="what an M layer is: Mamba-1's selective scan, or Mamba-2's SSD"
+        default=2,
+        description="what M layers are, and H layers have: Mamba-1's selective scan, or "
+        "Mamba-2's SSD",
     )
     mamba_num_heads: Positive | None = Field(
         default=None, description="Mamba-2 heads; null: 2 * hidden_size / mamba_head_dim"
@@ -166,6 +169,10 @@ class ModelConfig(Section):
         description="Mamba-1: rank of the projection to a step size for each channel; null: "
         "hidden_size / 16, rounded up",
     )
+    mamba_inner_layernorms: bool = Field(
+        default=False,
+        description="Mamba-1: norms of what its step sizes are made of, of B and of C",
+    )
     mamba_rms_norm: bool = Field(
         default=True, description="Mamba-2: a norm of each group of channels after the gate"
     )
@@ -173,11 +180,16 @@ class ModelConfig(Section):
         default=(1.0, 1.0, 1.0, 1.0, 1.0),
         description="Mamba-2: factors on the projected z, x, B, C and dt",
     )
+    parallel_heads_join: ParallelHeadsJoin = Field(
+        default="sum",
+        description="parallel heads: the sum of both outputs, or one projection to both mixers, "
+        "the mean of their normed outputs, and one projection of that",
+    )
     ssm_in_multiplier: PositiveReal = Field(
-        default=1.0, description="parallel heads: factor on the input of Mamba-2"
+        default=1.0, description="parallel heads: factor on the input of Mamba"
     )
     ssm_out_multiplier: PositiveReal = Field(
-        default=1.0, description="parallel heads: factor on the output of Mamba-2"
+        default=1.0, description="parallel heads: factor on the output of Mamba"
     )
     attention_in_multiplier: PositiveReal = Field(
         default=1.0, description="parallel heads: factor on the input of attention"

@@ -184,8 +184,8 @@ _TABLE = (
         "model.hybrid_layer_pattern has neither 'M' nor 'H' layers",
     ),
     _Unused(
-        ("model.mamba_version",), lambda c: MAMBA not in c.model.hybrid_layer_pattern,
-        "model.hybrid_layer_pattern has no 'M' layers",
+        ("model.mamba_version",), lambda c: not has_kind(c.model.hybrid_layer_pattern, MAMBA),
+        "model.hybrid_layer_pattern has neither 'M' nor 'H' layers",
     ),
     _Unused(
         ("model.mamba_num_heads", "model.mamba_head_dim", "model.mamba_num_groups"),

@@ -26,15 +26,25 @@ class MambaSlots:
 
 
 class Pages:
-    """Keys and values of one attention layer, `[N, k, P, d]` each."""
+    """Keys and values of one attention layer, `[N, k, P, d]` each.
+
+    Args:
+        channels: d of keys, and of values.
+    """
 
     def __init__(
-        self, pages: int, tokens: int, heads: int, channels: int, dtype: torch.dtype, device: object
+        self,
+        pages: int,
+        tokens: int,
+        heads: int,
+        channels: tuple[int, int],
+        dtype: torch.dtype,
+        device: object,
     ) -> None:
         # Not zeros: the system hands out memory as pages are written to.
         self.keys, self.values = (
-            torch.empty(pages, heads, tokens, channels, dtype=dtype, device=device)  # type: ignore[call-overload]
-            for _ in range(2)
+            torch.empty(pages, heads, tokens, each, dtype=dtype, device=device)  # type: ignore[call-overload]
+            for each in channels
         )
 
 

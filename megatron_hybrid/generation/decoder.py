@@ -20,14 +20,17 @@ from megatron_hybrid.errors import UserError
 from megatron_hybrid.generation.batch import Batch
 from megatron_hybrid.generation.cache import Pages, States
 from megatron_hybrid.generation.layers.attention import Attention, AttentionLayer, Rotary
-from megatron_hybrid.generation.layers.mamba import Mamba2Mixer, MambaLayer, MambaMixer
-from megatron_hybrid.generation.layers.mamba1 import Mamba1Mixer
+from megatron_hybrid.generation.layers.mamba import MambaLayer, MambaMixer
+from megatron_hybrid.generation.layers.mamba1 import mamba_mixer
 from megatron_hybrid.generation.layers.mlp import MlpLayer
 from megatron_hybrid.generation.layers.moe import MoeLayer
-from megatron_hybrid.generation.layers.parallel_heads import ParallelHeadsLayer
+from megatron_hybrid.generation.layers.parallel_heads import (
+    ParallelHeadsLayer,
+    SharedHeadsLayer,
+    parallel_heads,
+)
 from megatron_hybrid.generation.linears import Group, Linear, Norm, sum_over
 from megatron_hybrid.generation.params import Limits
-from megatron_hybrid.layers import mamba1
 from megatron_hybrid.ops.bf16 import through_fp32
 
 
@@ -57,11 +60,11 @@ class Decoder:
         symbols = parse_pattern(model.hybrid_layer_pattern).layers
         for chunk in self.chunks:
             kinds = {
-                MAMBA: lambda layer: _mamba(layer, self._tp),
+                MAMBA: lambda layer: MambaLayer(layer, mamba_mixer(layer, self._tp)),
                 ATTENTION: lambda layer: AttentionLayer(layer, self._tp),
                 MLP: lambda layer: MlpLayer(layer, self._tp, model.mlp_multipliers[1]),
                 MOE: lambda layer: MoeLayer(layer, self._tp, experts),
-                PARALLEL: lambda layer: ParallelHeadsLayer(layer, self._tp),
+                PARALLEL: lambda layer: parallel_heads(layer, self._tp),
             }
             self.stages.append(
                 [kinds[symbols[layer.layer_number - 1]](layer) for layer in chunk.decoder.layers]
@@ -93,8 +96,9 @@ class Decoder:
         dtype = torch.float32 if through_fp32(torch.empty(0, dtype=self.dtype)) else self.dtype
         for layer in attention:
             layer.pages = Pages(
-                pages, limits.page_tokens, layer.heads, layer.channels, dtype, self.device
-            )
+                pages, limits.page_tokens, layer.heads, (layer.channels, layer.value_channels),
+                dtype, self.device,
+            )  # fmt: skip
         # By the whole model's pattern, so that the pages are given out alike on every rank.
         windows = [layer.model.window_size for layer in layers_of(self._model, ATTENTION)]
         seen = dict.fromkeys(None if window is None else window[0] + 1 for window in windows)
@@ -149,8 +153,8 @@ class Decoder:
             for layer in stage:
                 if isinstance(layer, MambaLayer):
                     hidden = layer(hidden, batch)
-                elif isinstance(layer, AttentionLayer | ParallelHeadsLayer):
-                    heads = layer.attention if isinstance(layer, ParallelHeadsLayer) else layer
+                elif isinstance(layer, AttentionLayer | ParallelHeadsLayer | SharedHeadsLayer):
+                    heads = layer if isinstance(layer, AttentionLayer) else layer.attention
                     rotary = rotaries.get(heads.rotated) if heads.rotates else None
                     hidden = layer(hidden, batch, rotary)
                 else:
@@ -200,11 +204,6 @@ class Decoder:
         flag = torch.tensor(int(here), device=self.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._pp)
         return bool(flag)
-
-
-def _mamba(layer: Any, group: Group) -> MambaLayer:
-    kind = Mamba1Mixer if isinstance(layer.mixer, mamba1.Mamba1Mixer) else Mamba2Mixer
-    return MambaLayer(layer, kind(layer, group))
 
 
 class _OutputWeight:

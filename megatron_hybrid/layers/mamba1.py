@@ -27,6 +27,7 @@ from megatron_hybrid.layers.mamba import (
     draw_convolution,
     draw_dt_bias,
 )
+from megatron_hybrid.layers.norm import WholeRMSNorm
 from megatron_hybrid.ops.causal_conv1d import causal_conv1d
 from megatron_hybrid.ops.linear import linear
 from megatron_hybrid.ops.selective_scan import ScanBackend, selective_scan
@@ -44,6 +45,7 @@ class Mamba1Mixer(MambaMixer):
         intermediate_size: channels d of all TP ranks.
         dt_rank: r.
         d_model: hidden size h.
+        inner_layernorms: what the steps are made of, B and C are normed, each by itself (Jamba).
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Mamba1Mixer(MambaMixer):
         intermediate_size: int,
         dt_rank: int,
         kernel: ScanBackend = "torch",
+        inner_layernorms: bool = False,
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         pp_layer_offset: int = 0,
@@ -68,11 +71,22 @@ class Mamba1Mixer(MambaMixer):
         assert intermediate_size % (tp_size * self.cp_group.size()) == 0
         self.d_inner, self.all_channels = intermediate_size // tp_size, intermediate_size
         self.dt_rank, self.state_dim = dt_rank, config.mamba_state_dim
-        self._build_in_proj(submodules, d_model, 2 * intermediate_size, name)
-        in_proj_parts = {"x": self.d_inner, "z": self.d_inner}
-        self._pack("in_proj.weight", self.in_proj.weight, in_proj_parts)
+        self.in_proj_parts = self._parts_of_in_proj()
+        width = tp_size * sum(self.in_proj_parts.values())
+        self._build_in_proj(submodules, d_model, width, name)
+        self._pack("in_proj.weight", self.in_proj.weight, self.in_proj_parts)
         self._build_scan_parameters()
+        self.inner_layernorms = inner_layernorms
+        if inner_layernorms:
+            eps = config.layernorm_epsilon
+            self.dt_layernorm = WholeRMSNorm(config, dt_rank, eps)
+            self.B_layernorm = WholeRMSNorm(config, self.state_dim, eps)
+            self.C_layernorm = WholeRMSNorm(config, self.state_dim, eps)
         self._build_out_proj(submodules, intermediate_size, d_model, name)
+
+    def _parts_of_in_proj(self) -> dict[str, int]:
+        """What this TP rank projects to, in order, with widths."""
+        return {"x": self.d_inner, "z": self.d_inner}
 
     def _build_scan_parameters(self) -> None:
         """conv1d_weight `[d, 1, 4]`, conv1d_bias `[d]`; x_proj_weight `[r + 2n, d]`, dt_proj_weight
@@ -116,8 +130,7 @@ class Mamba1Mixer(MambaMixer):
             use_reentrant=False, preserve_rng_state=False,
         )  # fmt: skip
         projection = self._of_channels(self.x_proj_weight, dim=1)
-        shared = self._sum_of_ranks(linear(x, projection))
-        low, B, C = shared.split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
+        low, B, C = self._of_all_channels(linear(x, projection))
         dt, A = linear(low, dt_proj), -torch.exp(A_log)
         y, _ = selective_scan(x, dt, A, B, C, D, z, dt_bias, seq_idx=seq_idx, backend=self.kernel)
         return to_sequence(y.transpose(0, 1), self.cp_group)
@@ -127,10 +140,25 @@ class Mamba1Mixer(MambaMixer):
         size = self.d_inner // self.cp_group.size()
         return parameter.narrow(dim, self.cp_group.rank() * size, size)
 
-    def _sum_of_ranks(self, part: Tensor) -> Tensor:
-        """Over all ranks with other channels of the same tokens; of gradients, too."""
-        for group in (self.tp_group, self.cp_group):
+    def _of_all_channels(self, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the steps are made of, B and C, added up over all ranks with other channels of the
+        same tokens, and normed where they are; of gradients, too.
+
+        Gradients of the norms' weights are whole on each TP rank, and of its channels on each of
+        context parallelism, over which the engine adds them up.
+        """
+        tp_group, cp_group = self.tp_group, self.cp_group
+        for group in (tp_group, cp_group):
             if group.size() > 1:
                 part = reduce_from_tensor_model_parallel_region(part, group=group)
-                part = copy_to_tensor_model_parallel_region(part, group=group)
-        return part
+        if cp_group.size() > 1:
+            part = copy_to_tensor_model_parallel_region(part, group=cp_group)
+        sizes = [self.dt_rank, self.state_dim, self.state_dim]
+        if self.inner_layernorms:
+            norms = (self.dt_layernorm, self.B_layernorm, self.C_layernorm)
+            normed = (norm(x) for norm, x in zip(norms, part.split(sizes, dim=-1), strict=True))
+            part = torch.cat(tuple(normed), dim=-1)
+        if tp_group.size() > 1:
+            part = copy_to_tensor_model_parallel_region(part, group=tp_group)
+        low, B, C = part.split(sizes, dim=-1)
+        return low, B, C

@@ -1,4 +1,4 @@
-"""Attention and Mamba-2 side by side: both read one normed input, and their outputs are joined.
+"""Attention and Mamba side by side: both read one normed input, and their outputs are joined.
 
 Legend: s sequence (of this rank), b batch, h hidden size.
 """
@@ -25,6 +25,7 @@ class JoinFactors:
     attention_in: float = 1.0
     attention_out: float = 1.0
     ssm_out: float = 1.0
+    ssm_in: float = 1.0
 
 
 @dataclass
@@ -35,7 +36,7 @@ class ParallelHeadsSubmodules(TransformerLayerSubmodules):
 
 
 class ParallelHeads(TransformerLayer):
-    """x + attention_out * attention(attention_in * norm(x)) + ssm_out * mixer(norm(x)).
+    """x + attention_out * attention(attention_in * norm(x)) + ssm_out * mixer(ssm_in * norm(x)).
 
     In the engine's stack it stands in the place of an attention layer, as it needs the angles of
     RoPE. Its parts are named as those of the layers that have one mixer: `self_attention`, `mixer`.
@@ -96,7 +97,10 @@ class ParallelHeads(TransformerLayer):
             rotary_pos_emb=rotary_pos_emb,
             packed_seq_params=packed_seq_params,
         )
-        mixed, _ = self.mixer(normed, packed_seq_params=packed_seq_params)
+        mixed, _ = self.mixer(
+            normed if factors.ssm_in == 1 else normed * factors.ssm_in,
+            packed_seq_params=packed_seq_params,
+        )
         if factors.attention_out != 1:
             attended = attended * factors.attention_out
             bias = None if bias is None else bias * factors.attention_out

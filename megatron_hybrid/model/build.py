@@ -48,9 +48,9 @@ def build_model(
         device = torch.device("meta") if on_meta else initialize().device
         configs = layer_configs(config, backend, device)
         mixers = {
-            each.number: mamba_mixer_spec(backend, each.model)
+            each.number: mamba_mixer_spec(backend, each.model, each.kind)
             for each in layers(model)
-            if each.kind == MAMBA
+            if each.has(MAMBA)
         }
         stack = with_own_sizes(stack, model, configs, mixers)
     built = layer_classes(backend).model(

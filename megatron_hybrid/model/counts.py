@@ -10,7 +10,7 @@ experts, of which a token visits t.
 from dataclasses import dataclass
 
 from megatron_hybrid.config.layers import sorts
-from megatron_hybrid.config.linears import linears
+from megatron_hybrid.config.linears import linears, value_channels
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MOE, PARALLEL, made_of
 from megatron_hybrid.errors import ConfigError
@@ -166,15 +166,20 @@ def layer_parameters(
     `model` has the layer's own sizes, as that of `config.layers.Layer` has.
 
     Linears, with biases but in Mamba; Mamba-2: convolution c(K+1), gated norm i (where there is
-    one), and 3h in fp32; Mamba-1: convolution i(K+1), x_proj i(r+2N), dt_proj ir, and i(N+2) in
-    fp32; MoE: the router's d*E, with biases E more. Parallel heads: both, with one norm before
-    them.
+    one), and 3h in fp32; Mamba-1: convolution i(K+1), x_proj i(r+2N), dt_proj ir, where they are
+    normed r+2N, and i(N+2) in fp32; MoE: the router's d*E, with biases E more. Parallel heads:
+    both, with one norm before them; where they share their linears, 2i for the norms after both.
     """
+    if kind == PARALLEL and model.parallel_heads_join == "mean":
+        shared = linears(model, kind, tp=tp).values()
+        weights = sum(each.inputs * each.outputs for each in shared)
+        norms = model.hidden_size + 2 * _convolved(model) // tp
+        return _beside_linears(model, tp) + Parameters(dense=weights + norms)
     if kind == PARALLEL:
         parts = [layer_parameters(model, part, tp=tp) for part in made_of(kind)]
         shared_norms = (len(parts) - 1) * model.hidden_size
         return sum(parts, Parameters(dense=-shared_norms))
-    dense, of_expert, fp32 = model.hidden_size, 0, 0
+    dense, of_expert = model.hidden_size, 0
     for linear in linears(model, kind, tp=tp, etp=etp).values():
         weights = linear.inputs * linear.outputs
         if model.add_bias_linear and kind != MAMBA:
@@ -182,22 +187,31 @@ def layer_parameters(
         dense, of_expert = (
             (dense, of_expert + weights) if linear.routed else (dense + weights, of_expert)
         )
-    if kind == MAMBA and model.mamba_version == 1:
-        inner = _convolved(model) // tp
-        dense += inner * (CONV_KERNEL + 1 + _steps_products(model))
-        fp32 = inner * (model.mamba_state_dim + 2)
-    elif kind == MAMBA:
-        assert model.mamba_num_heads is not None
-        inner = model.mamba_num_heads * model.mamba_head_dim
-        gated_norm = inner if model.mamba_rms_norm else 0
-        dense += (_convolved(model) * (CONV_KERNEL + 1) + gated_norm) // tp
-        fp32 = 3 * model.mamba_num_heads // tp
     experts = 0
     if kind == MOE:
         assert model.num_moe_experts is not None
         dense += model.num_moe_experts * (model.hidden_size + model.add_bias_linear)
         experts = model.num_moe_experts // ep
-    return Parameters(dense, fp32, experts * of_expert)
+    found = Parameters(dense, expert=experts * of_expert)
+    return found + _beside_linears(model, tp) if kind == MAMBA else found
+
+
+def _beside_linears(model: ModelConfig, tp: int) -> Parameters:
+    """Of a Mamba mixer."""
+    if model.mamba_version == 1:
+        assert model.mamba_dt_rank is not None
+        inner = _convolved(model) // tp
+        normed = model.mamba_dt_rank + 2 * model.mamba_state_dim
+        norms = normed if model.mamba_inner_layernorms else 0
+        return Parameters(
+            inner * (CONV_KERNEL + 1 + _steps_products(model)) + norms,
+            inner * (model.mamba_state_dim + 2),
+        )
+    assert model.mamba_num_heads is not None
+    inner = model.mamba_num_heads * model.mamba_head_dim
+    gated_norm = inner if model.mamba_rms_norm else 0
+    dense = (_convolved(model) * (CONV_KERNEL + 1) + gated_norm) // tp
+    return Parameters(dense, 3 * model.mamba_num_heads // tp)
 
 
 def _active(model: ModelConfig, kind: str) -> int:
@@ -243,29 +257,43 @@ def mean_keys(model: ModelConfig, seq_length: int) -> float:
 
 def _forward_flops(model: ModelConfig, kind: str, seq_length: int) -> float:
     """FLOPs of one token through one layer, a multiplication and an addition counting as two."""
-    if kind == PARALLEL:
+    if kind == PARALLEL and model.parallel_heads_join == "sum":
         return sum(_forward_flops(model, part, seq_length) for part in made_of(kind))
     products = sum(
         2 * linear.inputs * linear.outputs * (model.moe_router_topk if linear.routed else 1)
         for linear in linears(model, kind).values()
     )
-    if kind == MAMBA and model.mamba_version == 1:
-        channels = _convolved(model)
-        scan = 5 * channels * model.mamba_state_dim
-        return products + 2 * channels * (CONV_KERNEL + _steps_products(model)) + scan
+    if kind == PARALLEL:
+        return products + _scan_flops(model) + _attention_flops(model, kind, seq_length)
     if kind == MAMBA:
-        assert model.mamba_num_heads is not None
-        inner = model.mamba_num_heads * model.mamba_head_dim
-        # The recurrence per channel and state: decay, input and sum (3), readout (2).
-        scan = 5 * inner * model.mamba_state_dim
-        return products + 2 * CONV_KERNEL * _convolved(model) + scan
+        return products + _scan_flops(model)
     if kind == ATTENTION:
-        queries = linears(model, kind)["linear_proj"].inputs
-        return products + 4 * queries * mean_keys(model, seq_length)
+        return products + _attention_flops(model, kind, seq_length)
     if kind == MOE:
         assert model.num_moe_experts is not None
         return products + 2 * model.hidden_size * model.num_moe_experts
     return products
+
+
+def _scan_flops(model: ModelConfig) -> float:
+    """Of a Mamba mixer, but for its linears.
+
+    The recurrence per channel and state: decay, input and sum (3), readout (2).
+    """
+    if model.mamba_version == 1:
+        channels = _convolved(model)
+        scan = 5 * channels * model.mamba_state_dim
+        return 2 * channels * (CONV_KERNEL + _steps_products(model)) + scan
+    assert model.mamba_num_heads is not None
+    inner = model.mamba_num_heads * model.mamba_head_dim
+    return 2 * CONV_KERNEL * _convolved(model) + 5 * inner * model.mamba_state_dim
+
+
+def _attention_flops(model: ModelConfig, kind: str, seq_length: int) -> float:
+    """Of the products with keys, and with values."""
+    assert model.num_attention_heads is not None and model.kv_channels is not None
+    channels = model.kv_channels + value_channels(model, kind)
+    return 2 * model.num_attention_heads * channels * mean_keys(model, seq_length)
 
 
 def flops_per_token(model: ModelConfig, seq_length: int) -> Flops:

@@ -21,7 +21,14 @@ from torch import Tensor
 from megatron_hybrid.config.layers import Layer, layers
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.pattern import PARALLEL
-from megatron_hybrid.layers.parallel_heads import ByNumber, ParallelHeads
+from megatron_hybrid.layers.parallel_heads import (
+    ByNumber,
+    JoinFactors,
+    ParallelHeads,
+    ParallelHeadsSubmodules,
+)
+from megatron_hybrid.layers.shared_heads import SharedHeads
+from megatron_hybrid.model.specs import join_factors
 
 
 class _OwnSizes:
@@ -81,8 +88,32 @@ class OwnAttention(_OwnRotation, TransformerLayer):
     """An attention layer of its own sizes."""
 
 
-class OwnParallelHeads(_OwnRotation, ParallelHeads):
-    """Attention and Mamba-2 of their own sizes, side by side."""
+class _OwnHeads(_OwnRotation):
+    """Takes its own Mamba mixer, too."""
+
+    def __init__(
+        self,
+        *,
+        mixers: Mapping[int, ModuleSpec],
+        layer_number: int,
+        submodules: ParallelHeadsSubmodules,
+        **named: Any,
+    ) -> None:
+        submodules = replace(submodules, mixer=mixers[layer_number])
+        super().__init__(layer_number=layer_number, submodules=submodules, **named)
+
+
+class OwnParallelHeads(_OwnHeads, ParallelHeads):
+    """Attention and Mamba of their own sizes, side by side."""
+
+    def __init__(
+        self, *, factors: Mapping[int, JoinFactors], layer_number: int, **named: Any
+    ) -> None:
+        super().__init__(factors=factors[layer_number], layer_number=layer_number, **named)
+
+
+class OwnSharedHeads(_OwnHeads, SharedHeads):
+    """The same with one projection to both, and one from both."""
 
 
 class Rotation:
@@ -117,7 +148,7 @@ def with_own_sizes(
 
     Args:
         configs: of every layer, `model.transformer_config.layer_configs`.
-        mixers: of every M layer.
+        mixers: of every layer with Mamba.
     """
     kinds = stack.submodules
     rotations = {layer.number: Rotation(layer) for layer in layers(model)}
@@ -128,11 +159,17 @@ def with_own_sizes(
     attention = kinds.attention_layer
     if attention.module is ByNumber:
         specs = attention.params["specs"]
+        heads = {"rotations": rotations, "mixers": mixers}
+        if model.parallel_heads_join == "sum":
+            factors = {layer.number: join_factors(layer.model) for layer in layers(model)}
+            side_by_side = own(specs[PARALLEL], OwnParallelHeads, **heads, factors=factors)
+        else:
+            side_by_side = own(specs[PARALLEL], OwnSharedHeads, **heads)
         attention = replace(attention, params={
             **attention.params,
             "specs": {
                 None: own(specs[None], OwnAttention, rotations=rotations),
-                PARALLEL: own(specs[PARALLEL], OwnParallelHeads, rotations=rotations),
+                PARALLEL: side_by_side,
             },
         })  # fmt: skip
     else:

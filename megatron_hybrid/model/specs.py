@@ -1,7 +1,7 @@
 """Which class serves which layer, by backend: the table that megatron-core builds the stack from.
 
 Symbols of the pattern: M Mamba-1 or Mamba-2, * attention, - MLP, E mixture of experts, H attention
-and Mamba-2 side by side.
+and Mamba side by side.
 """
 
 from dataclasses import replace
@@ -32,7 +32,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_hybrid.config import ModelConfig
-from megatron_hybrid.config.pattern import PARALLEL, parse_pattern
+from megatron_hybrid.config.pattern import MAMBA, PARALLEL, parse_pattern
 from megatron_hybrid.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_hybrid.layers.mamba import MambaMixerSubmodules
 from megatron_hybrid.layers.multipliers import scaled_bias_dropout_add
@@ -43,6 +43,11 @@ from megatron_hybrid.layers.parallel_heads import (
     ParallelHeadsSubmodules,
 )
 from megatron_hybrid.layers.router import TopKRouter
+from megatron_hybrid.layers.shared_heads import (
+    SharedHeads,
+    SharedHeadsMixer,
+    SharedHeadsMixerSubmodules,
+)
 from megatron_hybrid.ops.ssd import SSDBackend
 
 
@@ -232,7 +237,7 @@ def layer_classes(backend: str) -> LayerClasses:
 
 
 def _mamba_mixer(
-    classes: LayerClasses, model: ModelConfig, in_proj: type, factor: float = 1.0
+    classes: LayerClasses, model: ModelConfig, in_proj: type, factor: float
 ) -> ModuleSpec:
     """A Mamba-2 mixer whose input is multiplied with a factor: there is no bias in its way."""
     params: dict[str, Any] = {"kernel": classes.mamba_kernel}
@@ -248,20 +253,41 @@ def _mamba_mixer(
     )
 
 
-def mamba_mixer_spec(backend: str, model: ModelConfig) -> ModuleSpec:
-    """The mixer of M layers with the sizes of `model`."""
+def mamba_mixer_spec(backend: str, model: ModelConfig, kind: str = MAMBA) -> ModuleSpec:
+    """The mixer of layers with Mamba that have the sizes of `model`."""
     classes = layer_classes(backend)
-    in_proj = classes.norm_and_column_linear
+    if kind == PARALLEL and model.parallel_heads_join == "mean":
+        return _shared_heads_mixer(classes, model)
+    # The norm is in the linear, or before those of both mixers.
+    in_proj = classes.norm_and_column_linear if kind == MAMBA else classes.column_linear
     if model.mamba_version == 2:
-        return _mamba_mixer(classes, model, in_proj)
+        factor = model.ssm_in_multiplier if kind == PARALLEL else 1.0
+        return _mamba_mixer(classes, model, in_proj, factor)
     return ModuleSpec(
         module=classes.mamba1_mixer,
-        params={
-            "kernel": classes.mamba_kernel,
-            "intermediate_size": model.mamba_intermediate_size,
-            "dt_rank": model.mamba_dt_rank,
-        },
+        params=_mamba1_params(classes, model),
         submodules=MambaMixerSubmodules(in_proj=in_proj, out_proj=classes.row_linear),
+    )
+
+
+def _mamba1_params(classes: LayerClasses, model: ModelConfig) -> dict[str, Any]:
+    params = {
+        "kernel": classes.mamba_kernel,
+        "intermediate_size": model.mamba_intermediate_size,
+        "dt_rank": model.mamba_dt_rank,
+    }
+    return params | ({"inner_layernorms": True} if model.mamba_inner_layernorms else {})
+
+
+def _shared_heads_mixer(classes: LayerClasses, model: ModelConfig) -> ModuleSpec:
+    return ModuleSpec(
+        module=SharedHeadsMixer,
+        params=_mamba1_params(classes, model),
+        submodules=SharedHeadsMixerSubmodules(
+            in_proj=classes.norm_and_column_linear,
+            out_proj=classes.row_linear,
+            core_attention=classes.core_attention,
+        ),
     )
 
 
@@ -277,20 +303,30 @@ def _self_attention(classes: LayerClasses, model: ModelConfig, linear_qkv: type)
     )
 
 
-def _parallel_heads(classes: LayerClasses, model: ModelConfig) -> ModuleSpec:
+def join_factors(model: ModelConfig) -> JoinFactors:
+    """Of parallel heads with the sizes of `model`."""
+    return JoinFactors(
+        model.attention_in_multiplier,
+        model.attention_out_multiplier,
+        model.ssm_out_multiplier,
+        model.ssm_in_multiplier if model.mamba_version == 1 else 1.0,
+    )
+
+
+def _parallel_heads(backend: str, model: ModelConfig) -> ModuleSpec:
+    classes, mixer = layer_classes(backend), mamba_mixer_spec(backend, model, PARALLEL)
+    if model.parallel_heads_join == "mean":
+        return ModuleSpec(
+            module=SharedHeads,
+            submodules=ParallelHeadsSubmodules(mixer=mixer, self_attn_bda=get_bias_dropout_add),
+        )
     return ModuleSpec(
         module=ParallelHeads,
-        params={
-            "factors": JoinFactors(
-                model.attention_in_multiplier,
-                model.attention_out_multiplier,
-                model.ssm_out_multiplier,
-            )
-        },
+        params={"factors": join_factors(model)},
         submodules=ParallelHeadsSubmodules(
             input_layernorm=classes.norm,
             self_attention=_self_attention(classes, model, classes.column_linear),
-            mixer=_mamba_mixer(classes, model, classes.column_linear, model.ssm_in_multiplier),
+            mixer=mixer,
             self_attn_bda=get_bias_dropout_add,
         ),
     )
@@ -319,7 +355,7 @@ def hybrid_stack_spec(backend: str, model: ModelConfig) -> ModuleSpec:
         if kind == PARALLEL
     }
     if in_its_place:
-        specs = {None: attention, PARALLEL: _parallel_heads(classes, model)}
+        specs = {None: attention, PARALLEL: _parallel_heads(backend, model)}
         attention = ModuleSpec(module=ByNumber, params={"kinds": in_its_place, "specs": specs})
     mlp = ModuleSpec(
         module=MLPLayer,

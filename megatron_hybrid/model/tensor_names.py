@@ -18,7 +18,7 @@ NORM_NAMES = {
     ATTENTION: ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
     MLP: ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
     MOE: ("pre_mlp_layernorm.weight",),
-    PARALLEL: ("input_layernorm.weight",),
+    PARALLEL: ("input_layernorm.weight", "mixer.in_proj.layer_norm_weight"),
 }
 
 
@@ -50,6 +50,8 @@ def extra_states(model: ModelConfig) -> Iterator[str]:
             "mlp.shared_experts.linear_fc2",
         ),
     }
+    if model.parallel_heads_join == "mean":
+        of_kind[PARALLEL] = ("mixer.in_proj", "mixer.out_proj", "mixer.core_attention")
     for each in layers(model):
         layer, experts = f"decoder.layers.{each.number - 1}.", each.model.num_moe_experts
         yield from (f"{layer}{name}._extra_state/shard_0_1" for name in of_kind[each.kind])

@@ -7,7 +7,7 @@ small mask of their own. No mask of the whole sequence is ever made.
 Legend: s queries, l keys, b batch, n query heads, k key/value heads, d head size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -35,7 +35,8 @@ def causal_attention(
 
     Args:
         query: `[s, b, n, d]`, the tokens of `chunks`, one after the other.
-        key, value: `[l, b, k, d]` of the whole text; n divisible by k.
+        key, value: `[l, b, k, d]` of the whole text; n divisible by k. Values may have other
+            channels than keys.
         chunks: (first, last + 1) places in the text of the queries; sizes add up to s.
         window: how many tokens a query sees, itself included; None for all.
         seq_idx: `[b, l]`, number of the document of each token; a query sees only its own.
@@ -43,8 +44,12 @@ def causal_attention(
         scale: of the logits; None for 1 / sqrt(d).
 
     Returns:
-        `[s, b, n * d]`, dtype of the query.
+        `[s, b, n * d]`, d of the values, dtype of the query.
     """
+    wanted = value.shape[-1]
+    if query.shape[-1] != wanted:
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        query, key, value = _of_equal_channels(query, key, value)
     if seq_idx is None:
         documents: list[list[int]] = [[0]]
         rows = [slice(None)]
@@ -64,7 +69,18 @@ def causal_attention(
         )
         for row, starts in zip(rows, documents, strict=True)
     ]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    if value.shape[-1] != wanted:
+        output = output.unflatten(-1, (-1, value.shape[-1]))[..., :wanted].flatten(-2)
+    return output
+
+
+def _of_equal_channels(*tensors: Tensor) -> Iterator[Tensor]:
+    """Filled up with zeros, which add nothing to products: torch's fast kernels take no others."""
+    most = max(tensor.shape[-1] for tensor in tensors)
+    for tensor in tensors:
+        missing = most - tensor.shape[-1]
+        yield F.pad(tensor, (0, missing)) if missing else tensor
 
 
 def full_attention(

@@ -4,7 +4,7 @@ Every page is attended to by itself, all at once; a sequence's answers are then 
 each of its pages counts (the sums of exponentials that softmax divides by).
 
 Legend: B sequences, N pages of P tokens, m the most pages of a sequence, k key/value heads, r query
-heads for each, d channels.
+heads for each, d channels of queries and keys; values may have others.
 """
 
 from typing import NamedTuple
@@ -35,10 +35,11 @@ def paged_attention(
     """Softmax attention of `query` `[B, k, r, d]` to `keys` and `values` `[N, k, P, d]`.
 
     Returns:
-        `[B, k, r, d]`, dtype of the keys.
+        `[B, k, r, d]` with values' channels, dtype of the keys.
     """
     by_page = query.index_select(0, table.owner)
-    attend = _flash if keys.device.type == "cpu" else _plain
+    alike = keys.shape[-1] == values.shape[-1]  # channels, or torch's kernel does not take them
+    attend = _flash if keys.device.type == "cpu" and alike else _plain
     answers, log_sums = attend(by_page, keys, values, table.mask, scale)
     batch, most = query.shape[0], table.pages.shape[0] // query.shape[0]
     answers = answers.index_select(0, table.pages)
@@ -67,4 +68,8 @@ def _plain(
 ) -> tuple[Tensor, Tensor]:
     """The same from plain operations, on any device."""
     scores = torch.matmul(query, keys.mT).float() * scale + mask.float()
-    return torch.matmul(scores.softmax(-1).to(values.dtype), values), scores.logsumexp(-1)
+    log_sums = scores.logsumexp(-1)
+    # A page of which nothing is seen has no share in any answer, and must not be NaN: 0 * NaN is.
+    lowest = torch.finfo(log_sums.dtype).min
+    shares = torch.exp(scores - log_sums.clamp(min=lowest)[..., None])
+    return torch.matmul(shares.to(values.dtype), values), log_sums

@@ -13,7 +13,7 @@ parallelism; e bytes of a number (2 in bf16).
 
 from collections.abc import Collection
 
-from megatron_hybrid.config.linears import expert_width
+from megatron_hybrid.config.linears import expert_width, value_channels
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, PARALLEL
 from megatron_hybrid.ops.attention_blocks import Block, plan_blocks
@@ -54,20 +54,23 @@ def layer_activations(
         residual += stored * t * d  # the normed input; the torch backend makes it again
     elif layout.sequence_parallel and layout.tp > 1:
         residual += e * T * d  # gathered over TP
+    again = "core_attn" in recompute
+    if kind == PARALLEL and model.parallel_heads_join == "mean":
+        return (
+            residual
+            + _mamba(model, layout, e, stored, fused=fused)
+            + _shared_heads(model, layout, e, selective=again)
+        )
     if kind == PARALLEL:
-        again = "core_attn" in recompute
         return (
             residual
             + _joined(model, layout, e, stored, fused=fused)
             + _mamba(model, layout, e, stored, fused=fused)
             + _attention(model, layout, e, fused=fused, selective=again)
         )
-    if kind == MAMBA and model.mamba_version == 1:
-        return residual + _mamba1(model, layout, e, stored, fused=fused)
     if kind == MAMBA:
         return residual + _mamba(model, layout, e, stored, fused=fused)
     if kind == ATTENTION:
-        again = "core_attn" in recompute
         return residual + _attention(model, layout, e, fused=fused, selective=again)
     assert kind == MLP and model.ffn_hidden_size is not None
     before, between, after = _activation(model, fused=fused)
@@ -98,9 +101,11 @@ def _activation(model: ModelConfig, *, fused: bool) -> tuple[int, int, int]:
 def _joined(model: ModelConfig, layout: Layout, e: int, stored: int, *, fused: bool) -> int:
     """What two linears keep of one normed input, beyond what a layer with one keeps."""
     normed = layout.own_tokens * model.hidden_size
-    scaled = model.attention_in_multiplier != 1
+    # Mamba-2 has its factor in the projection.
+    scaled = int(model.attention_in_multiplier != 1)
+    scaled += model.mamba_version == 1 and model.ssm_in_multiplier != 1
     if fused:
-        return (stored * normed if stored < e or scaled else 0) + (e * normed if scaled else 0)
+        return (stored * normed if stored < e or scaled else 0) + scaled * e * normed
     if layout.sequence_parallel and layout.tp > 1:
         # Each gathers it for itself; the normed one itself is kept for no one.
         return e * layout.tokens * model.hidden_size
@@ -108,6 +113,8 @@ def _joined(model: ModelConfig, layout: Layout, e: int, stored: int, *, fused: b
 
 
 def _mamba(model: ModelConfig, layout: Layout, e: int, stored: int, *, fused: bool) -> int:
+    if model.mamba_version == 1:
+        return _mamba1(model, layout, e, stored, fused=fused)
     assert model.mamba_num_heads is not None
     tp, T = layout.tp, layout.tokens
     heads, inner = model.mamba_num_heads, model.mamba_num_heads * model.mamba_head_dim
@@ -136,6 +143,9 @@ def _mamba1(model: ModelConfig, layout: Layout, e: int, stored: int, *, fused: b
     states = 4 * (blocks + 2) * inner * n // layout.cp
     # Projection, convolution's output, steps.
     numbers = 4 * width + shared
+    if model.mamba_inner_layernorms:
+        numbers += shared
+        states += 4 * 3 * T * layout.cp
     if fused:  # copies by channel of x, z, B and C; outputs before and after the gate
         return e * (numbers + 4 * width + 2 * n * T * layout.cp) + stored * width + 2 * states
     return e * (numbers + width) + states
@@ -156,6 +166,30 @@ def _attention(model: ModelConfig, layout: Layout, e: int, *, fused: bool, selec
     if model.attention_dropout and not fused:
         inputs = 0  # the core keeps fp32 copies instead
     return inputs + tables + core + output
+
+
+def _shared_heads(model: ModelConfig, layout: Layout, e: int, *, selective: bool) -> int:
+    """What attention and the join keep where both mixers share their linears; torch's backend."""
+    heads, groups, channels = _attention_sizes(model, layout)
+    T, of_values = layout.tokens, value_channels(model, PARALLEL)
+    width = T * heads * of_values
+    projected = T * ((heads + groups) * channels + groups * of_values)
+    tables = rotated = 0
+    if model.position_embedding_type == "rope":
+        tables = 4 * T * int(channels * model.rotary_percent)
+        rotated = T * (heads + groups) * channels
+    attended = 0
+    if not selective:
+        attended = _attention_core(model, layout, e, fused=False, channels=of_values)
+        most = max(channels, of_values)
+        if most != channels:  # filled up, for the kernel
+            rotated = T * (heads + groups) * most
+        if layout.cp > 1:
+            # Gathered keys and values are tensors of their own.
+            projected = 0 if rotated else projected
+            rotated += T * groups * most * (2 * layout.cp - bool(rotated))
+    # Both outputs, with their norms' statistics, and the mean.
+    return e * (projected + tables + rotated + 2 * width) + attended + 2 * 4 * T
 
 
 def _attention_inputs(model: ModelConfig, layout: Layout, e: int, *, fused: bool) -> int:
@@ -181,15 +215,21 @@ def _attention_sizes(model: ModelConfig, layout: Layout) -> tuple[int, int, int]
     return heads // layout.tp, max(groups // layout.tp, 1), channels
 
 
-def _attention_core(model: ModelConfig, layout: Layout, e: int, *, fused: bool) -> int:
+def _attention_core(
+    model: ModelConfig, layout: Layout, e: int, *, fused: bool, channels: int | None = None
+) -> int:
     """The logarithms of the softmaxes' sums, and what torch keeps of each block of queries.
 
     A block that is not exactly causal keeps its mask, in e bytes a query and key. Where there are
     several blocks their outputs are kept beside the whole. With dropout torch multiplies without a
     fused kernel, in fp32: it keeps the softmaxes, the factors of the dropout and their product,
     and queries, keys and values of every head.
+
+    Args:
+        channels: of a head, as the kernel gets them; None: the model's.
     """
-    heads, _, channels = _attention_sizes(model, layout)
+    heads, _, usual = _attention_sizes(model, layout)
+    channels = channels or usual
     logs = 4 * layout.tokens * heads
     if fused:
         return logs

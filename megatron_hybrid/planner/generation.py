@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_hybrid.config.layers import layers_of, sorts
+from megatron_hybrid.config.linears import value_channels
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA
 from megatron_hybrid.model.counts import CONV_KERNEL, count_parameters
@@ -55,8 +56,9 @@ def generation_memory(
         m, layers = sort.model, batch_size * len(sort.numbers)
         if sort.has(ATTENTION):
             assert m.num_query_groups is not None and m.kv_channels is not None
-            keys_values += layers * length * 2 * m.num_query_groups * m.kv_channels * number_bytes
-        if sort.kind == MAMBA and m.mamba_version == 1:
+            channels = m.kv_channels + value_channels(m, sort.kind)
+            keys_values += layers * length * m.num_query_groups * channels * number_bytes
+        if sort.has(MAMBA) and m.mamba_version == 1:
             assert m.mamba_intermediate_size is not None
             ssm += layers * m.mamba_intermediate_size * m.mamba_state_dim * state_bytes
             conv += layers * m.mamba_intermediate_size * (CONV_KERNEL - 1) * state_bytes

@@ -10,7 +10,7 @@ import copy
 from dataclasses import dataclass, fields, replace
 
 from megatron_hybrid.config import ModelConfig, RunConfig
-from megatron_hybrid.config.linears import Linear, expert_width, linears
+from megatron_hybrid.config.linears import Linear, expert_width, linears, value_channels
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, PARALLEL, made_of
 from megatron_hybrid.config.precision import FLOAT8_RECIPES
 from megatron_hybrid.model.counts import layer_parameters, mean_keys
@@ -232,23 +232,19 @@ class Rank:
         layout, model, T = self.layout, self.model, self.layout.tokens
         peak = self.gpu.bf16_tflops * 1e12
         if kind == PARALLEL:
-            cores = [self._core(part) for part in made_of(kind)]
+            cores = [self._attention(kind), self._core(MAMBA)]
             hidden = NUMBER_BYTES * layout.own_tokens * model.hidden_size
             # The join reads both outputs and writes one; gradients of both inputs are added up.
             joined = (3 * hidden, 5 * hidden)
+            if model.parallel_heads_join == "mean":  # of all channels, after their norms
+                assert model.mamba_intermediate_size is not None
+                inner = layout.tokens * model.mamba_intermediate_size // layout.tp
+                joined = (7 * NUMBER_BYTES * inner, 12 * NUMBER_BYTES * inner)
             moved_each = zip(joined, *(moved for _, moved in cores), strict=True)
             forward, backward = map(sum, moved_each)
             return sum(seconds for seconds, _ in cores), (forward, backward)
         if kind == ATTENTION:
-            assert model.num_attention_heads is not None and model.kv_channels is not None
-            assert model.num_query_groups is not None
-            width = model.num_attention_heads * model.kv_channels // layout.tp
-            keys = model.num_query_groups * model.kv_channels // layout.tp
-            flops = 4.0 * T * width * mean_keys(model, layout.seq_length)
-            rotated = 2 * (width + keys) if model.position_embedding_type == "rope" else 0
-            moved = NUMBER_BYTES * T * (2 * width + 2 * keys + rotated)
-            share = self.shares.attention[self.gpu.generation]
-            return flops / (peak * share), (moved, 2 * moved)
+            return self._attention(kind)
         if kind == MAMBA and model.mamba_version == 1:
             return self._selective_scan()
         if kind == MAMBA:
@@ -260,6 +256,22 @@ class Rank:
             moved = NUMBER_BYTES * T * (2 * convolved + 6 * inner)
             return flops / (peak * self.shares.scan[self.gpu.generation]), (moved, 2 * moved)
         return 0.0, self._activated(kind)
+
+    def _attention(self, kind: str) -> tuple[float, tuple[float, float]]:
+        """The products with keys and values in a layer of a kind, and what they move."""
+        layout, model, T = self.layout, self.model, self.layout.tokens
+        heads, groups, channels = (
+            model.num_attention_heads, model.num_query_groups, model.kv_channels,
+        )  # fmt: skip
+        assert heads is not None and groups is not None and channels is not None
+        of_values = value_channels(model, kind)
+        width, keys = heads * channels // layout.tp, groups * channels // layout.tp
+        outputs, values = heads * of_values // layout.tp, groups * of_values // layout.tp
+        flops = 2.0 * T * (width + outputs) * mean_keys(model, layout.seq_length)
+        rotated = 2 * (width + keys) if model.position_embedding_type == "rope" else 0
+        moved = NUMBER_BYTES * T * (width + outputs + keys + values + rotated)
+        share = self.shares.attention[self.gpu.generation]
+        return flops / (self.gpu.bf16_tflops * 1e12 * share), (moved, 2 * moved)
 
     def _selective_scan(self) -> tuple[float, tuple[float, float]]:
         """Mamba-1's products and its scan, whose states stay on the chip; a copy of each input.
@@ -301,7 +313,8 @@ class Rank:
         hidden = NUMBER_BYTES * layout.tokens * model.hidden_size
         # An all-gather and a reduce-scatter, or an all-reduce; gathered again for the gradient.
         moves = 3 if backward and layout.sequence_parallel else 2
-        moves *= len(made_of(kind))  # each has linears of its own
+        if kind != PARALLEL or model.parallel_heads_join == "sum":
+            moves *= len(made_of(kind))  # each has linears of its own
         tensor = moves * hidden * (layout.tp - 1) / layout.tp / self.bandwidth(layout.tp)
         if self.features.tp_overlap:
             tensor *= 1 - self.shares.hidden
@@ -335,21 +348,30 @@ class Rank:
         layout, model, cp = self.layout, self.model, self.layout.cp
         if kind == PARALLEL:
             # One after the other; what hides the keys and values is the core of attention alone.
-            share = self._core(ATTENTION)[0] / max(self._core(kind)[0], 1e-12)
-            return sum(
-                self._context(part, core * share, backward=backward) for part in made_of(kind)
+            share = self._attention(kind)[0] / max(self._core(kind)[0], 1e-12)
+            return self._keys_and_values(kind, core * share, backward=backward) + self._context(
+                MAMBA, 0.0, backward=backward
             )
-        if cp == 1 or kind not in (ATTENTION, MAMBA):
+        if kind == ATTENTION:
+            return self._keys_and_values(kind, core, backward=backward)
+        if cp == 1 or kind != MAMBA:
             return 0.0
         speed = self.bandwidth(layout.tp * cp)
-        if kind == ATTENTION:
-            assert model.num_query_groups is not None and model.kv_channels is not None
-            width = 2 * model.num_query_groups * model.kv_channels // layout.tp
-            sent = (2 if backward else 1) * NUMBER_BYTES * layout.tokens * width * (cp - 1)
-            return max(0.0, sent / speed - core)
         mixer = linears(model, MAMBA, tp=layout.tp)
         width = mixer["in_proj"].outputs + mixer["out_proj"].inputs
         return NUMBER_BYTES * layout.tokens * width * (cp - 1) / cp / speed
+
+    def _keys_and_values(self, kind: str, core: float, *, backward: bool) -> float:
+        """Seconds of CP's ring, as far as the core of attention does not hide it."""
+        layout, model, cp = self.layout, self.model, self.layout.cp
+        if cp == 1:
+            return 0.0
+        speed = self.bandwidth(layout.tp * cp)
+        assert model.num_query_groups is not None and model.kv_channels is not None
+        channels = model.kv_channels + value_channels(model, kind)
+        width = model.num_query_groups * channels // layout.tp
+        sent = (2 if backward else 1) * NUMBER_BYTES * layout.tokens * width * (cp - 1)
+        return max(0.0, sent / speed - core)
 
     def ends(self) -> tuple[Work, Work, Work, Work]:
         """Embedding forward and backward, output layer and loss forward and backward."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.layers import Sort
-from megatron_hybrid.config.linears import expert_width
+from megatron_hybrid.config.linears import expert_width, value_channels
 from megatron_hybrid.config.pattern import ATTENTION, MOE
 from megatron_hybrid.config.precision import FLOAT8_RECIPES
 from megatron_hybrid.planner.activations import (
@@ -177,6 +177,7 @@ def _communication(config: RunConfig, layout: Layout, stage: int, *, number: int
                 )
             if layout.cp > 1 and sort.has(ATTENTION):
                 assert model.num_query_groups is not None and model.kv_channels is not None
-                width = max(model.num_query_groups // layout.tp, 1) * model.kv_channels
-                on_way.append(2 * 2 * number * layout.tokens * width)
+                channels = model.kv_channels + value_channels(model, sort.kind)
+                width = max(model.num_query_groups // layout.tp, 1) * channels
+                on_way.append(2 * number * layout.tokens * width)
     return between + max(on_way)

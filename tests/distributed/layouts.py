@@ -27,7 +27,7 @@ EOD = 0
 DENSE = "M-*M"
 MOE = "ME*E"
 DIFFUSION = "*E-*"  # trained by masked diffusion
-# Attention and Mamba-2 side by side, with every multiplier, of two sizes.
+# Attention and Mamba side by side, Mamba-1 and Mamba-2, with every multiplier, of two sizes.
 HEADS = "H-*H"
 HEADS_FIELDS = {
     "activation": "swiglu", "mamba_rms_norm": False, "key_multiplier": 0.7,
@@ -35,12 +35,20 @@ HEADS_FIELDS = {
     "ssm_out_multiplier": 0.6, "attention_in_multiplier": 0.9, "attention_out_multiplier": 0.8,
     "mlp_multipliers": [0.9, 0.6], "embedding_multiplier": 3.0, "lm_head_multiplier": 0.5,
     "layers": {
+        "1": {"mamba_version": 1, "mamba_dt_rank": 3},
         "4": {
             "num_attention_heads": 8, "num_query_groups": 4, "kv_channels": 8,
             "mamba_num_heads": 4, "mamba_head_dim": 24, "mamba_state_dim": 8,
             "mamba_num_groups": 4, "window_size": [20, 0],
         },
     },
+}  # fmt: skip
+# What Hymba has: one projection to attention and Mamba-1 and one from both, norms within Mamba-1.
+HYMBA = "M*-H-H"
+HYMBA_FIELDS = {
+    "activation": "swiglu", "parallel_heads_join": "mean", "mamba_version": 1,
+    "mamba_inner_layernorms": True, "mamba_dt_rank": 3, "mamba_state_dim": 8,
+    "layers": {"1": {"mamba_version": 2}, "4": {"window_size": [20, 0]}},
 }  # fmt: skip
 # Two of each kind, the second of which is unlike the first: Mamba-1 and Mamba-2, other numbers of
 # heads, which are as wide or not, groups of the gated norm, angles of RoPE, activations and
@@ -160,6 +168,7 @@ def layout_config(
                 **(moe if "E" in layers else {}),
                 **(UNLIKE_SIZES if layers == UNLIKE else {}),
                 **(HEADS_FIELDS if layers == HEADS else {}),
+                **(HYMBA_FIELDS if layers == HYMBA else {}),
             },
             "parallel": {
                 "tensor_model_parallel_size": layout.tp,

@@ -52,7 +52,11 @@ MODELS = {
                        "model.lm_head_multiplier=0.5", "model.add_bias_linear=true",
                        "model.layers={5: {num_attention_heads: 3, num_query_groups: 3,"
                        " kv_channels: 8, window_size: [11, 0], mamba_num_heads: 4,"
-                       " mamba_state_dim: 8}}", *NO_MOE],
+                       " mamba_state_dim: 8}, 1: {mamba_version: 1}}", *NO_MOE],
+    "shared heads": ["model.hybrid_layer_pattern=HM-H", "model.position_embedding_type=rope",
+                     "model.parallel_heads_join=mean", "model.mamba_version=1",
+                     "model.mamba_inner_layernorms=true", "model.activation=swiglu",
+                     "model.layers={4: {window_size: [11, 0]}}", *NO_MOE],
     "softmax first": ["model.hybrid_layer_pattern=ME", "model.moe_router_score_function=softmax",
                       "model.moe_router_pre_softmax=true", "model.moe_router_topk=1",
                       "model.moe_ffn_hidden_size=24",

@@ -9,6 +9,7 @@ from megatron_hybrid.generation import Completion, Limits, SamplingParams
 from megatron_hybrid.testing import run_distributed
 from tests.distributed.layouts import (
     HEADS,
+    HYMBA,
     LAYOUTS,
     MOE,
     UNLIKE,
@@ -22,7 +23,7 @@ from tests.generation.models import of_config
 LAYOUT = {layout.name: layout for layout in (ALONE, *LAYOUTS)}
 MODEL_PARALLEL = {
     MOE: ("TP2+SP", "PP2", "PP2xVPP2", "EP2", "PP2xEP2"), UNLIKE: ("TP2xPP2", "EP2"),
-    HEADS: ("TP2xPP2",),
+    HEADS: ("TP2xPP2",), HYMBA: ("TP2xPP2",),
 }  # fmt: skip
 
 
@@ -64,7 +65,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-@pytest.mark.parametrize("layers", MODEL_PARALLEL, ids=["alike", "unlike", "heads"])
+@pytest.mark.parametrize("layers", MODEL_PARALLEL, ids=["alike", "unlike", "heads", "hymba"])
 def test_ranks_give_the_tokens_of_one(layers: str, weights: dict[str, Path]) -> None:
     """All layer kinds under TP, PP with virtual stages, EP and pairs of them: tokens,
     greedy and sampled, ends, and log-probabilities to 1e-5; the others end with the first."""

@@ -58,7 +58,10 @@ def test_built_equals_formula(name: str) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    ["model.mamba_version=1", "model.activation=swiglu",
+    ["model.mamba_version=1", "model.mamba_version=1; model.mamba_inner_layernorms=true",
+     "model.hybrid_layer_pattern=H-HME; model.parallel_heads_join=mean; model.mamba_version=1;"
+     " model.mamba_inner_layernorms=true; model.layers.1={num_query_groups: 1, kv_channels: 24}",
+     "model.hybrid_layer_pattern=H-HME; model.layers.1.mamba_version=1", "model.activation=swiglu",
      "model.untie_embeddings_and_output_weights=false",
      "model.moe_shared_expert_intermediate_size=null", "model.mamba_num_groups=1",
      "model.moe_router_enable_expert_bias=true",

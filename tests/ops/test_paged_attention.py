@@ -12,15 +12,21 @@ LENGTHS = (1, 4, 5, 11)
 PAGES = ((3,), (0,), (6, 2), (5, 1, 4))  # in order of the text; page 7 is nobody's
 
 
-@pytest.mark.parametrize("kernel", ["_flash", "_plain"])
+@pytest.mark.parametrize(
+    ("kernel", "of_values"), [("_flash", CHANNELS), ("_plain", CHANNELS), ("_flash", 12)]
+)
 @pytest.mark.parametrize("rows", [(0, 1), (0, 1, 2, 3)], ids=str)
 def test_equals_attention_to_the_whole(
-    kernel: str, rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    kernel: str, of_values: int, rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sequences of other lengths, one page each or up to three; what is beyond does not count."""
+    """Sequences of other lengths, one page each or up to three; what is beyond does not count.
+
+    Values may have other channels than keys, and of a page nothing may be seen.
+    """
     monkeypatch.setattr(module, "_flash", getattr(module, kernel))
     draws = torch.Generator().manual_seed(0)
-    keys, values = (torch.randn(8, HEADS, PAGE, CHANNELS, generator=draws) for _ in range(2))
+    keys = torch.randn(8, HEADS, PAGE, CHANNELS, generator=draws)
+    values = torch.randn(8, HEADS, PAGE, of_values, generator=draws)
     query = torch.randn(len(rows), HEADS, QUERIES, CHANNELS, generator=draws)
     most = max(len(PAGES[row]) for row in rows)
     owner, mask = torch.zeros(8, dtype=torch.long), torch.zeros(8, PAGE)
@@ -30,6 +36,8 @@ def test_equals_attention_to_the_whole(
         for number, page in enumerate(PAGES[row]):
             owner[page], pages[place, number] = place, page
             mask[page, max(LENGTHS[row] - number * PAGE, 0) :] = -torch.inf
+    # The page that fills up where a sequence has fewer: its owner sees nothing of it.
+    mask[0] = -torch.inf if 1 not in rows else mask[0]
     table = PageTable(owner, mask[:, None, None], pages.view(-1), padding[..., None, None])
     found = paged_attention(query, keys, values, table, 0.3)
     for place, row in enumerate(rows):

@@ -232,6 +232,29 @@ VARIANTS = {
         "model.activation=swiglu", "model.mlp_multipliers=[0.5,0.5]",
         "model.attention_in_multiplier=0.5",
     ],
+    "parallel heads with Mamba-1 and a factor": [
+        "HH", "model.mamba_version=1", "model.ssm_in_multiplier=0.5",
+        "model.layers.2.position_embedding_type=rope",
+    ],
+    "shared heads": [
+        "HHH", "model.mamba_version=1", "model.parallel_heads_join=mean",
+        "model.mamba_inner_layernorms=true", "model.layers={2-3: {position_embedding_type: rope},"
+        " 3: {kv_channels: 64, window_size: [100, 0]}}",
+    ],
+    "TP2 SP, shared heads, fp32": [
+        "HH", "model.mamba_version=1", "model.parallel_heads_join=mean",
+        "model.mamba_inner_layernorms=true", "precision.recipe=fp32",
+        "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true",
+    ],
+    "CP2, shared heads": [
+        "HH", "model.mamba_version=1", "model.parallel_heads_join=mean",
+        "model.mamba_inner_layernorms=true", "model.position_embedding_type=rope",
+        "parallel.context_parallel_size=2",
+    ],
+    "shared heads, selective": [
+        "HH", "model.mamba_version=1", "model.parallel_heads_join=mean",
+        "model.position_embedding_type=rope", "training.recompute_granularity=selective",
+    ],
     "Mamba-1": ["MM", "model.mamba_version=1"],
     "TP2 SP, Mamba-1, fp32": [
         "MM", "model.layers={2: {mamba_version: 1, mamba_dt_rank: 5}}", "precision.recipe=fp32",

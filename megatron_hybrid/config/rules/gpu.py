@@ -129,6 +129,15 @@ def selective_scan_states(c: RunConfig, facts: Facts) -> Problems:
             )
 
 
+def shared_heads(c: RunConfig, facts: Facts) -> Problems:
+    """Attention of Transformer Engine is asked for values as wide as keys."""
+    if c.model.parallel_heads_join == "mean" and on_transformer_engine(c, facts):
+        yield (
+            "model.parallel_heads_join=mean is not supported on the transformer_engine backend: "
+            "its values have other channels than its keys; allowed: sum, or backend=torch"
+        )
+
+
 def fusions(c: RunConfig, facts: Facts) -> Problems:
     """Which fused kernels there are."""
     lacks_apex = facts.fused_weight_gradients is False and on_transformer_engine(c, facts)
@@ -215,6 +224,7 @@ GPU: tuple[Rule, ...] = (
     experts,
     convolved_channels,
     selective_scan_states,
+    shared_heads,
     fusions,
     cuda_graphs,
 )

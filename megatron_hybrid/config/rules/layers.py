@@ -59,7 +59,7 @@ def _whose(key: Key, of: list[Layer]) -> str:
 
 
 def _article(word: str) -> str:
-    return "a" if word.startswith("Mamba") or word == KINDS[PARALLEL] else "an"
+    return "a" if word.startswith(("Mamba", KINDS[PARALLEL])) else "an"
 
 
 def layer_ranges(c: RunConfig, _: Facts) -> Problems:

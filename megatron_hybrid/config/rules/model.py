@@ -22,6 +22,11 @@ from megatron_hybrid.config.run import RunConfig
 _MOE_FIELDS = tuple(
     name for name in fields() if name.startswith(("model.moe_", "model.num_moe_experts"))
 )
+# Of parallel heads whose outputs are added up, each with projections of its own.
+_OF_SUMS = (
+    "ssm_in_multiplier", "ssm_out_multiplier", "attention_in_multiplier",
+    "attention_out_multiplier", "add_bias_linear",
+)  # fmt: skip
 _SHARED = "moe_shared_expert_intermediate_size"
 
 
@@ -161,22 +166,48 @@ def multipliers(c: RunConfig, _: Facts) -> Problems:
 
 
 def mamba_version(c: RunConfig, _: Facts) -> Problems:
-    """Parallel heads have Mamba-2, and only Mamba-2 has factors and a norm after the gate."""
-    pattern = c.model.hybrid_layer_pattern
-    if c.model.mamba_version == 1 and PARALLEL in pattern:
-        yield (
-            f"model.mamba_version=1 with 'H' layers in model.hybrid_layer_pattern={pattern!r} is "
-            "not supported: parallel heads have Mamba-2; allowed: 2, or "
-            "model.layers.M.mamba_version"
-        )
-    elif mamba_versions(c.model) == {1}:
-        for name in (name for name, kind in MULTIPLIED.items() if kind == MAMBA):
-            value, default = getattr(c.model, name), fields()[f"model.{name}"].default
-            if value != default:
-                yield (
-                    f"model.{name}={shown_size(value)} needs Mamba-2 layers, and all are Mamba-1; "
-                    f"allowed: {shown_size(default)}"
-                )
+    """Only Mamba-2 has factors and a norm after the gate, only Mamba-1 norms before the scan."""
+    versions = mamba_versions(c.model)
+    if len(versions) != 1:
+        return
+    (version,) = versions
+    for name in (name for name, kind in MULTIPLIED.items() if kind == MAMBA):
+        of = 1 if name == "mamba_inner_layernorms" else 2
+        value, default = getattr(c.model, name), fields()[f"model.{name}"].default
+        if value != default and of != version:
+            yield (
+                f"model.{name}={shown_size(value)} needs Mamba-{of} layers, and all are "
+                f"Mamba-{version}; allowed: {shown_size(default)}"
+            )
+
+
+def parallel_heads_join(c: RunConfig, _: Facts) -> Problems:
+    """The mean is of outputs of one width, of Mamba-1, before the only projection."""
+    m = c.model
+    join = f"model.parallel_heads_join={m.parallel_heads_join}"
+    if m.parallel_heads_join != "mean" or PARALLEL not in m.hybrid_layer_pattern:
+        return
+    for name in _OF_SUMS:
+        value, usual = getattr(m, name), fields()[f"model.{name}"].default
+        if value != usual:
+            yield (
+                f"{join} has no use for model.{name}={shown_size(value)}; allowed: "
+                f"{shown_size(usual)}, or model.parallel_heads_join=sum"
+            )
+    for layer in layers_of(m, PARALLEL):
+        if layer.model.mamba_version != 1:
+            yield (
+                f"{join} is of attention and Mamba-1; {layer.path('mamba_version')}="
+                f"{layer.model.mamba_version} must be 1, or model.parallel_heads_join sum"
+            )
+            continue
+        heads, inner = layer.model.num_attention_heads, layer.model.mamba_intermediate_size
+        assert inner is not None
+        if heads is not None:
+            yield from must_divide(
+                f"{join}: {layer.path('num_attention_heads')}", heads,
+                layer.path("mamba_intermediate_size"), inner,
+            )  # fmt: skip
 
 
 def moe_only_with_moe_layers(c: RunConfig, _: Facts) -> Problems:
@@ -289,6 +320,7 @@ MODEL: tuple[Rule, ...] = (
     rotary_channels,
     mamba_heads,
     mamba_version,
+    parallel_heads_join,
     multipliers,
     moe_only_with_moe_layers,
     moe_router,

@@ -46,16 +46,25 @@ class Attention:
         attention = layer.self_attention
         self.qkv = Linear(attention.linear_qkv)
         self.proj = Linear(attention.linear_proj, group=group)
-        self.heads = attention.num_query_groups_per_partition
-        self.queries = attention.num_attention_heads_per_partition // self.heads
-        self.channels = attention.hidden_size_per_attention_head
-        scale = attention.config.softmax_scale
-        self.scale = scale if scale is not None else self.channels**-0.5
+        heads = attention.num_query_groups_per_partition
+        self._size(
+            layer, heads, attention.num_attention_heads_per_partition // heads,
+            attention.hidden_size_per_attention_head, attention.hidden_size_per_attention_head,
+        )  # fmt: skip
+
+    def _size(
+        self, layer: Any, heads: int, queries: int, channels: int, value_channels: int
+    ) -> None:
+        """Its heads of keys and values, with how many of queries each; channels of either."""
+        self.heads, self.queries = heads, queries
+        self.channels, self.value_channels = channels, value_channels
+        scale = layer.config.softmax_scale
+        self.scale = scale if scale is not None else channels**-0.5
         rotation = getattr(layer, "rotation", None)  # of layers of unlike sizes
         self._turn = None if rotation is None else rotation.of_layer
         self.rotated = None if rotation is None else rotation.channels
         self.rotates: bool = rotation is None or rotation.rotates
-        window = attention.config.window_size
+        window = layer.config.window_size
         self.window = None if window is None else window[0] + 1
 
     def rotary(self, embedding: Any, dtype: torch.dtype) -> Rotary:
@@ -73,16 +82,21 @@ class Attention:
         tokens, queries = len(normed), self.queries
         mixed = self.qkv(normed).view(tokens, self.heads, queries + 2, self.channels)
         if rotary is not None:
-            _rotate(mixed[:, :, : queries + 1], *rotary)
-        query, key, value = mixed[:, :, :queries], mixed[:, :, queries], mixed[:, :, queries + 1]
-        pool = self.pages
+            rotate(mixed[:, :, : queries + 1], *rotary)
+        return self._attended(
+            mixed[:, :, :queries], mixed[:, :, queries], mixed[:, :, queries + 1], batch
+        )
+
+    def _attended(self, query: Tensor, key: Tensor, value: Tensor, batch: Batch) -> Tensor:
+        """`[T, k, r, d]`, `[T, k, d]` and `[T, k, values' d]` -> `[T, k * r * values' d]`."""
+        tokens, pool = len(query), self.pages
         assert batch.places is not None
         for kept, new in ((pool.keys, key), (pool.values, value)):
             kept.transpose(1, 2).index_put_(batch.places, new.to(kept.dtype))
         decoding = batch.decoding
         if not batch.chunks:
-            return self._paged(query, batch).to(normed.dtype)
-        y = normed.new_empty(tokens, self.heads * queries * self.channels)
+            return self._paged(query, batch).to(query.dtype)
+        y = query.new_empty(tokens, self.heads * self.queries * self.value_channels)
         if decoding:
             y[:decoding] = self._paged(query[:decoding], batch)
         for chunk in batch.chunks:
@@ -137,7 +151,7 @@ class AttentionLayer(Attention):
         return self.proj.add_to(x, self.mixed(self.norm(x), batch, rotary))
 
 
-def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Turn the first channels of `heads` `[T, k, any, d]` in place, each with that half further."""
     part = heads[..., : cos.shape[-1]]
     first, second = part.chunk(2, dim=-1)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from megatron_hybrid.generation.batch import Batch
 from megatron_hybrid.generation.cache import MambaSlots
-from megatron_hybrid.generation.layers.mamba import MambaMixer
-from megatron_hybrid.generation.linears import Group, Linear, sum_over
+from megatron_hybrid.generation.layers.mamba import Mamba2Mixer, MambaMixer
+from megatron_hybrid.generation.linears import Group, Linear, Norm, sum_over
+from megatron_hybrid.layers import mamba1
 from megatron_hybrid.ops.causal_conv1d import causal_conv1d
 from megatron_hybrid.ops.selective_scan import selective_scan
 from megatron_hybrid.ops.selective_scan.torch_chunked import selective_scan_step
@@ -39,6 +40,13 @@ class Mamba1Mixer(MambaMixer):
     def __init__(self, layer: Any, group: Group) -> None:
         super().__init__(layer, group)
         self._group = group
+        mixer = self._mixer
+        norms = (
+            (mixer.dt_layernorm, mixer.B_layernorm, mixer.C_layernorm)
+            if mixer.inner_layernorms
+            else ()
+        )
+        self.norms = [Norm(norm, "weight", norm.eps) for norm in norms]
         self.x_proj, self.dt_proj = (
             Linear(_Weight(self._mixer, name)) for name in ("x_proj_weight", "dt_proj_weight")
         )
@@ -53,7 +61,8 @@ class Mamba1Mixer(MambaMixer):
 
     def refresh(self) -> None:
         super().refresh()
-        for each in (self.x_proj, self.dt_proj):
+        refreshed: list[Linear | Norm] = [self.x_proj, self.dt_proj, *self.norms]
+        for each in refreshed:
             each.refresh()
         mixer = self._mixer
         self.taps = mixer.conv1d_weight.detach().squeeze(1).float()  # [d, taps]
@@ -63,7 +72,11 @@ class Mamba1Mixer(MambaMixer):
         self.D, self.dt_bias = mixer.D.detach().float(), mixer.dt_bias.detach().float()
 
     def mixed(self, normed: Tensor, batch: Batch) -> Tensor:
-        inputs, z = self.in_proj(normed).chunk(2, dim=-1)
+        return self.scanned(self.in_proj(normed), batch)
+
+    def scanned(self, projected: Tensor, batch: Batch) -> Tensor:
+        """`[T, 2d]` -> `[T, d]`."""
+        inputs, z = projected.chunk(2, dim=-1)
         decoding, slots = batch.decoding, batch.filling
         lengths = [] if batch.texts is None else batch.texts.lengths
         y = torch.empty_like(inputs)
@@ -78,6 +91,8 @@ class Mamba1Mixer(MambaMixer):
         shared = sum_over(self.x_proj(y), self._group)
         n = len(self.A)
         low, B, C = shared.split([shared.shape[1] - 2 * n, n, n], dim=-1)
+        if self.norms:
+            low, B, C = (norm(x) for norm, x in zip(self.norms, (low, B, C), strict=True))
         dt = self.dt_proj(low.contiguous())
         if decoding:
             token = [each[:decoding] for each in (y, dt, B, C, z)]
@@ -121,3 +136,9 @@ class Mamba1Mixer(MambaMixer):
         )  # fmt: skip
         state.copy_(after[0].t())
         return y[0]
+
+
+def mamba_mixer(layer: Any, group: Group) -> MambaMixer:
+    """The Mamba mixer of a layer, of its version."""
+    kind = Mamba1Mixer if isinstance(layer.mixer, mamba1.Mamba1Mixer) else Mamba2Mixer
+    return kind(layer, group)

@@ -1,0 +1,180 @@
+"""Attention and Mamba-1 side by side as in Hymba: one projection to both, the mean of their normed
+outputs, and one projection of that.
+
+Source: Dong et al., "Hymba: A Hybrid-head Architecture for Small Language Models", 2024.
+
+Legend: s sequence (of this rank), b batch, h hidden size; n query heads and g key/value heads of
+this TP rank, c channels of queries and keys, v of values, d = n * v channels of Mamba.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import checkpoint
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from megatron_hybrid.layers.mamba import MambaMixerSubmodules
+from megatron_hybrid.layers.mamba1 import Mamba1Mixer
+from megatron_hybrid.layers.norm import ShardedRMSNorm
+from megatron_hybrid.layers.parallel_heads import ParallelHeadsSubmodules
+
+
+@dataclass
+class SharedHeadsMixerSubmodules(MambaMixerSubmodules):
+    """The linears around both mixers, `in_proj` with the layer's norm in it, and attention."""
+
+    core_attention: Any = field(default=IdentityOp)
+
+
+class SharedHeadsMixer(Mamba1Mixer):
+    """`in_proj` packed [q, k, v, x, z], attention and Mamba-1, their join, `out_proj`.
+
+    Forward: `[s, b, h]` -> (`[s, b, h]`, None).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: SharedHeadsMixerSubmodules,
+        d_model: int,
+        *,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        **named: Any,
+    ) -> None:
+        super().__init__(
+            config, submodules, d_model, layer_number=layer_number, pg_collection=pg_collection,
+            **named,
+        )  # fmt: skip
+        self.core_attention = build_module(
+            submodules.core_attention, config=config, layer_number=layer_number,
+            attn_mask_type=AttnMaskType.causal, attention_type="self",
+            softmax_scale=config.softmax_scale, pg_collection=pg_collection,
+        )  # fmt: skip
+        self.recompute_core_attention = (
+            config.recompute_granularity == "selective"
+            and "core_attn" in (config.recompute_modules or ())
+        )
+        eps = config.layernorm_epsilon
+        self.attention_norm = ShardedRMSNorm(config, self.d_inner, eps, self.tp_group)
+        self.ssm_norm = ShardedRMSNorm(config, self.d_inner, eps, self.tp_group)
+
+    def _parts_of_in_proj(self) -> dict[str, int]:
+        config, tp = self.config, self.tp_group.size()
+        assert config.num_query_groups is not None and config.kv_channels is not None
+        self.heads, self.groups = config.num_attention_heads // tp, config.num_query_groups // tp
+        self.channels, self.value_channels = config.kv_channels, self.d_inner // self.heads
+        return {
+            "q": self.heads * self.channels,
+            "k": self.groups * self.channels,
+            "v": self.groups * self.value_channels,
+            **super()._parts_of_in_proj(),
+        }
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        *,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix along the sequence, twice; arguments as of `SharedHeads`."""
+        projected, _ = self.in_proj(hidden_states)
+        *attention, x, z = self.in_proj_parts.values()
+        of_attention, of_scan = projected.split([sum(attention), x + z], dim=-1)
+        attended = self._attend(of_attention, rotary_pos_emb, packed_seq_params)
+        seq_idx = None if packed_seq_params is None else packed_seq_params.seq_idx
+        scanned = self._scan(of_scan, seq_idx)
+        joined = (self.attention_norm(attended) + self.ssm_norm(scanned)) / 2
+        return self.out_proj(joined)
+
+    def _attend(
+        self,
+        projected: Tensor,
+        rotary_pos_emb: Tensor | None,
+        packed_seq_params: PackedSeqParams | None,
+    ) -> Tensor:
+        """`[s, b, n * c + g * (c + v)]` -> `[s, b, n * v]`."""
+        parts, channels = self.in_proj_parts, self.channels
+        q, k, v = projected.split([parts["q"], parts["k"], parts["v"]], dim=-1)
+        query = self._rotated(q.unflatten(-1, (self.heads, channels)), rotary_pos_emb)
+        key = self._rotated(k.unflatten(-1, (self.groups, channels)), rotary_pos_emb)
+        value = v.unflatten(-1, (self.groups, self.value_channels))
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            attended: Tensor = self.core_attention(
+                query, key, value, packed_seq_params=packed_seq_params
+            )
+            return attended
+
+        if self.recompute_core_attention and self.training:
+            attended: Tensor = checkpoint(attend, False, query, key, value)
+            return attended
+        return attend(query, key, value)
+
+    def _rotated(self, heads: Tensor, rotary_pos_emb: Tensor | None) -> Tensor:
+        if rotary_pos_emb is None:
+            return heads
+        turned: Tensor = apply_rotary_pos_emb(
+            heads, rotary_pos_emb, config=self.config, cp_group=self.cp_group
+        )
+        return turned
+
+
+class SharedHeads(TransformerLayer):
+    """x + mixer(norm(x)), the norm being the mixer's; in the place of attention, as ParallelHeads.
+
+    Forward: `[s, b, h]` -> (`[s, b, h]`, None).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: ParallelHeadsSubmodules,
+        pp_layer_offset: int | None = None,
+        name: str | None = None,
+        **named: Any,
+    ) -> None:
+        super().__init__(
+            config=config, submodules=submodules, pp_layer_offset=pp_layer_offset, name=name,
+            **named,
+        )  # fmt: skip
+        self.mixer = build_module(
+            submodules.mixer, self.config, d_model=self.config.hidden_size,
+            layer_number=self.layer_number, pg_collection=self.pg_collection,
+            pp_layer_offset=pp_layer_offset or 0,
+            name=f"{name}.mixer" if name is not None else None,
+        )  # fmt: skip
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **unused: object,
+    ) -> tuple[Tensor, None]:
+        """Mix along the sequence, twice.
+
+        Args:
+            hidden_states: `[s, b, h]`.
+            attention_mask: not used, as attention has one of its own.
+            rotary_pos_emb: the angles of RoPE, `[s, 1, 1, rotated channels]`; None: none.
+            packed_seq_params: which document a token is of, where rows hold several.
+            unused: what the engine tells its own layers beside these.
+        """
+        output = self.mixer(
+            hidden_states, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params
+        )
+        with self.bias_dropout_add_exec_handler():
+            add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
+            return add(output, hidden_states, self.hidden_dropout), None
