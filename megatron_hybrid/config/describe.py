@@ -147,6 +147,8 @@ def field_at(place: Place) -> tuple[FieldInfo | None, Place]:
     found: FieldInfo | None = None
     for number, part in enumerate(place):
         inner = section_of(found) if found else RunConfig
+        if found is not None and plain_type(found) is Any:
+            continue  # what is in it, whoever reads it knows
         if inner is not None:
             found = inner.model_fields.get(str(part))
         else:

@@ -4,6 +4,7 @@ A leaf: it imports nothing of this package and no torch, so that the config's ru
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from types import MappingProxyType
 
 MAMBA, ATTENTION, MLP, MOE, PARALLEL, SEPARATOR = "M", "*", "-", "E", "H", "|"
@@ -133,3 +134,11 @@ def parse_pattern(text: str) -> Pattern:
 def has_kind(text: str, kind: str) -> bool:
     """Whether a pattern, even a wrong one, has a layer of one kind, or one that has it in it."""
     return any(symbol in text for symbol in having(kind))
+
+
+def cut_evenly(pattern: str, stages: int) -> str:
+    """A pattern cut by '|' into stages of as many layers, but for one; wherever it was cut."""
+    layers = pattern.replace("|", "")
+    size, rest = divmod(len(layers), stages)
+    ends = [0, *(size * i + min(i, rest) for i in range(1, stages + 1))]
+    return "|".join(layers[a:b] for a, b in pairwise(ends) if b > a)

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from megatron_hybrid.checkpoint.files import find_checkpoint
 from megatron_hybrid.checkpoint.saved_config import read_config
 from megatron_hybrid.config import RunConfig, load_config, rules
 from megatron_hybrid.config.flags import parse_command_line
+from megatron_hybrid.config.pattern import cut_evenly
 from megatron_hybrid.config.precision import FLOAT8_RECIPES
 from megatron_hybrid.config.ranks import PP
 from megatron_hybrid.config.rules.generation import LAYOUT_FIELDS
@@ -89,7 +89,9 @@ def read_layout(
     stages = dict(parse_command_line(words).values).get(PP, 1)
     cut = []
     if type(stages) is int and stages > 1:  # its type refuses what else it is
-        cut = [f"model.hybrid_layer_pattern={_cut(config.model.hybrid_layer_pattern, stages)}"]
+        cut = [
+            f"model.hybrid_layer_pattern={cut_evenly(config.model.hybrid_layer_pattern, stages)}"
+        ]
     config = load_config(
         [*cut, *words], base=config.model_dump(mode="json"),
         which=which, world_size=world_size, has_cuda=torch.cuda.is_available(),
@@ -134,14 +136,6 @@ def check_words(words: Sequence[str], fields: Sequence[str], purpose: str) -> No
     ]
     if problems:
         raise ConfigError(problems)
-
-
-def _cut(pattern: str, stages: int) -> str:
-    """A pattern cut into stages of as many layers, but for one."""
-    layers = pattern.replace("|", "")
-    size, rest = divmod(len(layers), stages)
-    ends = [0, *(size * i + min(i, rest) for i in range(1, stages + 1))]
-    return "|".join(layers[a:b] for a, b in pairwise(ends) if b > a)
 
 
 def checkpoint_digest(folder: Path) -> str:

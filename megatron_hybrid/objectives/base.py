@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from megatron_hybrid.config.base import Section
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from megatron_hybrid.config.run import RunConfig
@@ -41,13 +42,14 @@ class Losses:
 class Objective:
     """What a step minimises. A subclass is one file, and has `losses` and what else it needs.
 
-    Every rank makes one, within the process groups and before its first step. It has no state
-    that changes: what it computes of a sample is a function of the sample, so that resumed runs,
-    steps that are run again and all layouts agree.
+    Every rank makes one, within the process groups and before its first step, and calls `open`. It
+    has no state that changes: what it computes of a sample is a function of the sample, so that
+    resumed runs, steps that are run again and all layouts agree.
 
     What happens with a micro batch, in this order:
 
-    1. `prepare`, on the CPU, sees the whole of it, on every rank alike.
+    1. `prepare`, on the CPU, sees the whole of it, on every rank alike; and `look_ahead`, where the
+       objective `looks_ahead`, all of a global batch that are of this replica, prepared.
     2. Its tensors `[b, s]` go to the device, cut to what this context parallel rank has.
     3. The model runs on `tokens` and `position_ids`, stage by stage.
     4. `losses` turns its output into losses: on the last pipeline stage only, on each of its
@@ -66,6 +68,7 @@ class Objective:
         reports: names of what `Losses.sums` holds.
         is_cross_entropy: whether the loss is the mean cross-entropy of tokens, in nats, so that its
             exponential is a perplexity.
+        looks_ahead: whether it is told all micro batches of a step before the first one.
         conversations: what a sample is. False: a window of text. True: a row of whole
             conversations, of `data tokenize --chat`, with a `loss_mask` of 1 where the label is to
             be learnt.
@@ -76,6 +79,7 @@ class Objective:
     output: ClassVar[Literal["losses", "logits", "hidden"]] = "losses"
     reports: ClassVar[tuple[str, ...]] = ()
     is_cross_entropy: ClassVar[bool] = False
+    looks_ahead: ClassVar[bool] = False
     conversations: ClassVar[bool] = False
     Options: ClassVar[type[Section] | None] = None
 
@@ -89,6 +93,24 @@ class Objective:
         """What a config asks for that this cannot do: a sentence each, with field, value, rule and
         what is allowed. Called before any rank starts; should load no torch."""
         yield from ()
+
+    def open(self, backend: str, device: "torch.device") -> None:
+        """Make what it needs beside the model, such as frozen models, on all ranks together.
+
+        The run's random numbers must be left as they were.
+
+        Args:
+            backend: "torch" or "transformer_engine".
+            device: of this rank.
+        """
+
+    def look_ahead(self, micro_batches: Sequence["Batch"]) -> None:
+        """What comes next: the micro batches of this replica in a global batch, on the CPU.
+
+        All ranks call it together, before the pipeline starts: here, and not in `losses`, an
+        objective may run what needs other stages or replicas. A step that is run again comes here
+        again.
+        """
 
     def prepare(self, batch: "Batch") -> "Batch":
         """The micro batch as this objective needs it, the whole row, on the CPU.

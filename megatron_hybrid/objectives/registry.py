@@ -19,6 +19,7 @@ OBJECTIVES = {
     "pretraining": "megatron_hybrid.objectives.pretraining:Pretraining",
     "sft": "megatron_hybrid.objectives.sft:SupervisedFineTuning",
     "masked_diffusion": "megatron_hybrid.objectives.masked_diffusion:MaskedDiffusion",
+    "distillation": "megatron_hybrid.objectives.distillation:Distillation",
 }
 
 

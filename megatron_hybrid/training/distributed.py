@@ -105,6 +105,24 @@ def model_parallel_groups(config: RunConfig, platform: Platform) -> Iterator[Non
     from megatron.core import parallel_state, tensor_parallel
 
     silence_warnings()  # again: Transformer Engine, imported by now, has put its own first
+    initialize_groups(config, platform)
+    try:
+        # Stages draw other weights; the engine itself tells only tensor and expert ranks apart.
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        seed = config.training.seed + STAGE_SEED_STEP * stage
+        torch.manual_seed(seed)
+        tensor_parallel.model_parallel_cuda_manual_seed(
+            seed, use_cudagraphable_rng=config.gpu.cuda_graph_impl != "none"
+        )
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def initialize_groups(config: RunConfig, platform: Platform) -> None:
+    """Make the engine's groups for the layout of a config; there are none in force yet."""
+    from megatron.core import parallel_state
+
     parallel = config.parallel
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -117,14 +135,3 @@ def model_parallel_groups(config: RunConfig, platform: Platform) -> Iterator[Non
         # On the CPU the groups are gloo's already.
         create_gloo_process_groups=platform.has_cuda,
     )
-    try:
-        # Stages draw other weights; the engine itself tells only tensor and expert ranks apart.
-        stage = parallel_state.get_pipeline_model_parallel_rank()
-        seed = config.training.seed + STAGE_SEED_STEP * stage
-        torch.manual_seed(seed)
-        tensor_parallel.model_parallel_cuda_manual_seed(
-            seed, use_cudagraphable_rng=config.gpu.cuda_graph_impl != "none"
-        )
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()

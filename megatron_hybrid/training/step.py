@@ -86,6 +86,7 @@ class Stepper:
         self.device = device
         self.watch: StepWatch | None = None  # while a step is looked for that was not finite
         self.objective = build_objective(config)
+        self.objective.open(backend, device)
         self._schedule = get_forward_backward_func()
         self._meters = build_meters(config.model, model)
         self._float8_linears = float8_linears(model)
@@ -161,12 +162,18 @@ class Stepper:
         divided by, and the n sums that the objective reports."""
         micro_batch_size = self.config.training.micro_batch_size
         row_of = micro_batch_size if self.config.data.packed_documents else 1
+        count = self._micro_batches(shape)
+        data = map(self.objective.prepare, islice(data, count))
+        if self.objective.looks_ahead:
+            micro_batches = list(data)
+            self.objective.look_ahead(micro_batches)
+            data = iter(micro_batches)
         iterators = [data] if len(self.model) == 1 else list(tee(data, len(self.model)))
         per_micro_batch = self._schedule(
             forward_step_func=self._forward,
             data_iterator=iterators[0] if len(self.model) == 1 else iterators,
             model=self.model[0] if len(self.model) == 1 else self.model,
-            num_microbatches=self._micro_batches(shape),
+            num_microbatches=count,
             seq_length=shape.seq_length * row_of,
             micro_batch_size=micro_batch_size // row_of,
             forward_only=forward_only,
@@ -180,10 +187,10 @@ class Stepper:
         self, data: Iterator[Batch], model: torch.nn.Module
     ) -> tuple[Tensor, partial[tuple[Tensor, Tensor, Tensor]]]:
         """The engine's forward_step_func: the output, and what the last stage makes of it."""
-        batch = self.objective.prepare(next(data))
+        batch = next(data)
         local = local_batch(batch, self.device)
         wanted = self.objective.output
-        with _without_output_layer(model) if wanted == "hidden" else nullcontext():
+        with without_output_layer(model) if wanted == "hidden" else nullcontext():
             output = model(
                 local.tokens,
                 local.position_ids,
@@ -292,7 +299,7 @@ def _put_back(tensors: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
 
 
 @contextmanager
-def _without_output_layer(model: torch.nn.Module) -> Iterator[None]:
+def without_output_layer(model: torch.nn.Module) -> Iterator[None]:
     """Within it, the model's output is its last hidden states."""
     inner = unwrap_model(model)
     had, inner.post_process = inner.post_process, False

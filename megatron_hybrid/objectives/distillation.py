@@ -1,0 +1,168 @@
+"""Distillation: a student's distribution of the next token is brought to a teacher's.
+
+Legend: b samples of the micro batch (with packed documents: one row), s tokens of this context
+parallel rank, v vocabulary of this tensor parallel rank, h hidden size.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from pydantic import Field
+
+from megatron_hybrid.config.base import FilePath, Positive, PositiveReal, Real, Section
+from megatron_hybrid.objectives.base import Losses, Objective
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from torch.distributed import ProcessGroup
+
+    from megatron_hybrid.config.run import RunConfig
+    from megatron_hybrid.data.batch import Batch
+    from megatron_hybrid.layers.kl_divergence import Divergence
+
+NAME = "training.objective_options"
+
+
+class TeacherParallel(Section):
+    """A layout of the teacher's own, over the ranks of the run; null: the student's."""
+
+    tensor_model_parallel_size: Positive | None = Field(default=None, description="TP")
+    pipeline_model_parallel_size: Positive | None = Field(default=None, description="PP")
+    context_parallel_size: Positive | None = Field(default=None, description="CP")
+    expert_model_parallel_size: Positive | None = Field(default=None, description="EP")
+
+
+class Options(Section):
+    """The options of the objective."""
+
+    teacher: FilePath = Field(
+        description="a checkpoint of any model with the same tokenizer, of any layout: a folder of "
+        "checkpoints or one of them"
+    )
+    teacher_parallel: TeacherParallel | None = Field(
+        default=None,
+        description="the teacher's layout over the same ranks, as far as it is not the student's",
+    )
+    teacher_offload: bool = Field(
+        default=False,
+        description="GPU: keep the teacher in the host's memory but for its forward passes",
+    )
+    kl_type: Literal["forward", "reverse", "mixed"] = Field(
+        default="forward",
+        description="forward: KL(teacher, student); reverse: KL(student, teacher); mixed: both",
+    )
+    mixed_kl_weight: float = Field(
+        default=0.5, ge=0, le=1, description="mixed: the share of the forward divergence"
+    )
+    temperature: float = Field(
+        default=1.0, ge=0.01, le=100.0, description="both models' logits are divided by it"
+    )
+    kl_weight: PositiveReal = Field(default=1.0, description="weight of the divergence")
+    lm_loss_weight: Real = Field(
+        default=0.0, description="weight of the student's own cross-entropy of the labels"
+    )
+
+    @property
+    def forward_share(self) -> float:
+        """Of KL(teacher, student) in the divergence; the rest is KL(student, teacher)."""
+        return {"forward": 1.0, "reverse": 0.0, "mixed": self.mixed_kl_weight}[self.kl_type]
+
+
+class Answer(Protocol):
+    """What a teacher says of the tokens of a micro batch, as far as this rank has them."""
+
+    def divergence(
+        self, logits: "Tensor", labels: "Tensor", tp_group: "ProcessGroup", options: Options
+    ) -> "Divergence":
+        """How far the student is from it.
+
+        Args:
+            logits: the student's, `[s, b, v]`; their memory is used for the gradient.
+            labels: `[s, b]` int64.
+        """
+        ...
+
+
+class TeacherSource(Protocol):
+    """Where a teacher's answers come from."""
+
+    def look_ahead(self, micro_batches: Sequence["Batch"]) -> None:
+        """Told the micro batches of a global batch of which answers will be asked. All ranks call
+        it together, each with those of its replica."""
+        ...
+
+    def answer(self, samples: tuple[int, ...]) -> Answer:
+        """On ranks of the last pipeline stage: what it says of a micro batch of those samples."""
+        ...
+
+
+class Distillation(Objective):
+    """KL divergence from a teacher's next token, over the tokens that the loss mask keeps."""
+
+    output = "hidden"
+    reports = ("kl", "agreement", "lm_loss", "teacher_lm_loss")
+    looks_ahead = True
+    Options = Options
+
+    def __init__(self, config: "RunConfig", options: Options) -> None:
+        super().__init__(config, options)
+        self.options: Options = options
+        self.source: TeacherSource | None = None
+
+    @classmethod
+    def problems(cls, config: "RunConfig", options: Options) -> Iterator[str]:
+        """A model without a next token, and a teacher that is not there or cannot teach it."""
+        from megatron_hybrid.teachers.config import teacher_problems
+
+        if config.model.attn_mask_type != "causal":
+            yield (
+                "training.objective=distillation needs model.attn_mask_type=causal; it is "
+                f"{config.model.attn_mask_type}"
+            )
+        yield from teacher_problems(config, options)
+
+    def open(self, backend: str, device: "torch.device") -> None:
+        """Build the teacher and load it."""
+        from megatron_hybrid.teachers.live import LiveTeacher
+
+        self.source = LiveTeacher(self.config, self.options, backend, device)
+
+    def look_ahead(self, micro_batches: Sequence["Batch"]) -> None:
+        assert self.source is not None, "opened before the first step"
+        self.source.look_ahead(micro_batches)
+
+    def losses(self, output: "Tensor", batch: "Batch", model: "nn.Module") -> Losses:
+        assert self.source is not None and batch.samples is not None
+        answer = self.source.answer(batch.samples)
+        found = answer.divergence(
+            logits_of(model, output), batch.labels.t(), model.pg_collection.tp, self.options
+        )
+        kl, lm_loss, teacher_lm_loss, agreement = (
+            each.t()
+            for each in (
+                found.divergence, found.student_loss, found.teacher_loss, found.agreement,
+            )
+        )  # fmt: skip
+        values = kl if self.options.kl_weight == 1.0 else kl * self.options.kl_weight
+        if self.options.lm_loss_weight:
+            values = values + self.options.lm_loss_weight * lm_loss
+        seen = {
+            "kl": kl, "agreement": agreement, "lm_loss": lm_loss,
+            "teacher_lm_loss": teacher_lm_loss,
+        }  # fmt: skip
+        mask = batch.loss_mask
+        return Losses(
+            values, mask, sums={name: (each.detach() * mask).sum() for name, each in seen.items()}
+        )
+
+
+def logits_of(model: Any, hidden: "Tensor") -> "Tensor":
+    """A model's logits `[s, b, v]` of its last hidden states, `[s, b, h]` or `[s / TP, b, h]`."""
+    weight = None
+    if model.share_embeddings_and_output_weights:
+        weight = model.shared_embedding_or_output_weight()
+    # The engine makes what leaves a model fp32; it was of the model's own format.
+    hidden = hidden.to(model.config.params_dtype)
+    logits: Tensor = model.output_layer(hidden, weight=weight)[0]
+    return logits

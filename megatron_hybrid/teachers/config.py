@@ -1,0 +1,144 @@
+"""What a teacher is: its checkpoint's model within the run that it teaches. From files alone."""
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_hybrid.checkpoint.files import find_checkpoint
+from megatron_hybrid.checkpoint.saved_config import read_config
+from megatron_hybrid.config import RunConfig, load_config, rules
+from megatron_hybrid.config.pattern import cut_evenly
+from megatron_hybrid.config.rules.parallel import packed_context_parallel, sequence_length
+from megatron_hybrid.config.sections import GpuConfig, ParallelConfig
+from megatron_hybrid.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
+from megatron_hybrid.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from megatron_hybrid.objectives.distillation import Options
+
+NAME = "training.objective_options"
+# Of a layout that runs a model forward over the samples of a run.
+_RULES = (*rules.EVALUATION, sequence_length, packed_context_parallel)
+
+
+def teacher_problems(config: RunConfig, options: "Options") -> Iterator[str]:
+    """Why a checkpoint cannot teach a run's model; nothing where it can."""
+    try:
+        folder = find_checkpoint(options.teacher)
+        teacher = teacher_config(config, options)
+    except ConfigError as error:
+        yield from (f"{NAME}.teacher={options.teacher}: {each}" for each in error.problems)
+        return
+    except UserError as error:
+        yield f"{NAME}.teacher={options.teacher}: {error}"
+        return
+    if teacher.model.attn_mask_type != "causal":
+        yield (
+            f"{NAME}.teacher={options.teacher} must have model.attn_mask_type=causal; it is "
+            f"{teacher.model.attn_mask_type}"
+        )
+    words, theirs = config.model.vocab_size, teacher.model.vocab_size
+    if words is not None and words != theirs:
+        yield (
+            f"{NAME}.teacher={options.teacher} has model.vocab_size={theirs}; it must be the "
+            f"student's, {words}"
+        )
+    elif (problem := _tokenizer_problem(config, options.teacher, folder)) is not None:
+        yield problem
+
+
+def teacher_config(
+    config: RunConfig, options: "Options", world_size: int | None = None
+) -> RunConfig:
+    """The run of a student with its teacher's model, in the teacher's layout.
+
+    Data, micro batches and precision are those of the run. The layers are cut evenly into
+    pipeline stages, without virtual ones.
+
+    Args:
+        world_size: ranks of the run; None: not known.
+
+    Raises:
+        UserError: there is no such checkpoint, it says not of which model it is, or the model
+            cannot be in that layout.
+    """
+    saved = read_config(find_checkpoint(options.teacher), which=rules.MODEL)
+    parallel = teacher_layout(config, saved, options)
+    cut = cut_evenly(saved.model.hybrid_layer_pattern, parallel.pipeline_model_parallel_size)
+    training = config.training.model_copy(
+        update={
+            "objective": "pretraining", "objective_options": {}, "callbacks": (),
+            "recompute_granularity": None, "recompute_method": None,
+            "recompute_num_layers": None, "recompute_modules": (),
+        }
+    )  # fmt: skip
+    values = config.model_copy(
+        update={
+            "model": saved.model.model_copy(
+                update={
+                    "hybrid_layer_pattern": cut,
+                    # As many rows of padding: parts of the vocabulary are the student's.
+                    "make_vocab_size_divisible_by": config.model.make_vocab_size_divisible_by,
+                }
+            ),
+            "parallel": parallel, "training": training,
+            "gpu": GpuConfig(
+                cp_comm_type=config.gpu.cp_comm_type,
+                attention_backend=config.gpu.attention_backend,
+            ),
+        }
+    ).model_dump(mode="json")  # fmt: skip
+    return load_config([], base=values, which=_RULES, world_size=world_size)
+
+
+def teacher_layout(config: RunConfig, saved: RunConfig, options: "Options") -> ParallelConfig:
+    """The student's layout but for what the options say; experts are shared where there are any."""
+    ours = config.parallel
+    asked = {name: size for name, size in options.teacher_parallel or () if size is not None}
+    experts = saved.model.num_moe_experts
+    found = {
+        "tensor_model_parallel_size": ours.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": ours.pipeline_model_parallel_size,
+        "context_parallel_size": ours.context_parallel_size,
+        "expert_model_parallel_size": ours.expert_model_parallel_size if experts else 1,
+    } | asked
+    split = found["tensor_model_parallel_size"] > 1
+    if found["tensor_model_parallel_size"] == ours.tensor_model_parallel_size:
+        split = ours.sequence_parallel
+    etp = ours.expert_tensor_parallel_size if experts and not asked else None
+    return ParallelConfig(sequence_parallel=split, expert_tensor_parallel_size=etp, **found)
+
+
+def shares_groups(config: RunConfig, teacher: RunConfig) -> bool:
+    """Whether the teacher's layout is the student's, but for how stages are cut.
+
+    Groups of experts are nothing to a model without any.
+    """
+    names = ["tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"]
+    if teacher.model.num_moe_experts is not None:
+        names += ["expert_model_parallel_size", "expert_tensor_parallel_size"]
+    return all(getattr(config.parallel, n) == getattr(teacher.parallel, n) for n in names)
+
+
+def _tokenizer_problem(config: RunConfig, teacher: Path, folder: Path) -> str | None:
+    data = config.data
+    try:
+        ours = _tokenizer(data.tokenizer_type, data.tokenizer_model, config.model.vocab_size)
+    except UserError:
+        return None  # which is told of by itself
+    try:
+        theirs = load_tokenizer(folder)
+    except UserError as error:
+        return f"{NAME}.teacher={teacher}: {error}"
+    if (ours.fingerprint, ours.eod) == (theirs.fingerprint, theirs.eod):
+        return None
+    return (
+        f"{NAME}.teacher={teacher} has another tokenizer than data.tokenizer_model="
+        f"{data.tokenizer_model}; a copy of it is in {folder}"
+    )
+
+
+@cache
+def _tokenizer(kind: str, model: Path | None, words: int | None) -> Tokenizer:
+    return build_tokenizer(kind, model, vocab_size=words)

@@ -1,0 +1,94 @@
+"""A student learns from a teacher in a whole run: evaluated, resumed to the bit, from half its
+width; and what cannot teach it is refused before anything is done."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_hybrid.config import load_config
+from megatron_hybrid.data.tokenizer import NullTokenizer
+from megatron_hybrid.objectives.registry import objective_problems
+from megatron_hybrid.testing import run_distributed
+from tests.training.runs import losses, outcomes, records, words
+
+STUDENT = ["model.hidden_size=16", "model.mamba_head_dim=8", "training.objective=distillation"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a model of twice the width and another pattern."""
+    folder = tmp_path_factory.mktemp("teacher")
+    line = words(folder, "model.hybrid_layer_pattern=M*M-", "training.seed=7")
+    assert run_distributed(outcomes, 1, [line])[0] == ["finished"]
+    return folder
+
+
+def student(run_dir: Path, teacher: Path, *more: str) -> list[str]:
+    return words(run_dir, *STUDENT, f"training.objective_options.teacher={teacher}", *more)
+
+
+def test_a_run(teacher: Path, tmp_path: Path) -> None:
+    """It comes nearer to its teacher; a resumed run and one in other micro batches do the same, and
+    evaluations tell of the held-out samples what steps tell of theirs. Its first weights are those
+    of a run without a teacher: with the labels alone in both, so are its losses."""
+    names = ("whole", "resumed", "micro", "plain", "labels")
+    whole, resumed, micro, plain, labels = (tmp_path / name for name in names)
+    longer = ["training.train_iters=12", "optimizer.lr=1e-2"]
+    evaluated = ["training.eval_interval=12", "training.eval_iters=1"]
+    lines = [
+        student(whole, teacher, *longer, *evaluated),
+        student(resumed, teacher, *longer, "training.exit_interval=5"),
+        student(resumed, teacher, *longer),
+        student(micro, teacher, *longer, "training.micro_batch_size=1"),
+        words(plain, *STUDENT[:2]),
+        student(labels, teacher, "training.objective_options.kl_weight=1e-30",
+                "training.objective_options.lm_loss_weight=1.0"),
+    ]  # fmt: skip
+    found = run_distributed(outcomes, 1, lines)[0]
+    assert found == ["finished", "exit_interval", *["finished"] * 4]
+    steps = records(whole)
+    assert losses(whole)[-1] < 0.8 * losses(whole)[0]
+    assert losses(whole) == pytest.approx([step["extra"]["kl"] for step in steps], rel=1e-6)
+    assert losses(resumed) == losses(whole)
+    assert losses(micro) == pytest.approx(losses(whole), rel=1e-5)
+    assert losses(labels) == pytest.approx(losses(plain), rel=1e-6)
+    [evaluation] = records(whole, "validation")
+    assert evaluation["loss"] == pytest.approx(evaluation["extra"]["kl"], rel=1e-6)
+    assert evaluation["extra"].keys() == {"kl", "agreement", "lm_loss", "teacher_lm_loss"}
+    # The teacher is the same all the time; the samples are not.
+    assert steps[0]["extra"]["teacher_lm_loss"] == pytest.approx(
+        steps[-1]["extra"]["teacher_lm_loss"], rel=0.1
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        (["model.vocab_size=65"], "has model.vocab_size=64; it must be the student's, 65"),
+        (["model.attn_mask_type=no_mask"], "needs model.attn_mask_type=causal; it is no_mask"),
+        (["training.objective_options.teacher=/nowhere"], "teacher=/nowhere: /nowhere does not"),
+        (["parallel.pipeline_model_parallel_size=5"], "parallel.pipeline_model_parallel_size=5"),
+        (["training.objective_options.teacher_parallel.tensor_model_parallel_size=4"],
+         "parallel.tensor_model_parallel_size=4 must divide model.num_attention_heads=2"),
+        (["training.objective_options.teacher_parallel.tensor=2"], "teacher_parallel"),
+        (["training.objective_options.temperature=0"], "temperature=0 must be"),
+        (["training.objective_options.kl_type=both"], "kl_type='both' must be one of forward"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(more: list[str], problem: str, teacher: Path, tmp_path: Path) -> None:
+    """A teacher of other words or another tokenizer, one that is not there or cannot be in the
+    layout, and options that are none: each named."""
+    line = student(tmp_path, teacher, *more)
+    found = "\n".join(objective_problems(load_config(line, which=())))
+    assert problem in found
+
+
+def test_another_tokenizer(teacher: Path, tmp_path: Path) -> None:
+    """One of as many words that is another one."""
+    other = tmp_path / "other"
+    shutil.copytree(teacher / "checkpoints", other)
+    [file] = other.rglob(NullTokenizer.file_name)
+    file.write_text('{"vocab_size": 63}')
+    [problem] = objective_problems(load_config(student(tmp_path, other), which=()))
+    assert "has another tokenizer than data.tokenizer_model=" in problem and str(other) in problem
