@@ -14,7 +14,7 @@ from megatron_hybrid.objectives.base import Losses, Objective
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
     from torch.distributed import ProcessGroup
 
     from megatron_hybrid.config.run import RunConfig
@@ -105,13 +105,12 @@ class Distillation(Objective):
     looks_ahead = True
     Options = Options
 
-    def __init__(self, config: "RunConfig", options: Options) -> None:
+    def __init__(self, config: "RunConfig", options: Any) -> None:
         super().__init__(config, options)
-        self.options: Options = options
         self.source: TeacherSource | None = None
 
     @classmethod
-    def problems(cls, config: "RunConfig", options: Options) -> Iterator[str]:
+    def problems(cls, config: "RunConfig", options: Any) -> Iterator[str]:
         """A model without a next token, and a teacher that is not there or cannot teach it."""
         from megatron_hybrid.teachers.config import teacher_problems
 
@@ -132,7 +131,7 @@ class Distillation(Objective):
         assert self.source is not None, "opened before the first step"
         self.source.look_ahead(micro_batches)
 
-    def losses(self, output: "Tensor", batch: "Batch", model: "nn.Module") -> Losses:
+    def losses(self, output: "Tensor", batch: "Batch", model: Any) -> Losses:
         assert self.source is not None and batch.samples is not None
         answer = self.source.answer(batch.samples)
         found = answer.divergence(
