@@ -14,6 +14,7 @@ from megatron_hybrid.commands.app import only_with
 if TYPE_CHECKING:
     from megatron_hybrid.config import RunConfig
     from megatron_hybrid.data.saved_plan import SavedPlan
+    from megatron_hybrid.data.tokenizer import Tokenizer
 
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,13 @@ def plan(
     saved = _saved_plan(config)
     consumed = saved.consumed_samples if saved else 0
     objective = find_objective(config.training.objective)
-    sources = open_run_sources(config, fingerprint=None, conversations=objective.conversations)
+    tokenizer = _tokenizer(config)
+    sources = open_run_sources(
+        config,
+        None if tokenizer is None else tokenizer.fingerprint,
+        None if tokenizer is None else tokenizer.eod,
+        conversations=objective.conversations,
+    )
     made = training_plan(config, sources, saved.plan if saved else None, consumed)
     report = report_plan(config, made, consumed)
     if as_json:
@@ -84,6 +91,24 @@ def plan(
     if write is not None:
         with _writing(write):
             write_atomic(write, config.to_yaml())
+
+
+def _tokenizer(config: "RunConfig") -> "Tokenizer | None":
+    """What the files must have been made with; None, and said so: it is not here."""
+    from megatron_hybrid.data.tokenizer import build_tokenizer
+
+    data, vocab_size = config.data, config.model.vocab_size
+    lacking = None
+    if data.tokenizer_type == "null":
+        lacking = "model.vocab_size is not set" if vocab_size is None else None
+    elif data.tokenizer_model is None:
+        lacking = "data.tokenizer_model is not set"
+    elif not data.tokenizer_model.exists():
+        lacking = f"data.tokenizer_model={data.tokenizer_model}: no such file"
+    if lacking is not None:
+        logger.warning("note: %s: the files are not held against the run's tokenizer", lacking)
+        return None
+    return build_tokenizer(data.tokenizer_type, data.tokenizer_model, vocab_size=vocab_size)
 
 
 @contextmanager

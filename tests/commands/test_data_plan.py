@@ -9,13 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.image import imread
 
 from megatron_hybrid import cli
 from megatron_hybrid.config import TRACKER_FILE, load_config, phases, rules
+from megatron_hybrid.data.facts import Facts, InputFacts, TokenizerFacts
+from megatron_hybrid.data.indexed import IndexedFileWriter, token_dtype
 from megatron_hybrid.data.run_plan import open_run_sources, training_plan
 from megatron_hybrid.data.saved_plan import DATA_PLAN_FILE, SavedPlan
+from megatron_hybrid.data.tokenizer import NullTokenizer
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "03_phases"
 FOUR_PHASES = str(EXAMPLE / "nemotron_h_8b_four_phases.yaml")
@@ -119,7 +123,10 @@ def test_the_papers_four_phases(plan: Plan, tmp_path: Path) -> None:
 def test_tables(plan: Plan, three: str) -> None:
     """Every phase and source with its figures; what the change of sequence length skips is said."""
     code, out, err = plan(three)
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert [line.split(" (.meta")[0] for line in err.splitlines()] == [
+        f"source {name}: 1 of 1 shards have no facts" for name in ("web", "code", "math")
+    ]
     lines = [line.split() for line in out.splitlines()]
     assert ["one", "0", "598.02K", "39.78%", "256", "8", "→", "16", "2,336", "244"] in lines
     assert ["one", "web", "75.00%", "1,752", "448.51K", "0.17"] in lines
@@ -154,7 +161,7 @@ def test_many_epochs_without_a_cap_are_warned_of(plan: Plan, three: str) -> None
     """More than four passes are a warning, not an error."""
     code, _, err = plan(three, "data.sources.math.fraction=0.25")
     assert code == 0
-    assert err.startswith("the run reads source math 8.")
+    assert err.splitlines()[-1].startswith("the run reads source math 8.")
 
 
 @pytest.mark.parametrize("scale", ["1/3", "0.1"])
@@ -240,6 +247,37 @@ def test_a_checkpoint_of_other_samples(plan: Plan, three: str) -> None:
     code, _, err = plan(three)
     assert code == 1
     assert "training.seed=1234, in the checkpoint 7" in err
+
+
+def test_files_are_held_against_the_tokenizer(plan: Plan, tmp_path: Path) -> None:
+    """As the run would; where the tokenizer is not here, it is said that they were not."""
+    prefix = tmp_path / "web"
+    writer, tokenizer = IndexedFileWriter(prefix, 300), NullTokenizer(300)
+    for _ in range(40):
+        ids = np.array([*range(200), tokenizer.eod], dtype=token_dtype(300))
+        writer.add_documents(ids.tobytes(), np.array([len(ids)], dtype=np.int32))
+    named = TokenizerFacts("null", tokenizer.fingerprint, 300, tokenizer.eod)
+    read = InputFacts((), 40, 0, 0)
+    facts = Facts(**vars(writer.finish()), tokenizer=named, append_eod=True, shuffle_seed=None,
+                  input=read)  # fmt: skip
+    writer.attach(facts)
+    writer.publish()
+    words = ["tiny", "--data-path", str(prefix), "training.train_tokens=4096",
+             "data.seq_length=128",
+             "training.global_batch_size=4", "--tokenizer-type"]  # fmt: skip
+    code, _, err = plan(*words, "null", "--vocab-size", "300")
+    assert (code, err) == (0, "")
+    code, out, err = plan(*words, "null", "--vocab-size", "400")
+    assert (code, out) == (1, "")
+    assert f"{prefix} was made with another tokenizer" in err
+    for given, lacking in (
+        ("null", "model.vocab_size is not set"),
+        ("huggingface --tokenizer-model none", "data.tokenizer_model=none: no such file"),
+        ("sentencepiece", "data.tokenizer_model is not set"),
+    ):
+        code, _, err = plan(*words, *given.split())
+        assert code == 0
+        assert f"note: {lacking}: the files are not held against the run's tokenizer" in err
 
 
 @pytest.mark.parametrize(
