@@ -57,7 +57,11 @@ from megatron_hybrid.training.checkpoint_state import (
     without_extra_states,
 )
 from megatron_hybrid.training.distributed import on_rank_zero
-from megatron_hybrid.training.optimizer import gather_parameters, load_optimizer_state
+from megatron_hybrid.training.optimizer import (
+    gather_parameters,
+    load_optimizer_state,
+    refuse_other_weights,
+)
 from megatron_hybrid.training.upcycle import load_upcycled
 
 logger = logging.getLogger(__name__)
@@ -285,6 +289,11 @@ def load_checkpoint(
         load_chunk(chunk, loaded["model" if len(model) == 1 else f"model{index}"])
     if loads_optimizer is not None:
         sharding_type = metadata["distrib_optim_sharding_type"]
+        if sharding_type == tensor_layout()["distrib_optim_sharding_type"]:
+            try:
+                refuse_other_weights(loads_optimizer, loaded["optimizer"], model)
+            except UserError as error:
+                raise UserError(f"{folder} cannot be loaded: {error}") from error
         load_optimizer_state(loads_optimizer, loaded["optimizer"], sharding_type)
     elif optimizer is not None:
         optimizer.reload_model_params()

@@ -16,14 +16,17 @@ from megatron.core.optimizer import (
     get_standard_config_overrides,
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
+from megatron.core.utils import unwrap_model
 
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.layers import layers_of
 from megatron_hybrid.config.lengths import lengths
 from megatron_hybrid.config.pattern import MOE
+from megatron_hybrid.errors import UserError
 from megatron_hybrid.layers.router import move_expert_biases
 
 
@@ -51,6 +54,8 @@ def wrap_data_parallel(
         )
         for index, chunk in enumerate(chunks)
     ]
+    for chunk in wrapped:
+        count_padding(chunk)
     engine_config.finalize_model_grads_func = finalize_model_grads
     counts = {layer.model.num_moe_experts for layer in layers_of(config.model, MOE)}
     if config.model.moe_router_enable_expert_bias and len(counts) > 1:
@@ -71,6 +76,20 @@ def wrap_data_parallel(
     if parallel.overlap_param_gather and len(wrapped) > 1:
         engine_config.param_sync_func = [chunk.start_param_sync for chunk in wrapped]
     return wrapped
+
+
+def count_padding(chunk: DistributedDataParallel) -> None:
+    """Have the padding of all buckets but the last counted among what a buffer holds.
+
+    Of several buckets the engine saves what they hold one after the other, without the padding at
+    their ends, and then looks for each parameter's state where it is with that padding: behind the
+    first bucket that has some, states would be saved of other parameters, and the last ones' as
+    zeros (megatron-core 0.19, `sharded_param_state_fully_reshardable`).
+    """
+    for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+        for bucket in buffer.buckets[:-1]:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+        buffer.numel_unpadded = sum(bucket.numel_unpadded for bucket in buffer.buckets)
 
 
 def build_optimizer(
@@ -188,6 +207,45 @@ def apply_gradients(optimizer: MegatronOptimizer, clip_grad: float, grad_norm: f
             if parameters:
                 clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=grad_norm)
     optimizer.step_with_ready_grads()
+
+
+def refuse_other_weights(
+    optimizer: MegatronOptimizer, loaded: dict[Any, Any], model: list[torch.nn.Module]
+) -> None:
+    """Refuse an optimizer's state that has other weights than the model beside it.
+
+    They would take the model's place. Where `count_padding` was not yet, runs saved such states.
+    All ranks call it together.
+
+    Args:
+        loaded: the optimizer's part of a checkpoint.
+        model: this rank's chunks, with the checkpoint's weights.
+
+    Raises:
+        UserError: naming some.
+    """
+    names = {id(p): name for chunk in unwrap_model(model) for name, p in chunk.named_parameters()}
+    parts = optimizer_parts(optimizer)
+    found = []
+    for index, part in enumerate(parts):
+        if not isinstance(part, DistributedOptimizer) or not part.get_parameters():
+            continue
+        states = (loaded[index] if len(parts) > 1 else loaded)["param_state"]
+        held = (parameter for buffer in part.buffers for parameter in buffer.param_index_map)
+        for number, parameter in enumerate(held):
+            main = states[number]["param"].to(parameter.device)
+            apart = (main - parameter.detach().float()).abs_()
+            # Far beyond what rounding to 8 bits makes of a weight.
+            if bool((apart > 0.25 * main.abs() + main.abs().max() / 64).any()):
+                found.append(names[id(parameter)])
+    everywhere: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(everywhere, found)
+    if other := sorted({name for of_rank in everywhere for name in of_rank}):
+        more = f" and {len(other) - 3} more" if len(other) > 3 else ""
+        raise UserError(
+            f"its optimizer's state is of other weights than its model's: {', '.join(other[:3])}"
+            f"{more}; checkpoint.load_optim=false goes on with the model's and a fresh optimizer"
+        )
 
 
 def load_optimizer_state(

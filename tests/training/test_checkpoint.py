@@ -4,6 +4,7 @@ import re
 import resource
 import shutil
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from megatron_hybrid.testing import run_distributed
 from megatron_hybrid.training.metrics import read_records
 from tests.training.own_callbacks import SEEN
 from tests.training.runs import (
+    MOE,
     losses,
     outcomes,
     records,
@@ -233,6 +235,55 @@ def test_saved_with_overlap(tmp_path: Path) -> None:
     assert sums[0] == sums[1] and len(set(sums[0].splitlines())) == 4
     folders = [tmp_path / name / "checkpoints/iter_0000002" for name in ("plain", "overlap")]
     assert same_tensors(*run_distributed(tensors_of_all, 1, folders)[0])
+
+
+def in_buckets(lines: list[list[str]], size: int, *, counted: bool) -> list[str]:
+    """On a rank: `outcomes` of runs whose gradients are reduced in buckets of so many numbers; of
+    those, whether their padding is counted.
+    """
+    from megatron_hybrid.training import optimizer
+
+    config = optimizer.DistributedDataParallelConfig
+    optimizer.DistributedDataParallelConfig = partial(config, bucket_size=size)  # type: ignore[misc]
+    if not counted:
+        optimizer.count_padding = lambda chunk: None
+    return outcomes(lines)
+
+
+# The embedding, which two stages have, is a bucket of its own; numbers that fill up none.
+IN_BUCKETS = {
+    "tied": ["model.hybrid_layer_pattern=*-|M-", "parallel.pipeline_model_parallel_size=2",
+             "model.untie_embeddings_and_output_weights=false", "training.micro_batch_size=1",
+             "model.vocab_size=50", "model.make_vocab_size_divisible_by=2"],
+    "many": [*MOE, "parallel.overlap_grad_reduce=true", "precision.recipe=bf16"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IN_BUCKETS)
+def test_states_of_many_buckets(name: str, tmp_path: Path) -> None:
+    """Each parameter's state is saved under its name, whatever buckets it lies in: the run goes on
+    as if never interrupted. What was saved otherwise is refused."""
+    more = [*IN_BUCKETS[name], "checkpoint.save_interval=2"]
+    whole, parts, wrong = (tmp_path / each for each in ("whole", "parts", "wrong"))
+    lines = [words(whole, *more), words(parts, *more, "training.exit_interval=2"),
+             words(parts, *more)]  # fmt: skip
+    found = run_distributed(in_buckets, 2, lines, 500, counted=True)[0]
+    assert found == ["finished", "exit_interval", "finished"]
+    assert losses(parts) == losses(whole)
+    folders = [folder / "checkpoints/iter_0000004" for folder in (whole, parts)]
+    one, other = run_distributed(tensors_of_all, 1, folders)[0]
+    assert same_tensors(one, other)
+    prefix = "optimizer.state.param."
+    mains = {key.removeprefix(prefix): t for key, t in one.items() if key.startswith(prefix)}
+    assert len(mains) > 10
+    for key, main in mains.items():
+        assert torch.equal(main.to(one[key].dtype), one[key]), key
+    lines = [words(wrong, *more, "training.exit_interval=2"), words(wrong, *more),
+             words(wrong, *more, "checkpoint.load_optim=false")]  # fmt: skip
+    found = run_distributed(in_buckets, 2, lines, 500, counted=False)[0]
+    assert (found[0], found[2]) == ("exit_interval", "finished")
+    assert "its optimizer's state is of other weights than its model's: " in found[1]
+    assert "checkpoint.load_optim=false goes on" in found[1]
 
 
 def full_disk(line: list[str]) -> tuple[str, list[str]]:
