@@ -116,7 +116,8 @@ class Prepared:
         for number, config in enumerate(self.configs):
             job = identity if self.job.array_size is None else f"{identity}_{number}"
             with file_errors(config.run_dir):
-                append(config.run_dir / JOBS_FILE, {"job": job} | record)
+                where = {"run_dir": str(config.run_dir.resolve())}
+                append(config.run_dir / JOBS_FILE, {"job": job} | record | where)
 
     def output(self, identity: str) -> Path:
         """Where the job's output will be."""

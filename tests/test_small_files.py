@@ -45,7 +45,6 @@ PARSERS = {
     "megatron_hybrid/training/trackers/rows.py": "lines of metrics, within naming()",
     "megatron_hybrid/training/attempts.py": "lines: half a one is passed over",
     "megatron_hybrid/training/metrics.py": "lines, which it names",
-    "megatron_hybrid/training/run_time.py": "lines: half a one is passed over",
     "megatron_hybrid/training/callbacks/watchdog.py": "reports of ranks: a damaged one is none",
     "tools/cards.py": "cards of this repository",
     "tools/inspect_checkpoint.py": "text that a plan made",

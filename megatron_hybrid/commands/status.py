@@ -31,7 +31,7 @@ def status(
     jobs = [str(job["job"]) for job in read_jobs(run)]
     if not found.attempts and not jobs:
         raise UserError(
-            f"{run} has neither attempts.jsonl nor jobs.jsonl: no run was started there"
+            f"{run} has neither attempts.jsonl nor jobs.jsonl of its own: no run was started there"
         )
     facts = _facts(run, now, found, jobs)
     if as_json:

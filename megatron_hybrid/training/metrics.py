@@ -30,7 +30,6 @@ import orjson
 
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import write_atomic
-from megatron_hybrid.small_files import naming
 
 if TYPE_CHECKING:
     import torch
@@ -114,22 +113,18 @@ def _lines(records: Iterable[dict[str, Any]]) -> bytes:
     return b"".join(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE) for record in records)
 
 
-def rewound_steps(run_dir: Path, iteration: int) -> tuple[int, float, float | None]:
+def rewound_steps(run_dir: Path, iteration: int) -> tuple[int, float | None]:
     """What the metrics hold beyond `iteration`, at which a run goes on: steps to be done again.
 
     Returns:
-        How many, the seconds they took, and when the last metrics were written (seconds of the
-        clock; None: there are none).
+        How many are recorded, and when the last step was done (seconds of the clock; None: there
+        was none).
     """
     path = run_dir / METRICS_FILE
     if not path.exists():
-        return 0, 0.0, None
-    again = [r for r in read_records(path) if r["kind"] == "train" and r["iteration"] > iteration]
-    last = max((record["iteration"] for record in again), default=iteration)
-    with naming(path):
-        numbers = [record["iteration"] for record in again]
-        seconds = seconds_of_steps(numbers, [r["step_ms"] for r in again], after=iteration)
-    return last - iteration, seconds, path.stat().st_mtime
+        return 0, None
+    steps = (r["iteration"] for r in read_records(path) if r["kind"] == "train")
+    return max(0, max(steps, default=0) - iteration), path.stat().st_mtime
 
 
 def seconds_of_steps(steps: Iterable[float], step_ms: Iterable[float], *, after: float) -> float:

@@ -4,15 +4,20 @@ From the run's own files: `jobs.jsonl` (submissions), `attempts.jsonl` (starts a
 last sign of life of its metrics. Each moment from the first submission on belongs to one cause.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_hybrid.errors import UserError
-from megatron_hybrid.json_text import parse_json
 from megatron_hybrid.small_files import naming
-from megatron_hybrid.training.attempts import ATTEMPTS_FILE, read_attempts
+from megatron_hybrid.training.attempts import (
+    ATTEMPTS_FILE,
+    of_this_run,
+    read_attempts,
+    records_of,
+)
 from megatron_hybrid.training.metrics import METRICS_FILE, read_records
 from megatron_hybrid.training.verdict import INTERRUPTIONS
 
@@ -90,11 +95,10 @@ def run_time(run_dir: Path, now: float) -> RunTime:
     spans: list[Span] = []
     at = submitted
     for number, attempt in enumerate(attempts):
-        following = attempts[number + 1] if number + 1 < len(attempts) else None
         launched = attempt[0].get("launched", attempt[0]["time"])
         if at is not None:
             spans.append(Span(at, launched, "queue"))
-        found = list(_spans(attempt, following, now, last_sign))
+        found = list(_spans(attempt, attempts[number + 1 :], now, last_sign))
         spans += found
         at = found[-1].end
     waits = ended is None or ended in INTERRUPTIONS
@@ -109,15 +113,16 @@ _OVER = ("end", "failure")
 
 
 # By event, what its time is accounted by.
-_NEEDED = dict.fromkeys(("start", "training", "end", "failure"), ("time",)) | {
-    "checkpoint": ("time", "stall_s")
+_NEEDED = dict.fromkeys(("start", "end", "failure"), ("time",)) | {
+    "training": ("time", "iteration"),
+    "checkpoint": ("time", "iteration", "stall_s"),
 }
-_NUMBERS = ("time", "launched", "stall_s", "rewound_s", "active_until")
+_NUMBERS = ("time", "launched", "stall_s", "active_until")
 
 
 def _refuse_other_numbers(path: Path, record: dict[str, Any], *needed: str) -> None:
     needed += _NEEDED.get(str(record.get("event")), ())
-    for name in _NUMBERS:
+    for name in dict.fromkeys((*_NUMBERS, *needed)):
         value = record.get(name)
         if name == "active_until" and value is None:
             continue  # nothing is known
@@ -141,7 +146,7 @@ def _attempts(events: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 def _spans(
     attempt: list[dict[str, Any]],
-    following: list[dict[str, Any]] | None,
+    later: Sequence[list[dict[str, Any]]],
     now: float,
     last_sign: float | None,
 ) -> Iterator[Span]:
@@ -149,20 +154,23 @@ def _spans(
     launched = attempt[0].get("launched", attempt[0]["time"])
     over = next((event["time"] for event in attempt if event["event"] in _OVER), None)
     begun = next((event for event in attempt if event["event"] == "training"), None)
-    resumed = next((e for e in following or () if e["event"] == "training"), None)
-    # Of an attempt that was cut off, the next one knows the last sign of life.
-    end = over or (resumed or {}).get("active_until") or (now if following is None else launched)
+    resumed = [event for each in later for event in each if event["event"] == "training"]
+    # Of an attempt that was cut off, the next one that trains knows the last sign of life.
+    seen = resumed[0].get("active_until") if resumed else last_sign if later else now
     if begun is None:
-        yield Span(launched, max(launched, end), "start-up")
+        yield Span(launched, max(launched, over or seen or launched), "start-up")
         return
     at = begun["time"]
+    end = max(at, over or seen or at)
     yield Span(launched, at, "start-up")
-    alive = end
-    if following is not None and resumed is not None and resumed.get("active_until"):
-        alive = min(end, max(at, resumed["active_until"]))
-    elif following is None and any(event["event"] == "failure" for event in attempt):
-        alive = min(end, max(at, last_sign or end))
-    rewound = max(at, alive - (resumed or {}).get("rewound_s", 0.0))
+    alive, ways = end, [event["event"] for event in attempt]
+    if "end" not in ways and (later or "failure" in ways):
+        known = seen if later else last_sign
+        alive = min(end, max(at, known or end))
+    # Steps beyond that at which a later attempt began are done again.
+    again = min((event["iteration"] for event in resumed), default=math.inf)
+    kept = [e["time"] for e in attempt if e["event"] == "checkpoint" and e["iteration"] <= again]
+    rewound = min(alive, max([at, *kept])) if resumed else alive
     for event in attempt:
         if event["event"] == "checkpoint":
             start = min(rewound, max(at, event["time"] - event["stall_s"]))
@@ -187,14 +195,8 @@ def read_jobs(run_dir: Path) -> list[dict[str, Any]]:
         UserError: the file that has them is damaged.
     """
     path = run_dir / JOBS_FILE
-    if not path.exists():
-        return []
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            job = parse_json(line)
-        except ValueError:
-            continue
+    for job in of_this_run(path, records_of(path)):
         with naming(path):
             _refuse_other_numbers(path, job, "time")
             found.append(job | {"job": str(job["job"])})

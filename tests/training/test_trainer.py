@@ -1,6 +1,7 @@
 """What a run does step by step: refusals, limits, schedules, evaluation, precision."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 from megatron_hybrid.testing import run_distributed
+from megatron_hybrid.training.attempts import read_attempts
+from megatron_hybrid.training.metrics import METRICS_FILE
 from megatron_hybrid.training.optimizer import optimizer_parts
 from tests.training.runs import (
     GLOBAL_BATCH_SIZE,
@@ -209,20 +212,29 @@ def test_schedule(name: str, rates: dict[str, list[float]]) -> None:
 
 
 def test_lengths_and_log_interval(tmp_path: Path) -> None:
-    """Samples and tokens are rounded up to whole global batches; only some steps are logged."""
-    samples, tokens, sparse = tmp_path / "samples", tmp_path / "tokens", tmp_path / "sparse"
+    """Samples and tokens are rounded up to whole global batches; only some steps are logged, and
+    of the others the file's time tells that they were done."""
+    samples, tokens = tmp_path / "samples", tmp_path / "tokens"
+    sparse, unseen = tmp_path / "sparse", tmp_path / "unseen"
     without = [word for word in words(samples) if "train_iters" not in word]
     lines = [
         [*without, "training.train_samples=9"],
         [*without, "training.train_tokens=257", f"run_dir={tokens}"],
         words(sparse, "training.log_interval=3", "training.train_iters=7"),
+        words(unseen, "training.log_interval=100", "training.train_iters=2"),
     ]
-    assert run_distributed(outcomes, 1, lines)[0] == ["finished"] * 3
+    unseen.mkdir()
+    (unseen / METRICS_FILE).touch()
+    os.utime(unseen / METRICS_FILE, (1.0, 1.0))
+    assert run_distributed(outcomes, 1, lines)[0] == ["finished"] * 4
     for folder in (samples, tokens):
         assert records(folder)[-1]["iteration"] == 3
         assert records(folder)[-1]["consumed_samples"] == 12
         assert records(folder)[-1]["consumed_tokens"] == 12 * SEQ_LENGTH
     assert [record["iteration"] for record in records(sparse)] == [3, 6]
+    assert records(unseen) == []
+    times = {event["event"]: event["time"] for event in read_attempts(unseen)}
+    assert times["training"] <= (unseen / METRICS_FILE).stat().st_mtime <= times["end"]
 
 
 @pytest.mark.parametrize("packed", ["false", "true"])

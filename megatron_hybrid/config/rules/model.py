@@ -266,14 +266,13 @@ def _expert_groups(layer: Layer) -> Problems:
     m, name, open_name = layer.model, "moe_router_num_groups", "moe_router_group_topk"
     groups, open_groups, topk = m.moe_router_num_groups, m.moe_router_group_topk, m.moe_router_topk
     experts = m.num_moe_experts
-    assert experts is not None
     if (groups is None) != (open_groups is None):
         here, other = (name, open_name) if open_groups is None else (open_name, name)
         yield (
             f"{layer.path(here)}={getattr(m, here)} needs {layer.path(other)}, which is null; "
             "allowed: null, or both"
         )
-    if groups is None or open_groups is None:
+    if groups is None or open_groups is None or experts is None:
         return
     if experts % groups:
         yield from must_divide(layer.path(name), groups, layer.path("num_moe_experts"), experts)

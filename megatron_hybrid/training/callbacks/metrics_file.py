@@ -1,16 +1,22 @@
 """`metrics.jsonl`: a line for everything that a run reports; `training/metrics.py` says which."""
 
+import os
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import orjson
 
-from megatron_hybrid.training.callbacks.base import Callback, Evaluation
+from megatron_hybrid.training.callbacks.base import Callback, Evaluation, Step
 from megatron_hybrid.training.metrics import METRICS_FILE, truncate_after
 
 if TYPE_CHECKING:
     from megatron_hybrid.training.step_metrics import StepMetrics
     from megatron_hybrid.training.trainer import Trainer
+
+
+# The file's time says when the last step was done, so near.
+SIGN_OF_LIFE_S = 5.0
 
 
 class MetricsFile(Callback):
@@ -23,6 +29,7 @@ class MetricsFile(Callback):
 
     def __init__(self) -> None:
         self._file: BinaryIO | None = None
+        self._signed = 0.0
 
     def on_run_start(self, run: "Trainer") -> None:
         """Open the file.
@@ -36,6 +43,13 @@ class MetricsFile(Callback):
         truncate_after(path, run.progress.iteration)
         # Unbuffered: a line is one write, which a killed process leaves whole or not at all.
         self._file = path.open("ab", buffering=0)
+
+    def after_step(self, run: "Trainer", step: Step) -> None:
+        # Of steps between those that are recorded (`training.log_interval`) it is the only one.
+        if not step.due and time.monotonic() - self._signed >= SIGN_OF_LIFE_S:
+            assert self._file is not None
+            os.utime(self._file.fileno())
+            self._signed = time.monotonic()
 
     def on_metrics(self, run: "Trainer", metrics: "StepMetrics") -> None:
         self._write(metrics.record())
