@@ -94,6 +94,17 @@ class Objective:
         what is allowed. Called before any rank starts; should load no torch."""
         yield from ()
 
+    @classmethod
+    def frozen(cls, config: "RunConfig", options: Any) -> Sequence["RunConfig"]:
+        """The models that run forward, once a token, beside the one that is trained: for counts of
+        FLOPs and plans of memory and time. Each is the run with that model, in its own layout.
+        Called before any rank starts; loads no torch.
+
+        Raises:
+            UserError: one is not there; as `problems` says.
+        """
+        return ()
+
     def open(self, backend: str, device: "torch.device") -> None:
         """Make what it needs beside the model, such as frozen models, on all ranks together.
 

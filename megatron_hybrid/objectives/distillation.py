@@ -121,6 +121,13 @@ class Distillation(Objective):
             )
         yield from teacher_problems(config, options)
 
+    @classmethod
+    def frozen(cls, config: "RunConfig", options: Any) -> Sequence["RunConfig"]:
+        """The teacher."""
+        from megatron_hybrid.teachers.config import teacher_config
+
+        return (teacher_config(config, options),)
+
     def open(self, backend: str, device: "torch.device") -> None:
         """Build the teacher and load it."""
         from megatron_hybrid.teachers.live import LiveTeacher

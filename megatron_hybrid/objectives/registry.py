@@ -1,6 +1,6 @@
 """Which objective a config names: one of ours by its name, or a class as `package.module:Class`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -11,6 +11,7 @@ from megatron_hybrid.config.rules import Facts
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.errors import ConfigError, UserError
 from megatron_hybrid.extensions import load_class
+from megatron_hybrid.model.counts import flops_per_token
 from megatron_hybrid.objectives.base import Objective
 
 FIELD = "training.objective"
@@ -64,6 +65,23 @@ def build_objective(config: RunConfig) -> Objective:
     """
     kind = find_objective(config.training.objective)
     return kind(config, _options(kind, config))
+
+
+def frozen_models(config: RunConfig) -> Sequence[RunConfig]:
+    """The models that run forward beside the one that a valid config trains.
+
+    Raises:
+        UserError: the objective, or one of them, is not there.
+    """
+    kind = find_objective(config.training.objective)
+    return kind.frozen(config, _options(kind, config))
+
+
+def step_flops_per_token(config: RunConfig, seq_length: int) -> float:
+    """Model FLOPs of a step on one token of a sequence of `seq_length` tokens: to train the model,
+    forward and backward, and to run frozen ones forward."""
+    frozen = sum(flops_per_token(each.model, seq_length).total for each in frozen_models(config))
+    return flops_per_token(config.model, seq_length).total + frozen / 3
 
 
 def _options(kind: type[Objective], config: RunConfig) -> Section | None:

@@ -14,6 +14,7 @@ from megatron_hybrid.planner.activations import (
     layer_input,
     output_activations,
 )
+from megatron_hybrid.planner.frozen import frozen_memory
 from megatron_hybrid.planner.layer_time import Features
 from megatron_hybrid.planner.layout import Layout, chunk_sorts, layout_of
 from megatron_hybrid.planner.parameters import stage_parameters
@@ -32,6 +33,7 @@ class StageMemory:
         activations: of all micro batches in flight, and of what is computed again at a time.
         logits: of the last stage's loss.
         communication: tensors on their way between ranks.
+        frozen: of models that run forward beside the one that is trained.
     """
 
     stage: int
@@ -43,6 +45,7 @@ class StageMemory:
     activations: int
     logits: int
     communication: int
+    frozen: int = 0
 
     @property
     def total(self) -> int:
@@ -50,7 +53,10 @@ class StageMemory:
         return sum(getattr(self, name) for name in PARTS)
 
 
-PARTS = ("parameters", "gradients", "optimizer_state", "activations", "logits", "communication")
+PARTS = (
+    "parameters", "gradients", "optimizer_state", "activations", "logits", "communication",
+    "frozen",
+)  # fmt: skip
 
 
 def rank_memory(
@@ -90,6 +96,7 @@ def _stage(
         activations=activations,
         logits=logits,
         communication=_communication(config, layout, stage, number=number),
+        frozen=frozen_memory(config, layout, stage, fused=fused),
     )
 
 

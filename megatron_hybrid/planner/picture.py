@@ -13,7 +13,11 @@ from megatron_hybrid.plotting import COLORS, INK, PALE_INK, STYLE, save_png
 
 GIB = 2**30
 _COLORS = dict(
-    zip(PARTS, (COLORS[0], "#93c5fd", COLORS[4], COLORS[3], COLORS[1], "#9ca3af"), strict=True)
+    zip(
+        PARTS,
+        (COLORS[0], "#93c5fd", COLORS[4], COLORS[3], COLORS[1], "#9ca3af", "#d4d4d8"),
+        strict=True,
+    )
 )
 
 

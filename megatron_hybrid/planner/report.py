@@ -147,12 +147,13 @@ def layout_text(layout: Layout, config: RunConfig) -> str:
 def print_report(report: Report, console: Console) -> None:
     """The tables of one layout."""
     console.print(f"\n[bold]{report.title}[/]\n{report.summary}\n", highlight=False)
-    table = _table("stage", "layers", "count", *(f"{p.replace('_', ' ')}" for p in PARTS),
+    parts = [p for p in PARTS if p != "frozen" or any(stage.frozen for stage in report.memory)]
+    table = _table("stage", "layers", "count", *(p.replace("_", " ") for p in parts),
                    "total GiB")  # fmt: skip
     for stage in report.memory:
         table.add_row(
             str(stage.stage), _layers(stage), human_count(stage.parameter_count, 2),
-            *(f"{getattr(stage, part) / GIB:.2f}" for part in PARTS),
+            *(f"{getattr(stage, part) / GIB:.2f}" for part in parts),
             f"[bold]{stage.total / GIB:.2f}[/]",
         )  # fmt: skip
     console.print(table)

@@ -111,7 +111,10 @@ def search(
                 splits[key] = _balanced(changed, world_size, gpu, pp, chunks)
             model = changed.model.model_copy(update={"hybrid_layer_pattern": splits[key]})
             changed = changed.model_copy(update={"model": model})
-        memory = rank_memory(changed, world_size, fused=True)
+        try:
+            memory = rank_memory(changed, world_size, fused=True)
+        except ConfigError:
+            continue  # a frozen model cannot be in this layout
         peak = max(stage.total for stage in memory) / GIB
         least = min(least, peak)
         if peak <= gpu.memory_gib - RESERVE_GIB:

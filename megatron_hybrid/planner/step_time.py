@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.pattern import ATTENTION, MLP, MOE, made_of
 from megatron_hybrid.config.precision import float8_layers
-from megatron_hybrid.model.counts import flops_per_token
+from megatron_hybrid.objectives.registry import frozen_models, step_flops_per_token
 from megatron_hybrid.planner.hardware import SHARES, Gpu, Shares
 from megatron_hybrid.planner.layer_time import NUMBER_BYTES, Features, Rank, Work
 from megatron_hybrid.planner.layout import Layout, chunk_sorts, layout_of
@@ -127,7 +127,8 @@ def step_time(
     total = sum((forward + backward for forward, backward in chunks), Work())
     mean = total.times(layout.micro_batches / layout.pp)
     reduced, updated = _update(rank, chunks)
-    seconds = passes + reduced + updated
+    frozen = _frozen_seconds(config, world_size, gpu, shares)
+    seconds = passes + reduced + updated + frozen
     parts = {
         "matrix products": mean.products,
         "attention and scan": mean.attention_and_scan,
@@ -140,11 +141,24 @@ def step_time(
         "pipeline bubble": max(0.0, passes - mean.seconds),  # it may round below
         "gradients and parameters": reduced,
         "optimizer": updated,
+        "frozen models": frozen,
     }
     tokens = config.training.global_batch_size * layout.seq_length
-    flops = flops_per_token(config.model, layout.seq_length).total * tokens
+    flops = step_flops_per_token(config, layout.seq_length) * tokens
     mfu = flops / (seconds * world_size * gpu.bf16_tflops * 1e12)
     return StepTime(seconds, tokens, parts, mfu)
+
+
+def _frozen_seconds(config: RunConfig, world_size: int, gpu: Gpu, shares: Shares) -> float:
+    """Of the forward passes of models that run beside the one that is trained."""
+    total = 0.0
+    for frozen in frozen_models(config):
+        layout = layout_of(frozen, world_size)
+        rank = Rank(frozen, layout, gpu, shares=shares)
+        stages = [forward.seconds for forward, _ in chunk_work(rank)]
+        slowest = max(stages) + (transfer_seconds(rank) if layout.pp > 1 else 0.0)
+        total += sum(stages) + (layout.micro_batches - 1) * slowest
+    return total
 
 
 def _pipeline_seconds(chunks: list[tuple[Work, Work]], layout: Layout, transfer: float) -> float:

@@ -8,9 +8,13 @@ import pytest
 
 from megatron_hybrid.config import load_config
 from megatron_hybrid.data.tokenizer import NullTokenizer
-from megatron_hybrid.objectives.registry import objective_problems
+from megatron_hybrid.model.counts import count_parameters
+from megatron_hybrid.objectives.registry import objective_problems, step_flops_per_token
+from megatron_hybrid.planner.hardware import GPUS
+from megatron_hybrid.planner.memory import rank_memory
+from megatron_hybrid.planner.step_time import step_time
 from megatron_hybrid.testing import run_distributed
-from tests.training.runs import losses, outcomes, records, words
+from tests.training.runs import SEQ_LENGTH, VOCAB_SIZE, losses, outcomes, records, words
 
 STUDENT = ["model.hidden_size=16", "model.mamba_head_dim=8", "training.objective=distillation"]
 
@@ -92,3 +96,34 @@ def test_another_tokenizer(teacher: Path, tmp_path: Path) -> None:
     file.write_text('{"vocab_size": 63}')
     [problem] = objective_problems(load_config(student(tmp_path, other), which=()))
     assert "has another tokenizer than data.tokenizer_model=" in problem and str(other) in problem
+
+
+def test_counted_and_planned(teacher: Path, tmp_path: Path) -> None:
+    """FLOPs, memory and time of a step have the teacher's: of one like the student, a third of what
+    training costs, and its weights; on the last stage its logits and, where a pipeline is waited
+    for, hidden states of all micro batches."""
+    like = ["model.hybrid_layer_pattern=M*M-", "data.packed_documents=false"]
+    plain = load_config(words(tmp_path, *like))
+    taught = load_config(
+        [*words(tmp_path, *like), "training.objective=distillation",
+         f"training.objective_options.teacher={teacher}"]
+    )  # fmt: skip
+    flops = [step_flops_per_token(each, SEQ_LENGTH) for each in (plain, taught)]
+    assert flops[1] == pytest.approx(4 / 3 * flops[0])
+    times = [step_time(each, 1, GPUS["h100"]) for each in (plain, taught)]
+    extra = times[1].parts["frozen models"]
+    assert times[1].seconds == pytest.approx(times[0].seconds + extra)
+    assert 0.2 * times[0].seconds < extra < 0.55 * times[0].seconds
+    [whole] = rank_memory(taught, 1, fused=False)
+    assert rank_memory(plain, 1, fused=False)[0].frozen == 0
+    tokens, weights = 2 * SEQ_LENGTH, 4 * count_parameters(taught.model).total
+    logits = 4 * tokens * VOCAB_SIZE
+    assert weights + logits < whole.frozen < weights + logits + 40 * 4 * tokens * 32
+    cut = ["model.hybrid_layer_pattern=M*|M-", "parallel.pipeline_model_parallel_size=2"]
+    stages = rank_memory(
+        load_config([*student(tmp_path, teacher), *cut, "training.global_batch_size=8"]), 2,
+        fused=False,
+    )  # fmt: skip
+    waiting = 4 * tokens * 4 * 32
+    assert stages[1].frozen > waiting + logits
+    assert sum(stage.frozen for stage in stages) > weights + waiting + logits

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from megatron_hybrid.model.counts import flops_per_token
+from megatron_hybrid.objectives.registry import step_flops_per_token
 from megatron_hybrid.training.callbacks.base import Callback, Step
 from megatron_hybrid.training.metrics import peak_memory_gib
 from megatron_hybrid.training.step_metrics import StepMetrics
@@ -34,7 +34,7 @@ class Figures(Callback):
         tokens_per_s = step.shape.tokens / step.seconds
         length = step.shape.seq_length
         if length not in self._flops:
-            self._flops[length] = flops_per_token(run.config.model, length).total
+            self._flops[length] = step_flops_per_token(run.config, length)
         seconds_per_token = sum(s for s, _ in self._recent) / sum(n for _, n in self._recent)
         uses = run.data.consumed(progress.consumed_samples)
         losses = result.readings.get("moe_losses", {})
