@@ -5,6 +5,7 @@ python tools/plot_run.py runs/a runs/b -o a_against_b.png
 python tools/plot_run.py runs/moe --experts
 python tools/plot_run.py runs/long --time
 python tools/plot_run.py runs/study --float8
+python tools/plot_run.py runs/student --teacher
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.fileio import refusals_told
 from megatron_hybrid.training.plot import plot_runs
+from megatron_hybrid.training.plot_distillation import draw_distillation
 from megatron_hybrid.training.plot_experts import draw_expert_load
 from megatron_hybrid.training.plot_float8 import draw_float8
 from megatron_hybrid.training.plot_time import draw_run_time
@@ -23,6 +25,7 @@ OF_ONE_RUN = {
     "experts": (draw_expert_load, "expert_load.png"),
     "time": (draw_run_time, "run_time.png"),
     "float8": (draw_float8, "float8.png"),
+    "teacher": (draw_distillation, "distillation.png"),
 }
 
 
@@ -45,6 +48,10 @@ def main() -> int:
     parser.add_argument(
         "--float8", action="store_true",
         help="how operands of emulated float8 fit the format; default output: float8.png",
+    )  # fmt: skip
+    parser.add_argument(
+        "--teacher", action="store_true",
+        help="how near a student is to its teacher; default output: distillation.png",
     )  # fmt: skip
     arguments = parser.parse_args()
     asked = [name for name in OF_ONE_RUN if getattr(arguments, name)]

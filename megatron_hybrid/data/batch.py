@@ -25,6 +25,7 @@ class Batch:
         max_seqlen: tokens of the longest document, or None: not packed.
         seq_idx: `[1, s]` int32, the number of each token's document, or None: not packed.
         samples: numbers of its samples in the run, one after the other; None: not known.
+        sources: of each of its samples, the number of the source among the run's; None: not known.
         extra: `[b, s]` each, by name: what an objective adds for itself.
     """
 
@@ -36,6 +37,7 @@ class Batch:
     max_seqlen: int | None = None
     seq_idx: Tensor | None = None
     samples: tuple[int, ...] | None = None
+    sources: tuple[int, ...] | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def pin_memory(self) -> "Batch":

@@ -4,7 +4,7 @@ Planning needs neither torch nor other ranks. Of the three kinds of data only me
 lets ranks wait for each other, when its windows are opened.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_hybrid.config.phases import batch_sizes, run_tokens
@@ -54,6 +54,16 @@ class RunData:
             return None
         stretch = next(each for each in self.plan.stretches if sample < each.end_sample)
         return self.plan.phases[stretch.phase].name
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Of the plan's sources, in its order."""
+        return () if self.plan is None else tuple(source.name for source in self.plan.sources)
+
+    def sources_of(self, plan: Plan, samples: Sequence[int]) -> tuple[int, ...]:
+        """The source of each of some samples of a plan, by its number in `source_names`."""
+        names = [self.source_names.index(source.name) for source in plan.sources]
+        return tuple(names[number] for number in plan.locate(samples).sources.tolist())
 
     def consumed(self, samples: int) -> tuple[SourceUse, ...]:
         """What each source has given when `samples` samples have been read."""

@@ -65,9 +65,10 @@ class Objective:
             "logits": `[b, s, v]`, of this tensor parallel rank's part of the vocabulary.
             "hidden": hidden states after the last norm, `[s, b, h]`, or `[s / TP, b, h]` with
             sequence parallelism. The model's output layer (`model.output_layer`) does not run.
-        reports: names of what `Losses.sums` holds.
+        reports: names of what `Losses.sums` holds; settled by `open` at the latest.
         is_cross_entropy: whether the loss is the mean cross-entropy of tokens, in nats, so that its
             exponential is a perplexity.
+        by_source: whether `Batch.sources` is to say which sources samples are of.
         looks_ahead: whether it is told all micro batches of a step before the first one.
         conversations: what a sample is. False: a window of text. True: a row of whole
             conversations, of `data tokenize --chat`, with a `loss_mask` of 1 where the label is to
@@ -77,8 +78,9 @@ class Objective:
     """
 
     output: ClassVar[Literal["losses", "logits", "hidden"]] = "losses"
-    reports: ClassVar[tuple[str, ...]] = ()
+    reports: tuple[str, ...] = ()
     is_cross_entropy: ClassVar[bool] = False
+    by_source: ClassVar[bool] = False
     looks_ahead: ClassVar[bool] = False
     conversations: ClassVar[bool] = False
     Options: ClassVar[type[Section] | None] = None
@@ -105,7 +107,7 @@ class Objective:
         """
         return ()
 
-    def open(self, backend: str, device: "torch.device") -> None:
+    def open(self, backend: str, device: "torch.device", sources: Sequence[str]) -> None:
         """Make what it needs beside the model, such as frozen models, on all ranks together.
 
         The run's random numbers must be left as they were.
@@ -113,6 +115,7 @@ class Objective:
         Args:
             backend: "torch" or "transformer_engine".
             device: of this rank.
+            sources: names of the sources of the data, in the order of `Batch.sources`' numbers.
         """
 
     def look_ahead(self, micro_batches: Sequence["Batch"]) -> None:

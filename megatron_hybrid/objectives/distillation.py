@@ -5,6 +5,7 @@ parallel rank, v vocabulary of this tensor parallel rank, h hidden size.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import Field
@@ -97,17 +98,26 @@ class TeacherSource(Protocol):
         ...
 
 
+# Of tokens, whose means are reported.
+FIGURES = ("kl", "agreement", "lm_loss", "teacher_lm_loss")
+
+
 class Distillation(Objective):
-    """KL divergence from a teacher's next token, over the tokens that the loss mask keeps."""
+    """KL divergence from a teacher's next token, over the tokens that the loss mask keeps.
+
+    Where the data have several sources, what is reported of all is also reported of each.
+    """
 
     output = "hidden"
-    reports = ("kl", "agreement", "lm_loss", "teacher_lm_loss")
+    reports: tuple[str, ...] = FIGURES
     looks_ahead = True
+    by_source = True
     Options = Options
 
     def __init__(self, config: "RunConfig", options: Any) -> None:
         super().__init__(config, options)
         self.source: TeacherSource | None = None
+        self._names: Sequence[str] = ()
 
     @classmethod
     def problems(cls, config: "RunConfig", options: Any) -> Iterator[str]:
@@ -128,17 +138,33 @@ class Distillation(Objective):
 
         return (teacher_config(config, options),)
 
-    def open(self, backend: str, device: "torch.device") -> None:
+    def open(self, backend: str, device: "torch.device", sources: Sequence[str]) -> None:
         """Build the teacher and load it."""
         from megatron_hybrid.teachers.live import LiveTeacher
 
+        self._names = sources if len(sources) > 1 else ()
+        of_sources = (f"{figure}/{name}" for name in self._names for figure in ("tokens", *FIGURES))
+        self.reports = (*FIGURES, *of_sources)
         self.source = LiveTeacher(self.config, self.options, backend, device)
 
     def look_ahead(self, micro_batches: Sequence["Batch"]) -> None:
         assert self.source is not None, "opened before the first step"
         self.source.look_ahead(micro_batches)
 
+    def prepare(self, batch: "Batch") -> "Batch":
+        """Each token gets the number of its source, which is cut as tokens are."""
+        if not self._names or batch.sources is None:
+            return batch
+        import torch
+
+        numbers = torch.tensor(batch.sources)
+        each = batch.tokens.numel() // len(numbers)
+        of_tokens = numbers.repeat_interleave(each).view(batch.tokens.shape)
+        return replace(batch, extra={**batch.extra, "source": of_tokens})
+
     def losses(self, output: "Tensor", batch: "Batch", model: Any) -> Losses:
+        import torch
+
         assert self.source is not None and batch.samples is not None
         answer = self.source.answer(batch.samples)
         found = answer.divergence(
@@ -153,14 +179,31 @@ class Distillation(Objective):
         values = kl if self.options.kl_weight == 1.0 else kl * self.options.kl_weight
         if self.options.lm_loss_weight:
             values = values + self.options.lm_loss_weight * lm_loss
-        seen = {
-            "kl": kl, "agreement": agreement, "lm_loss": lm_loss,
-            "teacher_lm_loss": teacher_lm_loss,
-        }  # fmt: skip
-        mask = batch.loss_mask
-        return Losses(
-            values, mask, sums={name: (each.detach() * mask).sum() for name, each in seen.items()}
-        )
+        figures = torch.stack([kl, agreement, lm_loss, teacher_lm_loss]).detach()
+        return Losses(values, batch.loss_mask, sums=self._sums(figures * batch.loss_mask, batch))
+
+    def _sums(self, figures: "Tensor", batch: "Batch") -> dict[str, "Tensor"]:
+        """Over all tokens and over those of each source.
+
+        Args:
+            figures: `[n, b, s]`, in the order of `FIGURES`, 0 where the mask is.
+        """
+        sums = dict(zip(FIGURES, figures.flatten(1).sum(1), strict=True))
+        for number, name in enumerate(self._names):
+            here = batch.extra["source"] == number
+            found = [(batch.loss_mask * here).sum(), *(figures * here).flatten(1).sum(1)]
+            for figure, total in zip(("tokens", *FIGURES), found, strict=True):
+                sums[f"{figure}/{name}"] = total
+        return sums
+
+    def report(self, sums: Sequence[float], count: float) -> dict[str, float]:
+        """Means over the tokens that were learnt: of all, and of each source that had any."""
+        totals = dict(zip(self.reports, sums, strict=True))
+        found = {figure: totals[figure] / max(count, 1.0) for figure in FIGURES}
+        for name in self._names:
+            if tokens := totals[f"tokens/{name}"]:
+                found |= {f"{each}/{name}": totals[f"{each}/{name}"] / tokens for each in FIGURES}
+        return found
 
 
 def logits_of(model: Any, hidden: "Tensor") -> "Tensor":

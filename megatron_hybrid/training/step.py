@@ -69,6 +69,7 @@ class Stepper:
     Args:
         model: this rank's pipeline chunks under DDP.
         backend: decides how packed documents reach attention.
+        sources: names of those of the data, as far as they have any.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Stepper:
         optimizer: MegatronOptimizer,
         backend: str,
         device: torch.device,
+        sources: Sequence[str] = (),
     ) -> None:
         self.config = config
         self.model = model
@@ -86,7 +88,7 @@ class Stepper:
         self.device = device
         self.watch: StepWatch | None = None  # while a step is looked for that was not finite
         self.objective = build_objective(config)
-        self.objective.open(backend, device)
+        self.objective.open(backend, device, sources)
         self._schedule = get_forward_backward_func()
         self._meters = build_meters(config.model, model)
         self._float8_linears = float8_linears(model)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from megatron_hybrid.data.batch import Batch
 from megatron_hybrid.data.batches import Steps
 from megatron_hybrid.data.datasets import open_windows
 from megatron_hybrid.data.loader import Replica, build_iterator
+from megatron_hybrid.data.plan import Plan
 from megatron_hybrid.data.tokenizer import Tokenizer
 from megatron_hybrid.data.windows import Windows
 from megatron_hybrid.human import say
@@ -84,7 +86,9 @@ class Trainer:
         chunks = build_model_chunks(config, engine_config, backend)
         self.model = wrap_data_parallel(config, engine_config, chunks)
         self.optimizer = build_optimizer(config, engine_config, self.model)
-        self.stepper = Stepper(config, self.model, self.optimizer, backend, platform.device)
+        self.stepper = Stepper(
+            config, self.model, self.optimizer, backend, platform.device, self.data.source_names
+        )
         self.progress = take_up(config, start, self.model, self.optimizer)
         consumed = self.progress.consumed_samples
         check_batch_sizes(config, self.steps, consumed, torch.distributed.get_world_size())
@@ -109,7 +113,7 @@ class Trainer:
         """
         progress, steps = self.progress, self.steps
         train, valid = open_windows(self.config, self.tokenizer, self.data)
-        self.batches = self._batches(train, steps, progress.consumed_samples)
+        self.batches = self._batches(train, steps, progress.consumed_samples, self.data.plan)
         with (
             ExitSignals() as signals,
             self.callbacks.running(self),
@@ -173,7 +177,8 @@ class Trainer:
         assert windows is not None and steps is not None
         shape = BatchShape(steps.batch_size(0), steps.seq_length(0))
         shapes = [shape] * (steps.samples // shape.samples)
-        found = self.stepper.evaluate(self._batches(windows, steps, 0), shapes)
+        batches = self._batches(windows, steps, 0, self.data.valid_plan)
+        found = self.stepper.evaluate(batches, shapes)
         self.callbacks.after_evaluation(self, found)
 
     def _save(self, checkpointer: Checkpointer, *, wait: bool) -> None:
@@ -181,12 +186,20 @@ class Trainer:
         checkpointer.save(self.progress, wait=wait)
         self.callbacks.after_save(self, time.perf_counter() - started)
 
-    def _batches(self, windows: Windows, steps: Steps, consumed_samples: int) -> Iterator[Batch]:
+    def _batches(
+        self, windows: Windows, steps: Steps, consumed_samples: int, plan: Plan | None
+    ) -> Iterator[Batch]:
         replica = Replica(
             parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         )
-        return build_iterator(
+        batches = build_iterator(
             windows, steps, self.config, consumed_samples=consumed_samples, replica=replica
+        )
+        if plan is None or not self.stepper.objective.by_source:
+            return batches
+        return (
+            replace(batch, sources=self.data.sources_of(plan, batch.samples or ()))
+            for batch in batches
         )
 
     def _votes(self, signals: ExitSignals) -> list[float]:

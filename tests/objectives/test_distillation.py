@@ -14,6 +14,8 @@ from megatron_hybrid.planner.hardware import GPUS
 from megatron_hybrid.planner.memory import rank_memory
 from megatron_hybrid.planner.step_time import step_time
 from megatron_hybrid.testing import run_distributed
+from megatron_hybrid.training.plot_distillation import draw_distillation
+from tests.training.phased import corpora, phased_words
 from tests.training.runs import SEQ_LENGTH, VOCAB_SIZE, losses, outcomes, records, words
 
 STUDENT = ["model.hidden_size=16", "model.mamba_head_dim=8", "training.objective=distillation"]
@@ -64,6 +66,32 @@ def test_a_run(teacher: Path, tmp_path: Path) -> None:
     assert steps[0]["extra"]["teacher_lm_loss"] == pytest.approx(
         steps[-1]["extra"]["teacher_lm_loss"], rel=0.1
     )
+
+
+def test_by_source(teacher: Path, tmp_path: Path) -> None:
+    """Of three sources, packed and in phases: each token's figures are its own source's, in steps
+    and on held-out samples, and the picture has both models' lines."""
+    run_dir, sources = tmp_path / "run", corpora(tmp_path, "math", "code", "web")
+    line = [
+        *phased_words(run_dir, sources, *STUDENT, "data.packed_documents=true"),
+        f"training.objective_options.teacher={teacher}", "training.eval_interval=2",
+        "training.eval_iters=2", "data.split=80,20,0",
+    ]  # fmt: skip
+    assert run_distributed(outcomes, 1, [line])[0] == ["finished"]
+    tokens: dict[str, int] = {}
+    for record in records(run_dir):
+        extra = record["extra"]
+        read = {n: total - tokens.get(n, 0) for n, total in record["source_tokens"].items()}
+        tokens = record["source_tokens"]
+        assert {name for name in read if f"kl/{name}" in extra} == {n for n in read if read[n]}
+        for figure in ("kl", "agreement", "lm_loss", "teacher_lm_loss"):
+            # A few tokens less, at the ends of documents.
+            mean = sum(extra.get(f"{figure}/{n}", 0.0) * read[n] for n in read) / sum(read.values())
+            assert extra[figure] == pytest.approx(mean, rel=0.05)
+    evaluation = records(run_dir, "validation")[-1]["extra"]
+    assert any(name.startswith("kl/") for name in evaluation)
+    draw_distillation(run_dir, tmp_path / "it.png")
+    assert (tmp_path / "it.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

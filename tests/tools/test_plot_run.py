@@ -16,6 +16,7 @@ from megatron_hybrid.errors import UserError
 from megatron_hybrid.plotting import save_png
 from megatron_hybrid.training.metrics import METRICS_FILE, rewound_steps
 from megatron_hybrid.training.plot import _summary, load_run, plot_runs
+from megatron_hybrid.training.plot_distillation import draw_distillation
 from megatron_hybrid.training.plot_experts import _draw_shares, draw_expert_load
 from megatron_hybrid.training.plot_float8 import draw_float8
 from megatron_hybrid.training.step_metrics import StepMetrics
@@ -209,8 +210,17 @@ def test_draws_the_load_of_experts(tmp_path: Path) -> None:
     assert not (tmp_path / "again.png").exists()
 
 
-@pytest.mark.parametrize("draw", [draw_expert_load, draw_float8])
-@pytest.mark.parametrize("record", [{"expert_load": {}}, {"expert_load": 3}, {"linears": 3}, {}])
+@pytest.mark.parametrize("draw", [draw_expert_load, draw_float8, draw_distillation])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"expert_load": {}},
+        {"expert_load": 3},
+        {"linears": 3},
+        {"extra": {"teacher_lm_loss": 1}},
+        {},
+    ],
+)
 def test_a_record_of_another_shape_is_named(
     draw: Callable[[Path, Path], None], record: dict[str, Any], tmp_path: Path
 ) -> None:
