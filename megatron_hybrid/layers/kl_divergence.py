@@ -99,12 +99,13 @@ class _VocabParallelDivergence(torch.autograd.Function):
         if tp_group.size() > 1:
             dist.all_reduce(at_label, group=tp_group)
         norms = _norms(pair, tp_group)
-        values, agreement = [], []
+        # Written into, rather than put together: what is kept of a block would lie where the next
+        # one's temporaries could, and the heap grow with every block.
+        both = norms.largest.new_empty(norms.largest.shape)
+        agree = both.new_empty(len(both))
         for rows in pair.blocks():
-            terms = pair.terms(rows, norms, forward_share)
-            values.append(_divergences(terms, forward_share))
-            agreement.append(pair.agree(rows, norms))
-        both, agree = torch.cat(values), torch.cat(agreement).float()
+            both[rows] = _divergences(pair.terms(rows, norms, forward_share), forward_share)
+            agree[rows] = pair.agree(rows, norms).float()
         if tp_group.size() > 1:
             dist.all_reduce(both, group=tp_group)
             dist.all_reduce(agree, op=dist.ReduceOp.MAX, group=tp_group)
