@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launchers.forks import end_with_parent, leave_handlers, run_python
+from megatron_hybrid.platform.imports import importing
 from megatron_hybrid.platform.warm import load
 
 MOST_FDS = 64
@@ -33,6 +34,11 @@ COMMANDS = (
     "checkpoints_converter.export", "checkpoints_converter.verify",
     "checkpoints_converter.inspection", "transformers.models.nemotron_h.modeling_nemotron_h",
     "megatron_hybrid.training.trackers.follow", "mlflow",  # not wandb, which the engine would use
+    # What these import late, and what modules of tests do, in each of their ranks.
+    "matplotlib.backends.backend_agg", "PIL.BmpImagePlugin", "PIL.GifImagePlugin",
+    "PIL.JpegImagePlugin", "PIL.PngImagePlugin", "PIL.PpmImagePlugin", "rich._emoji_codes",
+    "sentencepiece", "megatron_hybrid.data.plan_picture", "megatron_hybrid.evaluation.tasks",
+    "megatron_hybrid.planner.memory", "megatron_hybrid.upcycling.request", "hypothesis",
 )  # fmt: skip
 
 
@@ -161,8 +167,9 @@ def _stream(fd: int) -> Any:
 
 def _main() -> None:
     load()
-    for module in COMMANDS:
-        importlib.import_module(module)
+    with importing():
+        for module in COMMANDS:
+            importlib.import_module(module)
     gc.freeze()
 
     listener, folder = sys.argv[1:]
