@@ -62,6 +62,7 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
 # It has no factors but those of MuP, which are refused: fields, and the layers that they are of.
 _MULTIPLIED: dict[str, str | None] = {
     **MULTIPLIED, "embedding_multiplier": None, "lm_head_multiplier": None,
+    "num_meta_tokens": None,
 }  # fmt: skip
 # Of the arguments that describe a model, those that leave it what it is; * stands for any letters.
 WITHOUT_EFFECT = (

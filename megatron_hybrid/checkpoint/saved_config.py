@@ -29,7 +29,7 @@ SHAPE_FIELDS = (
     "num_attention_heads", "num_query_groups", "kv_channels",
     "mamba_version", "mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups",
     "mamba_rms_norm", "mamba_intermediate_size", "mamba_dt_rank", "mamba_inner_layernorms",
-    "parallel_heads_join",
+    "parallel_heads_join", "num_meta_tokens",
     "padded_vocab_size", "untie_embeddings_and_output_weights",
     "num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
     "moe_router_enable_expert_bias", "moe_latent_size",

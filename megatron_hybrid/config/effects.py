@@ -31,7 +31,7 @@ _FIELDS: Mapping[Effect, str] = {
         model.mamba_version
         model.mamba_num_heads model.mamba_head_dim model.mamba_state_dim model.mamba_num_groups
         model.mamba_intermediate_size model.mamba_dt_rank
-        model.mamba_inner_layernorms model.parallel_heads_join
+        model.mamba_inner_layernorms model.parallel_heads_join model.num_meta_tokens
         model.mamba_rms_norm model.key_multiplier model.ssm_multipliers model.ssm_in_multiplier
         model.ssm_out_multiplier model.attention_in_multiplier model.attention_out_multiplier
         model.mlp_multipliers model.embedding_multiplier model.lm_head_multiplier

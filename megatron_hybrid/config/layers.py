@@ -324,7 +324,7 @@ def multiplied(model: ModelConfig) -> dict[str, Any]:
     """Of the factors on what layers compute, and of what else is not in every model of a kind,
     those that are not as usual, with what is usual.
     """
-    names = (*MULTIPLIED, "embedding_multiplier", "lm_head_multiplier")
+    names = (*MULTIPLIED, "embedding_multiplier", "lm_head_multiplier", "num_meta_tokens")
     usual = {name: ModelConfig.model_fields[name].default for name in names}
     return {name: value for name, value in usual.items() if getattr(model, name) != value}
 

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, Strict, model_seria
 from megatron_hybrid.bounds import text_problem
 from megatron_hybrid.config.base import (
     Amount,
+    Count,
     Far,
     FrozenDict,
     Positive,
@@ -223,6 +224,10 @@ class ModelConfig(Section):
     )
     untie_embeddings_and_output_weights: bool = Field(
         default=True, description="the output layer has weights of its own"
+    )
+    num_meta_tokens: Count = Field(
+        default=0,
+        description="learnt vectors before every text, which all its tokens see and no loss is of",
     )
     add_bias_linear: bool = Field(default=False, description="biases in attention and MLP linears")
     hidden_dropout: float = Field(

@@ -5,9 +5,11 @@ s = micro_batch_size * seq_length; n is the number of documents in that row.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -45,3 +47,39 @@ class Batch:
         values = (getattr(self, field.name) for field in fields(self))
         pinned: list[Any] = [v.pin_memory() if isinstance(v, Tensor) else v for v in values]
         return Batch(*pinned)
+
+    def after(self, count: int) -> "Batch":
+        """The same rows with room for so many meta tokens in front, of which nothing is learnt.
+
+        They are of the first document; every document's positions go on after them.
+        """
+        if not count:
+            return self
+
+        def room(tensor: Tensor) -> Tensor:
+            return F.pad(tensor, (count, 0))
+
+        positions = self.position_ids + count
+        positions = F.pad(positions, (count, 0))
+        positions[:, :count] = torch.arange(count)
+        return replace(
+            self,
+            tokens=room(self.tokens),
+            labels=room(self.labels),
+            loss_mask=room(self.loss_mask),
+            position_ids=positions,
+            cu_seqlens=None if self.cu_seqlens is None else _later(self.cu_seqlens, count),
+            max_seqlen=None if self.max_seqlen is None else self.max_seqlen + count,
+            seq_idx=None if self.seq_idx is None else _longer_first(self.seq_idx, count),
+            extra={name: room(tensor) for name, tensor in self.extra.items()},
+        )
+
+
+def _longer_first(seq_idx: Tensor, count: int) -> Tensor:
+    return torch.cat((seq_idx[:, :1].expand(-1, count), seq_idx), dim=1)
+
+
+def _later(cu_seqlens: Tensor, count: int) -> Tensor:
+    later = cu_seqlens + count
+    later[0] = 0
+    return later

@@ -7,12 +7,14 @@ Legend: b rows, s tokens of a row; packed batches are one row.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -42,6 +44,7 @@ class TokenLosses:
         self._chunks, self._backend, self._rows = list(chunks), backend, rows
         self._device = next(chunks[0].parameters()).device
         self._schedule = get_forward_backward_func()
+        self._metas = config.model.num_meta_tokens
         ranks = model_ranks(config)
         # Zigzag halves for each context parallel rank, of which sequence parallelism cuts each.
         self._multiple = 2 * ranks[CP] * ranks[TP]
@@ -91,7 +94,7 @@ class TokenLosses:
                 data_iterator=iterators[0] if len(iterators) == 1 else iterators,
                 model=self._chunks[0] if len(self._chunks) == 1 else self._chunks,
                 num_microbatches=len(batches),
-                seq_length=length,
+                seq_length=length + self._metas,
                 micro_batch_size=rows,
                 forward_only=True,
             )
@@ -103,6 +106,8 @@ class TokenLosses:
     def _forward(self, data: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
         """The engine's forward_step_func."""
         batch = next(data)
+        into = F.pad(batch.extra[INTO], (self._metas, 0), value=NOWHERE)
+        batch = replace(batch.after(self._metas), extra={INTO: into})
         local = local_batch(batch, self._device)
         output = model(
             local.tokens,

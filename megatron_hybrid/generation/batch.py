@@ -21,8 +21,9 @@ class Chunk:
 
     Attributes:
         rows: where their tokens are among those of the step, one part after the other.
-        start: the place in the text of the first token.
+        start: the place in the text of the first token, without meta tokens.
         context: of one that goes on: its pages, and the place in the text of their first token.
+        before: meta tokens before the text.
     """
 
     sequences: list[Sequence]
@@ -30,6 +31,7 @@ class Chunk:
     start: int
     length: int
     context: tuple[Tensor, int] | None = None
+    before: int = 0
 
 
 @dataclass
@@ -37,7 +39,7 @@ class Batch:
     """One step's work, on the device.
 
     Attributes:
-        tokens: `[T]` int64.
+        tokens: `[T]` int64; those of the meta tokens are their numbers.
         positions: `[T]` int64, their places in the text.
         places: `[T]` int64 each, the pages of their keys and values, and where in those they are;
             None without attention.
@@ -47,6 +49,7 @@ class Batch:
         filling: the slots of the chunks' sequences, one after the other.
         texts: their layout.
         wanted: rows after which logits are wanted, int64; None for all.
+        of_metas: whether its tokens are the meta tokens.
     """
 
     tokens: Tensor
@@ -58,6 +61,7 @@ class Batch:
     filling: Tensor | None = None
     texts: Texts | None = None
     wanted: Tensor | None = None
+    of_metas: bool = False
 
 
 class Batches:
@@ -88,7 +92,7 @@ class Batches:
         for sequence, _ in more:
             self.states.shrink(sequence)
         for sequence, length in more:
-            self.states.grow(sequence, sequence.seen + length)
+            self.states.grow(sequence, sequence.place + length)
         decoding = self._decoding(sequences) if sequences else None
         if not chunks:
             assert decoding is not None
@@ -112,8 +116,7 @@ class Batches:
 
     def _made(self, sequences: list[Sequence], tokens: Tensor) -> Batch:
         states = self.states
-        seen = [s.seen for s in sequences]
-        positions = torch.tensor(seen, device=self.device)
+        positions = torch.tensor([s.place for s in sequences], device=self.device)
         if not states.paged:
             return Batch(tokens, positions, None, len(sequences), {}, [])
         size, count = states.limits.page_tokens, len(states.owners)
@@ -132,12 +135,12 @@ class Batches:
         for window in states.windows:
             hidden = text > now
             if window is not None:
-                hidden |= text <= now - window
+                hidden |= (text <= now - window) & (text >= states.num_meta_tokens)
             self._mask = torch.zeros(count, size, dtype=self.dtype, device=self.device)
             self._mask.masked_fill_(hidden, -torch.inf)
-            pages = [s.pages[states.unseen_pages(s, window) :] for s in sequences]
+            pages = [states.seen_pages(s, window) for s in sequences]
             tables[window] = self._table(owners, self._mask, pages)
-        written = torch.tensor([states.page(s, s.seen) for s in sequences], device=self.device)
+        written = torch.tensor([states.page(s, s.place) for s in sequences], device=self.device)
         places = written, positions % size
         return Batch(tokens, positions, places, len(sequences), tables, [])
 
@@ -160,19 +163,20 @@ class Batches:
         grouped: list[Chunk] = []
         fresh: dict[int, list[Sequence]] = {}
         for sequence, length in chunks:
-            if sequence.seen == 0:
+            if sequence.place == 0:
                 fresh.setdefault(length, []).append(sequence)
         work = [(0, length, group) for length, group in fresh.items()]
-        work += [(s.seen, length, [s]) for s, length in chunks if s.seen]
+        work += [(s.seen, length, [s]) for s, length in chunks if s.place]
         for start, length, group in work:
             rows = slice(first + len(tokens), first + len(tokens) + length * len(group))
             for sequence in group:
                 tokens += sequence.tokens[start : start + length]
-                positions += range(start, start + length)
+                places = range(sequence.place, sequence.place + length)
+                positions += places
                 if states.paged:
-                    pages += [states.page(sequence, t) for t in range(start, start + length)]
-            chunk = Chunk(group, rows, start, length)
-            if start and states.paged:
+                    pages += [states.page(sequence, place) for place in places]
+            chunk = Chunk(group, rows, start, length, before=group[0].before)
+            if group[0].place and states.paged:
                 (sequence,) = group
                 chunk.context = (
                     torch.tensor(sequence.pages, device=device),

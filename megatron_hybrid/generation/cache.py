@@ -57,6 +57,7 @@ class States:
         windows: of all layers, on whatever rank: tokens that attention sees at most; None for all.
         pages: of each attention layer.
         paged: whether any rank has an attention layer: pages are given out alike on all.
+        num_meta_tokens: before each text, which all layers see; they have a slot, the last one.
     """
 
     def __init__(
@@ -68,16 +69,20 @@ class States:
         *,
         pages: int,
         paged: bool,
+        num_meta_tokens: int = 0,
     ) -> None:
         self.limits, self.mamba, self.attention, self.windows = limits, mamba, attention, windows
         # Pages are given back that no layer sees.
         widest = [window for window in windows if window is not None]
-        self.window = max(widest) if len(widest) == len(windows) else None
+        self.num_meta_tokens = num_meta_tokens
+        every = len(widest) < len(windows) or num_meta_tokens
+        self.window = None if every else max(widest)
         self.page_limit, self.paged = pages, paged
         self.owners: list[Sequence] = []  # of the pages in use
         self.reserved_pages = 0
         self._touched = 0  # pages that were ever in use
-        self.slots: list[Sequence | None] = [None] * limits.max_sequences
+        slots = limits.max_sequences + bool(num_meta_tokens)
+        self.slots: list[Sequence | None] = [None] * slots
         self.version = 0  # of who has which page and slot
 
     # -- admission ---------------------------------------------------------------------------------
@@ -99,15 +104,19 @@ class States:
             and self.reserved_pages + sequences * pages <= self.page_limit
         )
 
-    def admit(self, sequence: Sequence, pages: int) -> None:
+    def admit(self, sequence: Sequence, pages: int, slot: int | None = None) -> None:
         """Give a sequence a slot, with nothing in it, and keep so many pages for it."""
-        slot = self.slots.index(None)
+        slot = self.slots.index(None) if slot is None else slot
         self.slots[slot] = sequence
         sequence.slot, sequence.reserved_pages = slot, pages
         self.reserved_pages += pages
+        self.empty(sequence)
+
+    def empty(self, sequence: Sequence) -> None:
+        """Have a sequence's slot as before its first token."""
         for layer in self.mamba:
             for tensor in layer.tensors():
-                tensor[slot].zero_()
+                tensor[sequence.slot].zero_()
 
     # -- slots -------------------------------------------------------------------------------------
 
@@ -139,7 +148,7 @@ class States:
             for pool in self.attention:
                 pool.keys[copy].copy_(pool.keys[page])
                 pool.values[copy].copy_(pool.values[page])
-        target.first_page, target.seen = source.first_page, source.seen
+        target.first_page, target.seen = source.first_page, source.place - target.before
         self.version += 1
 
     # -- pages -------------------------------------------------------------------------------------
@@ -164,8 +173,14 @@ class States:
         """How many of its first pages lie before a window of the next token."""
         if window is None:
             return 0
-        whole = (sequence.seen - window + 1) // self.limits.page_tokens - sequence.first_page
+        whole = (sequence.place - window + 1) // self.limits.page_tokens - sequence.first_page
         return min(max(whole, 0), len(sequence.pages))
+
+    def seen_pages(self, sequence: Sequence, window: int | None) -> list[int]:
+        """Its pages but for those that `unseen_pages` counts, with those of meta tokens."""
+        of_metas = -(-self.num_meta_tokens // self.limits.page_tokens)
+        unseen = max(self.unseen_pages(sequence, window), of_metas)
+        return sequence.pages[:of_metas] + sequence.pages[unseen:]
 
     def page(self, sequence: Sequence, token: int) -> int:
         """The page of a token's key and value."""

@@ -90,9 +90,12 @@ class Decoder:
     def make_states(self, limits: Limits) -> States:
         """Allocate what the layers of this rank keep of sequences."""
         mamba, attention = self._of(MambaMixer), self._of(Attention)
+        metas = self._model.num_meta_tokens
         for mixer in mamba:
-            mixer.take(mixer.new_slots(limits.max_sequences))
+            mixer.take(mixer.new_slots(limits.max_sequences + bool(metas)))
         pages = -(-limits.max_tokens // limits.page_tokens)
+        if metas:  # beside the texts: once, and before each of them
+            pages += (limits.max_sequences + 1) * -(-metas // limits.page_tokens)
         dtype = torch.float32 if through_fp32(torch.empty(0, dtype=self.dtype)) else self.dtype
         for layer in attention:
             layer.pages = Pages(
@@ -105,7 +108,7 @@ class Decoder:
         self.states = States(
             limits, [mixer.slots for mixer in mamba], [layer.pages for layer in attention],
             tuple(seen) or (None,), pages=pages,
-            paged=self._any_rank(bool(attention)),
+            paged=self._any_rank(bool(attention)), num_meta_tokens=metas,
         )  # fmt: skip
         self.kept_dtype = dtype
         return self.states
@@ -145,9 +148,7 @@ class Decoder:
         }
         for index, (chunk, stage) in enumerate(zip(self.chunks, self.stages, strict=True)):
             if self.first and index == 0:
-                hidden = self._embed(chunk, batch.tokens)
-                if self._model.embedding_multiplier != 1:
-                    hidden = hidden.mul_(self._model.embedding_multiplier)
+                hidden = self._embed(chunk, batch)
             else:
                 hidden = self._receive(len(batch.tokens))
             for layer in stage:
@@ -171,7 +172,17 @@ class Decoder:
             logits = logits.mul_(self._model.lm_head_multiplier)
         return self._gathered(logits).float()
 
-    def _embed(self, chunk: Any, tokens: Tensor) -> Tensor:
+    def _embed(self, chunk: Any, batch: Batch) -> Tensor:
+        """`[T]` -> `[T, h]`."""
+        if batch.of_metas:
+            metas: Tensor = chunk.embedding.meta_tokens.detach()
+            return metas.index_select(0, batch.tokens)
+        hidden = self._embed_words(chunk, batch.tokens)
+        if self._model.embedding_multiplier != 1:
+            hidden = hidden.mul_(self._model.embedding_multiplier)
+        return hidden
+
+    def _embed_words(self, chunk: Any, tokens: Tensor) -> Tensor:
         """`[T]` -> `[T, h]`; each TP rank has the rows of some ids."""
         weight = chunk.embedding.word_embeddings.weight.detach()
         if self._tp is None:

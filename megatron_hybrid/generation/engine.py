@@ -79,6 +79,14 @@ class Engine:
         self._decoding: list[Sequence] = []  # in slots 0 to B - 1
         self._drawer = Drawer(vocab_size, decoder.device)
         self._events: list[Event] = []
+        metas = self.states.num_meta_tokens
+        # Before every text; its states are computed once, and each text begins with a copy.
+        self._metas: Sequence | None = None
+        if metas:
+            nothing = SamplingParams(max_new_tokens=0)
+            self._metas = Sequence(-1, 0, nothing, list(range(metas)), metas, metas)
+            pages = self.states.pages_needed(metas)
+            self.states.admit(self._metas, pages, slot=limits.max_sequences)
 
     # -- what others call --------------------------------------------------------------------------
 
@@ -201,7 +209,7 @@ class Engine:
             problems.append(
                 f"the prompt holds token {strange[0]}; allowed: 0 to {self.vocab_size - 1}"
             )
-        pages = self.states.pages_needed(tokens)
+        pages = self.states.pages_needed(self.states.num_meta_tokens + tokens)
         if pages > self.states.page_limit:
             problems.append(
                 f"a prompt of {len(prompt)} tokens with max_new_tokens={params.max_new_tokens} "
@@ -217,6 +225,7 @@ class Engine:
     def _take(self, orders: _Orders) -> None:
         if orders.refresh:
             self.decoder.refresh()
+            self._compute_metas()
         for each in orders.submitted:
             self._enqueue(each)
         for request in orders.cancelled:
@@ -227,12 +236,14 @@ class Engine:
         """Continuations that share a prompt's states, in groups that have room at once."""
         tails = each.given or [[]] * each.params.n
         longest = len(each.prompt) + max(map(len, tails)) + each.params.max_new_tokens
-        pages = self.states.pages_needed(longest)
+        pages = self.states.pages_needed(self.states.num_meta_tokens + longest)
         group = min(len(tails), self.limits.max_sequences)
         if pages:
             group = min(group, self.states.page_limit // pages)
         sequences = [
-            Sequence.of(each.request, i, each.params, each.prompt, tail)
+            Sequence.of(
+                each.request, i, each.params, each.prompt, tail, self.states.num_meta_tokens
+            )
             for i, tail in enumerate(tails)
         ]
         for sequence in sequences:
@@ -267,12 +278,14 @@ class Engine:
             head = self._waiting[0]
             family = (head, *head.siblings)
             longest = max(each.prompt_tokens for each in family) + head.params.max_new_tokens
-            pages = self.states.pages_needed(longest)
+            pages = self.states.pages_needed(self.states.num_meta_tokens + longest)
             if not self.states.room(len(family), pages):
                 return
             self._waiting.popleft()
             for sequence in family:
                 self.states.admit(sequence, pages)
+            if self._metas is not None:
+                self.states.fork(self._metas, head)
             self._filling.append(head)
 
     def _chunks(self) -> list[tuple[Sequence, int]]:
@@ -291,8 +304,8 @@ class Engine:
             return
         batch = self._batches.make(self._decoding, chunks)
         asked = wanted(batch, self._decoding)
-        longest = max(s.seen for s in self._decoding) + 1 if self._decoding else 0
-        longest = max(longest, *(s.seen + length for s, length in chunks), 0)
+        longest = max(s.place for s in self._decoding) + 1 if self._decoding else 0
+        longest = max(longest, *(s.place + length for s, length in chunks), 0)
         logits = self.decoder.forward(batch, longest)
         for sequence in self._decoding:
             sequence.seen += 1
@@ -306,6 +319,18 @@ class Engine:
             self._promote(head)
         for sequence, token, logprob in zip(asked.rows, drawn.tokens, drawn.told, strict=True):
             self._tell(sequence, token, logprob)
+
+    def _compute_metas(self) -> None:
+        """The states after the meta tokens, by the weights that are there now."""
+        metas = self._metas
+        if metas is None:
+            return
+        self.states.empty(metas)
+        metas.seen = 0
+        batch = self._batches.make([], [(metas, len(metas.tokens))])
+        batch.of_metas, batch.wanted = True, batch.tokens[:0]
+        self.decoder.forward(batch, len(metas.tokens))
+        metas.seen = len(metas.tokens)
 
     def _draw(self, logits: torch.Tensor | None, asked: Wanted) -> Drawn:
         assert logits is not None, "a rank of the last stage draws"

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_hybrid.checkpoint.carried import carried_ends
@@ -316,9 +317,11 @@ class Generator:
     def logits(self, tokens: Tensor) -> Tensor:
         """All at once by the model's own forward pass: `[b, s]` int64 -> `[b, s, V]` fp32."""
         (model,) = self.chunks
-        places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        logits: Tensor = model(tokens, places, None)
-        return logits.float()
+        metas = self.engine.states.num_meta_tokens
+        row = F.pad(tokens, (metas, 0))  # has room for them
+        places = torch.arange(row.shape[1], device=row.device).expand_as(row)
+        logits: Tensor = model(row, places, None)
+        return logits[:, metas:].float()
 
 
 def begun(params: SamplingParams) -> Completion:

@@ -70,6 +70,7 @@ class Sequence:
         tokens: the prompt, with a continuation that was given, and what followed.
         prompt_tokens: how many of them were there from the start.
         shared: how many of those its siblings have, too.
+        before: meta tokens before the first of `tokens`.
         seen: how many of `tokens` the states hold.
         slot: of Mamba's states; -1 while it waits.
         pages: of keys and values, in order of the text; the first is that of token
@@ -85,6 +86,7 @@ class Sequence:
     tokens: list[int]
     prompt_tokens: int
     shared: int
+    before: int = 0
     seen: int = 0
     slot: int = -1
     pages: list[int] = field(default_factory=list)
@@ -103,13 +105,19 @@ class Sequence:
         params: SamplingParams,
         prompt: list[int],
         given: list[int],
+        before: int,
     ) -> "Sequence":
         """One of a prompt, with a continuation that was given or with none."""
         tokens = [*prompt, *given]
-        sequence = cls(request, continuation, params, tokens, len(tokens), len(prompt))
+        sequence = cls(request, continuation, params, tokens, len(tokens), len(prompt), before)
         if not given:
             sequence.prompt_logprobs.append(None)  # nothing tells of the first
         return sequence
+
+    @property
+    def place(self) -> int:
+        """That of the next token, the first of all being 0: how many the states hold."""
+        return self.before + self.seen
 
     @property
     def goal(self) -> int:

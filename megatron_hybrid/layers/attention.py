@@ -23,6 +23,9 @@ class DotProductAttention(MegatronModule):
 
     Keys and values are gathered over the context-parallel ranks (megatron-core's `all_gather`
     communication); queries stay where they are. Has no parameters.
+
+    Args:
+        num_meta_tokens: at the beginning of each row, seen from all of it.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class DotProductAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        num_meta_tokens: int = 0,
     ) -> None:
         super().__init__(config=config)
         assert attention_type == "self"
@@ -42,6 +46,7 @@ class DotProductAttention(MegatronModule):
         self.causal = attn_mask_type == AttnMaskType.causal
         assert pg_collection is not None
         self.cp_group = pg_collection.cp
+        self.num_meta_tokens = num_meta_tokens
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         # megatron-core counts the tokens to the left, without the token itself.
@@ -94,6 +99,7 @@ class DotProductAttention(MegatronModule):
                 chunks=chunks,
                 window=self.window,
                 seq_idx=seq_idx,
+                num_meta_tokens=self.num_meta_tokens,
                 dropout=dropout,
                 scale=self.softmax_scale,
             )

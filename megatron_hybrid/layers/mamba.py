@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_hybrid.layers.norm import parameter_device
+from megatron_hybrid.ops.segments import after_prefix
 
 CONV_KERNEL_SIZE = 4
 DT_INIT_RANGE = (0.001, 0.1)
@@ -48,12 +49,16 @@ class MambaMixer(MegatronModule):
         tp_group: set by the mixer.
         dims: along which parameters of its own are sharded, where it is not the first.
         keys: in a checkpoint, of parameters of its own, where they differ from their names.
+
+    Args:
+        num_meta_tokens: at the beginning of each row, after which each of its documents begins.
     """
 
     tp_group: ProcessGroup
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, num_meta_tokens: int = 0) -> None:
         super().__init__(config)
+        self.num_meta_tokens = num_meta_tokens
         self.dims: dict[str, int] = {}
         self.keys = {"conv1d_weight": "conv1d.weight", "conv1d_bias": "conv1d.bias"}
         self._packed: dict[str, dict[str, int]] = {}
@@ -118,6 +123,20 @@ class MambaMixer(MegatronModule):
     def _scan(self, projected: Tensor, seq_idx: Tensor | None) -> Tensor:
         """What `in_proj` gives -> `[s, b, channels]`, for `out_proj`."""
         raise NotImplementedError
+
+    def _each_after_metas(
+        self, row: Tensor, seq_idx: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """A whole row `[l, b, ...]` with the meta tokens before each of its documents.
+
+        Returns:
+            `[l', b, ...]`, its documents, and the places in it of the row's own tokens: None, all.
+        """
+        if not self.num_meta_tokens or seq_idx is None:
+            return row, seq_idx, None
+        assert len(seq_idx) == 1, "packed documents are one row"
+        taken, documents, places = after_prefix(seq_idx, self.num_meta_tokens)
+        return row.index_select(0, taken), documents, places
 
     def _parameter(
         self, *shape: int, dtype: torch.dtype = torch.float32, dim: int = 0

@@ -45,6 +45,7 @@ class Mamba1Mixer(MambaMixer):
         intermediate_size: channels d of all TP ranks.
         dt_rank: r.
         d_model: hidden size h.
+        num_meta_tokens: as of MambaMixer.
         inner_layernorms: what the steps are made of, B and C are normed, each by itself (Jamba).
     """
 
@@ -57,12 +58,13 @@ class Mamba1Mixer(MambaMixer):
         dt_rank: int,
         kernel: ScanBackend = "torch",
         inner_layernorms: bool = False,
+        num_meta_tokens: int = 0,
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         pp_layer_offset: int = 0,
         name: str | None = None,
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, num_meta_tokens)
         assert pg_collection is not None
         self.kernel = kernel
         self.layer_number = layer_number
@@ -118,6 +120,7 @@ class Mamba1Mixer(MambaMixer):
     def _scan(self, projected: Tensor, seq_idx: Tensor | None) -> Tensor:
         """`[s, b, 2d]` -> `[s, b, d]`: convolution, scan and gate, of the channels of this rank."""
         gathered = to_channels(projected, [self.d_inner] * 2, self.cp_group)
+        gathered, seq_idx, places = self._each_after_metas(gathered, seq_idx)
         x, z = gathered.transpose(0, 1).chunk(2, dim=-1)  # [b, l, d / CP]
         weight, bias, dt_proj, dt_bias, A_log, D = (
             self._of_channels(each)
@@ -133,7 +136,8 @@ class Mamba1Mixer(MambaMixer):
         low, B, C = self._of_all_channels(linear(x, projection))
         dt, A = linear(low, dt_proj), -torch.exp(A_log)
         y, _ = selective_scan(x, dt, A, B, C, D, z, dt_bias, seq_idx=seq_idx, backend=self.kernel)
-        return to_sequence(y.transpose(0, 1), self.cp_group)
+        y = y.transpose(0, 1)
+        return to_sequence(y if places is None else y[places], self.cp_group)
 
     def _of_channels(self, parameter: Tensor, dim: int = 0) -> Tensor:
         """What the channels of this context-parallel rank have of a parameter."""

@@ -41,6 +41,7 @@ class Mamba2Mixer(MambaMixer):
         kernel: "torch" or "mamba_ssm", which kernel of `megatron_hybrid.ops` runs the scan.
         gated_norm: whether a grouped norm follows the gate.
         multipliers: factors on the projected z, x, B, C and dt; empty: none.
+        num_meta_tokens: as of MambaMixer.
         d_model: hidden size h.
     """
 
@@ -52,12 +53,13 @@ class Mamba2Mixer(MambaMixer):
         kernel: SSDBackend = "torch",
         gated_norm: bool = True,
         multipliers: tuple[float, ...] = (),
+        num_meta_tokens: int = 0,
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         pp_layer_offset: int = 0,
         name: str | None = None,
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, num_meta_tokens)
         assert pg_collection is not None
         self.kernel, self.multipliers = kernel, multipliers
         self.layer_number = layer_number
@@ -128,6 +130,7 @@ class Mamba2Mixer(MambaMixer):
         # A group of channels may lie on several context-parallel ranks during the scan.
         norm = self.norm if self.cp.cp_size == 1 else None
         gathered = self.cp.pre_conv_ssm(projected)  # [l, b, w / CP]
+        gathered, seq_idx, places = self._each_after_metas(gathered, seq_idx)
         y = mamba2_split_conv1d_scan(
             gathered.transpose(0, 1),
             self.cp.get_conv1d_weight().squeeze(1),
@@ -143,6 +146,8 @@ class Mamba2Mixer(MambaMixer):
             norm_eps=GATED_NORM_EPS,
             backend=self.kernel,
         ).transpose(0, 1)
+        if places is not None:
+            y = y[places]
         if self.cp.cp_size == 1:
             return y
         y = self.cp.post_conv_ssm(y)

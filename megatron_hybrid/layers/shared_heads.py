@@ -54,8 +54,8 @@ class SharedHeadsMixer(Mamba1Mixer):
             config, submodules, d_model, layer_number=layer_number, pg_collection=pg_collection,
             **named,
         )  # fmt: skip
-        self.core_attention = build_module(
-            submodules.core_attention, config=config, layer_number=layer_number,
+        self.core_attention = submodules.core_attention(
+            config=config, layer_number=layer_number,
             attn_mask_type=AttnMaskType.causal, attention_type="self",
             softmax_scale=config.softmax_scale, pg_collection=pg_collection,
         )  # fmt: skip

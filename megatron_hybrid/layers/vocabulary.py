@@ -74,7 +74,9 @@ class _Padded(torch.autograd.Function):
         return grad, None
 
 
-def draw_vocabulary(seed: int, matrix: str, words: int, std: float) -> Callable[[Tensor], None]:
+def draw_vocabulary(
+    seed: int, matrix: str, words: int, std: float, *, whole: bool = False
+) -> Callable[[Tensor], None]:
     """The engine's `init_method` for one of the two matrices: normal, and 0 in the padding.
 
     What a word's row holds depends on the seed, the matrix and the word alone, not on the padding
@@ -84,6 +86,7 @@ def draw_vocabulary(seed: int, matrix: str, words: int, std: float) -> Callable[
         matrix: "embedding" or "output_layer".
         words: `model.vocab_size`.
         std: standard deviation.
+        whole: every TP rank has all rows.
 
     Returns:
         Fills a TP rank's rows, `[v, h]`; the process groups must be initialised.
@@ -92,7 +95,7 @@ def draw_vocabulary(seed: int, matrix: str, words: int, std: float) -> Callable[
     @torch.no_grad()
     def draw(weight: Tensor) -> None:
         rows, width = weight.shape
-        first = parallel_state.get_tensor_model_parallel_rank() * rows
+        first = 0 if whole else parallel_state.get_tensor_model_parallel_rank() * rows
         end = min(first + rows, words)
         generator = torch.Generator(weight.device)
         weight.zero_()

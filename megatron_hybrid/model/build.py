@@ -10,6 +10,7 @@ from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.layers import are_unlike, layers, rotates
 from megatron_hybrid.config.pattern import MAMBA, parse_pattern
 from megatron_hybrid.config.phases import sequence_lengths
+from megatron_hybrid.layers.meta_tokens import add_meta_tokens, rotate_by_document
 from megatron_hybrid.layers.multipliers import multiply_output
 from megatron_hybrid.layers.router import TopKRouter
 from megatron_hybrid.layers.vocabulary import draw_vocabulary, leave_out_padding
@@ -69,6 +70,14 @@ def build_model(
     )
     if built.pre_process:
         multiply_output(built.embedding, model.embedding_multiplier)
+        if model.num_meta_tokens:
+            # As large as what norms give, as Hymba draws them.
+            metas = draw_vocabulary(
+                config.training.seed, "meta_tokens", model.num_meta_tokens, 1.0, whole=True
+            )
+            add_meta_tokens(built.embedding, engine_config, model.num_meta_tokens, metas)
+    if model.num_meta_tokens and rotates(model) and config.data.packed_documents:
+        rotate_by_document(built)
     if built.post_process:
         multiply_output(built.output_layer, model.lm_head_multiplier)
         leave_out_padding(built.output_layer, words)

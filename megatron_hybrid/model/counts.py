@@ -43,7 +43,8 @@ class Counts:
 
     Attributes:
         sorts: of the layers, by what they are alike in.
-        embedding: of the embedding, and of the output layer where it has weights of its own.
+        embedding: of the embedding, its meta tokens included, and of the output layer where it has
+            weights of its own.
         final_norm: of the last norm.
     """
 
@@ -236,7 +237,7 @@ def count_parameters(model: ModelConfig) -> Counts:
             )
             for sort in sorts(model)
         ),
-        embedding=matrices * _vocabulary(model) * d,
+        embedding=(matrices * _vocabulary(model) + model.num_meta_tokens) * d,
         final_norm=d,
     )  # fmt: skip
 
@@ -244,7 +245,8 @@ def count_parameters(model: ModelConfig) -> Counts:
 def mean_keys(model: ModelConfig, seq_length: int) -> float:
     """Keys that a query sees on average: (L+1)/2, or fewer within a window of w to the left.
 
-    Query j (from 0) sees min(j, w) + 1 keys; all L where attention has no mask.
+    Query j (from 0) sees min(j, w) + 1 keys; all L where attention has no mask. Of m meta tokens,
+    which are some of the L, it also sees the min(m, j - w) that are before its window.
     """
     if model.attn_mask_type == "no_mask":
         return seq_length
@@ -252,7 +254,9 @@ def mean_keys(model: ModelConfig, seq_length: int) -> float:
     if model.window_size is not None:
         left = min(left, model.window_size[0])
     full = seq_length - left  # queries with a whole window behind them
-    return (left * (left + 1) / 2 + full * (left + 1)) / seq_length
+    metas = min(model.num_meta_tokens, full - 1)
+    seen_beside = metas * (metas - 1) / 2 + metas * (full - metas)
+    return (left * (left + 1) / 2 + full * (left + 1) + seen_beside) / seq_length
 
 
 def _forward_flops(model: ModelConfig, kind: str, seq_length: int) -> float:
@@ -301,13 +305,16 @@ def flops_per_token(model: ModelConfig, seq_length: int) -> Flops:
 
     The backward pass counts twice the forward pass. Counted are matrix products, the convolution
     and the SSM recurrence; norms, activations and what recomputation repeats are not. Attention
-    counts the keys that a query sees; packed documents are taken for one.
+    counts the keys that a query sees; packed documents are taken for one. What meta tokens cost is
+    shared out among the tokens of a sequence.
 
     Raises:
         ConfigError: `model.vocab_size` is null.
     """
+    length = seq_length + model.num_meta_tokens
+    factor = 3.0 * length / seq_length
     by_sort = tuple(
-        (sort.kind, 3.0 * len(sort.numbers) * _forward_flops(sort.model, sort.kind, seq_length))
+        (sort.kind, factor * len(sort.numbers) * _forward_flops(sort.model, sort.kind, length))
         for sort in sorts(model)
     )
-    return Flops(by_sort, 3.0 * 2 * model.hidden_size * _vocabulary(model))
+    return Flops(by_sort, factor * 2 * model.hidden_size * _vocabulary(model))

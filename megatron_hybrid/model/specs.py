@@ -243,6 +243,8 @@ def _mamba_mixer(
     params: dict[str, Any] = {"kernel": classes.mamba_kernel}
     if not model.mamba_rms_norm:
         params["gated_norm"] = False
+    if model.num_meta_tokens:
+        params["num_meta_tokens"] = model.num_meta_tokens
     multipliers = tuple(factor * each for each in model.ssm_multipliers)
     if any(each != 1 for each in multipliers):
         params["multipliers"] = multipliers
@@ -276,7 +278,16 @@ def _mamba1_params(classes: LayerClasses, model: ModelConfig) -> dict[str, Any]:
         "intermediate_size": model.mamba_intermediate_size,
         "dt_rank": model.mamba_dt_rank,
     }
+    if model.num_meta_tokens:
+        params["num_meta_tokens"] = model.num_meta_tokens
     return params | ({"inner_layernorms": True} if model.mamba_inner_layernorms else {})
+
+
+def _core_attention(classes: LayerClasses, model: ModelConfig) -> Any:
+    metas = model.num_meta_tokens
+    if not metas:
+        return classes.core_attention
+    return partial(classes.core_attention, num_meta_tokens=metas)
 
 
 def _shared_heads_mixer(classes: LayerClasses, model: ModelConfig) -> ModuleSpec:
@@ -286,7 +297,7 @@ def _shared_heads_mixer(classes: LayerClasses, model: ModelConfig) -> ModuleSpec
         submodules=SharedHeadsMixerSubmodules(
             in_proj=classes.norm_and_column_linear,
             out_proj=classes.row_linear,
-            core_attention=classes.core_attention,
+            core_attention=_core_attention(classes, model),
         ),
     )
 
@@ -297,7 +308,7 @@ def _self_attention(classes: LayerClasses, model: ModelConfig, linear_qkv: type)
         params={"attn_mask_type": AttnMaskType[model.attn_mask_type]},
         submodules=SelfAttentionSubmodules(
             linear_qkv=linear_qkv,
-            core_attention=classes.core_attention,
+            core_attention=_core_attention(classes, model),
             linear_proj=classes.row_linear,
         ),
     )

@@ -28,6 +28,7 @@ def causal_attention(
     chunks: Sequence[tuple[int, int]],
     window: int | None = None,
     seq_idx: Tensor | None = None,
+    num_meta_tokens: int = 0,
     dropout: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
@@ -40,6 +41,8 @@ def causal_attention(
         chunks: (first, last + 1) places in the text of the queries; sizes add up to s.
         window: how many tokens a query sees, itself included; None for all.
         seq_idx: `[b, l]`, number of the document of each token; a query sees only its own.
+        num_meta_tokens: the first tokens of the text, which are seen whatever the window and the
+            document.
         dropout: of the attention weights.
         scale: of the logits; None for 1 / sqrt(d).
 
@@ -61,9 +64,10 @@ def causal_attention(
             query[:, row],
             key[:, row],
             value[:, row],
-            plan_blocks(chunks, starts, key.shape[0], window),
+            plan_blocks(chunks, starts, key.shape[0], window, num_meta_tokens),
             window,
             starts,
+            num_meta_tokens,
             dropout,
             scale,
         )
@@ -150,6 +154,7 @@ def _attend_rows(
     blocks: list[Block],
     window: int | None,
     starts: list[int],
+    num_meta_tokens: int,
     dropout: float,
     scale: float | None,
 ) -> Tensor:
@@ -161,12 +166,14 @@ def _attend_rows(
     done = 0
     for block in blocks:
         size = block.stop - block.start
-        mask = None if block.exactly_causal else _mask(block, window, starts, query.device)
+        mask = None
+        if not block.exactly_causal:
+            mask = _mask(block, window, starts, num_meta_tokens, query.device)
         outputs.append(
             attend(
                 query[:, :, done : done + size],
-                key[:, :, block.key_start : block.stop],
-                value[:, :, block.key_start : block.stop],
+                _seen(key, block),
+                _seen(value, block),
                 attn_mask=mask,
                 dropout_p=dropout,
                 is_causal=block.exactly_causal,
@@ -177,6 +184,14 @@ def _attend_rows(
         done += size
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     return output.permute(2, 0, 1, 3).flatten(2)
+
+
+def _seen(tensor: Tensor, block: Block) -> Tensor:
+    """What of keys or values `[b, k, l, d]` a block gets."""
+    if block.metas in (0, block.key_start):
+        return tensor[:, :, block.key_start - block.metas : block.stop]
+    parts = tensor[:, :, : block.metas], tensor[:, :, block.key_start : block.stop]
+    return torch.cat(parts, dim=2)
 
 
 def _attend_through_fp32(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
@@ -204,13 +219,18 @@ def _to_fp32(kept: Tensor) -> Tensor:
 
 
 def _mask(
-    block: Block, window: int | None, starts: list[int], device: torch.device
+    block: Block,
+    window: int | None,
+    starts: list[int],
+    num_meta_tokens: int,
+    device: torch.device,
 ) -> Tensor | None:
     """Which key each query of a block sees, `[queries, keys]` bool; None where it is every one."""
     if block.stop - block.start == 1 and window is None and starts[-1] <= block.key_start:
         return None
     queries = torch.arange(block.start, block.stop, device=device)
-    keys = torch.arange(block.key_start, block.stop, device=device)
+    metas = torch.arange(block.metas, device=device)
+    keys = torch.cat((metas, torch.arange(block.key_start, block.stop, device=device)))
     distance = queries[:, None] - keys
     mask = distance >= 0
     if window is not None:
@@ -218,5 +238,7 @@ def _mask(
     if len(starts) > 1:
         firsts = torch.tensor(starts, device=device)
         document_of = torch.bucketize(keys, firsts, right=True)
-        mask &= document_of[block.start - block.key_start :, None] == document_of
+        mask &= document_of[-len(queries) :, None] == document_of
+    if num_meta_tokens:
+        mask |= (keys < num_meta_tokens) & (distance >= 0)
     return mask

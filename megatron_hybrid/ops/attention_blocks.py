@@ -14,18 +14,30 @@ MASKED_BLOCK_TOKENS = 1024
 
 
 class Block(NamedTuple):
-    """Queries [start, stop) of the text attend to keys [key_start, stop)."""
+    """Queries [start, stop) of the text attend to keys [key_start, stop), and to the first `metas`
+    of the text, which are before those."""
 
     start: int
     stop: int
     key_start: int
     exactly_causal: bool
+    metas: int = 0
+
+    @property
+    def keys(self) -> int:
+        """How many there are."""
+        return self.stop - self.key_start + self.metas
 
 
 def plan_blocks(
-    chunks: Sequence[tuple[int, int]], starts: Sequence[int], length: int, window: int | None
+    chunks: Sequence[tuple[int, int]],
+    starts: Sequence[int],
+    length: int,
+    window: int | None,
+    num_meta_tokens: int = 0,
 ) -> list[Block]:
-    """Cut the queries of `chunks` in blocks; `starts` are the first tokens of the documents."""
+    """Cut the queries of `chunks` in blocks; `starts` are the first tokens of the documents, and
+    the first `num_meta_tokens` of the text are seen from everywhere."""
     ends = [*starts[1:], length]
     blocks = []
     for start, chunk_stop in chunks:
@@ -41,11 +53,15 @@ def plan_blocks(
             if window is not None:
                 stop = min(stop, start + max(window, SMALL_BLOCK_TOKENS))
                 key_start = max(key_start, start - window + 1)
+            metas = min(num_meta_tokens, key_start)
             exactly_causal = (
-                one_document and key_start == start and (window is None or stop - start <= window)
+                one_document
+                and key_start == start
+                and (window is None or stop - start <= window)
+                and not metas
             )
             if not exactly_causal:
                 stop = min(stop, start + MASKED_BLOCK_TOKENS)
-            blocks.append(Block(start, stop, key_start, exactly_causal))
+            blocks.append(Block(start, stop, key_start, exactly_causal, metas))
             start = stop
     return blocks

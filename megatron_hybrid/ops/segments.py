@@ -24,3 +24,30 @@ def number_documents(seq_idx: Tensor) -> Tensor:
     labels that come back later in the row.
     """
     return starts_of_documents(seq_idx).cumsum(dim=1, dtype=torch.int32)
+
+
+def after_prefix(seq_idx: Tensor, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A row's documents, each after the row's first tokens, which belong to the first.
+
+    Args:
+        seq_idx: [1, l].
+        prefix: how many tokens.
+
+    Returns:
+        For each token of the new row which of the old one it is [l'] int64, seq_idx of the new row
+        [1, l'], and where in it the tokens of the old one are [l] int64.
+    """
+    number = number_documents(seq_idx)[0].long()
+    others = int(number[-1])
+    length = len(number) + others * prefix
+    tokens = torch.arange(len(number), device=seq_idx.device)
+    places = tokens + number * prefix
+    taken = torch.arange(length, device=seq_idx.device)
+    documents = taken.new_empty(length)
+    starts = starts_of_documents(seq_idx)[0].nonzero()[:, 0]
+    before = places[starts][:, None] - prefix + tokens[:prefix]
+    taken[before] = tokens[:prefix].expand(others, -1)
+    taken[places] = tokens
+    documents[before] = number[starts][:, None].expand(-1, prefix)
+    documents[places] = number
+    return taken, documents[None].to(seq_idx.dtype), places

@@ -228,7 +228,7 @@ def _attention_core(
     Args:
         channels: of a head, as the kernel gets them; None: the model's.
     """
-    heads, _, usual = _attention_sizes(model, layout)
+    heads, groups, usual = _attention_sizes(model, layout)
     channels = channels or usual
     logs = 4 * layout.tokens * heads
     if fused:
@@ -238,21 +238,25 @@ def _attention_core(
         blocks = plan_blocks(
             chunks, [0], layout.seq_length,
             None if model.window_size is None else model.window_size[0] + 1,
+            model.num_meta_tokens,
         )  # fmt: skip
         if model.attn_mask_type == "no_mask":  # all queries at once, with every key and no mask
             queries, keys = sum(stop - start for start, stop in chunks), layout.seq_length
             blocks = [Block(keys - queries, keys, 0, exactly_causal=True)]
-        pairs = [(b.stop - b.start) * (b.stop - b.key_start) for b in blocks]
+        pairs = [(b.stop - b.start) * b.keys for b in blocks]
         masks = sum(
             size for size, block in zip(pairs, blocks, strict=True) if not block.exactly_causal
         )
         if model.attention_dropout:
-            tokens = sum(b.stop - b.start + 2 * (b.stop - b.key_start) for b in blocks)
+            tokens = sum(b.stop - b.start + 2 * b.keys for b in blocks)
             of_head = 4 * (3 * sum(pairs) + tokens * channels)
             sizes.append(layout.micro_batch * heads * of_head)
             continue
         parts = e * layout.tokens * heads * channels if len(blocks) > 1 else 0
-        sizes.append(logs + e * masks + parts)
+        # Keys and values that do not lie together: meta tokens', and a window's.
+        apart = sum(block.keys for block in blocks if block.metas not in (0, block.key_start))
+        copies = 2 * layout.micro_batch * apart * groups * channels
+        sizes.append(logs + e * (masks + copies) + parts)
     return max(sizes)
 
 

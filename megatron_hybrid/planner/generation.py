@@ -41,7 +41,7 @@ def generation_memory(
     """What generation holds when `batch_size` sequences have `context_tokens` tokens each.
 
     Keys and values are kept as `megatron-hybrid generate` keeps them: of tokens that some layer
-    still sees, by every layer.
+    still sees, by every layer; those of meta tokens as often as there are sequences.
 
     Args:
         number_bytes: of a weight, a key or a value.
@@ -51,7 +51,7 @@ def generation_memory(
     keys_values = ssm = conv = 0
     windows = [layer.model.window_size for layer in layers_of(model, ATTENTION)]
     seen = [context_tokens if window is None else window[0] + 1 for window in windows]
-    length = min(context_tokens, max(seen, default=0))
+    length = min(context_tokens, max(seen, default=0)) + model.num_meta_tokens
     for sort in sorts(model):
         m, layers = sort.model, batch_size * len(sort.numbers)
         if sort.has(ATTENTION):

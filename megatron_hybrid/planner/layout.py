@@ -21,7 +21,7 @@ class Layout:
         sequence_parallel: norms and residuals are split over TP.
         micro_batch, micro_batches: samples in a forward pass, and how many of those a step has on a
             rank.
-        seq_length: tokens, the longest of the run.
+        seq_length: tokens, the longest of the run, and the meta tokens before them.
         tokens: of a micro batch on a rank, where TP ranks see all of them; of the longest samples.
         own_tokens: the same where sequence parallelism splits them.
     """
@@ -75,7 +75,7 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
     p, training = config.parallel, config.training
     pp, dp = p.pipeline_model_parallel_size, data_parallel_size(config, world_size)
     chunks = parse_pattern(config.model.hybrid_layer_pattern).chunks(pp)
-    longest = max(sequence_lengths(config))
+    longest = max(sequence_lengths(config)) + config.model.num_meta_tokens
     return Layout(
         p.tensor_model_parallel_size, pp, len(chunks) // pp, p.context_parallel_size,
         p.expert_model_parallel_size, p.expert_tensor_parallel_size or 1, dp, chunks,

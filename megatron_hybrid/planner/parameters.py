@@ -16,7 +16,7 @@ def stage_parameters(model: ModelConfig, layout: Layout, stage: int) -> Paramete
     assert model.padded_vocab_size is not None
     words = model.padded_vocab_size * model.hidden_size // layout.tp
     if stage == 0:
-        found += Parameters(dense=words)
+        found += Parameters(dense=words + model.num_meta_tokens * model.hidden_size)
     if stage == layout.pp - 1:
         found += Parameters(dense=model.hidden_size)
         # A tied output layer is the embedding, but on another stage it needs a copy.

@@ -60,7 +60,8 @@ class Report:
             )
         return cls(
             config, gpu, layout, rank_memory(config, gpus, fused=True),
-            step_time(config, gpus, gpu), flops_per_token(config.model, layout.seq_length),
+            step_time(config, gpus, gpu),
+            flops_per_token(config.model, layout.seq_length - config.model.num_meta_tokens),
             generation,
         )  # fmt: skip
 

@@ -143,8 +143,9 @@ def step_time(
         "optimizer": updated,
         "frozen models": frozen,
     }
-    tokens = config.training.global_batch_size * layout.seq_length
-    flops = step_flops_per_token(config, layout.seq_length) * tokens
+    text_tokens = layout.seq_length - config.model.num_meta_tokens
+    tokens = config.training.global_batch_size * text_tokens
+    flops = step_flops_per_token(config, text_tokens) * tokens
     mfu = flops / (seconds * world_size * gpu.bf16_tflops * 1e12)
     return StepTime(seconds, tokens, parts, mfu)
 

@@ -38,6 +38,15 @@ def teacher_problems(config: RunConfig, options: "Options") -> Iterator[str]:
             f"{NAME}.teacher={options.teacher} must have model.attn_mask_type=causal; it is "
             f"{teacher.model.attn_mask_type}"
         )
+    for whose, model in (
+        ("the student has", config.model),
+        (f"{options.teacher} has", teacher.model),
+    ):
+        if model.num_meta_tokens:
+            yield (
+                f"{NAME}.teacher: {whose} model.num_meta_tokens={model.num_meta_tokens}, which is "
+                "not supported: rows of the two would not be of one length; allowed: 0"
+            )
     words, theirs = config.model.vocab_size, teacher.model.vocab_size
     if words is not None and words != theirs:
         yield (

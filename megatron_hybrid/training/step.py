@@ -176,7 +176,7 @@ class Stepper:
             data_iterator=iterators[0] if len(self.model) == 1 else iterators,
             model=self.model[0] if len(self.model) == 1 else self.model,
             num_microbatches=count,
-            seq_length=shape.seq_length * row_of,
+            seq_length=shape.seq_length * row_of + self.config.model.num_meta_tokens,
             micro_batch_size=micro_batch_size // row_of,
             forward_only=forward_only,
         )
@@ -189,7 +189,7 @@ class Stepper:
         self, data: Iterator[Batch], model: torch.nn.Module
     ) -> tuple[Tensor, partial[tuple[Tensor, Tensor, Tensor]]]:
         """The engine's forward_step_func: the output, and what the last stage makes of it."""
-        batch = next(data)
+        batch = next(data).after(self.config.model.num_meta_tokens)
         local = local_batch(batch, self.device)
         wanted = self.objective.output
         with without_output_layer(model) if wanted == "hidden" else nullcontext():

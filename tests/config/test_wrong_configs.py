@@ -38,8 +38,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("files"))
 
 
+# Of a good config whose pattern has none.
+NO_EXPERTS = (
+    "model.num_moe_experts=null model.moe_ffn_hidden_size=null model.moe_aux_loss_coeff=0 "
+    "model.moe_shared_expert_intermediate_size=null model.moe_router_score_function=softmax"
+)
+
+
 def words(typed: str, folder: Path) -> list[str]:
-    found = shlex.split(typed.replace("{tmp}", str(folder)))
+    found = shlex.split(typed.replace("{tmp}", str(folder)).replace("{no experts}", NO_EXPERTS))
     return [*GOOD, *found[1:]] if found[:1] == ["..."] else found
 
 

@@ -43,12 +43,16 @@ HEADS_FIELDS = {
         },
     },
 }  # fmt: skip
-# What Hymba has: one projection to attention and Mamba-1 and one from both, norms within Mamba-1.
+# What Hymba has: one projection to attention and Mamba-1 and one from both, norms within Mamba-1,
+# meta tokens.
 HYMBA = "M*-H-H"
 HYMBA_FIELDS = {
     "activation": "swiglu", "parallel_heads_join": "mean", "mamba_version": 1,
     "mamba_inner_layernorms": True, "mamba_dt_rank": 3, "mamba_state_dim": 8,
-    "layers": {"1": {"mamba_version": 2}, "4": {"window_size": [20, 0]}},
+    "num_meta_tokens": 8, "embedding_multiplier": 2.0,
+    "layers": {
+        "1": {"mamba_version": 2}, "2": {"window_size": [5, 0]}, "4": {"window_size": [20, 0]},
+    },
 }  # fmt: skip
 # Two of each kind, the second of which is unlike the first: Mamba-1 and Mamba-2, other numbers of
 # heads, which are as wide or not, groups of the gated norm, angles of RoPE, activations and

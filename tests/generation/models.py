@@ -57,6 +57,11 @@ MODELS = {
                      "model.parallel_heads_join=mean", "model.mamba_version=1",
                      "model.mamba_inner_layernorms=true", "model.activation=swiglu",
                      "model.layers={4: {window_size: [11, 0]}}", *NO_MOE],
+    "meta tokens": ["model.hybrid_layer_pattern=HM-*", "model.position_embedding_type=rope",
+                    "model.parallel_heads_join=mean", "model.mamba_version=1",
+                    "model.num_meta_tokens=6", "model.embedding_multiplier=2",
+                    "model.layers={1: {window_size: [9, 0]}, 2: {mamba_version: 2},"
+                    " 4: {window_size: [3, 0]}}", *NO_MOE],
     "softmax first": ["model.hybrid_layer_pattern=ME", "model.moe_router_score_function=softmax",
                       "model.moe_router_pre_softmax=true", "model.moe_router_topk=1",
                       "model.moe_ffn_hidden_size=24",

@@ -45,8 +45,9 @@ def generated(names: list[str], limits: list[Limits]) -> list[list[list[list[Com
             with built(small_config(name), sizes) as generator:
                 found[-1].append(generator.generate(prompts, params))
                 states = generator.engine.states
-                assert (states.owners, states.reserved_pages) == ([], 0)
-                assert states.slots == [None] * sizes.max_sequences
+                metas = -(-states.num_meta_tokens // sizes.page_tokens)
+                assert (len(states.owners), states.reserved_pages) == (metas, metas)
+                assert states.slots[: sizes.max_sequences] == [None] * sizes.max_sequences
                 if sizes is limits[0]:
                     check_forward(generator, prompts[:7], params, found[-1][-1])
     return found

@@ -162,7 +162,8 @@ def kept_bytes(config: RunConfig) -> tuple[list[int], int]:
     kept: list[torch.Tensor] = []
     found: list[int] = []
     torch.manual_seed(0)
-    length = config.data.seq_length // config.parallel.context_parallel_size
+    row = config.data.seq_length + config.model.num_meta_tokens
+    length = row // config.parallel.context_parallel_size
     tokens = torch.randint(0, 4096, (config.training.micro_batch_size, length))
     positions = torch.arange(length).expand_as(tokens)
     with built(config) as (model, _, _):
@@ -250,6 +251,11 @@ VARIANTS = {
         "HH", "model.mamba_version=1", "model.parallel_heads_join=mean",
         "model.mamba_inner_layernorms=true", "model.position_embedding_type=rope",
         "parallel.context_parallel_size=2",
+    ],
+    "meta tokens": [
+        "M*H", "model.mamba_version=1", "model.parallel_heads_join=mean",
+        "model.num_meta_tokens=64", "model.layers={1: {mamba_version: 2},"
+        " 2: {window_size: [32, 0]}, 3: {window_size: [100, 0]}}",
     ],
     "shared heads, selective": [
         "HH", "model.mamba_version=1", "model.parallel_heads_join=mean",

@@ -129,9 +129,17 @@ def selective_scan_states(c: RunConfig, facts: Facts) -> Problems:
             )
 
 
-def shared_heads(c: RunConfig, facts: Facts) -> Problems:
-    """Attention of Transformer Engine is asked for values as wide as keys."""
-    if c.model.parallel_heads_join == "mean" and on_transformer_engine(c, facts):
+def attention_kernels(c: RunConfig, facts: Facts) -> Problems:
+    """Attention of Transformer Engine is asked for values as wide as keys, and the usual masks."""
+    if not on_transformer_engine(c, facts):
+        return
+    if c.model.num_meta_tokens:
+        yield (
+            f"model.num_meta_tokens={c.model.num_meta_tokens} is not supported on the "
+            "transformer_engine backend, whose attention has no mask for them; allowed: 0, or "
+            "backend=torch"
+        )
+    if c.model.parallel_heads_join == "mean":
         yield (
             "model.parallel_heads_join=mean is not supported on the transformer_engine backend: "
             "its values have other channels than its keys; allowed: sum, or backend=torch"
@@ -224,7 +232,7 @@ GPU: tuple[Rule, ...] = (
     experts,
     convolved_channels,
     selective_scan_states,
-    shared_heads,
+    attention_kernels,
     fusions,
     cuda_graphs,
 )

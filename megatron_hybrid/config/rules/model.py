@@ -210,6 +210,28 @@ def parallel_heads_join(c: RunConfig, _: Facts) -> Problems:
             )  # fmt: skip
 
 
+def meta_tokens(c: RunConfig, _: Facts) -> Problems:
+    """They are before the text, and none of its tokens."""
+    pattern, count = c.model.hybrid_layer_pattern, c.model.num_meta_tokens
+    metas = f"model.num_meta_tokens={count}"
+    if not count:
+        return
+    if not has_kind(pattern, MAMBA) and not has_kind(pattern, ATTENTION):
+        yield (
+            f"{metas} needs an 'M', '*' or 'H' layer in "
+            f"model.hybrid_layer_pattern={pattern!r}; allowed: 0"
+        )
+    if MOE in pattern:
+        yield (
+            f"{metas} with 'E' layers in model.hybrid_layer_pattern={pattern!r} is not supported: "
+            "experts would be balanced by what is no token of a text; allowed: 0"
+        )
+    if c.model.attn_mask_type != "causal":
+        yield (
+            f"{metas} needs model.attn_mask_type=causal; it is {c.model.attn_mask_type}; allowed: 0"
+        )
+
+
 def moe_only_with_moe_layers(c: RunConfig, _: Facts) -> Problems:
     """MoE layers need experts; MoE fields without MoE layers are a mistake somewhere."""
     pattern = c.model.hybrid_layer_pattern
@@ -320,6 +342,7 @@ MODEL: tuple[Rule, ...] = (
     mamba_heads,
     mamba_version,
     parallel_heads_join,
+    meta_tokens,
     multipliers,
     moe_only_with_moe_layers,
     moe_router,

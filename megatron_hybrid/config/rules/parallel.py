@@ -62,8 +62,10 @@ def sequence_parallel(c: RunConfig, _: Facts) -> Problems:
 def sequence_length(c: RunConfig, _: Facts) -> Problems:
     """CP gives a rank two equal chunks (zigzag); sequence parallelism cuts its part again."""
     cp, shared = c.parallel.context_parallel_size, sequence_ranks(c)
-
-    for name, seq_length in sequence_length_fields(c).items():
+    lengths = dict(sequence_length_fields(c))
+    if c.model.num_meta_tokens:
+        lengths["model.num_meta_tokens"] = c.model.num_meta_tokens
+    for name, seq_length in lengths.items():
         if cp > 1:
             yield from must_be_multiple(name, seq_length, f"2 * {CP}", 2 * cp)
         if shared.get(TP, 1) > 1:

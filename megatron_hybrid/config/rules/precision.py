@@ -195,6 +195,15 @@ def _near_heads(c: RunConfig, layer: Layer, multiple: int) -> str:
     return ", ".join(str(n) for n in (below, above) if n) or "none"
 
 
+def float8_meta_tokens(c: RunConfig, _: Facts) -> Problems:
+    """Rows with them have other numbers of tokens than those that a recipe is held against."""
+    if c.precision.recipe in FLOAT8_RECIPES and c.model.num_meta_tokens:
+        yield (
+            f"{_recipe(c)} with model.num_meta_tokens={c.model.num_meta_tokens} is not supported; "
+            "allowed: precision.recipe=bf16 or fp32"
+        )
+
+
 def float8_tokens(c: RunConfig, facts: Facts) -> Problems:
     """The tokens that a rank quantises, its shard under sequence parallelism, come in whole blocks.
 
@@ -234,5 +243,6 @@ PRECISION: tuple[Rule, ...] = (
     delayed_scaling_resumes,
     context_parallel_in_fp32,
     float8_widths,
+    float8_meta_tokens,
     float8_tokens,
 )

@@ -47,6 +47,7 @@ class Attention:
         self.qkv = Linear(attention.linear_qkv)
         self.proj = Linear(attention.linear_proj, group=group)
         heads = attention.num_query_groups_per_partition
+        self.num_meta_tokens: int = getattr(attention.core_attention, "num_meta_tokens", 0)
         self._size(
             layer, heads, attention.num_attention_heads_per_partition // heads,
             attention.hidden_size_per_attention_head, attention.hidden_size_per_attention_head,
@@ -117,7 +118,8 @@ class Attention:
         def by_token(tensor: Tensor) -> Tensor:  # [length, sequences, heads, d]
             return tensor[chunk.rows].flatten(1, -2).unflatten(0, shape).transpose(0, 1)
 
-        stop = chunk.start + chunk.length
+        start = chunk.before + chunk.start
+        stop = start + chunk.length
         if chunk.context is None:
             keys, values, first = by_token(key), by_token(value), 0
         else:
@@ -127,8 +129,8 @@ class Attention:
                 for pool in (self.pages.keys, self.pages.values)
             )
         attended = causal_attention(
-            by_token(query), keys, values, chunks=[(chunk.start - first, stop - first)],
-            window=self.window, scale=self.scale,
+            by_token(query), keys, values, chunks=[(start - first, stop - first)],
+            window=self.window, scale=self.scale, num_meta_tokens=self.num_meta_tokens,
         )  # fmt: skip
         return attended.transpose(0, 1).flatten(0, 1)
 

@@ -52,6 +52,7 @@ class SharedHeadsAttention(Attention):
         mixer = layer.mixer
         self._sizes = [mixer.in_proj_parts[name] for name in "qkv"]
         queries = mixer.heads // mixer.groups
+        self.num_meta_tokens = mixer.core_attention.num_meta_tokens
         self._size(layer, mixer.groups, queries, mixer.channels, mixer.value_channels)
 
     def refresh(self) -> None:
