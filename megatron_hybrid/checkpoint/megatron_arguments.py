@@ -6,6 +6,7 @@ from typing import Any
 from megatron_hybrid.checkpoint.errors import CheckpointError
 from megatron_hybrid.checkpoint.saved_config import FUNCTION_FIELDS, SHAPE_FIELDS
 from megatron_hybrid.config import ModelConfig
+from megatron_hybrid.config.describe import shown
 from megatron_hybrid.config.layers import MULTIPLIED
 
 _SAME_NAME = (
@@ -163,7 +164,7 @@ def differences(arguments: Mapping[str, Any], model: ModelConfig) -> list[str]:
     if arguments.get("group_query_attention") and "*" in layers:
         said["num_query_groups"] = arguments.get("num_query_groups")
     found = [
-        f"model.{name}={getattr(model, name)!r}, in the checkpoint {value!r}"
+        f"model.{name}={shown(getattr(model, name))}, in the checkpoint {shown(value)}"
         for name, value in said.items()
         if getattr(model, name) not in (value, None)
     ]

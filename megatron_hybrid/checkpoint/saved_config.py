@@ -101,7 +101,7 @@ def refuse_other_model(folder: Path, model: ModelConfig, saved: ModelConfig) -> 
         UserError: every field that differs, with both values.
     """
     differences = [
-        f"  - model.{name}={ours!r}, in the checkpoint {theirs!r}"
+        f"  - model.{name}={shown(ours)}, in the checkpoint {shown(theirs)}"
         for name in SHAPE_FIELDS
         if not (name == "padded_vocab_size" and model.vocab_size == saved.vocab_size)
         and not (name in OF_LAYERS and (model.layers or saved.layers))
@@ -110,7 +110,8 @@ def refuse_other_model(folder: Path, model: ModelConfig, saved: ModelConfig) -> 
     if not differences:
         found = other_sizes(model, layer_sizes(saved), SHAPE_FIELDS)
         differences = [
-            f"  - {name}={ours!r}, in the checkpoint {theirs!r}" for name, ours, theirs in found
+            f"  - {name}={shown(ours)}, in the checkpoint {shown(theirs)}"
+            for name, ours, theirs in found
         ]
     if differences:
         raise UserError("\n".join([f"{folder} holds another model:", *differences]))
@@ -133,8 +134,8 @@ def other_functions(model: ModelConfig, said: Mapping[str, Any]) -> list[str]:
     rotates = rotates or (unlike and rotates_(model))
     attends = has_kind(model.hybrid_layer_pattern, ATTENTION)
     of_layers = other_sizes(model, theirs, FUNCTION_FIELDS) if unlike and theirs else []
-    return [f"{name}={ours!r} (there {value!r})" for name, ours, value in of_layers] + [
-        f"model.{name}={ours!r} (there {said[name]!r})"
+    return [f"{name}={shown(ours)} (there {shown(value)})" for name, ours, value in of_layers] + [
+        f"model.{name}={shown(ours)} (there {shown(said[name])})"
         for name in FUNCTION_FIELDS
         if name in said and (ours := getattr(model, name)) != said[name]
         if not (unlike and name in OF_LAYERS)

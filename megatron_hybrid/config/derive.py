@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_hybrid.config.layers import all_say, mamba_versions
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MOE, has_kind, parse_pattern
+from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MOE, has_kind, having, parse_pattern
 from megatron_hybrid.config.precision import FLOAT8_RECIPES
 from megatron_hybrid.config.run import RunConfig
 
@@ -17,14 +17,40 @@ def _ffn_hidden_size(c: RunConfig) -> int:
     return 4 * c.model.hidden_size
 
 
+def _unset(c: RunConfig, name: str, kind: str, why: str) -> None:
+    """Refuse a null size, unless no layer needs it: none is of the kind, or each says its own."""
+    if has_kind(c.model.hybrid_layer_pattern, kind) and not all_say(c.model, kind, name):
+        raise UnderivableError(
+            f"model.{name} is not set, {why}; it must be a whole number of at least 1"
+        )
+
+
+def _num_attention_heads(c: RunConfig) -> None:
+    pattern = c.model.hybrid_layer_pattern
+    symbols = " and ".join(repr(each) for each in having(ATTENTION) if each in pattern)
+    why = f"and model.hybrid_layer_pattern={pattern!r} has {symbols} layers"
+    _unset(c, "num_attention_heads", ATTENTION, why)
+
+
+def _num_moe_experts(c: RunConfig) -> None:
+    why = f"and model.hybrid_layer_pattern={c.model.hybrid_layer_pattern!r} has 'E' layers"
+    _unset(c, "num_moe_experts", MOE, why)
+
+
+_NO_HEADS = "and follows from model.num_attention_heads, which is not set either"
+
+
 def _num_query_groups(c: RunConfig) -> int | None:
-    return (
-        c.model.num_attention_heads if has_kind(c.model.hybrid_layer_pattern, ATTENTION) else None
-    )
+    heads = c.model.num_attention_heads
+    if heads is None:
+        _unset(c, "num_query_groups", ATTENTION, _NO_HEADS)
+    return heads if has_kind(c.model.hybrid_layer_pattern, ATTENTION) else None
 
 
 def _kv_channels(c: RunConfig) -> int | None:
     heads = c.model.num_attention_heads
+    if heads is None:
+        _unset(c, "kv_channels", ATTENTION, _NO_HEADS)
     if heads is None or not has_kind(c.model.hybrid_layer_pattern, ATTENTION):
         return None
     if c.model.hidden_size % heads:
@@ -83,9 +109,12 @@ def _save(c: RunConfig) -> Path:
     return c.run_dir / "checkpoints"
 
 
-# In this order: a later field may follow from an earlier one.
+# In this order: a later field may follow from an earlier one. Heads and experts follow from
+# nothing: where they are needed and null, no rule reads them.
 DERIVED: dict[str, Callable[[RunConfig], object]] = {
     "model.ffn_hidden_size": _ffn_hidden_size,
+    "model.num_attention_heads": _num_attention_heads,
+    "model.num_moe_experts": _num_moe_experts,
     "model.num_query_groups": _num_query_groups,
     "model.kv_channels": _kv_channels,
     "model.mamba_num_heads": _mamba_num_heads,

@@ -205,13 +205,27 @@ def _unknown_inside(place: Place) -> str:
     return f"{path} is not a field; {outer} must be {allowed(info)}"
 
 
-_SHORT = reprlib.Repr(
+class _Typed(reprlib.Repr):
+    """Values as YAML has them, within lists and mappings too."""
+
+    def repr_bool(self, value: bool, level: int) -> str:
+        return str(value).lower()
+
+    def repr_NoneType(self, value: None, level: int) -> str:  # noqa: N802
+        return "null"
+
+    def repr_tuple(self, value: tuple[Any, ...], level: int) -> str:
+        return self.repr_list(list(value), level)
+
+    def repr_PosixPath(self, value: Path, level: int) -> str:  # noqa: N802
+        return str(value)
+
+
+_SHORT = _Typed(
     maxlevel=6, maxtuple=50, maxlist=50, maxdict=50, maxstring=200, maxlong=200, maxother=200
 )
 
 
 def shown(value: object) -> str:
     """A value as it is written in YAML or typed; a very long one cut in its middle."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "null" if value is None else _SHORT.repr(value)
+    return _SHORT.repr(value)

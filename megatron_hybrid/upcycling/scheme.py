@@ -19,6 +19,7 @@ from megatron_hybrid.checkpoint.saved_config import (
     layer_sizes,
     other_sizes,
 )
+from megatron_hybrid.config.describe import shown
 from megatron_hybrid.config.layers import layers as layers_of_model
 from megatron_hybrid.config.layers import shown_size
 from megatron_hybrid.config.model import ModelConfig
@@ -120,7 +121,7 @@ def scheme_between(dense: ModelConfig, moe: ModelConfig, *, scale_weights: bool)
     layers, problems = _changed_layers(dense, moe)
     unlike = bool(dense.layers or moe.layers)
     problems += [
-        f"model.{name}={ours!r}, in the dense checkpoint {theirs!r}"
+        f"model.{name}={shown(ours)}, in the dense checkpoint {shown(theirs)}"
         for name in _fields_in_common(dense)
         if not (unlike and name in OF_LAYERS)
         # Of the same words, they are the same model however they are padded.
@@ -131,7 +132,8 @@ def scheme_between(dense: ModelConfig, moe: ModelConfig, *, scale_weights: bool)
         found = other_sizes(moe, layer_sizes(dense), (*SHAPE_FIELDS, *_ROUTING_FIELDS))
         # Of those that change, the one has no sizes of the other.
         problems += [
-            f"{name}={ours!r}, in the dense checkpoint {theirs!r}" for name, ours, theirs in found
+            f"{name}={shown(ours)}, in the dense checkpoint {shown(theirs)}"
+            for name, ours, theirs in found
         ]
     dense, other_mlps = sizes_in_common(dense, [number + 1 for number in layers])
     moe, other_experts = sizes_in_common(moe, [number + 1 for number in layers])
@@ -189,8 +191,9 @@ def sizes_in_common(model: ModelConfig, numbers: Collection[int]) -> tuple[Model
         return model, []
     first, *others = chosen
     return first.model, [
-        f"{layer.path(name)}={value!r} must be {first.path(name)}={first.sizes[name]!r}: MLPs are "
-        f"upcycled alike, layer {layer.number} as layer {first.number}"
+        f"{layer.path(name)}={shown(value)} must be {first.path(name)}="
+        f"{shown(first.sizes[name])}: MLPs are upcycled alike, layer {layer.number} as layer "
+        f"{first.number}"
         for layer in others
         for name, value in layer.sizes.items()
         if value != first.sizes[name]

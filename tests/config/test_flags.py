@@ -17,7 +17,7 @@ from tests.config import GOOD
 
 # A value that fits each field whose type alone does not tell one.
 TEXTS = {
-    "model.hybrid_layer_pattern": "M-M*",
+    "model.hybrid_layer_pattern": "M-MM",
     "model.mamba_version": "1",
     "model.window_size": "128,0",
     "model.ssm_multipliers": "[1, 0.5, 2, 1, 1]",

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +20,7 @@ from megatron_hybrid.config import (
     presets,
     rules,
 )
-from megatron_hybrid.config.describe import fields, plain_type
+from megatron_hybrid.config.describe import fields, plain_type, shown
 from megatron_hybrid.config.tracker import FIRST_FOLDER
 from megatron_hybrid.errors import ConfigError
 from tests.config import GOOD
@@ -356,3 +357,12 @@ def test_two_presets_are_one_too_many() -> None:
     base = load_config(GOOD).model_dump(mode="json")
     with pytest.raises(ConfigError, match="preset=tiny is not for this command to change"):
         load_config(["preset=tiny"], base=base)
+
+
+@pytest.mark.parametrize("typed", ["[4, 0]", "null", "[true, null]", "{'a': [false]}", "1e-05"])
+def test_values_are_shown_as_one_types_them(typed: str) -> None:
+    """Within lists and mappings too: what a message shows can be put into a config."""
+    value = yaml.safe_load(typed)
+    as_kept = tuple(value) if isinstance(value, list) else value
+    assert shown(as_kept) == shown(value)
+    assert yaml.safe_load(shown(value)) == value

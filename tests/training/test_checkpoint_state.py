@@ -125,7 +125,7 @@ def test_sizes_of_layers_are_compared_layer_by_layer() -> None:
     seen = model(layers={"2": narrow, "*": LayerConfig(window_size=(4, 0))})
     refuse_other_model(Path("it"), seen, saved)
     [told] = other_functions(seen, said_of_functions(saved))
-    assert told == "model.layers.3.window_size=(4, 0) (there None)"
+    assert told == "model.layers.3.window_size=[4, 0] (there null)"
     assert other_functions(saved, said_of_functions(saved)) == []
 
 

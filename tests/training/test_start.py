@@ -11,6 +11,7 @@ import pytest
 from megatron_hybrid.checkpoint.carried import carried_on, write_carried
 from megatron_hybrid.checkpoint.saved_config import FUNCTION_FIELDS, SHAPE_FIELDS, TRAINING_FIELDS
 from megatron_hybrid.config import TRACKER_FILE, RunConfig, load_config
+from megatron_hybrid.config.describe import shown
 from megatron_hybrid.config.effects import EFFECTS
 from megatron_hybrid.data.batches import Span, Steps
 from megatron_hybrid.data.datasets import plan_data
@@ -160,8 +161,8 @@ def test_the_same_tensors_as_another_function(
         start._note_other_functions(changed, folder)
     (said,) = caplog.messages
     assert said.startswith(f"note: {folder} was trained as another function of the same weights: ")
-    assert f"model.{name}={getattr(changed.model, name)!r} " in said
-    assert f"(there {getattr(saved.model, name)!r})" in said
+    assert f"model.{name}={shown(getattr(changed.model, name))} " in said
+    assert f"(there {shown(getattr(saved.model, name))})" in said
     caplog.clear()
     with caplog.at_level("WARNING", "megatron_hybrid"):
         start._note_other_functions(load_config([*line, "training.objective=a:B"]), folder)

@@ -214,7 +214,7 @@ def test_moe_layers_that_are_there_keep_their_routing() -> None:
     with pytest.raises(UserError) as caught:
         scheme_between(dense, other, scale_weights=True)
     assert "model.moe_router_topk=4, in the dense checkpoint 2" in str(caught.value)
-    assert "model.moe_router_pre_softmax=False" in str(caught.value)
+    assert "model.moe_router_pre_softmax=false, in the dense checkpoint true" in str(caught.value)
 
 
 def test_factors_of_mlps_are_refused(tmp_path: Path) -> None:

@@ -30,37 +30,14 @@ _OF_SUMS = (
 _SHARED = "moe_shared_expert_intermediate_size"
 
 
-def _layers(pattern: str, kind: str) -> str:
-    """Those that have a kind, as a pattern has them: "'*' layers"."""
-    symbols = (symbol for symbol in having(kind) if symbol in pattern)
-    return f"{' and '.join(map(repr, symbols))} layers"
-
-
 def attention_heads(c: RunConfig, _: Facts) -> Problems:
-    """Attention layers need heads, in whole groups."""
-    pattern = c.model.hybrid_layer_pattern
-    if not has_kind(pattern, ATTENTION):
-        return
+    """Heads share keys and values in whole groups."""
     for layer in layers_of(c.model, ATTENTION):
         heads, groups = layer.model.num_attention_heads, layer.model.num_query_groups
-        if heads is None:
-            yield (
-                f"model.num_attention_heads is not set, and model.hybrid_layer_pattern={pattern!r} "
-                f"has {_layers(pattern, ATTENTION)}; it must be a whole number of at least 1"
-            )
-            continue
-        # Which follow from the model's heads.
-        for name in ("num_query_groups", "kv_channels"):
-            if getattr(layer.model, name) is None:
-                yield (
-                    f"model.{name} is not set, and follows from model.num_attention_heads, which "
-                    f"is not set either; layer {layer.number} has none of its own: it must be a "
-                    "whole number of at least 1"
-                )
-        if groups is not None:
-            yield from must_divide(
-                layer.path("num_query_groups"), groups, layer.path("num_attention_heads"), heads
-            )
+        assert heads is not None and groups is not None
+        yield from must_divide(
+            layer.path("num_query_groups"), groups, layer.path("num_attention_heads"), heads
+        )
 
 
 def attention_window(c: RunConfig, _: Facts) -> Problems:
@@ -233,14 +210,9 @@ def meta_tokens(c: RunConfig, _: Facts) -> Problems:
 
 
 def moe_only_with_moe_layers(c: RunConfig, _: Facts) -> Problems:
-    """MoE layers need experts; MoE fields without MoE layers are a mistake somewhere."""
+    """MoE fields without MoE layers are a mistake somewhere."""
     pattern = c.model.hybrid_layer_pattern
     if MOE in pattern:
-        if any(each.model.num_moe_experts is None for each in layers_of(c.model, MOE)):
-            yield (
-                f"model.num_moe_experts is not set, and model.hybrid_layer_pattern={pattern!r} has "
-                "'E' layers; it must be a whole number of at least 1"
-            )
         return
     for path in _MOE_FIELDS:
         value = getattr(c.model, path.removeprefix("model."))
@@ -260,7 +232,8 @@ def moe_router(c: RunConfig, _: Facts) -> Problems:
     softmax = m.moe_router_score_function == "softmax"
     for layer in layers_of(m, MOE):
         topk, experts = layer.model.moe_router_topk, layer.model.num_moe_experts
-        if experts is not None and topk > experts:
+        assert experts is not None
+        if topk > experts:
             yield (
                 f"{layer.path('moe_router_topk')}={topk} must be at most "
                 f"{layer.path('num_moe_experts')}={experts}; allowed: 1 to {experts}"
@@ -288,13 +261,14 @@ def _expert_groups(layer: Layer) -> Problems:
     m, name, open_name = layer.model, "moe_router_num_groups", "moe_router_group_topk"
     groups, open_groups, topk = m.moe_router_num_groups, m.moe_router_group_topk, m.moe_router_topk
     experts = m.num_moe_experts
+    assert experts is not None
     if (groups is None) != (open_groups is None):
         here, other = (name, open_name) if open_groups is None else (open_name, name)
         yield (
             f"{layer.path(here)}={getattr(m, here)} needs {layer.path(other)}, which is null; "
             "allowed: null, or both"
         )
-    if groups is None or open_groups is None or experts is None:
+    if groups is None or open_groups is None:
         return
     if experts % groups:
         yield from must_divide(layer.path(name), groups, layer.path("num_moe_experts"), experts)

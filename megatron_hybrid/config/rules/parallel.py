@@ -139,8 +139,8 @@ def expert_parallel(c: RunConfig, _: Facts) -> Problems:
         return
     for layer in layers_of(c.model, MOE):
         experts, width = layer.model.num_moe_experts, layer.model.moe_ffn_hidden_size
-        if experts is not None:
-            yield from must_divide(EP, ep, layer.path("num_moe_experts"), experts)
+        assert experts is not None
+        yield from must_divide(EP, ep, layer.path("num_moe_experts"), experts)
         if width is not None and etp is not None:
             yield from must_divide(ETP, etp, layer.path("moe_ffn_hidden_size"), width)
     if etp is not None and etp > 1 and c.model.add_bias_linear:
