@@ -254,8 +254,8 @@ class TrainingConfig(Section):
     profile_ranks: Ranks = Field(default=(0,), description="ranks that are recorded")
     objective: Text = Field(
         default="pretraining",
-        description="what a step minimises: pretraining, sft, distillation, masked_diffusion, or "
-        "your own as package.module:Class",
+        description="what a step minimises: pretraining, sft, distillation, sft_distillation, "
+        "masked_diffusion, or your own as package.module:Class",
     )
     objective_options: Options = Field(
         default=FrozenDict(), description="the objective's own fields, if it has any"

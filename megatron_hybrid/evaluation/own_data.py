@@ -26,7 +26,11 @@ from megatron_hybrid.objectives.registry import objective_problems
 logger = logging.getLogger(__name__)
 
 _CONVERSATIONS = "sft"
-_OURS = ("pretraining", _CONVERSATIONS)
+# Whose samples have a next token, and the objective whose loss is its cross-entropy.
+_OURS = {
+    "pretraining": "pretraining", "distillation": "pretraining",
+    _CONVERSATIONS: _CONVERSATIONS, "sft_distillation": _CONVERSATIONS,
+}  # fmt: skip
 # However often a run of these data would read them: nothing is trained on.
 _NO_CAP = 1e30
 _DIGESTS = ("digest", "older_digest")  # of a `Shard`, in plans
@@ -163,9 +167,14 @@ def _uncapped(config: RunConfig) -> RunConfig:
 
 
 def _evaluated(config: RunConfig) -> RunConfig:
-    """A config with evaluations, which the run may not have had."""
+    """A config with evaluations, which the run may not have had, of the next token's
+    cross-entropy: without a teacher, which need not be there."""
     training = config.training.model_copy(
-        update={"eval_interval": config.training.eval_interval or 1}
+        update={
+            "eval_interval": config.training.eval_interval or 1,
+            "objective": _OURS[config.training.objective],
+            "objective_options": FrozenDict(),
+        }
     )
     return config.model_copy(update={"training": training})
 

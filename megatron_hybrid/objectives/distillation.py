@@ -12,6 +12,7 @@ from pydantic import Field
 
 from megatron_hybrid.config.base import FilePath, Positive, PositiveReal, Real, Section
 from megatron_hybrid.objectives.base import Losses, Objective
+from megatron_hybrid.objectives.sft import SupervisedFineTuning
 
 if TYPE_CHECKING:
     import torch
@@ -124,11 +125,9 @@ class Distillation(Objective):
         """A model without a next token, and a teacher that is not there or cannot teach it."""
         from megatron_hybrid.teachers.config import teacher_problems
 
-        if config.model.attn_mask_type != "causal":
-            yield (
-                "training.objective=distillation needs model.attn_mask_type=causal; it is "
-                f"{config.model.attn_mask_type}"
-            )
+        name, mask = f"training.objective={config.training.objective}", config.model.attn_mask_type
+        if mask != "causal":
+            yield f"{name} needs model.attn_mask_type=causal; it is {mask}"
         yield from teacher_problems(config, options)
 
     @classmethod
@@ -204,6 +203,19 @@ class Distillation(Objective):
             if tokens := totals[f"tokens/{name}"]:
                 found |= {f"{each}/{name}": totals[f"{each}/{name}"] / tokens for each in FIGURES}
         return found
+
+
+class SftDistillation(Distillation):
+    """The same over the tokens that the masks of conversations name; samples are those of `sft`."""
+
+    conversations = True
+
+    @classmethod
+    def problems(cls, config: "RunConfig", options: Any) -> Iterator[str]:
+        """Those of `sft` and of `distillation`."""
+        of_samples = list(SupervisedFineTuning.problems(config, None))
+        yield from of_samples
+        yield from (each for each in super().problems(config, options) if each not in of_samples)
 
 
 def logits_of(model: Any, hidden: "Tensor") -> "Tensor":

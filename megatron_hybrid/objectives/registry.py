@@ -21,6 +21,7 @@ OBJECTIVES = {
     "sft": "megatron_hybrid.objectives.sft:SupervisedFineTuning",
     "masked_diffusion": "megatron_hybrid.objectives.masked_diffusion:MaskedDiffusion",
     "distillation": "megatron_hybrid.objectives.distillation:Distillation",
+    "sft_distillation": "megatron_hybrid.objectives.distillation:SftDistillation",
 }
 
 

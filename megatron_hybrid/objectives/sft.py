@@ -25,7 +25,7 @@ class SupervisedFineTuning(Objective):
     @classmethod
     def problems(cls, config: "RunConfig", options: Any) -> Iterator[str]:
         """Other samples than rows of one length, and layers that would see across them."""
-        name, data = "training.objective=sft", config.data
+        name, data = f"training.objective={config.training.objective}", config.data
         if config.model.attn_mask_type != "causal":
             yield (f"{name} needs model.attn_mask_type=causal; it is {config.model.attn_mask_type}")
         if data.mock_data:

@@ -152,10 +152,10 @@ def _draw_loss(axes: Axes, runs: Sequence[Run]) -> None:
     low, high = axes.get_ylim()
     if high - low < 0.1:  # do not show noise as if it were progress
         axes.set_ylim(low - 0.05, high + 0.05)
-    _label_ends(axes, _last_token(runs), ends)
+    label_ends(axes, _last_token(runs), ends)
 
 
-def _label_ends(axes: Axes, end: float, ends: list[tuple[float, str, str]]) -> None:
+def label_ends(axes: Axes, end: float, ends: list[tuple[float, str, str]]) -> None:
     """Write each curve's last value to its right, moved apart where they would overlap."""
     low, high = axes.get_ylim()
     position = math.inf

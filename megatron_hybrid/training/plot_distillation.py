@@ -12,6 +12,7 @@ from megatron_hybrid.errors import UserError
 from megatron_hybrid.plotting import COLORS, INK, PALE_INK, STYLE, save_png, title, token_axis
 from megatron_hybrid.small_files import naming
 from megatron_hybrid.training.metrics import METRICS_FILE, read_records
+from megatron_hybrid.training.plot import label_ends
 
 _STUDENT, _TEACHER = COLORS[0], COLORS[3]
 _FIGURES = ("lm_loss", "teacher_lm_loss", "kl", "agreement")
@@ -57,6 +58,7 @@ def _columns(records: list[dict[str, Any]], kind: str) -> Columns:
 
 
 def _draw_losses(axes: Axes, train: Columns, valid: Columns) -> None:
+    ends = []
     for figure, color, name in (
         ("lm_loss", _STUDENT, "student"), ("teacher_lm_loss", _TEACHER, "teacher"),
     ):  # fmt: skip
@@ -70,11 +72,8 @@ def _draw_losses(axes: Axes, train: Columns, valid: Columns) -> None:
         mean = float(np.mean(last[figure])) if name == "teacher" else float(last[figure][-1])
         if name == "teacher":
             axes.axhline(mean, color=color, linewidth=1.8)
-        axes.annotate(
-            f"{name} {mean:.3f}", (train["tokens"][-1], mean), xytext=(11, 0),
-            textcoords="offset points", color=color, va="center", fontweight="bold",
-            annotation_clip=False,
-        )  # fmt: skip
+        ends.append((mean, color, f"{name} "))
+    label_ends(axes, float(train["tokens"][-1]), ends)
     title(axes, "Cross-entropy of the labels", "nats per token; diamonds: held-out")
 
 

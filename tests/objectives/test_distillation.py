@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from megatron_hybrid.cli import app
 from megatron_hybrid.config import load_config
 from megatron_hybrid.data.tokenizer import NullTokenizer
 from megatron_hybrid.model.counts import count_parameters
@@ -15,9 +17,11 @@ from megatron_hybrid.planner.memory import rank_memory
 from megatron_hybrid.planner.step_time import step_time
 from megatron_hybrid.testing import run_distributed
 from megatron_hybrid.training.plot_distillation import draw_distillation
+from tests.objectives.test_sft import corpus as conversations
 from tests.training.phased import corpora, phased_words
 from tests.training.runs import SEQ_LENGTH, VOCAB_SIZE, losses, outcomes, records, words
 
+MICRO = "training.micro_batch_size=1"
 STUDENT = ["model.hidden_size=16", "model.mamba_head_dim=8", "training.objective=distillation"]
 
 
@@ -92,6 +96,29 @@ def test_by_source(teacher: Path, tmp_path: Path) -> None:
     assert any(name.startswith("kl/") for name in evaluation)
     draw_distillation(run_dir, tmp_path / "it.png")
     assert (tmp_path / "it.png").stat().st_size > 10_000
+
+
+def test_conversations(teacher: Path, tmp_path: Path) -> None:
+    """Rows of whole conversations, of which the assistant's tokens are learnt: as many in any micro
+    batches, and the run's own held-out ones evaluate to what it found, without its teacher."""
+    moved = tmp_path / "teacher"
+    shutil.copytree(teacher, moved)
+    both = [tmp_path / "whole", tmp_path / "micro"]
+    chats = conversations(tmp_path / "chats", 1)
+    line = [
+        "training.objective=sft_distillation", "data.packed_documents=true", "data.split=80,20,0",
+        "data.mock_data=false", f"data.data_path={chats}", "training.eval_interval=4",
+        "training.eval_iters=1",
+    ]  # fmt: skip
+    lines = [student(both[0], moved, *line), student(both[1], moved, *line, MICRO)]
+    assert run_distributed(outcomes, 1, lines)[0] == ["finished"] * 2
+    assert losses(both[1]) == pytest.approx(losses(both[0]), rel=1e-5)
+    shutil.rmtree(moved)
+    done = CliRunner().invoke(app, ["evaluate", str(both[0])])
+    assert done.exit_code == 0, done.output
+    [evaluation] = records(both[0], "evaluation")
+    [validation] = records(both[0], "validation")
+    assert evaluation["total"]["loss"] == pytest.approx(validation["extra"]["lm_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize(
