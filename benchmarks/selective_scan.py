@@ -13,8 +13,9 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from ssd_core import peak_resident_mib
@@ -23,6 +24,7 @@ from torch import Tensor
 from megatron_hybrid.ops.selective_scan import selective_scan
 
 Scan = Callable[..., Tensor]
+Inputs = Callable[[Any], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -74,41 +76,47 @@ def seconds(scan: Scan, tensors: list[Tensor]) -> tuple[float, float, list[Tenso
     return forward, time.perf_counter() - start, [y.detach(), *grads]
 
 
-def peak_mib(case: Case, side: str) -> float:
+def peak_mib(case: Any, scan: Scan, inputs: Inputs) -> float:
     """What one forward and backward adds to this process's peak, in MiB."""
     torch.set_num_threads(case.threads)
     # A short case first: what the libraries allocate once is not the scan's.
-    seconds(SIDES[side], inputs(replace(case, length=32)))
+    seconds(scan, inputs(replace(case, length=32)))
     tensors = inputs(case)
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    before, _ = peak_resident_mib(), seconds(SIDES[side], tensors)
+    before, _ = peak_resident_mib(), seconds(scan, tensors)
     return peak_resident_mib() - before
 
 
-def compare(case: Case, rounds: int) -> dict[str, object]:
-    """Medians over rounds in which both take turns, and both peaks."""
+def compare(case: Any, rounds: int, sides: dict[str, Scan], inputs: Inputs) -> dict[str, object]:
+    """Medians over rounds in which both take turns, and both peaks.
+
+    Args:
+        case: a dataclass of sizes, `length` and `threads` among them.
+        sides: by name, the peer first.
+        inputs: makes what they take.
+    """
     torch.set_num_threads(case.threads)
     tensors = inputs(case)
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in SIDES}
-    for scan in SIDES.values():  # imports and first calls
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    for scan in sides.values():  # imports and first calls
         seconds(scan, inputs(replace(case, length=32)))
     for _ in range(rounds):
         results = {}
-        for name, scan in SIDES.items():
+        for name, scan in sides.items():
             *timed, results[name] = seconds(scan, tensors)
             found[name].append((timed[0], timed[1]))
         for one, other in zip(*results.values(), strict=True):
             error = float((one - other).norm() / one.norm())
             assert error < 1e-4, f"the sides differ by {error:.1e}"
-    row: dict[str, object] = {"length": case.length, "channels": case.channels}
+    row: dict[str, object] = asdict(case)
     for place, what in enumerate(("forward", "forward+backward")):
         both = zip(*found.values(), strict=True)
         row[f"{what} x"] = round(statistics.median(a[place] / b[place] for a, b in both), 1)
         for name, times in found.items():
             row[f"{what} {name} ms"] = round(1e3 * statistics.median(t[place] for t in times), 1)
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for name in SIDES:
-            row[f"peak {name} MiB"] = round(pool.apply(peak_mib, (case, name)), 1)
+        for name, scan in sides.items():
+            row[f"peak {name} MiB"] = round(pool.apply(peak_mib, (case, scan, inputs)), 1)
     return row
 
 
@@ -122,7 +130,7 @@ def main() -> None:
     args = parser.parse_args()
     for length in args.lengths:
         case = Case(length, args.channels, args.state, args.threads)
-        print(json.dumps(compare(case, args.rounds)), flush=True)
+        print(json.dumps(compare(case, args.rounds, SIDES, inputs)), flush=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,16 @@ from checkpoints_converter.safetensors_files import SafetensorsReader
 from megatron_hybrid.checkpoint.files import find_checkpoint
 from megatron_hybrid.checkpoint.inert_pickle import Opaque
 from megatron_hybrid.checkpoint.reader import COMMON_FILE, CheckpointReader, as_matrix
-from megatron_hybrid.config.pattern import ATTENTION, KINDS, MAMBA, MLP, MOE, PARALLEL, made_of
+from megatron_hybrid.config.pattern import (
+    ATTENTION,
+    GDN,
+    KINDS,
+    MAMBA,
+    MLP,
+    MOE,
+    PARALLEL,
+    made_of,
+)
 from megatron_hybrid.config.yaml_text import parse_yaml
 from megatron_hybrid.data.saved_plan import SavedPlan, read_saved_plan
 from megatron_hybrid.small_files import naming, read_json
@@ -39,6 +48,7 @@ LAYOUT_FIELDS = {
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 # By names of tensors in ours and in Hugging Face's layers; experts have MLPs in them.
 _SIGNS = (
+    (GDN, re.compile(r"self_attention\.(A_log|conv1d|in_proj|out_norm)")),
     (MAMBA, re.compile(r"A_log|conv1d|in_proj")),
     (ATTENTION, re.compile(r"self_attention|self_attn|q_proj|attention_norm|pre_avg_layernorm")),
     (MOE, re.compile(r"router|experts|mixer\.gate\.|block_sparse_moe")),
@@ -138,6 +148,8 @@ def _symbols_of_layers(tensors: Mapping[str, Stored]) -> dict[int, str]:
     for found in signs.values():
         if MOE in found:
             found.discard(MLP)
+        if GDN in found:
+            found -= {MAMBA, ATTENTION}
         if found >= {*made_of(PARALLEL)}:
             found.difference_update(made_of(PARALLEL))
             found.add(PARALLEL)

@@ -12,7 +12,7 @@ from megatron_hybrid.config.layers import (
     shown_size,
     unlike_problem,
 )
-from megatron_hybrid.config.pattern import PARALLEL
+from megatron_hybrid.config.pattern import GDN, PARALLEL
 
 # model_type -> module; in the order in which they are tried for a model of ours.
 MODULES = {
@@ -60,6 +60,11 @@ def _not_held(model: ModelConfig, candidate: Family) -> list[str]:
         for name, usual in multiplied(model).items()
         if name not in candidate.multiplied
     ]
+    if GDN in pattern:
+        problems.append(
+            f"model.hybrid_layer_pattern={pattern!r} must have no '{GDN}': no family that is known "
+            "here has gated delta nets"
+        )
     if PARALLEL in pattern and not candidate.parallel_heads:
         problems.append(
             f"model.hybrid_layer_pattern={pattern!r} must have no '{PARALLEL}': "

@@ -4,7 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_hybrid.config.layers import all_say, mamba_versions
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MOE, has_kind, having, parse_pattern
+from megatron_hybrid.config.pattern import (
+    ATTENTION,
+    GDN,
+    MAMBA,
+    MOE,
+    has_kind,
+    having,
+    parse_pattern,
+)
 from megatron_hybrid.config.precision import FLOAT8_RECIPES
 from megatron_hybrid.config.run import RunConfig
 
@@ -85,6 +93,25 @@ def _mamba_dt_rank(c: RunConfig) -> int | None:
     return -(-c.model.hidden_size // 16) if 1 in mamba_versions(c.model) else None
 
 
+def _linear_num_key_heads(c: RunConfig) -> int | None:
+    if GDN not in c.model.hybrid_layer_pattern:
+        return None
+    width, head_dim = c.model.hidden_size, c.model.linear_key_head_dim
+    if width % head_dim:
+        if all_say(c.model, GDN, "linear_num_key_heads"):
+            return None
+        raise UnderivableError(
+            f"model.linear_num_key_heads is not set and model.hidden_size={width} is not a "
+            f"multiple of model.linear_key_head_dim={head_dim}; set model.linear_num_key_heads"
+        )
+    return width // head_dim
+
+
+def _linear_num_value_heads(c: RunConfig) -> int | None:
+    keys = c.model.linear_num_key_heads
+    return 2 * keys if GDN in c.model.hybrid_layer_pattern and keys is not None else None
+
+
 def _moe_ffn_hidden_size(c: RunConfig) -> int | None:
     return c.model.ffn_hidden_size if MOE in c.model.hybrid_layer_pattern else None
 
@@ -120,6 +147,8 @@ DERIVED: dict[str, Callable[[RunConfig], object]] = {
     "model.mamba_num_heads": _mamba_num_heads,
     "model.mamba_intermediate_size": _mamba_intermediate_size,
     "model.mamba_dt_rank": _mamba_dt_rank,
+    "model.linear_num_key_heads": _linear_num_key_heads,
+    "model.linear_num_value_heads": _linear_num_value_heads,
     "model.moe_ffn_hidden_size": _moe_ffn_hidden_size,
     "parallel.virtual_pipeline_model_parallel_size": _virtual_pipeline_size,
     "parallel.expert_tensor_parallel_size": _expert_tensor_parallel_size,

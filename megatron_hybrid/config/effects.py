@@ -32,6 +32,8 @@ _FIELDS: Mapping[Effect, str] = {
         model.mamba_num_heads model.mamba_head_dim model.mamba_state_dim model.mamba_num_groups
         model.mamba_intermediate_size model.mamba_dt_rank
         model.mamba_inner_layernorms model.parallel_heads_join model.num_meta_tokens
+        model.linear_num_key_heads model.linear_num_value_heads model.linear_key_head_dim
+        model.linear_value_head_dim
         model.mamba_rms_norm model.key_multiplier model.ssm_multipliers model.ssm_in_multiplier
         model.ssm_out_multiplier model.attention_in_multiplier model.attention_out_multiplier
         model.mlp_multipliers model.embedding_multiplier model.lm_head_multiplier

@@ -16,6 +16,7 @@ from megatron_hybrid.config.base import FrozenDict
 from megatron_hybrid.config.model import UNSAID, LayerConfig, ModelConfig
 from megatron_hybrid.config.pattern import (
     ATTENTION,
+    GDN,
     KINDS,
     MAMBA,
     MLP,
@@ -45,6 +46,10 @@ SIZES = MappingProxyType(
             "num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk",
             "moe_shared_expert_intermediate_size", "moe_latent_size", "moe_router_num_groups",
             "moe_router_group_topk", "activation",
+        ),
+        GDN: (
+            "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
+            "linear_value_head_dim",
         ),
     }
 )  # fmt: skip

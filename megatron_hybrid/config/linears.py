@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, PARALLEL, made_of
+from megatron_hybrid.config.pattern import ATTENTION, GDN, MAMBA, MLP, MOE, PARALLEL, made_of
 
 
 class Linear(NamedTuple):
@@ -45,6 +45,12 @@ def linears(model: ModelConfig, kind: str, *, tp: int = 1, etp: int = 1) -> dict
         # Packed z, x, B, C, dt.
         width = 2 * (inner + model.mamba_num_groups * model.mamba_state_dim) + model.mamba_num_heads
         return {"in_proj": Linear(d, width // tp), "out_proj": Linear(inner // tp, d)}
+    if kind == GDN:
+        keys, values = gdn_widths(model)
+        assert model.linear_num_value_heads is not None
+        # Packed query, key, value, z, beta, alpha.
+        width = 2 * (keys + values + model.linear_num_value_heads)
+        return {"in_proj": Linear(d, width // tp), "out_proj": Linear(values // tp, d)}
     if kind == ATTENTION:
         heads, groups, channels = (
             model.num_attention_heads, model.num_query_groups, model.kv_channels,
@@ -97,6 +103,15 @@ def _mlp(model: ModelConfig, inner: int, whose: str, *, routed: bool = False) ->
         f"linear_fc1{whose}": Linear(width, gate * inner, routed),
         f"linear_fc2{whose}": Linear(inner, width, routed),
     }
+
+
+def gdn_widths(model: ModelConfig) -> tuple[int, int]:
+    """Channels of all keys of a gated delta net, as many as of its queries, and of all values."""
+    assert model.linear_num_key_heads is not None and model.linear_num_value_heads is not None
+    return (
+        model.linear_num_key_heads * model.linear_key_head_dim,
+        model.linear_num_value_heads * model.linear_value_head_dim,
+    )
 
 
 def expert_width(model: ModelConfig) -> int:

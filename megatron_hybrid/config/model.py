@@ -74,6 +74,10 @@ class LayerConfig(Section):
     mamba_num_groups: Positive = _unsaid("Mamba-2: groups of heads that share B and C")
     mamba_intermediate_size: Positive = _unsaid("Mamba-1: channels")
     mamba_dt_rank: Positive = _unsaid("Mamba-1: rank of the steps' projection")
+    linear_num_key_heads: Positive = _unsaid("gated delta net: query and key heads")
+    linear_num_value_heads: Positive = _unsaid("gated delta net: value heads")
+    linear_key_head_dim: Positive = _unsaid("gated delta net: channels of a query and a key")
+    linear_value_head_dim: Positive = _unsaid("gated delta net: channels of a value")
     num_moe_experts: Positive = _unsaid("MoE: experts")
     moe_ffn_hidden_size: Positive = _unsaid("MoE: inner width of one expert")
     moe_router_topk: Positive = _unsaid("MoE: experts a token goes to")
@@ -112,7 +116,7 @@ class ModelConfig(Section):
 
     hybrid_layer_pattern: LayerPattern = Field(
         description="one symbol a layer: M Mamba, * attention, - MLP, E MoE, H attention and "
-        "Mamba side by side; '|' ends a pipeline segment"
+        "Mamba side by side, G gated delta net; '|' ends a pipeline segment"
     )
     hidden_size: Positive = Field(description="width of the residual stream")
     ffn_hidden_size: Positive | None = Field(
@@ -197,6 +201,20 @@ class ModelConfig(Section):
     )
     attention_out_multiplier: PositiveReal = Field(
         default=1.0, description="parallel heads: factor on the output of attention"
+    )
+    linear_num_key_heads: Positive | None = Field(
+        default=None,
+        description="gated delta net: query and key heads; null: hidden_size / linear_key_head_dim",
+    )
+    linear_num_value_heads: Positive | None = Field(
+        default=None,
+        description="gated delta net: value heads, as many for each key head; null: two",
+    )
+    linear_key_head_dim: Positive = Field(
+        default=128, description="gated delta net: channels of a query and a key"
+    )
+    linear_value_head_dim: Positive = Field(
+        default=128, description="gated delta net: channels of a value"
     )
     mlp_multipliers: MlpMultipliers = Field(
         default=(1.0, 1.0),

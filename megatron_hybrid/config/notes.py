@@ -14,7 +14,15 @@ from megatron_hybrid.config.describe import fields, shown
 from megatron_hybrid.config.effects import differences
 from megatron_hybrid.config.layers import layers, mamba_layers, mamba_versions, rotates
 from megatron_hybrid.config.lengths import lengths
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, has_kind
+from megatron_hybrid.config.pattern import (
+    ATTENTION,
+    GDN,
+    MAMBA,
+    MLP,
+    MOE,
+    has_kind,
+    recurrent_symbols,
+)
 from megatron_hybrid.config.phases import (
     batch_sizes,
     run_tokens,
@@ -196,6 +204,14 @@ _TABLE = (
         lambda c: 1 not in mamba_versions(c.model), "the model has no Mamba-1 layers",
     ),
     _Unused(
+        (
+            "model.linear_num_key_heads", "model.linear_num_value_heads",
+            "model.linear_key_head_dim", "model.linear_value_head_dim",
+        ),
+        lambda c: GDN not in c.model.hybrid_layer_pattern,
+        "model.hybrid_layer_pattern has no 'G' layers",
+    ),
+    _Unused(
         ("model.ffn_hidden_size",), lambda c: not _reads_ffn_hidden_size(c),
         "model.hybrid_layer_pattern has no '-' layers, nor 'E' layers without a width of their own",
     ),
@@ -262,7 +278,7 @@ _TABLE = (
     ),
     _Unused(
         ("data.packed_documents",),
-        lambda c: not has_kind(c.model.hybrid_layer_pattern, MAMBA) and not _attends(c),
+        lambda c: not recurrent_symbols(c.model.hybrid_layer_pattern) and not _attends(c),
         "no layer of this model looks from one token to another",
     ),
     _Unused(
@@ -363,7 +379,10 @@ def _states_of_mamba1(c: RunConfig) -> list[str]:
 
 
 # Sizes from which others of the model follow.
-_DERIVED_FROM = ("ffn_hidden_size", "num_attention_heads", "mamba_head_dim")
+_DERIVED_FROM = (
+    "ffn_hidden_size", "num_attention_heads", "mamba_head_dim", "linear_num_key_heads",
+    "linear_key_head_dim",
+)  # fmt: skip
 
 
 def _unread_sizes(c: RunConfig) -> list[str]:

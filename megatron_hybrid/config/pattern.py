@@ -7,21 +7,22 @@ from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
 
-MAMBA, ATTENTION, MLP, MOE, PARALLEL, SEPARATOR = "M", "*", "-", "E", "H", "|"
+MAMBA, ATTENTION, MLP, MOE, PARALLEL, GDN, SEPARATOR = "M", "*", "-", "E", "H", "G", "|"
 KINDS = MappingProxyType(
     {
         MAMBA: "Mamba", ATTENTION: "attention", MLP: "MLP", MOE: "MoE",
-        PARALLEL: "parallel heads",
+        PARALLEL: "parallel heads", GDN: "gated delta net",
     }
 )  # fmt: skip
 # What a layer is made of, where that is more than itself: both read the same normed input.
 _MADE_OF = MappingProxyType({PARALLEL: (ATTENTION, MAMBA)})
+# What reads from left to right, token by token.
+_RECURRENT = (MAMBA, GDN)
 _ALLOWED = ", ".join(f"{symbol!r} ({kind})" for symbol, kind in KINDS.items())
 _MOST_PROBLEMS = 10  # that are told of one by one
 # Symbols of megatron-core's patterns that have no layer here.
 _ENGINE_ONLY = MappingProxyType(
     {
-        "G": "gated delta-net",
         "D": "sparse attention",
         "+": "multi-latent attention",
         "/": "multi-token prediction",
@@ -142,3 +143,9 @@ def cut_evenly(pattern: str, stages: int) -> str:
     size, rest = divmod(len(layers), stages)
     ends = [0, *(size * i + min(i, rest) for i in range(1, stages + 1))]
     return "|".join(layers[a:b] for a, b in pairwise(ends) if b > a)
+
+
+def recurrent_symbols(text: str) -> str:
+    """The symbols of a pattern, even a wrong one, whose layers read from left to right: "MH"."""
+    kinds = (kind for kind in KINDS if any(is_or_has(kind, each) for each in _RECURRENT))
+    return "".join(kind for kind in kinds if kind in text)

@@ -15,11 +15,20 @@ from torch import Tensor
 
 from megatron_hybrid.config.layers import layers_of
 from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, PARALLEL, parse_pattern
+from megatron_hybrid.config.pattern import (
+    ATTENTION,
+    GDN,
+    MAMBA,
+    MLP,
+    MOE,
+    PARALLEL,
+    parse_pattern,
+)
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.generation.batch import Batch
 from megatron_hybrid.generation.cache import Pages, States
 from megatron_hybrid.generation.layers.attention import Attention, AttentionLayer, Rotary
+from megatron_hybrid.generation.layers.gated_delta_net import GatedDeltaNet
 from megatron_hybrid.generation.layers.mamba import MambaLayer, MambaMixer
 from megatron_hybrid.generation.layers.mamba1 import mamba_mixer
 from megatron_hybrid.generation.layers.mlp import MlpLayer
@@ -60,10 +69,11 @@ class Decoder:
         symbols = parse_pattern(model.hybrid_layer_pattern).layers
         for chunk in self.chunks:
             kinds = {
-                MAMBA: lambda layer: MambaLayer(layer, mamba_mixer(layer, self._tp)),
+                MAMBA: lambda layer: MambaLayer(mamba_mixer(layer, self._tp), layer.mixer.in_proj),
                 ATTENTION: lambda layer: AttentionLayer(layer, self._tp),
                 MLP: lambda layer: MlpLayer(layer, self._tp, model.mlp_multipliers[1]),
                 MOE: lambda layer: MoeLayer(layer, self._tp, experts),
+                GDN: lambda layer: _gated_delta_net(layer, self._tp),
                 PARALLEL: lambda layer: parallel_heads(layer, self._tp),
             }
             self.stages.append(
@@ -215,6 +225,11 @@ class Decoder:
         flag = torch.tensor(int(here), device=self.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._pp)
         return bool(flag)
+
+
+def _gated_delta_net(layer: Any, group: Group) -> MambaLayer:
+    mixer = layer.self_attention
+    return MambaLayer(GatedDeltaNet(mixer, group), mixer.in_proj)
 
 
 class _OutputWeight:

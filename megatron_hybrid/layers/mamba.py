@@ -1,5 +1,5 @@
-"""What the mixers of Mamba-1 and Mamba-2 share: the projections around the scan, and how parameters
-are made, kept in fp32 and saved.
+"""What the mixers of Mamba-1, Mamba-2 and gated delta nets share: the projections around the scan,
+and how parameters are made, kept in fp32 and saved.
 
 Legend: s sequence of this rank, l whole sequence, b batch, h hidden size.
 """
@@ -48,6 +48,7 @@ class MambaMixer(MegatronModule):
     Attributes:
         tp_group: set by the mixer.
         dims: along which parameters of its own are sharded, where it is not the first.
+        whole: parameters of its own that every TP rank has alike.
         keys: in a checkpoint, of parameters of its own, where they differ from their names.
 
     Args:
@@ -60,6 +61,7 @@ class MambaMixer(MegatronModule):
         super().__init__(config)
         self.num_meta_tokens = num_meta_tokens
         self.dims: dict[str, int] = {}
+        self.whole: tuple[str, ...] = ()
         self.keys = {"conv1d_weight": "conv1d.weight", "conv1d_bias": "conv1d.bias"}
         self._packed: dict[str, dict[str, int]] = {}
 
@@ -154,7 +156,8 @@ class MambaMixer(MegatronModule):
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         """As nn.Module's, but a cast to 16 bits leaves A_log, D and dt_bias in fp32."""
-        kept = {name: getattr(self, name).data for name in FP32_PARAMETERS}
+        own = self._parameters
+        kept = {name: own[name].data for name in FP32_PARAMETERS if own.get(name) is not None}
         super()._apply(fn, recurse)
         for name, data in kept.items():
             parameter = getattr(self, name)
@@ -172,7 +175,7 @@ class MambaMixer(MegatronModule):
         sharded = make_sharded_tensors_for_checkpoint(
             own,
             prefix,
-            dict.fromkeys(own, 0) | self.dims,
+            {name: 0 for name in own if name not in self.whole} | self.dims,
             sharded_offsets=sharded_offsets,
             tp_group=self.tp_group,
             dp_cp_group=metadata["dp_cp_group"],
@@ -192,11 +195,12 @@ class MambaMixer(MegatronModule):
         return sharded
 
 
-def draw_convolution(weight: Tensor, bias: Tensor) -> None:
+def draw_convolution(weight: Tensor, bias: Tensor | None = None) -> None:
     """torch's own range for a convolution of one channel each: weight `[c, 1, k]`, bias `[c]`."""
     bound = 1 / math.sqrt(weight.shape[-1])
     weight.uniform_(-bound, bound)
-    bias.uniform_(-bound, bound)
+    if bias is not None:
+        bias.uniform_(-bound, bound)
 
 
 def draw_dt_bias(bias: Tensor) -> None:

@@ -3,16 +3,17 @@
 Letters: d hidden_size, V padded vocabulary, L length of a sequence in tokens; Mamba-2: h heads of
 p channels, i = h*p inner channels, G groups, N states, c = i + 2*G*N channels of the convolution
 over K = 4 tokens; Mamba-1: i channels, all of them convolved, r rank of dt; attention: q query and
-g key/value heads of k channels; MLP: f inner channels, u = 3 matrices (swiglu) or 2; MoE: E
+g key/value heads of k channels; gated delta net: k key heads of n channels, h value heads of p, c =
+2*k*n + h*p channels of the convolution; MLP: f inner channels, u = 3 matrices (swiglu) or 2; MoE: E
 experts, of which a token visits t.
 """
 
 from dataclasses import dataclass
 
 from megatron_hybrid.config.layers import sorts
-from megatron_hybrid.config.linears import linears, value_channels
+from megatron_hybrid.config.linears import gdn_widths, linears, value_channels
 from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MOE, PARALLEL, made_of
+from megatron_hybrid.config.pattern import ATTENTION, GDN, MAMBA, MOE, PARALLEL, made_of
 from megatron_hybrid.errors import ConfigError
 
 CONV_KERNEL = 4
@@ -140,7 +141,7 @@ class Parameters:
 
     Attributes:
         dense: in the run's format, and of every layer but of experts.
-        fp32: always in fp32: A_log, D and dt_bias of Mamba.
+        fp32: always in fp32: A_log, D and dt_bias of Mamba and gated delta nets.
         expert: of experts.
     """
 
@@ -166,10 +167,11 @@ def layer_parameters(
 
     `model` has the layer's own sizes, as that of `config.layers.Layer` has.
 
-    Linears, with biases but in Mamba; Mamba-2: convolution c(K+1), gated norm i (where there is
-    one), and 3h in fp32; Mamba-1: convolution i(K+1), x_proj i(r+2N), dt_proj ir, where they are
-    normed r+2N, and i(N+2) in fp32; MoE: the router's d*E, with biases E more. Parallel heads:
-    both, with one norm before them; where they share their linears, 2i for the norms after both.
+    Linears, with biases but in Mamba and gated delta nets; Mamba-2: convolution c(K+1), gated norm
+    i (where there is one), and 3h in fp32; Mamba-1: convolution i(K+1), x_proj i(r+2N), dt_proj ir,
+    where they are normed r+2N, and i(N+2) in fp32; gated delta net: convolution cK, a norm p, and
+    2h in fp32; MoE: the router's d*E, with biases E more. Parallel heads: both, with one norm
+    before them; where they share their linears, 2i for the norms after both.
     """
     if kind == PARALLEL and model.parallel_heads_join == "mean":
         shared = linears(model, kind, tp=tp).values()
@@ -183,7 +185,7 @@ def layer_parameters(
     dense, of_expert = model.hidden_size, 0
     for linear in linears(model, kind, tp=tp, etp=etp).values():
         weights = linear.inputs * linear.outputs
-        if model.add_bias_linear and kind != MAMBA:
+        if model.add_bias_linear and kind not in (MAMBA, GDN):
             weights += linear.outputs
         dense, of_expert = (
             (dense, of_expert + weights) if linear.routed else (dense + weights, of_expert)
@@ -194,6 +196,8 @@ def layer_parameters(
         dense += model.num_moe_experts * (model.hidden_size + model.add_bias_linear)
         experts = model.num_moe_experts // ep
     found = Parameters(dense, expert=experts * of_expert)
+    if kind == GDN:
+        return found + _beside_gdn_linears(model, tp)
     return found + _beside_linears(model, tp) if kind == MAMBA else found
 
 
@@ -213,6 +217,15 @@ def _beside_linears(model: ModelConfig, tp: int) -> Parameters:
     gated_norm = inner if model.mamba_rms_norm else 0
     dense = (_convolved(model) * (CONV_KERNEL + 1) + gated_norm) // tp
     return Parameters(dense, 3 * model.mamba_num_heads // tp)
+
+
+def _beside_gdn_linears(model: ModelConfig, tp: int) -> Parameters:
+    """Of a gated delta net."""
+    assert model.linear_num_value_heads is not None
+    keys, values = gdn_widths(model)
+    convolution = (2 * keys + values) * CONV_KERNEL // tp
+    fp32 = 2 * model.linear_num_value_heads // tp
+    return Parameters(convolution + model.linear_value_head_dim, fp32)
 
 
 def _active(model: ModelConfig, kind: str) -> int:
@@ -271,6 +284,11 @@ def _forward_flops(model: ModelConfig, kind: str, seq_length: int) -> float:
         return products + _scan_flops(model) + _attention_flops(model, kind, seq_length)
     if kind == MAMBA:
         return products + _scan_flops(model)
+    if kind == GDN:
+        keys, values = gdn_widths(model)
+        # The recurrence per number of the state: decay, what it says of k, change, readout.
+        states = values * model.linear_key_head_dim
+        return products + 2 * CONV_KERNEL * (2 * keys + values) + 7 * states
     if kind == ATTENTION:
         return products + _attention_flops(model, kind, seq_length)
     if kind == MOE:

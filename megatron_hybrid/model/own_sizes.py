@@ -62,6 +62,10 @@ class OwnMamba(_OwnSizes, MambaLayer):
         super().__init__(layer_number=layer_number, submodules=submodules, **named)
 
 
+class OwnGatedDeltaNet(_OwnSizes, TransformerLayer):
+    """A gated delta net of its own sizes."""
+
+
 class OwnMlp(_OwnSizes, MLPLayer):
     """An MLP of its own sizes."""
 
@@ -180,6 +184,7 @@ def with_own_sizes(
             kinds,
             mamba_layer=own(kinds.mamba_layer, OwnMamba, mixers=mixers),
             attention_layer=attention,
+            gdn_layer=own(kinds.gdn_layer, OwnGatedDeltaNet),
             mlp_layer=own(kinds.mlp_layer, OwnMlp),
             moe_layer=own(kinds.moe_layer, OwnMoe),
         ),

@@ -1,7 +1,7 @@
 """Which class serves which layer, by backend: the table that megatron-core builds the stack from.
 
 Symbols of the pattern: M Mamba-1 or Mamba-2, * attention, - MLP, E mixture of experts, H attention
-and Mamba side by side.
+and Mamba side by side, G gated delta net.
 """
 
 from dataclasses import replace
@@ -105,6 +105,15 @@ SERVED: dict[str, Served] = {
         f"{_OURS}.ops.causal_conv1d:causal_conv1d",
         f"{_OURS}.ops.causal_conv1d:causal_conv1d",
         "layers.mamba1",
+    ),
+    "gated_delta_net": Served(
+        f"{_OURS}.layers.gated_delta_net:GatedDeltaNet",
+        f"{_OURS}.layers.gated_delta_net:GatedDeltaNet",
+    ),
+    "gated_delta_rule": Served(
+        f"{_OURS}.ops.gated_delta.torch_chunked:gated_delta_torch",
+        f"{_OURS}.ops.gated_delta.torch_chunked:gated_delta_torch",
+        "layers.gated_delta_net",
     ),
     "mamba_scan": Served(
         f"{_OURS}.ops.mamba2_fused:fused_core",
@@ -221,6 +230,7 @@ class LayerClasses(NamedTuple):
     core_attention: type
     mamba_mixer: type
     mamba1_mixer: type
+    gated_delta_net: type
     mamba_kernel: SSDBackend
     moe: Any
 
@@ -228,7 +238,7 @@ class LayerClasses(NamedTuple):
 def layer_classes(backend: str) -> LayerClasses:
     """The classes of a backend: "torch" (any device) or "transformer_engine" (CUDA)."""
     parts = ("model", "stack", "norm", "norm_and_column_linear", "column_linear", "row_linear",
-             "core_attention", "mamba_mixer", "mamba1_mixer")  # fmt: skip
+             "core_attention", "mamba_mixer", "mamba1_mixer", "gated_delta_net")  # fmt: skip
     return LayerClasses(
         **{part: served(part, backend) for part in parts},
         mamba_kernel="torch" if backend == "torch" else "mamba_ssm",
@@ -360,6 +370,19 @@ def hybrid_stack_spec(backend: str, model: ModelConfig) -> ModuleSpec:
             self_attn_bda=get_bias_dropout_add,
         ),
     )
+    gdn = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            self_attention=ModuleSpec(
+                module=classes.gated_delta_net,
+                params={"num_meta_tokens": model.num_meta_tokens},
+                submodules=MambaMixerSubmodules(
+                    in_proj=classes.norm_and_column_linear, out_proj=classes.row_linear
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+        ),
+    )
     in_its_place = {
         number: kind
         for number, kind in enumerate(parse_pattern(model.hybrid_layer_pattern).layers, start=1)
@@ -389,6 +412,10 @@ def hybrid_stack_spec(backend: str, model: ModelConfig) -> ModuleSpec:
     return ModuleSpec(
         module=classes.stack,
         submodules=HybridStackSubmodules(
-            mamba_layer=mamba, attention_layer=attention, mlp_layer=mlp, moe_layer=moe
+            mamba_layer=mamba,
+            gdn_layer=gdn,
+            attention_layer=attention,
+            mlp_layer=mlp,
+            moe_layer=moe,
         ),
     )

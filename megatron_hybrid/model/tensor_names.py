@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from megatron_hybrid.config.layers import layers
 from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, PARALLEL
+from megatron_hybrid.config.pattern import ATTENTION, GDN, MAMBA, MLP, MOE, PARALLEL
 
 # The vocabulary's matrices, whose rows beyond its words are padding; in the optimizer's state after
 # its own prefixes.
@@ -19,6 +19,7 @@ NORM_NAMES = {
     MLP: ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
     MOE: ("pre_mlp_layernorm.weight",),
     PARALLEL: ("input_layernorm.weight", "mixer.in_proj.layer_norm_weight"),
+    GDN: ("self_attention.in_proj.layer_norm_weight", "input_layernorm.weight"),
 }
 
 
@@ -36,6 +37,7 @@ def extra_states(model: ModelConfig) -> Iterator[str]:
             "self_attention.core_attention",
         ),
         MLP: ("mlp.linear_fc1", "mlp.linear_fc2"),
+        GDN: ("self_attention.in_proj", "self_attention.out_proj"),
         PARALLEL: (
             "input_layernorm",
             "mixer.in_proj",

@@ -11,7 +11,7 @@ from megatron.core.transformer.enums import AttnBackend
 
 from megatron_hybrid.config import ModelConfig, RunConfig
 from megatron_hybrid.config.layers import SIZES, layers, rotates, sorts
-from megatron_hybrid.config.pattern import ATTENTION, MOE, parse_pattern
+from megatron_hybrid.config.pattern import ATTENTION, GDN, MOE, parse_pattern
 from megatron_hybrid.config.precision import AMAX_HISTORY, FLOAT8_RECIPES
 from megatron_hybrid.layers.multipliers import ScaledSilu
 from megatron_hybrid.layers.vocabulary import draw_vocabulary
@@ -37,6 +37,10 @@ MOE_FIELDS = (
     "moe_router_load_balancing_type", "moe_router_score_function", "moe_router_pre_softmax",
     "moe_router_topk_scaling_factor", "moe_router_enable_expert_bias",
     "moe_router_bias_update_rate", "moe_token_dispatcher_type", "moe_expert_capacity_factor",
+)  # fmt: skip
+GDN_FIELDS = (
+    "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
+    "linear_value_head_dim",
 )  # fmt: skip
 PARALLEL_FIELDS = (
     "tensor_model_parallel_size", "sequence_parallel", "pipeline_model_parallel_size",
@@ -143,6 +147,8 @@ def _made(
         arguments |= {name: getattr(model, name) for name in MOE_FIELDS}
         # Routing decisions are made in fp32 whatever the precision of the rest.
         arguments |= {"moe_router_dtype": "fp32", "moe_grouped_gemm": on_transformer_engine}
+    if pattern.has(GDN):
+        arguments |= {name: getattr(model, name) for name in GDN_FIELDS}
     if model.key_multiplier != 1:
         # Of the products with the queries, which costs nothing, rather than of the keys.
         assert model.kv_channels is not None

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from megatron_hybrid.config.base import Count, Section
-from megatron_hybrid.config.pattern import MAMBA, has_kind
+from megatron_hybrid.config.pattern import recurrent_symbols
 from megatron_hybrid.data.permutation import derive
 from megatron_hybrid.objectives.base import Losses, Objective
 
@@ -49,10 +49,11 @@ class MaskedDiffusion(Objective):
     def problems(cls, config: "RunConfig", options: Any) -> Iterator[str]:
         """Causal layers, and an id that is no token."""
         name, model = "training.objective=masked_diffusion", config.model
-        if has_kind(model.hybrid_layer_pattern, MAMBA):
+        if recurrent := recurrent_symbols(model.hybrid_layer_pattern):
+            named = " and ".join(map(repr, recurrent))
             yield (
-                f"{name} needs a pattern without 'M' and 'H' layers, as Mamba reads from left "
-                f"to right; model.hybrid_layer_pattern={model.hybrid_layer_pattern!r}; "
+                f"{name} needs a pattern without {named} layers, which read from left to right; "
+                f"model.hybrid_layer_pattern={model.hybrid_layer_pattern!r}; "
                 "allowed: '*', '-', 'E'"
             )
         elif model.attn_mask_type != "no_mask":

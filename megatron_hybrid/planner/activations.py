@@ -13,14 +13,15 @@ parallelism; e bytes of a number (2 in bf16).
 
 from collections.abc import Collection
 
-from megatron_hybrid.config.linears import expert_width, value_channels
+from megatron_hybrid.config.linears import expert_width, gdn_widths, value_channels
 from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, PARALLEL
+from megatron_hybrid.config.pattern import ATTENTION, GDN, MAMBA, MLP, MOE, PARALLEL
 from megatron_hybrid.ops.attention_blocks import Block, plan_blocks
 from megatron_hybrid.planner.layout import Layout
 
 CHUNK_TOKENS = 64  # of ops.ssd: states are kept before each chunk
 SCAN_BLOCK_TOKENS = 32  # of ops.selective_scan: the same
+DELTA_STRETCH_TOKENS = 1024  # of ops.gated_delta: states are kept before each stretch
 SCAN_CHUNK_TOKENS = 2048  # of mamba-ssm's selective scan
 
 
@@ -68,6 +69,8 @@ def layer_activations(
             + _mamba(model, layout, e, stored, fused=fused)
             + _attention(model, layout, e, fused=fused, selective=again)
         )
+    if kind == GDN:
+        return residual + _gated_delta_net(model, layout, e, stored, fused=fused)
     if kind == MAMBA:
         return residual + _mamba(model, layout, e, stored, fused=fused)
     if kind == ATTENTION:
@@ -149,6 +152,23 @@ def _mamba1(model: ModelConfig, layout: Layout, e: int, stored: int, *, fused: b
     if fused:  # copies by channel of x, z, B and C; outputs before and after the gate
         return e * (numbers + 4 * width + 2 * n * T * layout.cp) + stored * width + 2 * states
     return e * (numbers + width) + states
+
+
+def _gated_delta_net(
+    model: ModelConfig, layout: Layout, e: int, stored: int, *, fused: bool
+) -> int:
+    """The same on both backends, as the rule is torch's; in float8 the last linear keeps a copy."""
+    assert model.linear_num_value_heads is not None
+    T, tp, heads = layout.tokens, layout.tp, model.linear_num_value_heads
+    keys, values = gdn_widths(model)
+    stretches = layout.micro_batch * -(-layout.seq_length // DELTA_STRETCH_TOKENS)
+    states = 4 * stretches * values * model.linear_key_head_dim // (tp * layout.cp)
+    # Projection, the convolution's output, the rule's, and what was normed.
+    numbers = (2 * (keys + values + heads) + 2 * keys + values + values) // tp
+    # Decays, rates, and what both were made of.
+    gates = 4 * 4 * heads // tp
+    normed = stored if fused else e
+    return T * (e * numbers + gates + normed * values // tp) + states
 
 
 def _attention(model: ModelConfig, layout: Layout, e: int, *, fused: bool, selective: bool) -> int:

@@ -1,11 +1,12 @@
-"""Memory to generate text on one GPU: weights, keys and values, and the states of Mamba."""
+"""Memory to generate text on one GPU: weights, keys and values, and the states of Mamba and gated
+delta nets."""
 
 from dataclasses import dataclass
 
 from megatron_hybrid.config.layers import layers_of, sorts
-from megatron_hybrid.config.linears import value_channels
+from megatron_hybrid.config.linears import gdn_widths, value_channels
 from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA
+from megatron_hybrid.config.pattern import ATTENTION, GDN, MAMBA
 from megatron_hybrid.model.counts import CONV_KERNEL, count_parameters
 
 
@@ -62,6 +63,10 @@ def generation_memory(
             assert m.mamba_intermediate_size is not None
             ssm += layers * m.mamba_intermediate_size * m.mamba_state_dim * state_bytes
             conv += layers * m.mamba_intermediate_size * (CONV_KERNEL - 1) * state_bytes
+        elif sort.kind == GDN:
+            keys, values = gdn_widths(m)
+            ssm += layers * values * m.linear_key_head_dim * state_bytes
+            conv += layers * (2 * keys + values) * (CONV_KERNEL - 1) * state_bytes
         elif sort.has(MAMBA):
             assert m.mamba_num_heads is not None
             inner = m.mamba_num_heads * m.mamba_head_dim

@@ -10,8 +10,14 @@ import copy
 from dataclasses import dataclass, fields, replace
 
 from megatron_hybrid.config import ModelConfig, RunConfig
-from megatron_hybrid.config.linears import Linear, expert_width, linears, value_channels
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, PARALLEL, made_of
+from megatron_hybrid.config.linears import (
+    Linear,
+    expert_width,
+    gdn_widths,
+    linears,
+    value_channels,
+)
+from megatron_hybrid.config.pattern import ATTENTION, GDN, MAMBA, MLP, MOE, PARALLEL, made_of
 from megatron_hybrid.config.precision import FLOAT8_RECIPES
 from megatron_hybrid.model.counts import layer_parameters, mean_keys
 from megatron_hybrid.planner.hardware import SHARES, Gpu, Shares
@@ -19,9 +25,10 @@ from megatron_hybrid.planner.layout import Layout
 
 NUMBER_BYTES = 2
 SCAN_CHUNK_TOKENS = 256  # of mamba-ssm's scan
+DELTA_CHUNK_TOKENS = 64  # of ops.gated_delta
 # Kernels that the host launches for a layer's forward pass, counted in Transformer Engine's and
 # megatron-core's sources; the backward pass has about as many. Of MoE also some a local expert.
-LAUNCHES = {ATTENTION: 30, MAMBA: 30, MLP: 20, MOE: 110, PARALLEL: 65}
+LAUNCHES = {ATTENTION: 30, MAMBA: 30, MLP: 20, MOE: 110, PARALLEL: 65, GDN: 150}
 LAUNCHES_OF_AN_EXPERT = {"bf16": 2, "fp8": 5}
 # What CUDA graphs' modules (the engine's names) hold of them.
 IN_GRAPHS = {
@@ -255,6 +262,8 @@ class Rank:
             convolved = inner + 2 * states
             moved = NUMBER_BYTES * T * (2 * convolved + 6 * inner)
             return flops / (peak * self.shares.scan[self.gpu.generation]), (moved, 2 * moved)
+        if kind == GDN:
+            return self._gated_delta_rule()
         return 0.0, self._activated(kind)
 
     def _attention(self, kind: str) -> tuple[float, tuple[float, float]]:
@@ -272,6 +281,21 @@ class Rank:
         moved = NUMBER_BYTES * T * (width + outputs + keys + values + rotated)
         share = self.shares.attention[self.gpu.generation]
         return flops / (self.gpu.bf16_tflops * 1e12 * share), (moved, 2 * moved)
+
+    def _gated_delta_rule(self) -> tuple[float, tuple[float, float]]:
+        """The rule in chunks by torch's kernels: each product's operands and result are moved."""
+        layout, model, T = self.layout, self.model, self.layout.tokens
+        keys, values = (width // layout.tp for width in gdn_widths(model))
+        n, heads = model.linear_key_head_dim, (model.linear_num_value_heads or 0) // layout.tp
+        # Within a chunk: keys by keys, queries by keys, their inverse by both, by changes; and the
+        # state by w, by queries, and what it becomes.
+        flops = (
+            2.0 * T * (DELTA_CHUNK_TOKENS * (2 * keys + 2 * values + heads * n) + 3 * values * n)
+        )
+        moved = T * (4 * 5 * heads * DELTA_CHUNK_TOKENS + 4 * 8 * (values + heads * n))
+        moved += NUMBER_BYTES * T * (4 * keys + 4 * values)
+        # In fp32, which no tensor core multiplies: half of what bf16's have at a sixteenth.
+        return flops / (self.gpu.bf16_tflops * 1e12 / 32), (moved, 3 * moved)
 
     def _selective_scan(self) -> tuple[float, tuple[float, float]]:
         """Mamba-1's products and its scan, whose states stay on the chip; a copy of each input.
@@ -354,10 +378,10 @@ class Rank:
             )
         if kind == ATTENTION:
             return self._keys_and_values(kind, core, backward=backward)
-        if cp == 1 or kind != MAMBA:
+        if cp == 1 or kind not in (MAMBA, GDN):
             return 0.0
         speed = self.bandwidth(layout.tp * cp)
-        mixer = linears(model, MAMBA, tp=layout.tp)
+        mixer = linears(model, kind, tp=layout.tp)
         width = mixer["in_proj"].outputs + mixer["out_proj"].inputs
         return NUMBER_BYTES * layout.tokens * width * (cp - 1) / cp / speed
 

@@ -89,6 +89,10 @@ UNUSED = {
         ["model.hybrid_layer_pattern=*-E"], "model.hybrid_layer_pattern=M*E",
     ),
     "model.mamba_intermediate_size=96": ([], "model.layers.1.mamba_version=1"),
+    "model.linear_num_key_heads=2": ([], "model.hybrid_layer_pattern=MG"),
+    "model.linear_num_value_heads=6": ([], "model.hybrid_layer_pattern=MG"),
+    "model.linear_key_head_dim=32": ([], "model.hybrid_layer_pattern=MG"),
+    "model.linear_value_head_dim=32": ([], "model.hybrid_layer_pattern=MG"),
     "model.mamba_dt_rank=3": ([], "model.mamba_version=1"),
     "model.mamba_num_heads=8": (
         ["model.hybrid_layer_pattern=*-E"], "model.hybrid_layer_pattern=M*E",

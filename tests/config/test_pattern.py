@@ -34,7 +34,7 @@ def test_the_engine_gets_bars_only_with_stages() -> None:
     ("text", "fragments"),
     [
         ("Mx-", ["symbol 2, 'x', is not a layer", "'M' (Mamba)"]),
-        ("MG", ["symbol 2, 'G' (gated delta-net), is not supported"]),
+        ("MD", ["symbol 2, 'D' (sparse attention), is not supported"]),
         ("", ["it has no layer"]),
         ("M||M", ["pipeline segment 2 of 3 is empty"]),
     ],
@@ -49,4 +49,4 @@ def test_problems(text: str, fragments: list[str]) -> None:
 
 def test_every_wrong_symbol_is_reported() -> None:
     """Not only the first."""
-    assert len(pattern_problems("MxGy|")) == 4
+    assert len(pattern_problems("MxDy|")) == 4

@@ -54,6 +54,13 @@ HYMBA_FIELDS = {
         "1": {"mamba_version": 2}, "2": {"window_size": [5, 0]}, "4": {"window_size": [20, 0]},
     },
 }  # fmt: skip
+# Gated delta nets of two sizes, with as many value heads as key heads, and with three a key head.
+DELTA = "GG"
+DELTA_SIZES = {
+    "linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 16, "num_meta_tokens": 8,
+    "layers": {"2": {"linear_num_value_heads": 12, "linear_value_head_dim": 8}},
+}  # fmt: skip
 # Two of each kind, the second of which is unlike the first: Mamba-1 and Mamba-2, other numbers of
 # heads, which are as wide or not, groups of the gated norm, angles of RoPE, activations and
 # experts, which biases balance: of the first layer latent, of the second in groups.
@@ -171,6 +178,7 @@ def layout_config(
                 "attn_mask_type": "no_mask" if layers == DIFFUSION else "causal",
                 **(moe if "E" in layers else {}),
                 **(UNLIKE_SIZES if layers == UNLIKE else {}),
+                **(DELTA_SIZES if layers == DELTA else {}),
                 **(HEADS_FIELDS if layers == HEADS else {}),
                 **(HYMBA_FIELDS if layers == HYMBA else {}),
             },

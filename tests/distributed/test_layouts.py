@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_hybrid.testing import run_distributed
 from tests.distributed.layouts import (
+    DELTA,
     DENSE,
     DIFFUSION,
     HEADS,
@@ -42,7 +43,7 @@ Steps = list[tuple[float, float, dict[str, Tensor]]]
 def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A checkpoint by one rank for each model."""
     folders = {}
-    for layers in (DENSE, MOE, DIFFUSION, UNLIKE, HEADS, HYMBA):
+    for layers in (DENSE, MOE, DIFFUSION, UNLIKE, HEADS, HYMBA, DELTA):
         folders[layers] = tmp_path_factory.mktemp("weights")
         run_distributed(save_weights, 1, layers, folders[layers])
     return folders
@@ -68,11 +69,13 @@ def variants_of(layout: Layout, layers: str) -> list[Variant]:
     """Those in which a layout is tried with a model."""
     if layers == DIFFUSION and layout.ranks > 1 and layout.name not in SINGLE:
         return []
-    if layers == HEADS and (layout.needs_moe or layout.name.startswith("DP2")):
+    if layers == DELTA and layout.segments > len(DELTA):
         return []
     if layers == HYMBA and layout.ranks > 1 and layout.name not in HYMBA_LAYOUTS:
         return []
-    if layers in (UNLIKE, HEADS, HYMBA) and layout.ranks > 1:
+    if layers in (HEADS, DELTA) and (layout.needs_moe or layout.name.startswith("DP2")):
+        return []
+    if layers in (UNLIKE, HEADS, HYMBA, DELTA) and layout.ranks > 1:
         return [PLAIN, PACKED_AGAIN]
     if layers == DENSE and layout.ranks > 1 and layout.name not in (*SINGLE, "DP2"):
         return []  # of more dimensions: UNLIKE has all kinds of layers
@@ -82,7 +85,7 @@ def variants_of(layout: Layout, layers: str) -> list[Variant]:
 
 
 NAMES = {DENSE: "dense", MOE: "moe", DIFFUSION: "diffusion", UNLIKE: "unlike",
-         HEADS: "heads", HYMBA: "hymba"}  # fmt: skip
+         HEADS: "heads", HYMBA: "hymba", DELTA: "delta"}  # fmt: skip
 CASES = [
     pytest.param(
         layout, layers, variant,

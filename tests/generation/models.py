@@ -62,6 +62,9 @@ MODELS = {
                     "model.num_meta_tokens=6", "model.embedding_multiplier=2",
                     "model.layers={1: {window_size: [9, 0]}, 2: {mamba_version: 2},"
                     " 4: {window_size: [3, 0]}}", *NO_MOE],
+    "gated delta nets": ["model.hybrid_layer_pattern=GMG", "model.linear_key_head_dim=12",
+                         "model.linear_num_key_heads=2", "model.linear_value_head_dim=8",
+                         "model.layers={3: {linear_num_value_heads: 2}}", *NO_MOE],
     "softmax first": ["model.hybrid_layer_pattern=ME", "model.moe_router_score_function=softmax",
                       "model.moe_router_pre_softmax=true", "model.moe_router_topk=1",
                       "model.moe_ffn_hidden_size=24",

@@ -16,7 +16,7 @@ LATENT = [
     "model.moe_latent_size=64", "model.moe_router_num_groups=2", "model.moe_router_group_topk=1",
 ]  # fmt: skip
 ROUTER_SCALE = 20
-KINDS = ("M", "M1", "*", "-", "E", "EL", "H")
+KINDS = ("M", "M1", "*", "-", "E", "EL", "H", "G")
 # bf16 has 8 bits, and gradients pass several products of 256 and more terms.
 TOLERANCE = 0.05
 EXPERT = re.compile(r"experts\.local_experts\.(\d+)\.(linear_fc\d)\.(weight|bias)")
@@ -32,9 +32,9 @@ def line(symbol: str, recipe: str, run_dir: Path) -> list[str]:
         f"model.hybrid_layer_pattern={symbol[0]}", "model.hidden_size=256",
         "model.num_attention_heads=4", "model.num_query_groups=2", "model.kv_channels=64",
         "model.ffn_hidden_size=512", "model.mamba_head_dim=64", "model.mamba_state_dim=64",
-        "model.mamba_num_groups=2", "model.vocab_size=512", "data.mock_data=true",
-        "data.tokenizer_type=null", "data.seq_length=256", f"precision.recipe={recipe}",
-        "training.train_iters=1", "optimizer.lr=1e-3", f"run_dir={run_dir}",
+        "model.mamba_num_groups=2", "model.linear_key_head_dim=64", "model.vocab_size=512",
+        "data.mock_data=true", "data.tokenizer_type=null", "data.seq_length=256",
+        f"precision.recipe={recipe}", "training.train_iters=1", "optimizer.lr=1e-3", f"run_dir={run_dir}",
         *(MOE if symbol[0] == "E" else []),
         *(LATENT if symbol == "EL" else []),
         *(["model.mamba_version=1"] if symbol == "M1" else []),

@@ -10,7 +10,7 @@ import pytest
 from tests.gpu.layers import largest_error, line, outcome
 from tests.gpu_on_cpu.ranks import run_on_gpus
 
-KINDS = ("M", "M1", "*", "-", "E", "EL", "H")
+KINDS = ("M", "M1", "*", "-", "E", "EL", "H", "G")
 TOLERANCES = {
     "fp32": 1e-5,
     # 8 bits, and gradients pass products of 256 terms and more.

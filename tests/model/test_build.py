@@ -74,6 +74,9 @@ def test_built_equals_formula(name: str) -> None:
      "; model.layers={3: {num_attention_heads: 8, mamba_state_dim: 16}}",
      "model.moe_latent_size=24; model.add_bias_linear=true"
      "; model.moe_shared_expert_intermediate_size=null",
+     "model.hybrid_layer_pattern=GG-E; model.linear_key_head_dim=16; model.add_bias_linear=true"
+     "; model.moe_shared_expert_intermediate_size=null"
+     "; model.layers={2: {linear_num_value_heads: 24, linear_value_head_dim: 8}}",
      "model.layers={3: {mamba_num_heads: 4, mamba_state_dim: 16, mamba_num_groups: 4},"
      " 1: {mamba_version: 1, mamba_intermediate_size: 72, mamba_dt_rank: 3}, 5-8:"
      " {activation: swiglu, ffn_hidden_size: 96, num_moe_experts: 3, moe_ffn_hidden_size: 32,"

@@ -128,8 +128,8 @@ def test_training(tmp_path: Path) -> None:
         (["model.attn_mask_type=causal"], "training.objective=masked_diffusion needs "
          "model.attn_mask_type=no_mask, so that a token sees those on both sides; it is causal"),
         (["model.attn_mask_type=causal", "model.hybrid_layer_pattern=M*-"],
-         "training.objective=masked_diffusion needs a pattern without 'M' and 'H' layers, as "
-         "Mamba reads from left to right; model.hybrid_layer_pattern='M*-'; "
+         "training.objective=masked_diffusion needs a pattern without 'M' layers, which "
+         "read from left to right; model.hybrid_layer_pattern='M*-'; "
          "allowed: '*', '-', 'E'"),
         (["training.objective_options.mask_token_id=64"],
          "training.objective_options.mask_token_id=64 must be an id of the vocabulary; allowed: 0 "
@@ -148,5 +148,5 @@ def test_what_is_refused(change: list[str], problem: str, tmp_path: Path) -> Non
 
 def test_mamba_is_refused_by_name(tmp_path: Path) -> None:
     """Also where attention is asked to have no mask."""
-    with pytest.raises(ConfigError, match="as Mamba reads from left to right"):
+    with pytest.raises(ConfigError, match="which read from left to right"):
         load_config(words(tmp_path, *DIFFUSION, "model.hybrid_layer_pattern=M*-"))

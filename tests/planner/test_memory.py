@@ -261,6 +261,18 @@ VARIANTS = {
         "HH", "model.mamba_version=1", "model.parallel_heads_join=mean",
         "model.position_embedding_type=rope", "training.recompute_granularity=selective",
     ],
+    "gated delta nets": [
+        "GG", "model.linear_key_head_dim=16", "model.linear_num_key_heads=8",
+        "model.linear_value_head_dim=32",
+        "model.layers={2: {linear_num_value_heads: 8, linear_value_head_dim: 16}}",
+    ],
+    "TP2 SP, gated delta nets, fp32": [
+        "GG", "model.linear_key_head_dim=64", "precision.recipe=fp32",
+        "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true",
+    ],
+    "CP2, gated delta nets": [
+        "GG", "model.linear_key_head_dim=64", "parallel.context_parallel_size=2",
+    ],
     "Mamba-1": ["MM", "model.mamba_version=1"],
     "TP2 SP, Mamba-1, fp32": [
         "MM", "model.layers={2: {mamba_version: 1, mamba_dt_rank: 5}}", "precision.recipe=fp32",

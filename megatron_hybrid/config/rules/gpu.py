@@ -2,7 +2,7 @@
 
 from megatron_hybrid.config.describe import shown
 from megatron_hybrid.config.layers import layers_of, mamba_layers, shown_size
-from megatron_hybrid.config.pattern import ATTENTION, MLP, MOE, PARALLEL
+from megatron_hybrid.config.pattern import ATTENTION, GDN, MLP, MOE, PARALLEL
 from megatron_hybrid.config.rules.common import (
     Facts,
     Problems,
@@ -198,9 +198,9 @@ def cuda_graphs(c: RunConfig, _: Facts) -> Problems:
             "gpu.cuda_graph_impl=local with training.recompute_granularity=full is not supported; "
             "allowed: none, or selective"
         )
-    if PARALLEL in c.model.hybrid_layer_pattern:
+    for kind in (each for each in (PARALLEL, GDN) if each in c.model.hybrid_layer_pattern):
         yield (
-            "gpu.cuda_graph_impl=local with 'H' layers in model.hybrid_layer_pattern="
+            f"gpu.cuda_graph_impl=local with {kind!r} layers in model.hybrid_layer_pattern="
             f"{c.model.hybrid_layer_pattern!r} is not supported; allowed: none"
         )
     if graphed := [name for name in c.training.recompute_modules if name != "core_attn"]:

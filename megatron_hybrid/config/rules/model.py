@@ -9,7 +9,17 @@ from megatron_hybrid.config.layers import (
     mamba_versions,
     shown_size,
 )
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, PARALLEL, has_kind, having
+from megatron_hybrid.config.pattern import (
+    ATTENTION,
+    GDN,
+    MAMBA,
+    MLP,
+    MOE,
+    PARALLEL,
+    has_kind,
+    having,
+    recurrent_symbols,
+)
 from megatron_hybrid.config.rules.common import (
     Facts,
     Problems,
@@ -63,10 +73,10 @@ def attention_mask(c: RunConfig, _: Facts) -> Problems:
     if c.model.attn_mask_type == "causal":
         return
     pattern = c.model.hybrid_layer_pattern
-    if has_kind(pattern, MAMBA):
+    if recurrent := recurrent_symbols(pattern):
+        named = " and ".join(map(repr, recurrent))
         yield (
-            "model.attn_mask_type=no_mask needs a pattern without 'M' and 'H' layers, as "
-            "Mamba reads "
+            f"model.attn_mask_type=no_mask needs a pattern without {named} layers, which read "
             f"from left to right; model.hybrid_layer_pattern={pattern!r}; allowed: causal"
         )
     elif not has_kind(pattern, ATTENTION):
@@ -107,6 +117,22 @@ def mamba_heads(c: RunConfig, _: Facts) -> Problems:
             layer.path("mamba_num_groups"), layer.model.mamba_num_groups,
             layer.path("mamba_num_heads"), heads,
         )  # fmt: skip
+
+
+def linear_heads(c: RunConfig, _: Facts) -> Problems:
+    """Each key head of a gated delta net serves as many value heads as the others."""
+    names = ("linear_num_key_heads", "linear_num_value_heads")
+    for layer in layers_of(c.model, GDN):
+        keys, values = (getattr(layer.model, name) for name in names)
+        if keys is not None and values is not None:
+            yield from must_divide(layer.path(names[0]), keys, layer.path(names[1]), values)
+            continue
+        unset = names[keys is not None]
+        yield (
+            f"{layer.path(unset)} is not set, and layer {layer.number} of "
+            f"model.hybrid_layer_pattern={c.model.hybrid_layer_pattern!r} is a gated delta net; it "
+            "must be a whole number of at least 1"
+        )
 
 
 def multipliers(c: RunConfig, _: Facts) -> Problems:
@@ -193,9 +219,9 @@ def meta_tokens(c: RunConfig, _: Facts) -> Problems:
     metas = f"model.num_meta_tokens={count}"
     if not count:
         return
-    if not has_kind(pattern, MAMBA) and not has_kind(pattern, ATTENTION):
+    if not recurrent_symbols(pattern) and not has_kind(pattern, ATTENTION):
         yield (
-            f"{metas} needs an 'M', '*' or 'H' layer in "
+            f"{metas} needs an 'M', '*', 'H' or 'G' layer in "
             f"model.hybrid_layer_pattern={pattern!r}; allowed: 0"
         )
     if MOE in pattern:
@@ -314,6 +340,7 @@ MODEL: tuple[Rule, ...] = (
     attention_mask,
     rotary_channels,
     mamba_heads,
+    linear_heads,
     mamba_version,
     parallel_heads_join,
     meta_tokens,

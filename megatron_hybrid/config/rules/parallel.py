@@ -3,7 +3,7 @@
 from math import prod
 
 from megatron_hybrid.config.layers import layers_of, mamba_layers
-from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE, parse_pattern
+from megatron_hybrid.config.pattern import ATTENTION, GDN, MAMBA, MLP, MOE, parse_pattern
 from megatron_hybrid.config.phases import sequence_length_fields
 from megatron_hybrid.config.ranks import (
     CP,
@@ -37,6 +37,7 @@ def tensor_parallel(c: RunConfig, _: Facts) -> Problems:
     needed = {
         ATTENTION: ("num_attention_heads", "num_query_groups"),
         MAMBA: ("mamba_num_heads", "mamba_num_groups", "mamba_intermediate_size"),
+        GDN: ("linear_num_key_heads", "linear_num_value_heads"),
         MLP: ("ffn_hidden_size",),
         MOE: ("moe_shared_expert_intermediate_size",),
     }
@@ -74,8 +75,8 @@ def sequence_length(c: RunConfig, _: Facts) -> Problems:
 
 
 def mamba_context_parallel(c: RunConfig, _: Facts) -> Problems:
-    """CP turns sequence shards into head shards: each CP rank runs whole heads and groups, or an
-    equal share of Mamba-1's channels."""
+    """CP turns sequence shards into head shards: each CP rank runs whole heads and groups, an equal
+    share of Mamba-1's channels, or whole key heads of a gated delta net."""
     tp, cp = c.parallel.tensor_model_parallel_size, c.parallel.context_parallel_size
     if cp == 1:
         return
@@ -84,6 +85,11 @@ def mamba_context_parallel(c: RunConfig, _: Facts) -> Problems:
         if channels is not None:
             name = layer.path("mamba_intermediate_size")
             yield from must_be_multiple(name, channels, f"{TP} * {CP}", tp * cp)
+    for layer in layers_of(c.model, GDN):
+        key_heads = layer.model.linear_num_key_heads
+        if key_heads is not None:
+            name = layer.path("linear_num_key_heads")
+            yield from must_be_multiple(name, key_heads, f"{TP} * {CP}", tp * cp)
     for layer in mamba_layers(c.model, 2):
         heads, groups = layer.model.mamba_num_heads, layer.model.mamba_num_groups
         if heads is not None:

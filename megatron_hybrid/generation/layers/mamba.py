@@ -22,8 +22,8 @@ class MambaMixer:
 
     slots: MambaSlots
 
-    def __init__(self, layer: Any, group: Group) -> None:
-        self._mixer = mixer = layer.mixer
+    def __init__(self, mixer: Any, group: Group) -> None:
+        self._mixer = mixer
         self.in_proj, self.out_proj = Linear(mixer.in_proj), Linear(mixer.out_proj, group=group)
 
     def new_slots(self, sequences: int) -> MambaSlots:
@@ -47,9 +47,8 @@ class MambaMixer:
 class Mamba2Mixer(MambaMixer):
     """A Mamba-2 mixer."""
 
-    def __init__(self, layer: Any, group: Group) -> None:
-        super().__init__(layer, group)
-        mixer = self._mixer
+    def __init__(self, mixer: Any, group: Group) -> None:
+        super().__init__(mixer, group)
         self.sizes = Sizes(mixer.num_heads, mixer.head_dim, mixer.num_groups, mixer.state_dim)
         self._steps: dict[int, Mamba2Step] = {}
         self.refresh()
@@ -109,8 +108,7 @@ class Mamba2Mixer(MambaMixer):
 class MambaLayer:
     """A mixer with the norm before it."""
 
-    def __init__(self, layer: Any, mixer: MambaMixer) -> None:
-        in_proj = layer.mixer.in_proj
+    def __init__(self, mixer: MambaMixer, in_proj: Any) -> None:
         self.norm, self.mixer = Norm(in_proj, "layer_norm_weight", in_proj.eps), mixer
 
     def refresh(self) -> None:

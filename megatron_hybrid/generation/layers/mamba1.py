@@ -6,15 +6,14 @@ Legend: T tokens of the step, h hidden size, S slots, d channels of this rank, n
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_hybrid.generation.batch import Batch
 from megatron_hybrid.generation.cache import MambaSlots
+from megatron_hybrid.generation.layers.convolution import ConvolvingMixer
 from megatron_hybrid.generation.layers.mamba import Mamba2Mixer, MambaMixer
 from megatron_hybrid.generation.linears import Group, Linear, Norm, sum_over
 from megatron_hybrid.layers import mamba1
-from megatron_hybrid.ops.causal_conv1d import causal_conv1d
 from megatron_hybrid.ops.selective_scan import selective_scan
 from megatron_hybrid.ops.selective_scan.torch_chunked import selective_scan_step
 
@@ -33,14 +32,13 @@ class _Weight:
         return weight
 
 
-class Mamba1Mixer(MambaMixer):
+class Mamba1Mixer(ConvolvingMixer):
     """A Mamba-1 mixer. States are fp32: the last inputs of the convolution `[S, taps - 1, d]`, and
     those of the scan `[S, n, d]`."""
 
-    def __init__(self, layer: Any, group: Group) -> None:
-        super().__init__(layer, group)
+    def __init__(self, mixer: Any, group: Group) -> None:
+        super().__init__(mixer, group)
         self._group = group
-        mixer = self._mixer
         norms = (
             (mixer.dt_layernorm, mixer.B_layernorm, mixer.C_layernorm)
             if mixer.inner_layernorms
@@ -65,9 +63,6 @@ class Mamba1Mixer(MambaMixer):
         for each in refreshed:
             each.refresh()
         mixer = self._mixer
-        self.taps = mixer.conv1d_weight.detach().squeeze(1).float()  # [d, taps]
-        self.taps_by_token = self.taps.t().contiguous()
-        self.conv_bias = mixer.conv1d_bias.detach().float()
         self.A = -torch.exp(mixer.A_log.detach().float()).t().contiguous()  # [n, d]
         self.D, self.dt_bias = mixer.D.detach().float(), mixer.dt_bias.detach().float()
 
@@ -79,15 +74,7 @@ class Mamba1Mixer(MambaMixer):
         inputs, z = projected.chunk(2, dim=-1)
         decoding, slots = batch.decoding, batch.filling
         lengths = [] if batch.texts is None else batch.texts.lengths
-        y = torch.empty_like(inputs)
-        if decoding:
-            y[:decoding] = self._convolve_token(inputs[:decoding])
-        if slots is not None:
-            conv = self.slots.conv[slots]  # a copy
-            of_texts = zip(conv, inputs[decoding:].split(lengths), strict=True)
-            y[decoding:] = torch.cat([self._convolve_text(*each) for each in of_texts])
-            self.slots.conv[slots] = conv
-
+        y = self._convolved(inputs, batch)
         shared = sum_over(self.x_proj(y), self._group)
         n = len(self.A)
         low, B, C = shared.split([shared.shape[1] - 2 * n, n, n], dim=-1)
@@ -104,22 +91,6 @@ class Mamba1Mixer(MambaMixer):
             y[decoding:] = torch.cat([self._text(state, *rest) for state, *rest in of_texts])
             self.slots.ssm[slots] = states
         return y
-
-    def _convolve_token(self, x: Tensor) -> Tensor:
-        """One token of each of the first sequences, `[b, d]`."""
-        before = self.slots.conv[: len(x)]
-        window = torch.cat((before, x[:, None].float()), 1)
-        before.copy_(window[:, 1:])
-        total = window.mul_(self.taps_by_token).sum(1).add_(self.conv_bias)
-        return F.silu(total, inplace=True).to(x.dtype)
-
-    def _convolve_text(self, before: Tensor, x: Tensor) -> Tensor:
-        """A part of a text, `[t, d]`; the inputs before it, `[taps - 1, d]`, move on in place."""
-        window = torch.cat((before, x.float()))
-        convolved = causal_conv1d(window[None], self.taps, self.conv_bias)
-        assert isinstance(convolved, Tensor)
-        before.copy_(window[len(x) :])
-        return convolved[0, len(before) :].to(x.dtype)
 
     def _step(
         self, states: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor
@@ -141,4 +112,4 @@ class Mamba1Mixer(MambaMixer):
 def mamba_mixer(layer: Any, group: Group) -> MambaMixer:
     """The Mamba mixer of a layer, of its version."""
     kind = Mamba1Mixer if isinstance(layer.mixer, mamba1.Mamba1Mixer) else Mamba2Mixer
-    return kind(layer, group)
+    return kind(layer.mixer, group)

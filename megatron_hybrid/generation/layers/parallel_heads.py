@@ -77,7 +77,7 @@ class SharedHeadsLayer:
 
     def __init__(self, layer: Any, group: Group) -> None:
         mixer = layer.mixer
-        self.attention, self.mamba = SharedHeadsAttention(layer), Mamba1Mixer(layer, group)
+        self.attention, self.mamba = SharedHeadsAttention(layer), Mamba1Mixer(layer.mixer, group)
         self.norm = Norm(mixer.in_proj, "layer_norm_weight", mixer.in_proj.eps)
         self._attention_norm = _NormOfRanks(mixer.attention_norm, group)
         self._ssm_norm = _NormOfRanks(mixer.ssm_norm, group)
