@@ -37,7 +37,7 @@ from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.effects import differences
 from megatron_hybrid.config.layers import in_the_model
 from megatron_hybrid.fileio import file_errors, write_atomic
-from megatron_hybrid.model.tensor_names import NO_WEIGHTS
+from megatron_hybrid.model.tensor_names import NO_WEIGHTS, PREDICTION
 
 _FINGERPRINT_BYTES = 1 << 16
 
@@ -121,6 +121,9 @@ def export(
             for name, info in reader.tensors.items()
             if not any(part in name for part in NO_WEIGHTS)
         }
+        left_out = [name for name in weights if name.startswith(PREDICTION)]
+        for name in left_out if config.model.mtp_num_layers else ():
+            del weights[name]
         table = family.table(config.model, Names(weights), Names())
         refuse_other_tensors(
             f"{reader.folder} does not hold the model of its config:",
@@ -138,6 +141,11 @@ def export(
             notes = _complete(folder, reader, config, family, made)
     total = sum(tensor.nbytes for tensor in made)
     notes += differences(config)
+    if config.model.mtp_num_layers:
+        notes.append(
+            f"left out: the modules of multi-token prediction, {len(left_out)} tensors, which "
+            "transformers has not; the model without them is whole"
+        )
     return Exported(out, family.model_type, len(made), total, shards, tuple(notes))
 
 

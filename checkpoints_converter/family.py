@@ -26,6 +26,7 @@ class Family:
             applied to each group, as it is here; None if it always was.
         multiplied: of `config.layers.multiplied`, the fields that it holds.
         parallel_heads: whether it has layers of attention and Mamba-2 side by side.
+        left_out: how names of its tensors begin that belong to no part of the model here.
     """
 
     model_type: str
@@ -38,6 +39,7 @@ class Family:
     grouped_norm_since: str | None = None
     multiplied: Collection[str] = ()
     parallel_heads: bool = False
+    left_out: tuple[str, ...] = ()
 
     def read(
         self, values: Mapping[str, Any], ignored: Collection[str] = ()

@@ -284,11 +284,12 @@ def _table(
     Raises:
         ConversionError: the folder's tensors are not those of its config.
     """
-    table = chosen.table(model, Names(), Names(reader.tensors))
+    names = [name for name in reader.tensors if not name.startswith(chosen.left_out)]
+    table = chosen.table(model, Names(), Names(names))
     refuse_other_tensors(
         f"{source} does not hold the model of its config.json:",
         (spec for mapping in table for spec in mapping.theirs),
-        {name: entry.shape for name, entry in reader.tensors.items()},
+        {name: reader.tensors[name].shape for name in names},
     )
     return table
 

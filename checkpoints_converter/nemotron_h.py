@@ -142,6 +142,11 @@ def model(fields: Fields) -> dict[str, Any]:
     if fields["num_hidden_layers"] not in (None, len(pattern)):
         fields.refuse("num_hidden_layers", f"must be {len(pattern)}, as the layers")
     note_residual(fields)
+    if fields["num_nextn_predict_layers"]:
+        fields.notes.append(
+            f"num_nextn_predict_layers={fields['num_nextn_predict_layers']}: the tensors of "
+            "multi-token prediction (mtp.*) are left out, as transformers leaves them"
+        )
     values: dict[str, Any] = {
         "hybrid_layer_pattern": pattern,
         "hidden_size": fields["hidden_size"],
@@ -300,4 +305,7 @@ def _latent(model: ModelConfig, our: str, their: str) -> list[Mapping]:
     ]
 
 
-FAMILY = Family("nemotron_h", "NemotronHForCausalLM", cannot_hold, config, FIELDS, model, table)
+FAMILY = Family(
+    "nemotron_h", "NemotronHForCausalLM", cannot_hold, config, FIELDS, model, table,
+    left_out=("mtp.",),
+)  # fmt: skip

@@ -49,16 +49,14 @@ def _layers(value: Any) -> str:
 
 
 _NO_POSITIONS = NoEffect("its attention has no positions")
-_NO_PREDICTION = NoEffect("of the layers that predict more tokens, which are refused")
+_NO_PREDICTION = NoEffect("of the layers that predict more tokens, which are left out")
 FIELDS: Rules = {
     **COMMON,
     "layers_block_type": Parsed(
         function=_layers, also=("layer_types", "hybrid_override_pattern"), stand_in=MAMBA
     ),
     "num_hidden_layers": Whole(nullable=True),
-    "num_nextn_predict_layers": MustBe(
-        default=0, allowed=(0, None), why="no multi-token prediction here"
-    ),
+    "num_nextn_predict_layers": Whole(least=0, default=0, nullable=True),
     "hidden_size": Whole(default=4096),
     "vocab_size": Whole(default=131072),
     "max_position_embeddings": Whole(default=4096),

@@ -113,6 +113,12 @@ def print_counts(config: RunConfig, console: Console) -> None:
     table.add_row(
         "embeddings, output", "", "", f"{found.embedding:,}", f"{flops.logits / 1e6:,.1f}"
     )
+    if found.prediction:
+        table.add_row(
+            "multi-token prediction", f"{model.mtp_num_layers}",
+            f"{found.prediction // (model.mtp_num_layers or 1):,}", f"{found.prediction:,}",
+            f"{flops.prediction / 1e6:,.1f}",
+        )  # fmt: skip
     table.add_row("final norm", "", "", f"{found.final_norm:,}", "")
     table.add_section()
     total = f"{flops.total / 1e6:,.1f}"

@@ -34,6 +34,7 @@ SHAPE_FIELDS = (
     "linear_value_head_dim", "padded_vocab_size", "untie_embeddings_and_output_weights",
     "num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
     "moe_router_enable_expert_bias", "moe_latent_size",
+    "mtp_num_layers", "mtp_hybrid_override_pattern",
 )  # fmt: skip
 
 # The rest of what a model is: with other values the same tensors load, and compute something else.

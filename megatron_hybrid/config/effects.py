@@ -43,7 +43,8 @@ _FIELDS: Mapping[Effect, str] = {
         model.moe_shared_expert_intermediate_size model.moe_router_score_function
         model.moe_router_pre_softmax model.moe_router_topk_scaling_factor
         model.moe_router_enable_expert_bias model.moe_latent_size model.moe_router_num_groups
-        model.moe_router_group_topk model.layers preset
+        model.moe_router_group_topk model.mtp_num_layers model.mtp_hybrid_override_pattern
+        model.layers preset
     """,
     "rounding": """
         backend model.make_vocab_size_divisible_by model.moe_token_dispatcher_type
@@ -96,6 +97,7 @@ _FIELDS: Mapping[Effect, str] = {
     "training": """
         model.hidden_dropout model.attention_dropout model.moe_expert_capacity_factor
         model.moe_aux_loss_coeff model.moe_z_loss_coeff model.moe_router_load_balancing_type
+        model.mtp_loss_scaling_factor
     """,
     "differs": """
         precision.recipe precision.num_layers_at_start_in_bf16

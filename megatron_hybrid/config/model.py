@@ -279,6 +279,17 @@ class ModelConfig(Section):
         description="groups of experts that a token goes to: those whose best "
         "moe_router_topk / moe_router_group_topk experts have the highest scores together",
     )
+    mtp_num_layers: Positive | None = Field(
+        default=None,
+        description="modules of multi-token prediction after the last layer, each for one more "
+        "token ahead; in training only; null: none",
+    )
+    mtp_hybrid_override_pattern: LayerPattern | None = Field(
+        default=None, description="layers of each module, of kinds that the model has, such as *E"
+    )
+    mtp_loss_scaling_factor: PositiveReal = Field(
+        default=0.1, description="weight of the mean loss of the modules"
+    )
     moe_aux_loss_coeff: Real = Field(default=0.0, description="weight of the load-balancing loss")
     moe_z_loss_coeff: Real | None = Field(
         default=None, description="weight of the router's z-loss; null: none"

@@ -19,13 +19,15 @@ _MADE_OF = MappingProxyType({PARALLEL: (ATTENTION, MAMBA)})
 # What reads from left to right, token by token.
 _RECURRENT = (MAMBA, GDN)
 _ALLOWED = ", ".join(f"{symbol!r} ({kind})" for symbol, kind in KINDS.items())
+_PREDICTION = "/"  # before each module of multi-token prediction
 _MOST_PROBLEMS = 10  # that are told of one by one
 # Symbols of megatron-core's patterns that have no layer here.
 _ENGINE_ONLY = MappingProxyType(
     {
         "D": "sparse attention",
         "+": "multi-latent attention",
-        "/": "multi-token prediction",
+        _PREDICTION: "multi-token prediction: model.mtp_num_layers and "
+        "model.mtp_hybrid_override_pattern say it",
     }
 )
 
@@ -109,15 +111,18 @@ class Pattern:
         chunks = self.chunks(stages)
         return max(sum(map(len, chunks[stage::stages])) for stage in range(stages))
 
-    def engine_text(self, pipeline_size: int) -> str:
+    def engine_text(self, pipeline_size: int, modules: int = 0, prediction: str = "") -> str:
         """The pattern as megatron-core must get it for `pipeline_size` stages.
+
+        Args:
+            modules: of multi-token prediction, with the layers `prediction` each.
 
         Without pipelining the engine would build the first segment only, so `|` is left out.
         Parallel heads, which it does not know, stand in the place of attention: such layers are
         given the angles of RoPE.
         """
         text = self.layers if pipeline_size == 1 else SEPARATOR.join(self.segments)
-        return text.replace(PARALLEL, ATTENTION)
+        return text.replace(PARALLEL, ATTENTION) + modules * f"{_PREDICTION}{prediction}"
 
 
 def parse_pattern(text: str) -> Pattern:

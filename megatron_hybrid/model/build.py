@@ -59,7 +59,9 @@ def build_model(
         hybrid_stack_spec=stack,
         vocab_size=rows,
         max_sequence_length=max(sequence_lengths(config)),
-        hybrid_layer_pattern=pattern.engine_text(pp_group.size()),
+        hybrid_layer_pattern=pattern.engine_text(
+            pp_group.size(), model.mtp_num_layers or 0, model.mtp_hybrid_override_pattern or ""
+        ),
         pre_process=pp_group.rank() == 0 and vp_stage in (None, 0),
         post_process=pp_group.rank() == pp_group.size() - 1 and vp_stage in (None, last_chunk),
         share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
@@ -68,7 +70,7 @@ def build_model(
         rotary_base=model.rotary_base,
         vp_stage=vp_stage,
     )
-    if built.pre_process:
+    if built.pre_process or built.mtp_process:
         multiply_output(built.embedding, model.embedding_multiplier)
         if model.num_meta_tokens:
             # As large as what norms give, as Hymba draws them.

@@ -47,11 +47,15 @@ class Counts:
         embedding: of the embedding, its meta tokens included, and of the output layer where it has
             weights of its own.
         final_norm: of the last norm.
+        prediction: of the modules of multi-token prediction.
+        prediction_active: the same, counting the experts a token visits.
     """
 
     sorts: tuple[LayerCounts, ...]
     embedding: int
     final_norm: int
+    prediction: int = 0
+    prediction_active: int = 0
 
     @property
     def layers(self) -> dict[str, int]:
@@ -70,12 +74,14 @@ class Counts:
     @property
     def total(self) -> int:
         """All parameters."""
-        return sum(sort.each * len(sort.numbers) for sort in self.sorts) + self._ends
+        layers = sum(sort.each * len(sort.numbers) for sort in self.sorts)
+        return layers + self.prediction + self._ends
 
     @property
     def active(self) -> int:
         """Parameters that one token passes through."""
-        return sum(sort.active * len(sort.numbers) for sort in self.sorts) + self._ends
+        layers = sum(sort.active * len(sort.numbers) for sort in self.sorts)
+        return layers + self.prediction_active + self._ends
 
     @property
     def _ends(self) -> int:
@@ -89,10 +95,12 @@ class Flops:
     Attributes:
         by_sort: symbol of the kind and all layers of a sort together, in the order of `sorts`.
         logits: the output layer.
+        prediction: the modules of multi-token prediction, with the output layer of each.
     """
 
     by_sort: tuple[tuple[str, float], ...]
     logits: float
+    prediction: float = 0.0
 
     @property
     def by_kind(self) -> dict[str, float]:
@@ -105,7 +113,7 @@ class Flops:
     @property
     def total(self) -> float:
         """All of them."""
-        return sum(flops for _, flops in self.by_sort) + self.logits
+        return sum(flops for _, flops in self.by_sort) + self.logits + self.prediction
 
 
 def _vocabulary(model: ModelConfig) -> int:
@@ -252,7 +260,28 @@ def count_parameters(model: ModelConfig) -> Counts:
         ),
         embedding=(matrices * _vocabulary(model) + model.num_meta_tokens) * d,
         final_norm=d,
+        prediction=prediction_parameters(model).total,
+        prediction_active=_prediction_active(model),
     )  # fmt: skip
+
+
+def prediction_parameters(
+    model: ModelConfig, *, tp: int = 1, ep: int = 1, etp: int = 1
+) -> Parameters:
+    """Of all modules of multi-token prediction, whole or on a rank."""
+    d, found = model.hidden_size, Parameters()
+    for _ in range(model.mtp_num_layers or 0):
+        found += Parameters(dense=3 * d + 2 * d * d // tp)
+        for kind in model.mtp_hybrid_override_pattern or "":
+            found += layer_parameters(model, kind, tp=tp, ep=ep, etp=etp)
+    return found
+
+
+def _prediction_active(model: ModelConfig) -> int:
+    """Of those, parameters that one token passes through."""
+    d, layers = model.hidden_size, model.mtp_hybrid_override_pattern or ""
+    of_module = 3 * d + 2 * d * d + sum(_active(model, kind) for kind in layers)
+    return (model.mtp_num_layers or 0) * of_module
 
 
 def mean_keys(model: ModelConfig, seq_length: int) -> float:
@@ -335,4 +364,9 @@ def flops_per_token(model: ModelConfig, seq_length: int) -> Flops:
         (sort.kind, factor * len(sort.numbers) * _forward_flops(sort.model, sort.kind, length))
         for sort in sorts(model)
     )
-    return Flops(by_sort, factor * 2 * model.hidden_size * _vocabulary(model))
+    logits, d = factor * 2 * model.hidden_size * _vocabulary(model), model.hidden_size
+    layers = sum(
+        _forward_flops(model, kind, seq_length) for kind in model.mtp_hybrid_override_pattern or ""
+    )
+    of_module = 3.0 * (2 * 2 * d * d + layers) + logits
+    return Flops(by_sort, logits, (model.mtp_num_layers or 0) * of_module)

@@ -6,13 +6,13 @@ Legend: s sequence (of this rank), b batch, v vocabulary of this TP rank.
 from typing import Any
 
 from megatron.core.models.hybrid.hybrid_block import HybridStack as EngineHybridStack
-from megatron.core.models.hybrid.hybrid_model import HybridModel as EngineHybridModel
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_hybrid.layers.cross_entropy import vocab_parallel_cross_entropy
 from megatron_hybrid.layers.linear import parallel_linear
 from megatron_hybrid.layers.norm import RMSNorm
+from megatron_hybrid.model.prediction import PredictingModel
 
 
 class HybridStack(EngineHybridStack):
@@ -35,7 +35,7 @@ class HybridStack(EngineHybridStack):
             self.final_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
 
 
-class HybridModel(EngineHybridModel):
+class HybridModel(PredictingModel):
     """The engine's model, with our products of matrices and our cross-entropy at its end."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:

@@ -24,6 +24,11 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayerSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import (
     MoETransformerLayer,
@@ -48,6 +53,7 @@ from megatron_hybrid.layers.shared_heads import (
     SharedHeadsMixer,
     SharedHeadsMixerSubmodules,
 )
+from megatron_hybrid.model.prediction import PredictionLayer
 from megatron_hybrid.ops.ssd import SSDBackend
 
 
@@ -72,7 +78,7 @@ _OURS = "megatron_hybrid"
 # Names are looked up when a model is built: the packages of a GPU are not needed to read them.
 SERVED: dict[str, Served] = {
     "model": Served(
-        f"{_OURS}.model.hybrid:HybridModel", f"{_CORE}.models.hybrid.hybrid_model:HybridModel"
+        f"{_OURS}.model.hybrid:HybridModel", f"{_OURS}.model.prediction:PredictingModel"
     ),
     "stack": Served(
         f"{_OURS}.model.hybrid:HybridStack", f"{_CORE}.models.hybrid.hybrid_block:HybridStack"
@@ -353,6 +359,19 @@ def _parallel_heads(backend: str, model: ModelConfig) -> ModuleSpec:
     )
 
 
+def _prediction(classes: LayerClasses) -> ModuleSpec:
+    """Modules of multi-token prediction; their layers are those of the stack."""
+    submodules = MultiTokenPredictionLayerSubmodules(
+        enorm=classes.norm, hnorm=classes.norm, layer_norm=classes.norm,
+        eh_proj=classes.column_linear,
+    )  # fmt: skip
+    layer = ModuleSpec(module=PredictionLayer, submodules=submodules)
+    return ModuleSpec(
+        module=MultiTokenPredictionBlock,
+        submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[layer]),
+    )
+
+
 def hybrid_stack_spec(backend: str, model: ModelConfig) -> ModuleSpec:
     """The stack of layers for megatron-core's HybridModel."""
     classes = layer_classes(backend)
@@ -417,5 +436,6 @@ def hybrid_stack_spec(backend: str, model: ModelConfig) -> ModuleSpec:
             attention_layer=attention,
             mlp_layer=mlp,
             moe_layer=moe,
+            mtp_block_spec=_prediction(classes),
         ),
-    )
+    )  # fmt: skip

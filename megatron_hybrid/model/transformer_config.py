@@ -153,6 +153,8 @@ def _made(
         # Of the products with the queries, which costs nothing, rather than of the keys.
         assert model.kv_channels is not None
         arguments["softmax_scale"] = model.key_multiplier * model.kv_channels**-0.5
+    if model.mtp_num_layers is not None:
+        arguments["mtp_num_layers"] = model.mtp_num_layers
     arguments |= {name: getattr(parallel, name) for name in PARALLEL_FIELDS}
     arguments |= {name: getattr(config.training, name) for name in RECOMPUTE_FIELDS}
     # Which count where the granularity is selective.

@@ -66,6 +66,8 @@ class Objective:
             "hidden": hidden states after the last norm, `[s, b, h]`, or `[s / TP, b, h]` with
             sequence parallelism. The model's output layer (`model.output_layer`) does not run.
         reports: names of what `Losses.sums` holds; settled by `open` at the latest.
+        next_tokens: whether `losses` weighs the cross-entropies of next tokens, to which those of
+            the tokens after them may be added (`model.mtp_num_layers`).
         is_cross_entropy: whether the loss is the mean cross-entropy of tokens, in nats, so that its
             exponential is a perplexity.
         by_source: whether `Batch.sources` is to say which sources samples are of.
@@ -79,6 +81,7 @@ class Objective:
 
     output: ClassVar[Literal["losses", "logits", "hidden"]] = "losses"
     reports: tuple[str, ...] = ()
+    next_tokens: ClassVar[bool] = False
     is_cross_entropy: ClassVar[bool] = False
     by_source: ClassVar[bool] = False
     looks_ahead: ClassVar[bool] = False
@@ -134,6 +137,14 @@ class Objective:
         own, `[b, s]`, go into `batch.extra`, and are moved and cut like the others.
         """
         return batch
+
+    def inputs(self, batch: "Batch") -> Mapping[str, Any]:
+        """What the model's forward gets beside tokens, positions, labels and documents, by name.
+
+        Args:
+            batch: as for `losses`.
+        """
+        return {}
 
     def losses(self, output: "Tensor", batch: "Batch", model: "nn.Module") -> Losses:
         """The losses of a micro batch, on the last pipeline stage.

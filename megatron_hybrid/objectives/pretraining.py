@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 class Pretraining(Objective):
     """Mean cross-entropy over the tokens whose next token is of the same document."""
 
+    next_tokens = True
     is_cross_entropy = True
 
     @classmethod

@@ -51,6 +51,12 @@ def objective_fits(config: RunConfig, facts: Facts) -> Iterator[str]:
         yield str(error)
     else:
         yield from kind.problems(config, options)
+        modules = config.model.mtp_num_layers
+        if modules is not None and not kind.next_tokens:
+            yield (
+                f"model.mtp_num_layers={modules} with {FIELD}={config.training.objective} is not "
+                "supported: it is not of next tokens; allowed: null"
+            )
 
 
 def objective_problems(config: RunConfig) -> list[str]:
@@ -65,7 +71,12 @@ def build_objective(config: RunConfig) -> Objective:
         UserError: it has some.
     """
     kind = find_objective(config.training.objective)
-    return kind(config, _options(kind, config))
+    objective = kind(config, _options(kind, config))
+    if config.model.mtp_num_layers is None:
+        return objective
+    from megatron_hybrid.objectives.multi_token import MultiToken
+
+    return MultiToken(objective)
 
 
 def frozen_models(config: RunConfig) -> Sequence[RunConfig]:

@@ -19,6 +19,7 @@ class SupervisedFineTuning(Objective):
     SSM state start anew at each.
     """
 
+    next_tokens = True
     is_cross_entropy = True
     conversations = True
 

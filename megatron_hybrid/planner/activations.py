@@ -342,6 +342,43 @@ def output_activations(
     return e * t * d + 4 * t + normed + (e + (4 if fused else 0)) * logits
 
 
+def prediction_activations(
+    model: ModelConfig,
+    layout: Layout,
+    *,
+    number_bytes: int,
+    fused: bool,
+    recompute: Collection[str] = (),
+    full: bool = False,
+) -> tuple[int, int]:
+    """Of the modules of multi-token prediction, on the last stage: what they keep until the
+    backward pass, and what one of them makes again in it.
+
+    Args:
+        full: all of a module but its end is computed again.
+    """
+    e, d, T, t = number_bytes, model.hidden_size, layout.tokens, layout.own_tokens
+    split = layout.sequence_parallel and layout.tp > 1
+    # What a module joins: hidden states, which the output layer keeps too where it has the same
+    # tokens of them, and embeddings.
+    read = e * t * d * (2 if split and not fused else 1)
+    read += dropout_mask(model, layout, number_bytes=e, fused=fused)
+    # Normed and joined, as the projection keeps it; of two norms the statistics; and the projected
+    # tokens of the other TP ranks, of which this rank's are a view.
+    inside = 2 * e * d * (t if fused else T) + 2 * 4 * t + e * (T - t) * d
+    inside += sum(
+        layer_activations(
+            model, kind, layout, number_bytes=e, fused=fused, fp8=False, recompute=recompute
+        )
+        for kind in model.mtp_hybrid_override_pattern or ""
+    )
+    end = output_activations(model, layout, number_bytes=e, fused=fused)
+    modules = model.mtp_num_layers or 0
+    if full and modules:
+        return modules * (read + end), inside
+    return modules * (read + inside + end), 0
+
+
 def layer_input(model: ModelConfig, layout: Layout, *, number_bytes: int) -> int:
     """What a layer leaves that is computed again: its input."""
     return number_bytes * layout.own_tokens * model.hidden_size

@@ -71,6 +71,7 @@ def one_rank(config: RunConfig, pattern: str) -> RunConfig:
         name: value
         for name, value in values["model"].items()
         if name not in MULTIPLIED or has_kind(pattern, MULTIPLIED[name])
+        if not name.startswith("mtp_")
     }
     if MOE not in pattern:
         left_out += [name for name in values["gpu"] if "moe" in name]

@@ -13,6 +13,7 @@ from megatron_hybrid.planner.activations import (
     layer_activations,
     layer_input,
     output_activations,
+    prediction_activations,
 )
 from megatron_hybrid.planner.frozen import frozen_memory
 from megatron_hybrid.planner.layer_time import Features
@@ -120,6 +121,13 @@ def _activations(
     logits = 0
     if stage == layout.pp - 1:
         logits = output_activations(model, layout, number_bytes=number, fused=fused)
+        # They run after all layers, and begin the backward pass.
+        full = config.training.recompute_granularity == "full"
+        of_modules, made_again = prediction_activations(
+            model, layout, number_bytes=number, fused=fused, recompute=features.recompute, full=full
+        )
+        logits += of_modules
+        again.append(made_again)
     return total + max(again), logits
 
 

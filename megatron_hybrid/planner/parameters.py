@@ -1,7 +1,7 @@
 """Parameters of one rank of a pipeline stage, by the formulas of `model.counts`."""
 
 from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.model.counts import Parameters, layer_parameters
+from megatron_hybrid.model.counts import Parameters, layer_parameters, prediction_parameters
 from megatron_hybrid.planner.layout import Layout, chunk_sorts
 
 
@@ -21,5 +21,8 @@ def stage_parameters(model: ModelConfig, layout: Layout, stage: int) -> Paramete
         found += Parameters(dense=model.hidden_size)
         # A tied output layer is the embedding, but on another stage it needs a copy.
         if model.untie_embeddings_and_output_weights or layout.pp > 1:
+            found += Parameters(dense=words)
+        found += prediction_parameters(model, tp=layout.tp, ep=layout.ep, etp=layout.etp)
+        if model.mtp_num_layers and layout.pp > 1:  # which read tokens of their own
             found += Parameters(dense=words)
     return found

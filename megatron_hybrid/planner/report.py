@@ -105,7 +105,11 @@ class Report:
                 "tokens_per_s": self.time.tokens_per_s, "bubble": self.time.bubble,
                 "exposed_communication": self.time.exposed_communication,
             },
-            "flops_per_token": {**self.flops.by_kind, "logits": self.flops.logits},
+            "flops_per_token": {
+                **self.flops.by_kind,
+                "logits": self.flops.logits,
+                **({"prediction": self.flops.prediction} if self.flops.prediction else {}),
+            },
             "generation": None if self.generation is None else asdict(self.generation),
         }  # fmt: skip
 
@@ -175,6 +179,8 @@ def print_report(report: Report, console: Console) -> None:
     shares = [f"{KINDS[kind]} {flops / report.flops.total:.1%}"
               for kind, flops in report.flops.by_kind.items()]  # fmt: skip
     shares.append(f"output layer {report.flops.logits / report.flops.total:.1%}")
+    if report.flops.prediction:
+        shares.append(f"multi-token prediction {report.flops.prediction / report.flops.total:.1%}")
     console.print(
         f"{human_count(report.flops.total, 2)} FLOPs a token: {', '.join(shares)}", highlight=False
     )

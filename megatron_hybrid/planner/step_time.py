@@ -11,6 +11,7 @@ and `overlap_param_gather` say so, else on the path.
 from dataclasses import dataclass
 
 from megatron_hybrid.config import RunConfig
+from megatron_hybrid.config.linears import Linear
 from megatron_hybrid.config.pattern import ATTENTION, MLP, MOE, made_of
 from megatron_hybrid.config.precision import float8_layers
 from megatron_hybrid.objectives.registry import frozen_models, step_flops_per_token
@@ -81,7 +82,29 @@ def chunk_work(rank: Rank) -> list[tuple[Work, Work]]:
     first_forward, first_backward, last_forward, last_backward = rank.ends()
     found[0] = (found[0][0] + first_forward, found[0][1] + first_backward)
     found[-1] = (found[-1][0] + last_forward, found[-1][1] + last_backward)
+    for _ in range(config.model.mtp_num_layers or 0):
+        forward, backward = prediction_work(rank)
+        found[-1] = (
+            found[-1][0] + forward + first_forward + last_forward,
+            found[-1][1] + backward + first_backward + last_backward,
+        )
     return found
+
+
+def prediction_work(rank: Rank) -> tuple[Work, Work]:
+    """One micro batch through a module of multi-token prediction but for its embedding and its end,
+    forward and backward."""
+    model, layout = rank.model, rank.layout
+    d, full = model.hidden_size, rank.config.training.recompute_granularity == "full"
+    products = rank.product(layout.tokens, Linear(2 * d, d // layout.tp), fp8=False)
+    # Two norms, and what they give joined.
+    moved = rank.moved(8 * NUMBER_BYTES * layout.own_tokens * d)
+    forward, backward = Work(products, memory=moved), Work(2 * products, memory=2 * moved)
+    for place, kind in enumerate(model.mtp_hybrid_override_pattern or ""):
+        one, other = rank.layer(kind, fp8=False)
+        again = 0.0 if full else recomputed_seconds(rank, kind, place, one, fp8=False)
+        forward, backward = forward + one, backward + other + Work(recomputed=again)
+    return forward, backward + Work(recomputed=forward.seconds if full else 0.0)
 
 
 def recomputed_seconds(rank: Rank, kind: str, place: int, forward: Work, *, fp8: bool) -> float:

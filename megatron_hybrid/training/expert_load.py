@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
 from torch import Tensor
 
 from megatron_hybrid.config import ModelConfig
@@ -100,11 +101,16 @@ class ExpertLoads:
         moe = [layer for layer in layers(model) if layer.kind == MOE]
         self.layers = tuple(layer.number for layer in moe)
         self._experts = tuple(layer.model.num_moe_experts or 0 for layer in moe)
+        modules = [module for chunk in chunks for module in chunk.modules()]
+        # Of multi-token prediction, whose layers have numbers of their own.
+        ahead = {
+            part
+            for block in modules
+            if isinstance(block, MultiTokenPredictionBlock)
+            for part in block.modules()
+        }
         self._routers = [
-            module
-            for chunk in chunks
-            for module in chunk.modules()
-            if isinstance(module, TopKRouter)
+            module for module in modules if isinstance(module, TopKRouter) and module not in ahead
         ]
 
     def take(self, micro_batches: int, like: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ class MoeLosses:
 
     def __init__(self, model: ModelConfig) -> None:
         self.names: list[str] = []  # the same on every rank, whether it has MoE layers or not
-        self._layers = model.hybrid_layer_pattern.count(MOE)
+        modules, ahead = model.mtp_num_layers or 0, model.mtp_hybrid_override_pattern or ""
+        self._layers = model.hybrid_layer_pattern.count(MOE) + modules * ahead.count(MOE)
         if self._layers and model.moe_aux_loss_coeff:
             self.names.append(_BALANCE_LOSS[model.moe_router_load_balancing_type])
         if self._layers and model.moe_z_loss_coeff:

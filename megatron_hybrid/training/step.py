@@ -199,6 +199,7 @@ class Stepper:
                 None,
                 labels=local.labels if wanted == "losses" else None,
                 packed_seq_params=packed_seq_params(batch, self.backend, self.device),
+                **self.objective.inputs(local),
             )
         return output, partial(self._add_up, local, model)
 

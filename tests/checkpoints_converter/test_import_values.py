@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from checkpoints_converter.errors import ConversionError
 from checkpoints_converter.export import ExportOptions, export
 from checkpoints_converter.importing import Imported, ImportOptions, import_model
+from megatron_hybrid.checkpoint.files import find_checkpoint
 from megatron_hybrid.checkpoint.reader import CheckpointReader
+from megatron_hybrid.testing import run_distributed
 from tests.checkpoints_converter.peer_models import nemotron_h, saved
 
 
@@ -137,3 +139,51 @@ def test_no_length_is_made_of_nonsense(value: Any, source: Path, tmp_path: Path)
     folder = changed(source, tmp_path / "hf", max_position_embeddings=value)
     with pytest.raises(ConversionError, match=r"max_position_embeddings=.* must be a whole number"):
         import_model(folder, tmp_path / "out", ImportOptions())
+
+
+def test_prediction_layers_of_theirs_are_left_out(source: Path, tmp_path: Path) -> None:
+    """With tensors of multi-token prediction in the file it is the same model, and that is said."""
+    folder = changed(source, tmp_path / "theirs", num_nextn_predict_layers=1)
+    weights = load_file(folder / "model.safetensors")
+    weights["mtp.layers.0.eh_proj.weight"] = torch.ones(2, 4)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    done = import_model(folder, tmp_path / "ahead", ImportOptions())
+    assert any("mtp.*) are left out" in note for note in done.notes)
+    plain = import_model(source, tmp_path / "plain", ImportOptions())
+    with CheckpointReader(done.folder) as ours, CheckpointReader(plain.folder) as others:
+        assert ours.tensors.keys() == others.tensors.keys()
+
+
+def save_with_prediction(config_file: Path, save: Path) -> None:
+    """On a rank: a checkpoint of the model of a config, with a module of multi-token prediction."""
+    from megatron_hybrid.checkpoint.progress import Progress
+    from megatron_hybrid.config import load_config, rules
+    from megatron_hybrid.data.tokenizer import NullTokenizer
+    from megatron_hybrid.training.checkpoint import Checkpointer
+    from tests.distributed.layouts import built
+
+    words = [
+        str(config_file), "model.mtp_num_layers=2", "model.mtp_hybrid_override_pattern=M",
+        "data.mock_data=true", "training.train_iters=1", f"checkpoint.save={save}",
+    ]  # fmt: skip
+    config = load_config(words, which=rules.NO_FILES)
+    with built(config) as (model, optimizer, _):
+        tokenizer = NullTokenizer(config.model.vocab_size or 0)
+        Checkpointer(config, model, optimizer, tokenizer, lambda *_: None).save(Progress(1, 1))
+
+
+def test_prediction_layers_of_ours_are_left_out(source: Path, tmp_path: Path) -> None:
+    """An export has the tensors of the model alone, as the checkpoint has them, and says so."""
+    plain = import_model(source, tmp_path / "plain", ImportOptions())
+    run_distributed(save_with_prediction, 1, plain.folder / "run_config.yaml", tmp_path / "ahead")
+    done = export(tmp_path / "ahead", tmp_path / "hf", ExportOptions())
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    assert weights.keys() == load_file(source / "model.safetensors").keys()
+    with CheckpointReader(find_checkpoint(tmp_path / "ahead")) as reader:
+        modules = [
+            name for name in reader.tensors if name.startswith("mtp.") and "_extra" not in name
+        ]
+        router = reader.read_rows("decoder.layers.1.mlp.router.weight", 0, 2)
+    assert len({name.split(".")[2] for name in modules}) == 2
+    assert any(f"multi-token prediction, {len(modules)} tensors" in note for note in done.notes)
+    assert torch.equal(weights["backbone.layers.1.mixer.gate.weight"][:2], router)

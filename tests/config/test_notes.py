@@ -194,6 +194,7 @@ REFUSED = """
     model.moe_z_loss_coeff model.moe_router_score_function model.moe_router_pre_softmax
     model.moe_router_topk_scaling_factor model.moe_router_enable_expert_bias
     model.moe_expert_capacity_factor model.moe_token_dispatcher_type
+    model.mtp_num_layers model.mtp_hybrid_override_pattern model.mtp_loss_scaling_factor
     model.moe_latent_size model.moe_router_num_groups model.moe_router_group_topk
     parallel.sequence_parallel parallel.virtual_pipeline_model_parallel_size
     parallel.expert_model_parallel_size parallel.expert_tensor_parallel_size

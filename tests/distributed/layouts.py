@@ -61,6 +61,12 @@ DELTA_SIZES = {
     "linear_value_head_dim": 16, "num_meta_tokens": 8,
     "layers": {"2": {"linear_num_value_heads": 12, "linear_value_head_dim": 8}},
 }  # fmt: skip
+# Predicts two more tokens, with layers of their own after the last.
+AHEAD = "M-*E"
+AHEAD_FIELDS = {
+    "mtp_num_layers": 2, "mtp_hybrid_override_pattern": "*E", "mtp_loss_scaling_factor": 0.3,
+    "embedding_multiplier": 3.0,
+}  # fmt: skip
 # Two of each kind, the second of which is unlike the first: Mamba-1 and Mamba-2, other numbers of
 # heads, which are as wide or not, groups of the gated norm, angles of RoPE, activations and
 # experts, which biases balance: of the first layer latent, of the second in groups.
@@ -181,6 +187,7 @@ def layout_config(
                 **(DELTA_SIZES if layers == DELTA else {}),
                 **(HEADS_FIELDS if layers == HEADS else {}),
                 **(HYMBA_FIELDS if layers == HYMBA else {}),
+                **(AHEAD_FIELDS if layers == AHEAD else {}),
             },
             "parallel": {
                 "tensor_model_parallel_size": layout.tp,

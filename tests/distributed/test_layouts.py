@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_hybrid.testing import run_distributed
 from tests.distributed.layouts import (
+    AHEAD,
     DELTA,
     DENSE,
     DIFFUSION,
@@ -43,7 +44,7 @@ Steps = list[tuple[float, float, dict[str, Tensor]]]
 def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A checkpoint by one rank for each model."""
     folders = {}
-    for layers in (DENSE, MOE, DIFFUSION, UNLIKE, HEADS, HYMBA, DELTA):
+    for layers in (DENSE, MOE, DIFFUSION, UNLIKE, HEADS, HYMBA, DELTA, AHEAD):
         folders[layers] = tmp_path_factory.mktemp("weights")
         run_distributed(save_weights, 1, layers, folders[layers])
     return folders
@@ -75,7 +76,9 @@ def variants_of(layout: Layout, layers: str) -> list[Variant]:
         return []
     if layers in (HEADS, DELTA) and (layout.needs_moe or layout.name.startswith("DP2")):
         return []
-    if layers in (UNLIKE, HEADS, HYMBA, DELTA) and layout.ranks > 1:
+    if layers == AHEAD and layout.name not in (*SINGLE, ONE_RANK.name, "PP2xVPP2", "TP2xCP2"):
+        return []  # what it adds is after the last layer
+    if layers in (UNLIKE, HEADS, HYMBA, DELTA, AHEAD) and layout.ranks > 1:
         return [PLAIN, PACKED_AGAIN]
     if layers == DENSE and layout.ranks > 1 and layout.name not in (*SINGLE, "DP2"):
         return []  # of more dimensions: UNLIKE has all kinds of layers
@@ -85,7 +88,7 @@ def variants_of(layout: Layout, layers: str) -> list[Variant]:
 
 
 NAMES = {DENSE: "dense", MOE: "moe", DIFFUSION: "diffusion", UNLIKE: "unlike",
-         HEADS: "heads", HYMBA: "hymba", DELTA: "delta"}  # fmt: skip
+         HEADS: "heads", HYMBA: "hymba", DELTA: "delta", AHEAD: "ahead"}  # fmt: skip
 CASES = [
     pytest.param(
         layout, layers, variant,

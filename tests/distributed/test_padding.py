@@ -50,7 +50,9 @@ def first_step(layout: Layout, untied: bool, recipe: str, multiple: int) -> dict
     from megatron_hybrid.training.step import BatchShape
 
     config = layout_config(layout, EVEN, packed=False, recompute=False)
-    config = padded(config, multiple, untie_embeddings_and_output_weights=untied)
+    # The modules of multi-token prediction read and predict words too.
+    ahead = {"mtp_num_layers": 1, "mtp_hybrid_override_pattern": "M*"} if untied else {}
+    config = padded(config, multiple, untie_embeddings_and_output_weights=untied, **ahead)
     precision = config.precision.model_copy(update={"recipe": recipe})
     config = config.model_copy(update={"precision": precision})
     shape = BatchShape(layout.batch, SEQ_LENGTH)

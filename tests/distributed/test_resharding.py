@@ -7,6 +7,7 @@ import pytest
 
 from megatron_hybrid.testing import run_distributed
 from tests.distributed.layouts import (
+    AHEAD,
     GLOBAL_BATCH_SIZE,
     HEADS,
     LAYOUTS,
@@ -116,7 +117,7 @@ def test_loss_goes_on(name: str, saved_by_tp2_pp2: tuple[Path, list[float]]) -> 
     assert losses == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("layers", [UNLIKE, HEADS], ids=["unlike", "heads"])
+@pytest.mark.parametrize("layers", [UNLIKE, HEADS, AHEAD], ids=["unlike", "heads", "ahead"])
 def test_unlike_layers_go_on(layers: str, tmp_path: Path) -> None:
     """Layers of unlike sizes, saved by two stages, go on where each of them is shared; so do those
     with attention and Mamba-2 side by side.

@@ -33,6 +33,7 @@ MODELS = {
                       "model.add_bias_linear=true", *NO_MOE],
     "expert bias, packed": ["model.hybrid_layer_pattern=EM*E", "data.packed_documents=true",
                             "model.moe_router_enable_expert_bias=true", "model.activation=gelu",
+                            "model.mtp_num_layers=1", "model.mtp_hybrid_override_pattern=*E",
                             "model.moe_router_topk_scaling_factor=1.5", *MOE],
     "unlike layers": ["model.hybrid_layer_pattern=*M-*E*ME", "model.position_embedding_type=rope",
                       "model.layers={4: {num_attention_heads: 3, num_query_groups: 3,"
@@ -85,6 +86,9 @@ def draw_weights(chunks: Sequence[Any], seed: int = 0) -> None:
         for chunk in chunks:
             for name, tensor in [*chunk.named_parameters(), *chunk.named_buffers()]:
                 if "tokens_per_expert" in name:
+                    continue
+                if "mtp." in name:  # which no text depends on
+                    tensor.fill_(torch.nan)
                     continue
                 low, high = next((r for part, r in ranges.items() if part in name), (-0.4, 0.4))
                 tensor.uniform_(low, high, generator=draws)

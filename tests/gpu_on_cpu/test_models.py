@@ -29,6 +29,7 @@ LINES = {
             "precision.recipe=fp32", "model.activation=swiglu",
             "model.untie_embeddings_and_output_weights=false",
             "model.moe_shared_expert_intermediate_size=null model.add_bias_linear=true",
+            "model.mtp_num_layers=2 model.mtp_hybrid_override_pattern=*ME",
         )
     },
     "unlike layers": [

@@ -72,6 +72,7 @@ def test_built_equals_formula(name: str) -> None:
      "model.hybrid_layer_pattern=H-HME; model.mamba_rms_norm=false; model.add_bias_linear=true"
      "; model.moe_shared_expert_intermediate_size=null"
      "; model.layers={3: {num_attention_heads: 8, mamba_state_dim: 16}}",
+     "model.mtp_num_layers=2; model.mtp_hybrid_override_pattern=M*-E",
      "model.moe_latent_size=24; model.add_bias_linear=true"
      "; model.moe_shared_expert_intermediate_size=null",
      "model.hybrid_layer_pattern=GG-E; model.linear_key_head_dim=16; model.add_bias_linear=true"

@@ -18,6 +18,7 @@ from megatron_hybrid.planner.activations import (
     layer_activations,
     layer_input,
     output_activations,
+    prediction_activations,
 )
 from megatron_hybrid.planner.layer_time import Features
 from megatron_hybrid.planner.layout import layout_of
@@ -90,6 +91,11 @@ STATE_LAYOUTS = {
     "CP2 x DP2, tied": [
         "M-M*-", "parallel.context_parallel_size=2",
         "model.untie_embeddings_and_output_weights=false",
+    ],
+    "EP2 x PP2, prediction": [
+        "ME|*E", "parallel.expert_model_parallel_size=2",
+        "parallel.pipeline_model_parallel_size=2", "model.mtp_num_layers=2",
+        "model.mtp_hybrid_override_pattern=*E",
     ],
     "EP2 x PP2 x DP, tied": [
         "ME|*E", "parallel.expert_model_parallel_size=2",
@@ -180,7 +186,8 @@ def kept_bytes(config: RunConfig) -> tuple[list[int], int]:
         def count(*_: Any) -> None:
             found.append(size())
 
-        [stack] = [m for m in model[0].modules() if isinstance(m, HybridStack)]
+        stack = next(m for m in model[0].modules() if isinstance(m, HybridStack))
+        ahead = [(tokens, tokens)] * (config.model.mtp_num_layers or 0)
         recompute = config.training.recompute_granularity == "full"
         for layer in [stack.final_norm] if recompute else stack.layers:
             if recompute:
@@ -188,7 +195,7 @@ def kept_bytes(config: RunConfig) -> tuple[list[int], int]:
             else:
                 layer.register_forward_hook(count)
         with every_pack(kept):
-            model[0](tokens, positions, None, labels=tokens)
+            model[0](tokens, positions, None, labels=tokens, ahead=ahead)
         return found, size()
 
 
@@ -279,6 +286,11 @@ VARIANTS = {
         "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true",
     ],
     "CP2, Mamba-1": ["MM", "model.mamba_version=1", "parallel.context_parallel_size=2"],
+    "prediction": ["M*-E", "model.mtp_num_layers=2", "model.mtp_hybrid_override_pattern=*E"],
+    "TP2 SP, prediction": [
+        "M*-", "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true",
+        "model.mtp_num_layers=2", "model.mtp_hybrid_override_pattern=M",
+    ],
     "hidden dropout": ["M*-E", "model.hidden_dropout=0.1"],
     "2048 tokens, wider": [
         "M*-E", "data.seq_length=2048", "model.hidden_size=512", "model.mamba_state_dim=128",
@@ -352,6 +364,7 @@ def test_activations(name: str) -> None:
         planned, layers = [sum(planned)], [sum(layers)]
     assert planned == pytest.approx(layers, rel=0.02)
     loss = output_activations(config.model, layout, number_bytes=number, fused=False)
+    loss += prediction_activations(config.model, layout, number_bytes=number, fused=False)[0]
     assert loss == pytest.approx(rest, rel=0.02)
 
 

@@ -15,11 +15,14 @@ from megatron_hybrid.config.rules.model import MODEL as OF_MODEL
 from megatron_hybrid.config.rules.parallel import PARALLEL
 from megatron_hybrid.config.rules.phases import PHASES, REPLACED_INSIDE
 from megatron_hybrid.config.rules.precision import PRECISION
+from megatron_hybrid.config.rules.prediction import PREDICTION
 from megatron_hybrid.config.rules.run import REPLACED, RUN
 
 MODEL: tuple[Rule, ...] = (*LAYERS, *OF_MODEL)
 # For looking at a config, on a machine that may not hold its files.
-NO_FILES: tuple[Rule, ...] = (*MODEL, *PARALLEL, *PRECISION, *GPU, *RUN, *DATA, *PHASES)
+NO_FILES: tuple[Rule, ...] = (
+    *MODEL, *PARALLEL, *PRECISION, *GPU, *PREDICTION, *RUN, *DATA, *PHASES
+)  # fmt: skip
 # For planning the data of a run, which needs nothing else of the run.
 PLAN: tuple[Rule, ...] = (*NO_FILES, has_plan, data_given, *DATA_FILES)
 # Files that are named must be there, but data and tokenizer need not be named yet.
