@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -267,20 +267,32 @@ def batches_of_this_rank(
 @contextmanager
 def built(config: RunConfig) -> Iterator[tuple[list[Any], Any, Any]]:
     """(DDP chunks, optimizer, Stepper) of a config on this rank, as the trainer builds them."""
+    with in_groups(config):
+        yield build(config)
+
+
+def in_groups(config: RunConfig) -> AbstractContextManager[None]:
+    """The process groups of a config's layout, for all that is built in it."""
+    from megatron_hybrid.platform import initialize
+    from megatron_hybrid.training.distributed import model_parallel_groups
+
+    return model_parallel_groups(config, initialize())
+
+
+def build(config: RunConfig) -> tuple[list[Any], Any, Any]:
+    """What `built` gives, within `in_groups`."""
     from megatron_hybrid.model.build import build_model_chunks
     from megatron_hybrid.model.transformer_config import transformer_config
     from megatron_hybrid.platform import initialize
-    from megatron_hybrid.training.distributed import model_parallel_groups
     from megatron_hybrid.training.optimizer import build_optimizer, wrap_data_parallel
     from megatron_hybrid.training.step import Stepper
 
-    platform = initialize()
-    with model_parallel_groups(config, platform):
-        engine_config = transformer_config(config, "torch", platform.device)
-        chunks = build_model_chunks(config, engine_config, "torch")
-        model = wrap_data_parallel(config, engine_config, chunks)
-        optimizer = build_optimizer(config, engine_config, model)
-        yield model, optimizer, Stepper(config, model, optimizer, "torch", platform.device)
+    device = initialize().device
+    engine_config = transformer_config(config, "torch", device)
+    chunks = build_model_chunks(config, engine_config, "torch")
+    model = wrap_data_parallel(config, engine_config, chunks)
+    optimizer = build_optimizer(config, engine_config, model)
+    return model, optimizer, Stepper(config, model, optimizer, "torch", device)
 
 
 def save_weights(layers: str, folder: Path) -> None:
@@ -305,9 +317,10 @@ def save_weights(layers: str, folder: Path) -> None:
 def train_variants(
     layout: Layout, layers: str, weights: Path, variants: Sequence[Variant]
 ) -> list[list[tuple[float, float, dict[str, Any]]]]:
-    """On a rank: `train_steps` in each of several variants, for one start of ranks."""
+    """On a rank: `train_steps` in each of several variants, for one start of ranks and groups."""
     kept: list[Tensor] = []
-    return [train_steps(layout, layers, weights, variant, kept) for variant in variants]
+    with in_groups(layout_config(layout, layers, packed=False, recompute=False)):
+        return [train_steps(layout, layers, weights, variant, kept) for variant in variants]
 
 
 def train_steps(
@@ -323,21 +336,21 @@ def train_steps(
 
     config = layout_config(layout, layers, batch=layout.batch, **variant._asdict())
     results = []
-    with built(config) as (model, optimizer, stepper):
-        parameters = [parameter for chunk in model for parameter in chunk.parameters()]
-        if kept:
-            for parameter, value in zip(parameters, kept, strict=True):
-                parameter.data.copy_(value)
-            optimizer.reload_model_params()
-        else:
-            load_checkpoint(config, weights, model, optimizer, weights_only=True)
-            kept += [parameter.detach().clone() for parameter in parameters]
-        data = batches_of_this_rank(variant.packed, variant.sft, layout.batch)
-        for _ in range(steps_of_variant(layout, variant)):
-            shape = BatchShape(layout.batch, SEQ_LENGTH)
-            result = stepper.train(data, shape, float("inf"), [])
-            assert result.refusal is None
-            results.append((result.loss, result.grad_norm, gradient_parts(model)))
+    model, optimizer, stepper = build(config)
+    parameters = [parameter for chunk in model for parameter in chunk.parameters()]
+    if kept:
+        for parameter, value in zip(parameters, kept, strict=True):
+            parameter.data.copy_(value)
+        optimizer.reload_model_params()
+    else:
+        load_checkpoint(config, weights, model, optimizer, weights_only=True)
+        kept += [parameter.detach().clone() for parameter in parameters]
+    data = batches_of_this_rank(variant.packed, variant.sft, layout.batch)
+    for _ in range(steps_of_variant(layout, variant)):
+        shape = BatchShape(layout.batch, SEQ_LENGTH)
+        result = stepper.train(data, shape, float("inf"), [])
+        assert result.refusal is None
+        results.append((result.loss, result.grad_norm, gradient_parts(model)))
     return results
 
 

@@ -17,8 +17,10 @@ from tests.distributed.layouts import (
     VOCAB_SIZE,
     Layout,
     batches_of_this_rank,
+    build,
     built,
     gradient_parts,
+    in_groups,
     layout_config,
     merge_gradients,
     save_weights,
@@ -166,14 +168,15 @@ def evaluations(layout: Layout, weights: Path) -> dict[str, list[float]]:
     from megatron_hybrid.training.step import BatchShape
 
     losses: dict[str, list[float]] = {}
-    for name, value in ({"": None} | TRAINING_ONLY).items():
-        config = layout_config(layout, PATTERN, packed=False, recompute=False)
-        changes = {name.removeprefix("model."): value} if name else {}
-        model = config.model.model_copy(update=changes)
-        for size in (1, 2) if layout.ranks == 1 else (2,):
-            training = config.training.model_copy(update={"micro_batch_size": size})
-            update = {"model": model, "training": training}
-            with built(config.model_copy(update=update)) as (chunks, _, stepper):
+    config = layout_config(layout, PATTERN, packed=False, recompute=False)
+    with in_groups(config):
+        for name, value in ({"": None} | TRAINING_ONLY).items():
+            changes = {name.removeprefix("model."): value} if name else {}
+            model = config.model.model_copy(update=changes)
+            for size in (1, 2) if layout.ranks == 1 else (2,):
+                training = config.training.model_copy(update={"micro_batch_size": size})
+                update = {"model": model, "training": training}
+                chunks, _, stepper = build(config.model_copy(update=update))
                 load_checkpoint(config, weights, chunks, None, weights_only=True)
                 rows = torch.arange(GLOBAL_BATCH_SIZE * (SEQ_LENGTH + 1)) * 7 % VOCAB_SIZE
                 parts = rows.view(GLOBAL_BATCH_SIZE, -1).split(size)
@@ -204,14 +207,14 @@ def balance(layout: Layout, weights: Path, micro_batches: list[int]) -> list[Any
     rows = torch.randint(1, VOCAB_SIZE, (GLOBAL_BATCH_SIZE, SEQ_LENGTH + 1), generator=draws)
     rows[:, 20] = ~rows[:, 20]  # a document ends there
     results = []
-    for size in micro_batches:
-        config = layout_config(layout, PATTERN, packed=True, recompute=False)
-        types = {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 5.0}
-        sections = {
-            "model": config.model.model_copy(update=types),
-            "training": config.training.model_copy(update={"micro_batch_size": size}),
-        }
-        with built(config.model_copy(update=sections)) as (chunks, optimizer, stepper):
+    config = layout_config(layout, PATTERN, packed=True, recompute=False)
+    types = {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 5.0}
+    model = config.model.model_copy(update=types)
+    with in_groups(config):
+        for size in micro_batches:
+            training = config.training.model_copy(update={"micro_batch_size": size})
+            sections = {"model": model, "training": training}
+            chunks, optimizer, stepper = build(config.model_copy(update=sections))
             load_checkpoint(config, weights, chunks, optimizer, weights_only=True)
             data = iter([_packed_batch(part, conversations=False) for part in rows.split(size)])
             shape = BatchShape(GLOBAL_BATCH_SIZE, SEQ_LENGTH)
