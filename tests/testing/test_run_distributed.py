@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_hybrid.testing import RankError, init_model_parallel, run_distributed
 from tests.training.runs import MOE, outcomes, words
+from tests.warm import python
 
 
 class UnpicklableError(Exception):
@@ -217,7 +218,7 @@ def test_ranks_end_with_a_killed_parent(tmp_path_factory: pytest.TempPathFactory
     pids, remains = tmp_path_factory.mktemp("pids"), tmp_path_factory.mktemp("remains")
     code = f"from {__name__} import *; run_distributed(start_and_wait, 2, {str(pids)!r})"
     parent = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], stderr=subprocess.PIPE,
+        [python(), "-c", code], cwd=Path(__file__).parents[2], stderr=subprocess.PIPE,
         env=os.environ | {"TMPDIR": str(remains)},
     )  # fmt: skip
     try:

@@ -35,6 +35,7 @@ from tests.data.tokenizing.samples import (
     write_lines,
 )
 from tests.training.runs import words
+from tests.warm import program_of, python
 
 OLD = [[1, 2, 3], [4, 5]]
 CHUNK_BYTES = 4 << 10
@@ -190,10 +191,14 @@ tokenize({new_settings!r})
 
 
 @contextmanager
-def running(settings: TokenizeSettings) -> Iterator[subprocess.Popen[bytes]]:
-    """The command of `settings`, stopped in the middle of its work on a large input."""
+def running(
+    settings: TokenizeSettings,
+) -> Iterator[tuple[subprocess.Popen[bytes], psutil.Process]]:
+    """The command of `settings`, stopped in the middle of its work on a large input; what was
+    started, and the process that works.
+    """
     write_lines(Path(settings.inputs[0]), [[n % 999] * 900 for n in range(6000)])
-    words = [sys.executable, "-m", "megatron_hybrid.cli", "data", "tokenize"]
+    words = [python(), "-m", "megatron_hybrid.cli", "data", "tokenize"]
     words += ["--input", *settings.inputs, "--output", str(settings.outputs["text"])]
     words += ["--tokenizer-type", "null", "--vocab-size", "1000", "--workers", "2"]
     words += ["--shuffle-memory-gib", "0.001"]
@@ -202,9 +207,10 @@ def running(settings: TokenizeSettings) -> Iterator[subprocess.Popen[bytes]]:
     deadline = time.monotonic() + 60
     while not any(runs.glob("*")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGSTOP)
+    program = psutil.Process(program_of(process.pid))
+    program.send_signal(signal.SIGSTOP)
     try:
-        yield process
+        yield process, program
     finally:
         process.kill()
         process.wait()
@@ -213,8 +219,8 @@ def running(settings: TokenizeSettings) -> Iterator[subprocess.Popen[bytes]]:
 def test_killed_command(tmp_path: Path, old_pair: TokenizeSettings) -> None:
     """A second run is refused meanwhile; a kill leaves no process behind, a rerun no remains."""
     before = contents(tmp_path / "out")
-    with running(old_pair) as process:
-        children = psutil.Process(process.pid).children(recursive=True)
+    with running(old_pair) as (_, program):
+        children = program.children(recursive=True)
         assert len(children) >= 2
         with pytest.raises(DataError, match=r"another process is writing .*/out.idx"):
             IndexedFileWriter(tmp_path / "out", 1000)
@@ -235,10 +241,10 @@ def test_killed_command(tmp_path: Path, old_pair: TokenizeSettings) -> None:
 def test_stopped_command(tmp_path: Path, old_pair: TokenizeSettings, number: int) -> None:
     """A stopped run takes its workers along and removes what it wrote."""
     before = contents(tmp_path / "out")
-    with running(old_pair) as process:
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(number)
-        process.send_signal(signal.SIGCONT)
+    with running(old_pair) as (process, program):
+        children = program.children(recursive=True)
+        program.send_signal(number)
+        program.send_signal(signal.SIGCONT)
         _, errors = process.communicate(timeout=30)
     assert process.returncode not in (0, None)
     assert b"Traceback" not in errors
@@ -250,15 +256,15 @@ def test_stopped_command(tmp_path: Path, old_pair: TokenizeSettings, number: int
 
 def test_killed_worker(tmp_path: Path, old_pair: TokenizeSettings) -> None:
     """Where the system kills a worker, as for lack of memory, the run ends with that word."""
-    with running(old_pair) as process:
+    with running(old_pair) as (process, program):
         workers = [
             child
-            for child in psutil.Process(process.pid).children(recursive=True)
+            for child in program.children(recursive=True)
             if "spawn_main" in " ".join(child.cmdline())
         ]
         assert len(workers) == 2
         os.kill(workers[0].pid, signal.SIGKILL)
-        process.send_signal(signal.SIGCONT)
+        program.send_signal(signal.SIGCONT)
         _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
     assert b"error: a worker process died (out of memory?); nothing was published" in errors
