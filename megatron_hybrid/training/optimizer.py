@@ -1,5 +1,6 @@
 """Data-parallel wrapping, megatron-core's optimizer over it, and the learning-rate schedule."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import (
     ChainedOptimizer,
     MegatronOptimizer,
@@ -21,6 +23,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import unwrap_model
+from torch import Tensor
 
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.layers import layers_of
@@ -28,6 +31,8 @@ from megatron_hybrid.config.lengths import lengths
 from megatron_hybrid.config.pattern import MOE
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.layers.router import move_expert_biases
+
+_COMPARED_AT_ONCE = 2**24  # numbers, for the sake of memory
 
 
 def wrap_data_parallel(
@@ -233,10 +238,10 @@ def refuse_other_weights(
         states = (loaded[index] if len(parts) > 1 else loaded)["param_state"]
         held = (parameter for buffer in part.buffers for parameter in buffer.param_index_map)
         for number, parameter in enumerate(held):
-            main = states[number]["param"].to(parameter.device)
-            apart = (main - parameter.detach().float()).abs_()
-            # Far beyond what rounding to 8 bits makes of a weight.
-            if bool((apart > 0.25 * main.abs() + main.abs().max() / 64).any()):
+            # Weights in float8 are made of their main ones when the run goes on.
+            if is_float8tensor(parameter):
+                continue
+            if _apart(states[number]["param"], parameter.detach()):
                 found.append(names[id(parameter)])
     everywhere: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(everywhere, found)
@@ -246,6 +251,18 @@ def refuse_other_weights(
             f"its optimizer's state is of other weights than its model's: {', '.join(other[:3])}"
             f"{more}; checkpoint.load_optim=false goes on with the model's and a fresh optimizer"
         )
+
+
+def _apart(main: Tensor, weight: Tensor) -> bool:
+    """Whether some weight is far beyond what rounding makes of its main one, in fp32: those of a
+    checkpoint may have been in float8."""
+    largest = torch.linalg.vector_norm(main, math.inf)
+    pieces = zip(*(each.flatten().split(_COMPARED_AT_ONCE) for each in (main, weight)), strict=True)
+    for one, other in pieces:
+        distance = (one - other.to(one.device, torch.float32)).abs_()
+        if bool((distance > one.abs().mul_(0.25).add_(largest / 64)).any()):
+            return True
+    return False
 
 
 def load_optimizer_state(
