@@ -34,7 +34,7 @@ _OURS = """
 --key-multiplier --ssm-multipliers --ssm-in-multiplier --ssm-out-multiplier
 --attention-in-multiplier --attention-out-multiplier --mlp-multipliers --embedding-multiplier
 --lm-head-multiplier --mamba-rms-norm --mamba-version --mamba-intermediate-size --mamba-dt-rank
---mamba-inner-layernorms --parallel-heads-join --num-meta-tokens
+--mamba-inner-layernorms --parallel-heads-join --num-meta-tokens --reuse-kv
 --mlflow-experiment --mlflow-run-name --mlflow-tracking-uri
 """
 # Of `--no-field-name`, those that it has.

@@ -29,7 +29,7 @@ SHAPE_FIELDS = (
     "num_attention_heads", "num_query_groups", "kv_channels",
     "mamba_version", "mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups",
     "mamba_rms_norm", "mamba_intermediate_size", "mamba_dt_rank", "mamba_inner_layernorms",
-    "parallel_heads_join", "num_meta_tokens",
+    "parallel_heads_join", "num_meta_tokens", "reuse_kv",
     "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
     "linear_value_head_dim", "padded_vocab_size", "untie_embeddings_and_output_weights",
     "num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",

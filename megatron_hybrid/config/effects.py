@@ -34,6 +34,7 @@ _FIELDS: Mapping[Effect, str] = {
         model.mamba_inner_layernorms model.parallel_heads_join model.num_meta_tokens
         model.linear_num_key_heads model.linear_num_value_heads model.linear_key_head_dim
         model.linear_value_head_dim
+        model.reuse_kv
         model.mamba_rms_norm model.key_multiplier model.ssm_multipliers model.ssm_in_multiplier
         model.ssm_out_multiplier model.attention_in_multiplier model.attention_out_multiplier
         model.mlp_multipliers model.embedding_multiplier model.lm_head_multiplier

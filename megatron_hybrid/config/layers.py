@@ -40,7 +40,7 @@ SIZES = MappingProxyType(
     {
         MAMBA: _MAMBA,
         ATTENTION: _ATTENTION,
-        PARALLEL: _ATTENTION + _MAMBA,
+        PARALLEL: (*_ATTENTION, "reuse_kv", *_MAMBA),
         MLP: ("ffn_hidden_size", "activation"),
         MOE: (
             "num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk",
@@ -313,6 +313,19 @@ def sort_of_each(model: ModelConfig) -> tuple[Sort, ...]:
     """The sort of every layer, in the order of the pattern."""
     found = {number: sort for sort in sorts(model) for number in sort.numbers}
     return tuple(found[number] for number in sorted(found))
+
+
+def producers(model: ModelConfig) -> dict[int, Layer | None]:
+    """By its number, for each layer that reuses keys and values, the one that has them: the nearest
+    before it with attention that reuses none."""
+    found: dict[int, Layer | None] = {}
+    nearest: Layer | None = None
+    for layer in layers(model) if model.layers else ():
+        if layer.kind == PARALLEL and layer.model.reuse_kv:
+            found[layer.number] = nearest
+        elif layer.has(ATTENTION):
+            nearest = layer
+    return found
 
 
 def are_unlike(model: ModelConfig) -> bool:

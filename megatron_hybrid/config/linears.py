@@ -92,7 +92,8 @@ def _of_shared_heads(model: ModelConfig, tp: int) -> dict[str, Linear]:
     inner, d = model.mamba_intermediate_size, model.hidden_size
     assert heads is not None and groups is not None and keys is not None and inner is not None
     # Packed queries, keys, values, x, z.
-    width = heads * keys + groups * (keys + value_channels(model, PARALLEL)) + 2 * inner
+    own = 0 if model.reuse_kv else groups * (keys + value_channels(model, PARALLEL))
+    width = heads * keys + own + 2 * inner
     return {"in_proj": Linear(d, width // tp), "out_proj": Linear(inner // tp, d)}
 
 

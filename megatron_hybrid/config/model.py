@@ -67,6 +67,7 @@ class LayerConfig(Section):
     kv_channels: Positive = _unsaid("attention: channels of a head")
     window_size: Window | None = _unsaid("attention: [tokens seen to the left, 0]; null: all")
     position_embedding_type: Positions = _unsaid("attention: positions")
+    reuse_kv: bool = _unsaid("parallel heads: keys and values of the nearest such layer before")
     mamba_version: MambaVersion = _unsaid("Mamba: 1 or 2")
     mamba_num_heads: Positive = _unsaid("Mamba-2: heads")
     mamba_head_dim: Positive = _unsaid("Mamba-2: channels of a head")
@@ -149,6 +150,11 @@ class ModelConfig(Section):
     rotary_base: Amount = Field(default=10000, description="base of the rotary frequencies")
     rotary_percent: float = Field(
         default=1.0, gt=0, le=1, description="fraction of a head's channels that rotate"
+    )
+    reuse_kv: bool = Field(
+        default=False,
+        description="parallel heads: attend to keys and values of the nearest such layer before "
+        "that has some, and have none",
     )
     key_multiplier: PositiveReal = Field(default=1.0, description="attention: factor on the keys")
     mamba_version: MambaVersion = Field(

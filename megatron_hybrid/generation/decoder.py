@@ -6,6 +6,8 @@ and parts of others', and has no object or layout to make anew for a token.
 Legend: T tokens of a step, h hidden size, V vocabulary, v that of this TP rank.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,17 +70,18 @@ class Decoder:
         self.stages: list[list[Any]] = []
         symbols = parse_pattern(model.hybrid_layer_pattern).layers
         for chunk in self.chunks:
-            kinds = {
+            kinds: dict[str, Callable[[Any], Any]] = {
                 MAMBA: lambda layer: MambaLayer(mamba_mixer(layer, self._tp), layer.mixer.in_proj),
                 ATTENTION: lambda layer: AttentionLayer(layer, self._tp),
                 MLP: lambda layer: MlpLayer(layer, self._tp, model.mlp_multipliers[1]),
                 MOE: lambda layer: MoeLayer(layer, self._tp, experts),
                 GDN: lambda layer: _gated_delta_net(layer, self._tp),
-                PARALLEL: lambda layer: parallel_heads(layer, self._tp),
             }
-            self.stages.append(
-                [kinds[symbols[layer.layer_number - 1]](layer) for layer in chunk.decoder.layers]
-            )
+            stage: list[Any] = []
+            kinds[PARALLEL] = partial(parallel_heads, group=self._tp, before=stage)
+            for layer in chunk.decoder.layers:
+                stage.append(kinds[symbols[layer.layer_number - 1]](layer))
+            self.stages.append(stage)
         first, last = self.chunks[0], self.chunks[-1]
         self.first, self.last = bool(first.pre_process), bool(last.post_process)
         self.device: torch.device = next(first.parameters()).device
@@ -99,7 +102,8 @@ class Decoder:
 
     def make_states(self, limits: Limits) -> States:
         """Allocate what the layers of this rank keep of sequences."""
-        mamba, attention = self._of(MambaMixer), self._of(Attention)
+        mamba, every = self._of(MambaMixer), self._of(Attention)
+        attention = [layer for layer in every if layer.producer is None]
         metas = self._model.num_meta_tokens
         for mixer in mamba:
             mixer.take(mixer.new_slots(limits.max_sequences + bool(metas)))
@@ -112,6 +116,9 @@ class Decoder:
                 pages, limits.page_tokens, layer.heads, (layer.channels, layer.value_channels),
                 dtype, self.device,
             )  # fmt: skip
+        for layer in every:
+            if layer.producer is not None:
+                layer.pages = layer.producer.pages
         # By the whole model's pattern, so that the pages are given out alike on every rank.
         windows = [layer.model.window_size for layer in layers_of(self._model, ATTENTION)]
         seen = dict.fromkeys(None if window is None else window[0] + 1 for window in windows)

@@ -13,6 +13,7 @@ from megatron_hybrid.config.phases import sequence_lengths
 from megatron_hybrid.layers.meta_tokens import add_meta_tokens, rotate_by_document
 from megatron_hybrid.layers.multipliers import multiply_output
 from megatron_hybrid.layers.router import TopKRouter
+from megatron_hybrid.layers.shared_heads import share_keys_and_values
 from megatron_hybrid.layers.vocabulary import draw_vocabulary, leave_out_padding
 from megatron_hybrid.model.float8 import emulate_float8
 from megatron_hybrid.model.own_sizes import with_own_sizes
@@ -70,6 +71,7 @@ def build_model(
         rotary_base=model.rotary_base,
         vp_stage=vp_stage,
     )
+    share_keys_and_values(built.decoder.layers)
     if built.pre_process or built.mtp_process:
         multiply_output(built.embedding, model.embedding_multiplier)
         if model.num_meta_tokens:

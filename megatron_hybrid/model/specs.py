@@ -309,7 +309,7 @@ def _core_attention(classes: LayerClasses, model: ModelConfig) -> Any:
 def _shared_heads_mixer(classes: LayerClasses, model: ModelConfig) -> ModuleSpec:
     return ModuleSpec(
         module=SharedHeadsMixer,
-        params=_mamba1_params(classes, model),
+        params=_mamba1_params(classes, model) | ({"reuse_kv": True} if model.reuse_kv else {}),
         submodules=SharedHeadsMixerSubmodules(
             in_proj=classes.norm_and_column_linear,
             out_proj=classes.row_linear,

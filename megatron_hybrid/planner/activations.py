@@ -193,11 +193,12 @@ def _shared_heads(model: ModelConfig, layout: Layout, e: int, *, selective: bool
     heads, groups, channels = _attention_sizes(model, layout)
     T, of_values = layout.tokens, value_channels(model, PARALLEL)
     width = T * heads * of_values
-    projected = T * ((heads + groups) * channels + groups * of_values)
+    own = 0 if model.reuse_kv else groups
+    projected = T * ((heads + own) * channels + own * of_values)
     tables = rotated = 0
     if model.position_embedding_type == "rope":
         tables = 4 * T * int(channels * model.rotary_percent)
-        rotated = T * (heads + groups) * channels
+        rotated = T * (heads + own) * channels
     attended = 0
     if not selective:
         attended = _attention_core(model, layout, e, fused=False, channels=of_values)

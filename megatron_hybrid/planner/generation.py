@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from megatron_hybrid.config.layers import layers_of, sorts
 from megatron_hybrid.config.linears import gdn_widths, value_channels
 from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.pattern import ATTENTION, GDN, MAMBA
+from megatron_hybrid.config.pattern import ATTENTION, GDN, MAMBA, PARALLEL
 from megatron_hybrid.model.counts import CONV_KERNEL, count_parameters
 
 
@@ -55,7 +55,7 @@ def generation_memory(
     length = min(context_tokens, max(seen, default=0)) + model.num_meta_tokens
     for sort in sorts(model):
         m, layers = sort.model, batch_size * len(sort.numbers)
-        if sort.has(ATTENTION):
+        if sort.has(ATTENTION) and not (sort.kind == PARALLEL and m.reuse_kv):
             assert m.num_query_groups is not None and m.kv_channels is not None
             channels = m.kv_channels + value_channels(m, sort.kind)
             keys_values += layers * length * m.num_query_groups * channels * number_bytes

@@ -188,7 +188,7 @@ REFUSED = """
     model.key_multiplier model.ssm_multipliers model.ssm_in_multiplier model.ssm_out_multiplier
     model.attention_in_multiplier model.attention_out_multiplier model.mlp_multipliers
     model.mamba_rms_norm model.mamba_inner_layernorms model.parallel_heads_join
-    model.num_meta_tokens
+    model.num_meta_tokens model.reuse_kv
     model.window_size model.attn_mask_type model.num_moe_experts model.moe_ffn_hidden_size
     model.moe_router_topk model.moe_shared_expert_intermediate_size model.moe_aux_loss_coeff
     model.moe_z_loss_coeff model.moe_router_score_function model.moe_router_pre_softmax

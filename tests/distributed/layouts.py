@@ -44,7 +44,7 @@ HEADS_FIELDS = {
     },
 }  # fmt: skip
 # What Hymba has: one projection to attention and Mamba-1 and one from both, norms within Mamba-1,
-# meta tokens.
+# meta tokens, keys and values of another layer.
 HYMBA = "M*-H-H"
 HYMBA_FIELDS = {
     "activation": "swiglu", "parallel_heads_join": "mean", "mamba_version": 1,
@@ -52,6 +52,7 @@ HYMBA_FIELDS = {
     "num_meta_tokens": 8, "embedding_multiplier": 2.0,
     "layers": {
         "1": {"mamba_version": 2}, "2": {"window_size": [5, 0]}, "4": {"window_size": [20, 0]},
+        "6": {"window_size": [9, 0], "reuse_kv": True},
     },
 }  # fmt: skip
 # Gated delta nets of two sizes, with as many value heads as key heads, and with three a key head.

@@ -61,6 +61,8 @@ def test_built_equals_formula(name: str) -> None:
     ["model.mamba_version=1", "model.mamba_version=1; model.mamba_inner_layernorms=true",
      "model.hybrid_layer_pattern=H-HME; model.parallel_heads_join=mean; model.mamba_version=1;"
      " model.mamba_inner_layernorms=true; model.layers.1={num_query_groups: 1, kv_channels: 24}",
+     "model.hybrid_layer_pattern=H-HME; model.parallel_heads_join=mean; model.mamba_version=1;"
+     " model.layers.3.reuse_kv=true",
      "model.hybrid_layer_pattern=H-HME; model.layers.1.mamba_version=1",
      "model.num_meta_tokens=5; model.hybrid_layer_pattern=M*-; model.num_moe_experts=null;"
      " model.moe_ffn_hidden_size=null; model.moe_shared_expert_intermediate_size=null;"

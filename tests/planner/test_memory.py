@@ -249,6 +249,10 @@ VARIANTS = {
         "model.mamba_inner_layernorms=true", "model.layers={2-3: {position_embedding_type: rope},"
         " 3: {kv_channels: 64, window_size: [100, 0]}}",
     ],
+    "reused keys and values": [
+        "HH", "model.mamba_version=1", "model.parallel_heads_join=mean",
+        "model.layers.2.reuse_kv=true", "model.position_embedding_type=rope",
+    ],
     "TP2 SP, shared heads, fp32": [
         "HH", "model.mamba_version=1", "model.parallel_heads_join=mean",
         "model.mamba_inner_layernorms=true", "precision.recipe=fp32",

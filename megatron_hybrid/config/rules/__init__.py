@@ -10,6 +10,7 @@ from megatron_hybrid.config.rules.evaluation import EVALUATION, OWN_DATA
 from megatron_hybrid.config.rules.files import DATA_FILES, FILES, INPUTS, data_given
 from megatron_hybrid.config.rules.generation import GENERATION
 from megatron_hybrid.config.rules.gpu import GPU
+from megatron_hybrid.config.rules.heads import HEADS
 from megatron_hybrid.config.rules.layers import LAYERS
 from megatron_hybrid.config.rules.model import MODEL as OF_MODEL
 from megatron_hybrid.config.rules.parallel import PARALLEL
@@ -18,7 +19,7 @@ from megatron_hybrid.config.rules.precision import PRECISION
 from megatron_hybrid.config.rules.prediction import PREDICTION
 from megatron_hybrid.config.rules.run import REPLACED, RUN
 
-MODEL: tuple[Rule, ...] = (*LAYERS, *OF_MODEL)
+MODEL: tuple[Rule, ...] = (*LAYERS, *OF_MODEL, *HEADS)
 # For looking at a config, on a machine that may not hold its files.
 NO_FILES: tuple[Rule, ...] = (
     *MODEL, *PARALLEL, *PRECISION, *GPU, *PREDICTION, *RUN, *DATA, *PHASES

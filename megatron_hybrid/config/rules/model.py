@@ -32,11 +32,6 @@ from megatron_hybrid.config.run import RunConfig
 _MOE_FIELDS = tuple(
     name for name in fields() if name.startswith(("model.moe_", "model.num_moe_experts"))
 )
-# Of parallel heads whose outputs are added up, each with projections of its own.
-_OF_SUMS = (
-    "ssm_in_multiplier", "ssm_out_multiplier", "attention_in_multiplier",
-    "attention_out_multiplier", "add_bias_linear",
-)  # fmt: skip
 _SHARED = "moe_shared_expert_intermediate_size"
 
 
@@ -184,35 +179,6 @@ def mamba_version(c: RunConfig, _: Facts) -> Problems:
             )
 
 
-def parallel_heads_join(c: RunConfig, _: Facts) -> Problems:
-    """The mean is of outputs of one width, of Mamba-1, before the only projection."""
-    m = c.model
-    join = f"model.parallel_heads_join={m.parallel_heads_join}"
-    if m.parallel_heads_join != "mean" or PARALLEL not in m.hybrid_layer_pattern:
-        return
-    for name in _OF_SUMS:
-        value, usual = getattr(m, name), fields()[f"model.{name}"].default
-        if value != usual:
-            yield (
-                f"{join} has no use for model.{name}={shown_size(value)}; allowed: "
-                f"{shown_size(usual)}, or model.parallel_heads_join=sum"
-            )
-    for layer in layers_of(m, PARALLEL):
-        if layer.model.mamba_version != 1:
-            yield (
-                f"{join} is of attention and Mamba-1; {layer.path('mamba_version')}="
-                f"{layer.model.mamba_version} must be 1, or model.parallel_heads_join sum"
-            )
-            continue
-        heads, inner = layer.model.num_attention_heads, layer.model.mamba_intermediate_size
-        assert inner is not None
-        if heads is not None:
-            yield from must_divide(
-                f"{join}: {layer.path('num_attention_heads')}", heads,
-                layer.path("mamba_intermediate_size"), inner,
-            )  # fmt: skip
-
-
 def meta_tokens(c: RunConfig, _: Facts) -> Problems:
     """They are before the text, and none of its tokens."""
     pattern, count = c.model.hybrid_layer_pattern, c.model.num_meta_tokens
@@ -342,7 +308,6 @@ MODEL: tuple[Rule, ...] = (
     mamba_heads,
     linear_heads,
     mamba_version,
-    parallel_heads_join,
     meta_tokens,
     multipliers,
     moe_only_with_moe_layers,

@@ -41,6 +41,8 @@ class Attention:
     """Self-attention of what was normed; `pages` is set before the first call."""
 
     pages: Pages
+    producer: "Attention | None" = None  # whose keys and values it has
+    latest: tuple[Tensor, Tensor]  # keys and values of the step's tokens, for others that have them
 
     def __init__(self, layer: Any, group: Group) -> None:
         attention = layer.self_attention
@@ -88,12 +90,18 @@ class Attention:
             mixed[:, :, :queries], mixed[:, :, queries], mixed[:, :, queries + 1], batch
         )
 
-    def _attended(self, query: Tensor, key: Tensor, value: Tensor, batch: Batch) -> Tensor:
-        """`[T, k, r, d]`, `[T, k, d]` and `[T, k, values' d]` -> `[T, k * r * values' d]`."""
+    def _attended(
+        self, query: Tensor, key: Tensor, value: Tensor, batch: Batch, *, kept: bool = False
+    ) -> Tensor:
+        """`[T, k, r, d]`, `[T, k, d]` and `[T, k, values' d]` -> `[T, k * r * values' d]`.
+
+        Args:
+            kept: the pages have the keys and values already.
+        """
         tokens, pool = len(query), self.pages
         assert batch.places is not None
-        for kept, new in ((pool.keys, key), (pool.values, value)):
-            kept.transpose(1, 2).index_put_(batch.places, new.to(kept.dtype))
+        for pages, new in () if kept else ((pool.keys, key), (pool.values, value)):
+            pages.transpose(1, 2).index_put_(batch.places, new.to(pages.dtype))
         decoding = batch.decoding
         if not batch.chunks:
             return self._paged(query, batch).to(query.dtype)

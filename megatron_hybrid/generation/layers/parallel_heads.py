@@ -4,6 +4,7 @@ Legend: T tokens of the step, h hidden size; k key/value heads of r query heads 
 queries and keys, v of values, d = k * r * v channels of Mamba.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,11 +47,17 @@ class ParallelHeadsLayer:
 
 
 class SharedHeadsAttention(Attention):
-    """Attention of what is projected already."""
+    """Attention of what is projected already, to keys and values of its own or of another layer.
 
-    def __init__(self, layer: Any) -> None:
+    Args:
+        producer: the other; None: its own.
+    """
+
+    def __init__(self, layer: Any, producer: "SharedHeadsAttention | None") -> None:
         mixer = layer.mixer
-        self._sizes = [mixer.in_proj_parts[name] for name in "qkv"]
+        self.producer = producer
+        names = "qkv" if producer is None else "q"
+        self._sizes = [mixer.in_proj_parts[name] for name in names]
         queries = mixer.heads // mixer.groups
         self.num_meta_tokens = mixer.core_attention.num_meta_tokens
         self._size(layer, mixer.groups, queries, mixer.channels, mixer.value_channels)
@@ -61,23 +68,33 @@ class SharedHeadsAttention(Attention):
     def of_projected(
         self, projected: Tensor, batch: Batch, rotary: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        """`[T, k * (r * c + c + v)]` -> `[T, d]`."""
-        q, k, v = projected.split(self._sizes, dim=-1)
+        """`[T, k * (r * c + c + v)]`, or `[T, k * r * c]` -> `[T, d]`."""
+        q, *own = projected.split(self._sizes, dim=-1)
         query = q.unflatten(-1, (self.heads, self.queries, self.channels))
-        key = k.unflatten(-1, (self.heads, self.channels))
         if rotary is not None:
             rotate(query, *rotary)
+        if self.producer is not None:
+            key, value = self.producer.latest
+            return self._attended(query, key, value, batch, kept=True)
+        key = own[0].unflatten(-1, (self.heads, self.channels))
+        if rotary is not None:
             rotate(key.unsqueeze(2), *rotary)
-        value = v.unflatten(-1, (self.heads, self.value_channels))
+        value = own[1].unflatten(-1, (self.heads, self.value_channels))
+        self.latest = key, value
         return self._attended(query, key, value, batch)
 
 
 class SharedHeadsLayer:
-    """Both mixers between one projection to them and one of the mean of their normed outputs."""
+    """Both mixers between one projection to them and one of the mean of their normed outputs.
 
-    def __init__(self, layer: Any, group: Group) -> None:
+    Args:
+        producer: whose keys and values it reuses, where it does.
+    """
+
+    def __init__(self, layer: Any, group: Group, producer: "SharedHeadsAttention | None") -> None:
         mixer = layer.mixer
-        self.attention, self.mamba = SharedHeadsAttention(layer), Mamba1Mixer(layer.mixer, group)
+        self.attention = SharedHeadsAttention(layer, producer)
+        self.mamba = Mamba1Mixer(layer.mixer, group)
         self.norm = Norm(mixer.in_proj, "layer_norm_weight", mixer.in_proj.eps)
         self._attention_norm = _NormOfRanks(mixer.attention_norm, group)
         self._ssm_norm = _NormOfRanks(mixer.ssm_norm, group)
@@ -118,7 +135,18 @@ class _NormOfRanks:
         return (wide * inverse).mul_(self._weight).to(x.dtype)
 
 
-def parallel_heads(layer: Any, group: Group) -> ParallelHeadsLayer | SharedHeadsLayer:
-    """A layer with both mixers, by how their outputs are joined."""
-    kind = SharedHeadsLayer if isinstance(layer, SharedHeads) else ParallelHeadsLayer
-    return kind(layer, group)
+def parallel_heads(
+    layer: Any, group: Group, before: Sequence[Any]
+) -> ParallelHeadsLayer | SharedHeadsLayer:
+    """A layer with both mixers, by how their outputs are joined.
+
+    Args:
+        before: the layers of its pipeline chunk that come before it.
+    """
+    if not isinstance(layer, SharedHeads):
+        return ParallelHeadsLayer(layer, group)
+    producer = None
+    if layer.mixer.reuse_kv:
+        attentions = [each.attention for each in before if isinstance(each, SharedHeadsLayer)]
+        producer = [each for each in attentions if each.producer is None][-1]
+    return SharedHeadsLayer(layer, group, producer)
