@@ -42,7 +42,11 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         local = labels.reshape(-1) - tp_group.rank() * vocabulary
         elsewhere = (local < 0) | (local >= vocabulary)
         local = local.masked_fill(elsewhere, 0)[:, None]
-        log_sum = torch.cat([block.float().logsumexp(-1) for block in _blocks(rows)])
+        # Written into, rather than put together: what is kept of a block would lie where the next
+        # one's temporaries could, and the heap grow with every block.
+        log_sum = torch.empty(len(rows), device=rows.device)
+        for block, sums in zip(_blocks(rows), _blocks(log_sum, vocabulary), strict=True):
+            sums.copy_(block.float().logsumexp(-1))
         label_logit = rows.gather(1, local).squeeze(1).float().masked_fill_(elsewhere, 0.0)
         if tp_group.size() > 1:
             log_sum = _add_logs(log_sum, tp_group)
