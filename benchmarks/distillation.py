@@ -180,7 +180,7 @@ def compare_steps(folder: Path, length: int, rounds: int, threads: int) -> dict[
 
         shape = BatchShape(2, length)
         plain_step, live_step = stepper(student), stepper(learner)
-        teacher: Any = live_step.objective.source  # type: ignore[attr-defined]
+        teacher: Any = live_step.objective.sources[0]  # type: ignore[attr-defined]
 
         def forward() -> None:
             teacher.look_ahead(batches)

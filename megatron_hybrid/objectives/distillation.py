@@ -6,11 +6,20 @@ parallel rank, v vocabulary of this tensor parallel rank, h hidden size.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from megatron_hybrid.config.base import FilePath, Positive, PositiveReal, Real, Section
+from megatron_hybrid.config.base import (
+    FilePath,
+    FrozenDict,
+    Positive,
+    PositiveReal,
+    Real,
+    Section,
+    Words,
+)
+from megatron_hybrid.config.data import Name, Weights
 from megatron_hybrid.objectives.base import Losses, Objective
 from megatron_hybrid.objectives.sft import SupervisedFineTuning
 
@@ -35,12 +44,49 @@ class TeacherParallel(Section):
     expert_model_parallel_size: Positive | None = Field(default=None, description="EP")
 
 
+class Teacher(Section):
+    """One of several teachers.
+
+    Attributes:
+        checkpoint: as `Options.teacher`; `parallel`: as `Options.teacher_parallel`.
+        weight: of its divergence.
+        sources: weights by source of the data, 0 of those that are not named; None: `weight`.
+    """
+
+    checkpoint: FilePath
+    parallel: TeacherParallel | None = None
+    weight: Real = 1.0
+    sources: Weights | None = None
+
+    def weights(self, names: Sequence[str]) -> list[float]:
+        """By source of the data."""
+        if self.sources is None:
+            return [self.weight] * len(names)
+        return [self.weight * self.sources.get(name, 0.0) for name in names]
+
+
+Teachers = Annotated[
+    dict[Name, Teacher],
+    AfterValidator(FrozenDict),
+    Words(
+        "teachers by name, each of a checkpoint and, where wanted, weight, sources and parallel, "
+        "such as {math: {checkpoint: runs/math, sources: {math: 1}}}"
+    ),
+]
+
+
 class Options(Section):
     """The options of the objective."""
 
-    teacher: FilePath = Field(
+    teacher: FilePath | None = Field(
+        default=None,
         description="a checkpoint of any model with the same tokenizer, of any layout: a folder of "
-        "checkpoints or one of them"
+        "checkpoints or one of them",
+    )
+    teachers: Teachers = Field(
+        default=FrozenDict(),
+        description="several, in place of one: the loss has the sum of their divergences, each "
+        "times its weight, which may depend on the source of the sample",
     )
     teacher_parallel: TeacherParallel | None = Field(
         default=None,
@@ -64,6 +110,14 @@ class Options(Section):
     lm_loss_weight: Real = Field(
         default=0.0, description="weight of the student's own cross-entropy of the labels"
     )
+
+    @property
+    def named(self) -> dict[str, Teacher]:
+        """All teachers by the option that each is of."""
+        found = {f"teachers.{name}": teacher for name, teacher in self.teachers.items()}
+        if self.teacher is not None:
+            found["teacher"] = Teacher(checkpoint=self.teacher, parallel=self.teacher_parallel)
+        return found
 
     @property
     def forward_share(self) -> float:
@@ -117,8 +171,9 @@ class Distillation(Objective):
 
     def __init__(self, config: "RunConfig", options: Any) -> None:
         super().__init__(config, options)
-        self.source: TeacherSource | None = None
+        self.sources: list[TeacherSource] = []
         self._names: Sequence[str] = ()
+        self._weights: list[list[float]] = []  # by teacher and source
 
     @classmethod
     def problems(cls, config: "RunConfig", options: Any) -> Iterator[str]:
@@ -132,23 +187,26 @@ class Distillation(Objective):
 
     @classmethod
     def frozen(cls, config: "RunConfig", options: Any) -> Sequence["RunConfig"]:
-        """The teacher."""
+        """The teachers."""
         from megatron_hybrid.teachers.config import teacher_config
 
-        return (teacher_config(config, options),)
+        return [teacher_config(config, teacher) for teacher in options.named.values()]
 
     def open(self, backend: str, device: "torch.device", sources: Sequence[str]) -> None:
-        """Build the teacher and load it."""
+        """Build the teachers and load them."""
         from megatron_hybrid.teachers.live import LiveTeacher
 
+        for teacher in self.options.named.values():
+            offload = self.options.teacher_offload
+            self.sources.append(LiveTeacher(self.config, teacher, backend, device, offload=offload))
+            self._weights.append(teacher.weights(sources or ("",)))
         self._names = sources if len(sources) > 1 else ()
         of_sources = (f"{figure}/{name}" for name in self._names for figure in ("tokens", *FIGURES))
         self.reports = (*FIGURES, *of_sources)
-        self.source = LiveTeacher(self.config, self.options, backend, device)
 
     def look_ahead(self, micro_batches: Sequence["Batch"]) -> None:
-        assert self.source is not None, "opened before the first step"
-        self.source.look_ahead(micro_batches)
+        for source in self.sources:
+            source.look_ahead(micro_batches)
 
     def prepare(self, batch: "Batch") -> "Batch":
         """Each token gets the number of its source, which is cut as tokens are."""
@@ -164,22 +222,35 @@ class Distillation(Objective):
     def losses(self, output: "Tensor", batch: "Batch", model: Any) -> Losses:
         import torch
 
-        assert self.source is not None and batch.samples is not None
-        answer = self.source.answer(batch.samples)
-        found = answer.divergence(
-            logits_of(model, output), batch.labels.t(), model.pg_collection.tp, self.options
-        )
-        kl, lm_loss, teacher_lm_loss, agreement = (
-            each.t()
-            for each in (
-                found.divergence, found.student_loss, found.teacher_loss, found.agreement,
-            )
-        )  # fmt: skip
-        values = kl if self.options.kl_weight == 1.0 else kl * self.options.kl_weight
+        assert batch.samples is not None
+        logits, mask = logits_of(model, output), batch.loss_mask
+        total, shares, *figures = (torch.zeros_like(mask) for _ in range(4))
+        last = len(self.sources) - 1
+        for number, source in enumerate(self.sources):
+            answer, weight = source.answer(batch.samples), self._weight(number, batch)
+            found = answer.divergence(
+                # The gradient takes the place of what it is given.
+                logits if number == last else logits.clone(),
+                batch.labels.t(), model.pg_collection.tp, self.options,
+            )  # fmt: skip
+            total = total + weight * found.divergence.t()
+            of_teacher = (found.agreement.t(), found.teacher_loss.t())
+            figures = [a + weight * b for a, b in zip(figures, of_teacher, strict=True)]
+            shares = shares + weight
+        lm_loss = found.student_loss.t()
+        values = total * self.options.kl_weight
         if self.options.lm_loss_weight:
             values = values + self.options.lm_loss_weight * lm_loss
-        figures = torch.stack([kl, agreement, lm_loss, teacher_lm_loss]).detach()
-        return Losses(values, batch.loss_mask, sums=self._sums(figures * batch.loss_mask, batch))
+        agreement, teacher_lm_loss = (each / (shares + (shares == 0.0)) for each in figures)
+        seen = torch.stack([total, agreement, lm_loss, teacher_lm_loss]).detach()
+        return Losses(values, mask, sums=self._sums(seen * mask, batch))
+
+    def _weight(self, number: int, batch: "Batch") -> "Tensor":
+        """Of a teacher, for each token: `[b, s]`."""
+        weights = batch.loss_mask.new_tensor(self._weights[number])
+        if "source" not in batch.extra:
+            return weights[0].expand(batch.loss_mask.shape)
+        return weights[batch.extra["source"]]
 
     def _sums(self, figures: "Tensor", batch: "Batch") -> dict[str, "Tensor"]:
         """Over all tokens and over those of each source.

@@ -15,7 +15,7 @@ from megatron_hybrid.data.tokenizer import Tokenizer, build_tokenizer, load_toke
 from megatron_hybrid.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
-    from megatron_hybrid.objectives.distillation import Options
+    from megatron_hybrid.objectives.distillation import Options, Teacher
 
 NAME = "training.objective_options"
 # Of a layout that runs a model forward over the samples of a run.
@@ -23,42 +23,60 @@ _RULES = (*rules.EVALUATION, sequence_length, packed_context_parallel)
 
 
 def teacher_problems(config: RunConfig, options: "Options") -> Iterator[str]:
-    """Why a checkpoint cannot teach a run's model; nothing where it can."""
+    """Why a run's teachers cannot teach its model; nothing where they can."""
+    if (options.teacher is None) == (not options.teachers):
+        said = f"={options.teacher}, with teachers" if options.teachers else " is not set"
+        yield f"{NAME}.teacher{said}; allowed: one teacher, or several as {NAME}.teachers"
+    if options.teachers and options.teacher_parallel is not None:
+        yield f"{NAME}.teacher_parallel is of one teacher; of several, each has its own `parallel`"
+    for option, teacher in options.named.items():
+        known = list(config.data.sources)
+        for name in teacher.sources or ():
+            if name not in known:
+                yield (
+                    f"{NAME}.{option}.sources: {name} is not a source of the data; allowed: "
+                    f"{', '.join(known) or 'none, as data.sources has none'}"
+                )
+        yield from _problems_of(config, f"{NAME}.{option}={teacher.checkpoint}", teacher)
+
+
+def _problems_of(config: RunConfig, name: str, options: "Teacher") -> Iterator[str]:
+    """Why a checkpoint cannot teach a run's model.
+
+    Args:
+        name: the option and its value, for the sentence.
+    """
     try:
-        folder = find_checkpoint(options.teacher)
+        folder = find_checkpoint(options.checkpoint)
         teacher = teacher_config(config, options)
     except ConfigError as error:
-        yield from (f"{NAME}.teacher={options.teacher}: {each}" for each in error.problems)
+        yield from (f"{name}: {each}" for each in error.problems)
         return
     except UserError as error:
-        yield f"{NAME}.teacher={options.teacher}: {error}"
+        yield f"{name}: {error}"
         return
     if teacher.model.attn_mask_type != "causal":
         yield (
-            f"{NAME}.teacher={options.teacher} must have model.attn_mask_type=causal; it is "
-            f"{teacher.model.attn_mask_type}"
+            f"{name} must have model.attn_mask_type=causal; it is {teacher.model.attn_mask_type}"
         )
     for whose, model in (
         ("the student has", config.model),
-        (f"{options.teacher} has", teacher.model),
+        (f"{options.checkpoint} has", teacher.model),
     ):
         if model.num_meta_tokens:
             yield (
-                f"{NAME}.teacher: {whose} model.num_meta_tokens={model.num_meta_tokens}, which is "
+                f"{name}: {whose} model.num_meta_tokens={model.num_meta_tokens}, which is "
                 "not supported: rows of the two would not be of one length; allowed: 0"
             )
     words, theirs = config.model.vocab_size, teacher.model.vocab_size
     if words is not None and words != theirs:
-        yield (
-            f"{NAME}.teacher={options.teacher} has model.vocab_size={theirs}; it must be the "
-            f"student's, {words}"
-        )
-    elif (problem := _tokenizer_problem(config, options.teacher, folder)) is not None:
+        yield (f"{name} has model.vocab_size={theirs}; it must be the student's, {words}")
+    elif (problem := _tokenizer_problem(config, name, folder)) is not None:
         yield problem
 
 
 def teacher_config(
-    config: RunConfig, options: "Options", world_size: int | None = None
+    config: RunConfig, options: "Teacher", world_size: int | None = None
 ) -> RunConfig:
     """The run of a student with its teacher's model, in the teacher's layout.
 
@@ -72,7 +90,7 @@ def teacher_config(
         UserError: there is no such checkpoint, it says not of which model it is, or the model
             cannot be in that layout.
     """
-    saved = read_config(find_checkpoint(options.teacher), which=rules.MODEL)
+    saved = read_config(find_checkpoint(options.checkpoint), which=rules.MODEL)
     parallel = teacher_layout(config, saved, options)
     cut = cut_evenly(saved.model.hybrid_layer_pattern, parallel.pipeline_model_parallel_size)
     training = config.training.model_copy(
@@ -101,10 +119,10 @@ def teacher_config(
     return load_config([], base=values, which=_RULES, world_size=world_size)
 
 
-def teacher_layout(config: RunConfig, saved: RunConfig, options: "Options") -> ParallelConfig:
+def teacher_layout(config: RunConfig, saved: RunConfig, options: "Teacher") -> ParallelConfig:
     """The student's layout but for what the options say; experts are shared where there are any."""
     ours = config.parallel
-    asked = {name: size for name, size in options.teacher_parallel or () if size is not None}
+    asked = {name: size for name, size in options.parallel or () if size is not None}
     experts = saved.model.num_moe_experts
     found = {
         "tensor_model_parallel_size": ours.tensor_model_parallel_size,
@@ -130,7 +148,7 @@ def shares_groups(config: RunConfig, teacher: RunConfig) -> bool:
     return all(getattr(config.parallel, n) == getattr(teacher.parallel, n) for n in names)
 
 
-def _tokenizer_problem(config: RunConfig, teacher: Path, folder: Path) -> str | None:
+def _tokenizer_problem(config: RunConfig, name: str, folder: Path) -> str | None:
     data = config.data
     try:
         ours = _tokenizer(data.tokenizer_type, data.tokenizer_model, config.model.vocab_size)
@@ -139,11 +157,11 @@ def _tokenizer_problem(config: RunConfig, teacher: Path, folder: Path) -> str | 
     try:
         theirs = load_tokenizer(folder)
     except UserError as error:
-        return f"{NAME}.teacher={teacher}: {error}"
+        return f"{name}: {error}"
     if (ours.fingerprint, ours.eod) == (theirs.fingerprint, theirs.eod):
         return None
     return (
-        f"{NAME}.teacher={teacher} has another tokenizer than data.tokenizer_model="
+        f"{name} has another tokenizer than data.tokenizer_model="
         f"{data.tokenizer_model}; a copy of it is in {folder}"
     )
 

@@ -40,7 +40,7 @@ from megatron_hybrid.training.distributed import initialize_groups
 from megatron_hybrid.training.step import local_batch, packed_seq_params, without_output_layer
 
 if TYPE_CHECKING:
-    from megatron_hybrid.objectives.distillation import Options
+    from megatron_hybrid.objectives.distillation import Options, Teacher
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,27 @@ class LiveTeacher:
     All ranks make it together, while the student's groups are in force. The run's random numbers
     stay as they were. Where the student has no pipeline and its layout is the teacher's, a micro
     batch is answered when the student comes to it; else all of a global batch are before.
+
+    Args:
+        offload: on a GPU, keep the weights in the host's memory but for the forward passes.
     """
 
     def __init__(
-        self, config: RunConfig, options: "Options", backend: str, device: torch.device
+        self,
+        config: RunConfig,
+        options: "Teacher",
+        backend: str,
+        device: torch.device,
+        *,
+        offload: bool,
     ) -> None:
         self.config = teacher_config(config, options, dist.get_world_size())
         self._backend, self._device = backend, device
         self._is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-        folder, has_own = find_checkpoint(options.teacher), not shares_groups(config, self.config)
+        folder, has_own = (
+            find_checkpoint(options.checkpoint),
+            not shares_groups(config, self.config),
+        )
         if has_own:
             of_student = place()
             self._groups = further_groups(partial(initialize_groups, self.config, initialize()))
@@ -93,7 +105,7 @@ class LiveTeacher:
         if has_own:
             with _same_random_numbers():
                 self._head = load_head(self.config, config, folder, backend, self._is_last_stage)
-        self._offloads = options.teacher_offload and device.type == "cuda"
+        self._offloads = offload and device.type == "cuda"
         self._host = {name: p.data.cpu().pin_memory() for name, p in self._weights()}
         if self._offloads:
             self._put_away()

@@ -45,17 +45,17 @@ CASES: list[tuple[str, dict[str, int]]] = [
     *((name, {}) for name in ("TP2+SP", "PP2xVPP2", "CP2", "EP2", "TP2xPP2")),
     ("DP2", {"tensor": 2}),
     ("TP2+SP", {"pipeline": 2, "tensor": 1}),
-    ("PP2xVPP2", {"context": 2, "pipeline": 1}),
+    ("PP2xVPP2", {"context": 2, "pipeline": 1, "twice": 1}),
     ("TP2xCP2", {"tensor": 1, "context": 1, "pipeline": 2, "expert": 2}),
     ("TP2xPP2", {"tensor": 2, "context": 2, "pipeline": 1}),
 ]
 
 
-def taught(config: RunConfig, teacher: Path, **options: Any) -> RunConfig:
+def taught(config: RunConfig, teacher: Path, options: dict[str, Any]) -> RunConfig:
     """A config whose model learns from a teacher."""
     values = config.model_dump(mode="json")
     values["training"] |= {
-        "objective": "distillation", "objective_options": {"teacher": str(teacher), **options},
+        "objective": "distillation", "objective_options": {"teacher": str(teacher)} | options,
     }  # fmt: skip
     return build_config(values)
 
@@ -90,7 +90,7 @@ def steps(
     found = []
     for packed, options in variants:
         plain = layout_config(layout, MOE, packed=packed, recompute=False)
-        with built(taught(plain, teacher, **options)) as (model, optimizer, stepper):
+        with built(taught(plain, teacher, options)) as (model, optimizer, stepper):
             load_checkpoint(plain, student, model, optimizer, weights_only=True)
             data = batches_of_this_rank(packed)
             shape = BatchShape(GLOBAL_BATCH_SIZE, SEQ_LENGTH)
@@ -106,10 +106,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-def parallel(own: dict[str, int]) -> dict[str, Any]:
-    """The options of a teacher's layout."""
+def parallel(own: dict[str, int], teacher: Path) -> dict[str, Any]:
+    """The options of a teacher's layout; of `twice`, the teacher is two, one of them in its own."""
     ending = {"expert": "expert_model_parallel_size", "context": "context_parallel_size"}
-    sizes = {ending.get(name, f"{name}_model_parallel_size"): size for name, size in own.items()}
+    sizes = {
+        ending.get(name, f"{name}_model_parallel_size"): size
+        for name, size in own.items()
+        if name != "twice"
+    }
+    if "twice" in own:
+        half = {"checkpoint": str(teacher), "weight": 0.5}
+        return {"teacher": None, "teachers": {"a": half | {"parallel": sizes}, "b": half}}
     return {"teacher_parallel": sizes} if sizes else {}
 
 
@@ -127,7 +134,7 @@ def on_one_rank(student: Path, teacher: Path) -> list[Step]:
 def test_equals_one_rank(name: str, own: dict[str, int], folders: dict[str, Path]) -> None:
     """Losses, norms, reports and every gradient, to 1e-5: of whole samples, and of documents with a
     mixed divergence, a temperature and the student's own loss."""
-    layout, options = BY_NAME[name], parallel(own)
+    layout, options = BY_NAME[name], parallel(own, folders["width"])
     reference = on_one_rank(folders["student"], folders["width"])
     of_ranks = run_distributed(
         steps, layout.ranks, layout, folders["student"], folders["width"],

@@ -98,6 +98,40 @@ def test_by_source(teacher: Path, tmp_path: Path) -> None:
     assert (tmp_path / "it.png").stat().st_size > 10_000
 
 
+def test_several_teachers(teacher: Path, tmp_path: Path) -> None:
+    """Two that are one, with shares of the weight, are that one; by source, each source's figures
+    are those of a run with its own teacher alone, and a source without one learns nothing."""
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)  # another one to the run
+    sources = corpora(tmp_path, "math", "code", "web")
+    data = phased_words(tmp_path, sources, *STUDENT, "training.exit_interval=2")
+
+    def line(run_dir: str, **teachers: str) -> list[str]:
+        text = ", ".join(f"{name}: {value}" for name, value in teachers.items())
+        option = f"training.objective_options.teachers={{{text}}}"
+        return [*data, f"run_dir={tmp_path / run_dir}", option]
+
+    def made(folder: Path, more: str) -> str:
+        return f"{{checkpoint: {folder}, {more}}}"
+
+    alone = f"training.objective_options.teacher={teacher}"
+    lines = [
+        [*data, f"run_dir={tmp_path / 'one'}", alone],
+        line("two", a=made(teacher, "weight: 0.25"), b=made(other, "weight: 0.75")),
+        line("own", a=made(teacher, "sources: {web: 1}"), b=made(other, "sources: {code: 2}")),
+    ]
+    assert run_distributed(outcomes, 1, lines)[0] == ["exit_interval"] * 3
+    one, two, own = (records(tmp_path / name) for name in ("one", "two", "own"))
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
+        assert b["extra"] == pytest.approx(a["extra"], rel=1e-6)
+    first, its = one[0]["extra"], own[0]["extra"]
+    assert its["kl/web"] == pytest.approx(first["kl/web"], rel=1e-6)
+    assert its["kl/code"] == pytest.approx(2 * first["kl/code"], rel=1e-6)
+    assert its["agreement/code"] == pytest.approx(first["agreement/code"], rel=1e-6)
+    assert its.get("kl/math", 0.0) == 0.0 < first.get("kl/math", 1.0)
+
+
 def test_conversations(teacher: Path, tmp_path: Path) -> None:
     """Rows of whole conversations, of which the assistant's tokens are learnt: as many in any micro
     batches, and the run's own held-out ones evaluate to what it found, without its teacher."""
@@ -131,6 +165,17 @@ def test_conversations(teacher: Path, tmp_path: Path) -> None:
         (["training.objective_options.teacher_parallel.tensor_model_parallel_size=4"],
          "parallel.tensor_model_parallel_size=4 must divide model.num_attention_heads=2"),
         (["training.objective_options.teacher_parallel.tensor=2"], "teacher_parallel"),
+        (["training.objective_options.teachers={a: {checkpoint: /nowhere, sources: {x: 1}}}"],
+         ", with teachers; allowed: one teacher, or several"),
+        (["training.objective_options.teacher=null"],
+         "training.objective_options.teacher is not set; allowed: one teacher, or several"),
+        (["training.objective_options.teacher=null",
+          "training.objective_options.teachers={a: {checkpoint: /nowhere, sources: {x: 1}}}"],
+         "teachers.a.sources: x is not a source of the data; allowed: none"),
+        (["training.objective_options.teacher=null",
+          "training.objective_options.teachers={a: {checkpoint: /nowhere}}"],
+         "teachers.a=/nowhere: /nowhere does not exist"),
+        (["training.objective_options.teachers={a: 3}"], "teachers={'a': 3} must be teachers by"),
         (["training.objective_options.temperature=0"], "temperature=0 must be"),
         (["training.objective_options.kl_type=both"], "kl_type='both' must be one of forward"),
     ],
