@@ -53,7 +53,9 @@ class PredictingModel(EngineHybridModel):
         Returns:
             What the engine's forward does; with `ahead`, `[1 + modules, b, s]` of its losses.
         """
-        here = self.mtp_process
+        if not self.mtp_process:
+            output: Tensor = super().forward(*arguments, **named)
+            return output
         kept: dict[str, Any] = {}
 
         def keep(_module: Any, _arguments: Any, given: dict[str, Any], output: Tensor) -> None:
@@ -62,11 +64,11 @@ class PredictingModel(EngineHybridModel):
         hook = self.decoder.register_forward_hook(keep, with_kwargs=True)
         self.mtp_process = False  # else the engine runs them, in evaluations too
         try:
-            output: Tensor = super().forward(*arguments, **named)
+            output = super().forward(*arguments, **named)
         finally:
-            self.mtp_process = here
+            self.mtp_process = True
             hook.remove()
-        return torch.stack([output, *self._losses(ahead, kept)]) if here and ahead else output
+        return torch.stack([output, *self._losses(ahead, kept)]) if ahead else output
 
     def _losses(self, ahead: Ahead, kept: dict[str, Any]) -> list[Tensor]:
         """`[b, s]` of each module.

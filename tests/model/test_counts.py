@@ -182,3 +182,18 @@ def test_unlike_layers_are_counted_one_by_one() -> None:
     assert flops.total - flops.logits == pytest.approx(
         sum(sum(flops_per_token(layer, 64).by_kind.values()) for layer in layers)
     )
+
+
+def test_flops_of_prediction() -> None:
+    """Of each module: its projection, its layers as the model's own, and the output layer again."""
+    words = ("tiny", "model.vocab_size=4096")
+    ahead = ("model.mtp_num_layers=2", "model.mtp_hybrid_override_pattern=*E")
+    plain = flops_per_token(model(*words), 256)
+    found = flops_per_token(model(*words, *ahead), 256)
+    layers = plain.by_kind["*"] + plain.by_kind["E"]  # of which the model has one each
+    assert found.prediction == 2 * (3 * 2 * 256 * 128 + layers + plain.logits)
+    assert found.total == plain.total + found.prediction
+    counts = count_parameters(model(*words, *ahead))
+    of_model = count_parameters(model(*words))
+    # The experts that a token does not meet, in one layer and in two of the modules.
+    assert counts.total - counts.active == 3 * (of_model.total - of_model.active)

@@ -172,3 +172,15 @@ def test_losses_that_would_be_something_else(
         return
     with pytest.raises(UserError, match=problem):
         step()
+
+
+def test_more_tokens_are_predicted_beside_next_ones() -> None:
+    """An objective of other tokens is refused with the modules; that of next tokens is not."""
+    ahead = ["tiny", "model.mtp_num_layers=1", "model.mtp_hybrid_override_pattern=*"]
+    config = load_config(ahead, which=())
+    assert objective_problems(config) == []
+    own = load_config([*ahead, *WEIGHTED], which=())
+    assert objective_problems(own) == [
+        f"model.mtp_num_layers=1 with training.objective={OWN}:Weighted is not supported: it is "
+        "not of next tokens; allowed: null"
+    ]
