@@ -11,7 +11,7 @@ from megatron_hybrid.planner.generation import generation_memory
 from megatron_hybrid.planner.hardware import GPUS
 from megatron_hybrid.planner.report import Report
 from megatron_hybrid.testing import run_distributed
-from tests.generation.models import built, small_config
+from tests.generation.models import MODELS, built, small_config
 
 MIB, GIB = 2**20, 2**30
 DATA = ["data.mock_data=true", "data.tokenizer_type=null", "model.vocab_size=131072"]
@@ -58,7 +58,9 @@ def test_parallel_heads_keep_what_both_mixers_keep() -> None:
 
 @pytest.mark.parametrize(
     ("name", "recipe"),
-    [("unlike layers", "fp32"), ("window", "fp32"), ("parallel heads", "bf16"),
+    # Meta tokens have a sequence of their own beside those that were asked for.
+    [*((name, "fp32") for name in MODELS if name != "meta tokens"),
+     ("parallel heads", "bf16"), ("gated delta nets", "bf16"),
      ("mamba alone, tied", "bf16")],
 )  # fmt: skip
 def test_what_generate_keeps(name: str, recipe: str) -> None:
