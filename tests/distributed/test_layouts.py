@@ -37,6 +37,8 @@ SFT = Variant(packed=True, sft=True)
 SINGLE = ("TP2+SP", "PP2", "CP2", "EP2")
 # It has no experts, and too few layers for virtual stages; DP meets no code of its own.
 HYMBA_LAYOUTS = ("TP2+SP", "PP2", "CP2", "TP2xCP2")
+# What multi-token prediction adds is after the last layer.
+AHEAD_LAYOUTS = (*SINGLE, "PP2xVPP2", "TP2xCP2", "DP2 overlapped")
 Steps = list[tuple[float, float, dict[str, Tensor]]]
 
 
@@ -76,8 +78,8 @@ def variants_of(layout: Layout, layers: str) -> list[Variant]:
         return []
     if layers in (HEADS, DELTA) and (layout.needs_moe or layout.name.startswith("DP2")):
         return []
-    if layers == AHEAD and layout.name not in (*SINGLE, ONE_RANK.name, "PP2xVPP2", "TP2xCP2"):
-        return []  # what it adds is after the last layer
+    if layers == AHEAD and layout.ranks > 1 and layout.name not in AHEAD_LAYOUTS:
+        return []
     if layers in (UNLIKE, HEADS, HYMBA, DELTA, AHEAD) and layout.ranks > 1:
         return [PLAIN, PACKED_AGAIN]
     if layers == DENSE and layout.ranks > 1 and layout.name not in (*SINGLE, "DP2"):

@@ -115,7 +115,7 @@ def test_losses_of_modules() -> None:
     run_distributed(check_losses, 1)
 
 
-def check_gradients() -> None:
+def check_gradients(tied: bool) -> None:
     """On a rank: the gradient is that of the loss plus the weighted losses of the modules."""
     from megatron.core.utils import unwrap_model
 
@@ -123,7 +123,10 @@ def check_gradients() -> None:
 
     config = layout_config(ONE_RANK, AHEAD, packed=False, recompute=False)
     # Losses of the router are attached to what they are of, whatever is asked for.
-    model = config.model.model_copy(update={"moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": None})
+    changes = {"moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": None}
+    model = config.model.model_copy(
+        update=changes | {"untie_embeddings_and_output_weights": not tied}
+    )
     with built(config.model_copy(update={"model": model})) as (ddp, _, stepper):
         chunk = unwrap_model(ddp[0])
         losses, extra = of_objective(chunk, stepper, sample(0, packed=False))
@@ -140,6 +143,7 @@ def check_gradients() -> None:
             assert gradient.any() or "bias" in name, name
 
 
-def test_gradients_of_modules() -> None:
-    """The factor, and that every parameter has its gradient."""
-    run_distributed(check_gradients, 1)
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_of_modules(tied: bool) -> None:
+    """The factor, and that every parameter has its gradient; of one matrix of words, from all."""
+    run_distributed(check_gradients, 1, tied)
