@@ -8,6 +8,8 @@ channels, v value heads of p channels, c = 2kn + vp channels of the convolution.
 are those of one TP rank. The projection is packed [query, key, value, z, beta, alpha].
 """
 
+from functools import partial
+
 import torch
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -16,7 +18,6 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megatron_hybrid.layers.context_parallel import to_channels, to_sequence
 from megatron_hybrid.layers.mamba import (
@@ -29,6 +30,7 @@ from megatron_hybrid.layers.norm import parameter_device
 from megatron_hybrid.ops.causal_conv1d import causal_conv1d
 from megatron_hybrid.ops.gated_delta import gated_delta_rule
 from megatron_hybrid.ops.gated_delta.gates import decays_and_rates, gated_norm
+from megatron_hybrid.ops.recompute import recomputed
 
 A_INIT_RANGE = (1.0, 16.0)
 
@@ -131,10 +133,7 @@ class GatedDeltaNet(MambaMixer):
         taps = torch.cat([self._of_heads(each) for each in self.conv1d_weight.split(parts[:3])])
         A_log, dt_bias = self._of_heads(self.A_log), self._of_heads(self.dt_bias)
         # Both keep several tensors as large as their inputs, and take little time.
-        qkv = checkpoint(
-            causal_conv1d, qkv, taps.squeeze(1), seq_idx=seq_idx,
-            use_reentrant=False, preserve_rng_state=False,
-        )  # fmt: skip
+        qkv = recomputed(partial(causal_conv1d, seq_idx=seq_idx), qkv, taps.squeeze(1))
         q, k, v = qkv.split([part // cp for part in parts[:3]], dim=-1)
         g, rates = decays_and_rates(alpha, beta, A_log, dt_bias)
         y, _ = gated_delta_rule(
@@ -145,10 +144,8 @@ class GatedDeltaNet(MambaMixer):
         )  # fmt: skip
         # Each TP rank has its own heads' part of the gradient.
         weight = copy_to_tensor_model_parallel_region(self.out_norm_weight, group=self.tp_group)
-        normed = checkpoint(
-            gated_norm, y, z.unflatten(-1, (-1, self.value_dim)), weight,
-            self.config.layernorm_epsilon, use_reentrant=False, preserve_rng_state=False,
-        )  # fmt: skip
+        z, eps = z.unflatten(-1, (-1, self.value_dim)), self.config.layernorm_epsilon
+        normed = recomputed(gated_norm, y, z, weight, eps)
         row = normed.flatten(-2).transpose(0, 1)
         return to_sequence(row if places is None else row[places], self.cp_group)
 

@@ -7,6 +7,7 @@ rank of dt; the projection is packed [x, z]. Sizes named here are those of one T
 """
 
 import math
+from functools import partial
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -17,7 +18,6 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from megatron_hybrid.layers.context_parallel import to_channels, to_sequence
 from megatron_hybrid.layers.mamba import (
@@ -30,6 +30,7 @@ from megatron_hybrid.layers.mamba import (
 from megatron_hybrid.layers.norm import WholeRMSNorm
 from megatron_hybrid.ops.causal_conv1d import causal_conv1d
 from megatron_hybrid.ops.linear import linear
+from megatron_hybrid.ops.recompute import recomputed
 from megatron_hybrid.ops.selective_scan import ScanBackend, selective_scan
 
 
@@ -128,10 +129,8 @@ class Mamba1Mixer(MambaMixer):
                          self.A_log, self.D)
         )  # fmt: skip
         # It keeps several tensors as large as x, and takes little time.
-        x = checkpoint(
-            causal_conv1d, x, weight.squeeze(1), bias, seq_idx=seq_idx,
-            use_reentrant=False, preserve_rng_state=False,
-        )  # fmt: skip
+        convolve = partial(causal_conv1d, seq_idx=seq_idx)
+        x = recomputed(convolve, x, weight.squeeze(1), bias)
         projection = self._of_channels(self.x_proj_weight, dim=1)
         low, B, C = self._of_all_channels(linear(x, projection))
         dt, A = linear(low, dt_proj), -torch.exp(A_log)

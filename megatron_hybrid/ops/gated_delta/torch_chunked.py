@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from megatron_hybrid.ops.gated_delta.reference import unit
+from megatron_hybrid.ops.recompute import recomputed
 from megatron_hybrid.ops.segments import starts_of_documents
 
 CHUNK = 64
@@ -51,11 +51,7 @@ def gated_delta_torch(
     outputs = []
     # split, because the backward of slicing in a loop is quadratic in the length.
     for parts in zip(*(each.split(STRETCH, dim=1) for each in (q, k, v, g, beta)), strict=True):
-        stretch = (*parts, state)
-        if torch.is_grad_enabled():
-            y, state = checkpoint(_stretch, *stretch, use_reentrant=False, preserve_rng_state=False)
-        else:
-            y, state = _stretch(*stretch)
+        y, state = recomputed(_stretch, *parts, state)
         outputs.append(y)
     return torch.cat(outputs, dim=1), state.flatten(1, 2)
 
