@@ -124,17 +124,24 @@ def compare_divergence(tokens: int, vocabulary: int, rounds: int, threads: int) 
     return {name: statistics.median(each) for name, each in seconds.items()}
 
 
-def words(folder: Path, length: int) -> list[str]:
-    """A run of the preset tiny."""
+def words(folder: Path, length: int, width: int) -> list[str]:
+    """A run of a model of some hidden size; of 512 it has 33M parameters, as `train_step.py`'s."""
     return [
-        "tiny", f"run_dir={folder}", "data.mock_data=true", "data.tokenizer_type=null",
-        "model.vocab_size=8192", f"data.seq_length={length}", "training.train_iters=1",
-        "training.micro_batch_size=1", "training.global_batch_size=2", "backend=torch",
-        "training.eval_interval=null", "logging.tensorboard=false", "data.num_workers=0",
+        "model.hybrid_layer_pattern=M-M-M*-M-M*-M-M-", f"model.hidden_size={width}",
+        f"model.ffn_hidden_size={3 * width}", "model.num_attention_heads=8",
+        "model.num_query_groups=2", f"model.kv_channels={width // 8}", "model.mamba_num_heads=16",
+        f"model.mamba_head_dim={width // 8}", "model.mamba_state_dim=64",
+        "model.mamba_num_groups=1", "model.vocab_size=8192", f"run_dir={folder}",
+        "data.mock_data=true", "data.tokenizer_type=null", f"data.seq_length={length}",
+        "training.train_iters=1", "training.global_batch_size=2", "optimizer.lr=1e-3",
+        "precision.recipe=fp32", "backend=torch", "logging.tensorboard=false",
+        "data.num_workers=0",
     ]  # fmt: skip
 
 
-def compare_steps(folder: Path, length: int, rounds: int, threads: int) -> dict[str, float]:
+def compare_steps(
+    folder: Path, length: int, width: int, rounds: int, threads: int
+) -> dict[str, float]:
     """On a rank: seconds of a step of either objective, and of the teacher's forward passes."""
     from megatron_hybrid.config import RunConfig, load_config
     from megatron_hybrid.data.batch import Batch
@@ -150,15 +157,14 @@ def compare_steps(folder: Path, length: int, rounds: int, threads: int) -> dict[
 
     torch.set_num_threads(threads)
     platform = initialize()
-    line = words(folder, length)
-    config = load_config(line)
+    config = load_config(words(folder, length, width))
     tokenizer = build_tokenizer("null", None, vocab_size=config.model.vocab_size)
     with model_parallel_groups(config, platform):
         start = find_start(config, tokenizer, 1)
         Trainer(config, platform, "torch", tokenizer, start, time.monotonic()).run()
-    half = ["model.hidden_size=64", "model.ffn_hidden_size=256"]
+    half = words(folder, length, width // 2)
     taught = [f"training.objective_options.teacher={folder}", "training.objective=distillation"]
-    student, learner = load_config([*line, *half]), load_config([*line, *half, *taught])
+    student, learner = load_config(half), load_config([*half, *taught])
     draws = torch.Generator().manual_seed(0)
     batches = []
     for number in range(2):
@@ -213,14 +219,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--vocabulary", type=int, default=131072)
     parser.add_argument("--tensor-parallel", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--length", type=int, default=1024, help="tokens of a step's samples")
+    parser.add_argument("--width", type=int, default=512, help="hidden size of a step's teacher")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="of a rank")
     args = parser.parse_args(argv)
     if args.what == "step":
         with tempfile.TemporaryDirectory() as folder:
             (found,) = run_distributed(
-                compare_steps, 1, Path(folder) / "run", args.length, args.rounds, args.threads,
-                timeout_s=3600,
+                compare_steps, 1, Path(folder) / "run", args.length, args.width, args.rounds,
+                args.threads, timeout_s=3600,
             )  # fmt: skip
         apart = found["pre-training"] + found["teacher's forward"]
         row = {"seconds": found, "live / (pre-training + forward)": found["live"] / apart}

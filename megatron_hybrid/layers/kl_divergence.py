@@ -176,7 +176,7 @@ class _Pair:
 
     def log_probabilities(self, side: int, rows: slice, norms: _Norms) -> Tensor:
         """`[r, v]` fp32, at the temperature; of the student (0) or the teacher (1)."""
-        found = self.both[side][rows] - norms.largest[rows, side, None]
+        found = self.both[side][rows].float() - norms.largest[rows, side, None]
         if self.temperature != 1.0:
             found.div_(self.temperature)
         return found.sub_(norms.at_temperature[rows, side, None].float())
@@ -190,7 +190,7 @@ class _Pair:
         student, teacher = norms.largest[rows].double().split(1, dim=1)
         apart = student - teacher
         common = (apart / _STEP).round_().mul_(_STEP)
-        d = (self.both[0][rows] - common.float()).sub_(self.both[1][rows])
+        d = (self.both[0][rows].float() - common.float()).sub_(self.both[1][rows].float())
         if self.temperature != 1.0:
             d.div_(self.temperature)
         log_sums = norms.at_temperature[rows]
@@ -206,19 +206,22 @@ class _Pair:
         q = None
         if has_far or forward_share < 1.0:
             q = self.log_probabilities(0, rows, norms).exp_()
-        difference = d.clamp_max(_FAR).expm1_().mul_(p)
-        if has_far:
+        if not has_far:
+            difference = d.expm1().mul_(p)
+        else:
             assert q is not None
+            difference = d.clamp_max(_FAR).expm1_().mul_(p)
             difference.mul_(d <= _FAR).addcmul_(q, (d > _FAR).to(q.dtype))
         return _Terms(p, q if forward_share < 1.0 else None, difference, d)
 
     def agree(self, rows: slice, norms: _Norms) -> Tensor:
         """`[r]` bool: whether some token here is a most likely one of both."""
         student, teacher = (
-            logits[rows] == norms.largest[rows, i, None].to(logits.dtype)
-            for i, logits in enumerate(self.both)
+            logits[rows].float() - norms.largest[rows, side, None]
+            for side, logits in enumerate(self.both)
         )
-        return student.logical_and_(teacher).any(-1)
+        # Of two numbers of which none is above 0, the sum is 0 where both are.
+        return student.add_(teacher).amax(-1) == 0.0
 
 
 def _norms(pair: _Pair, tp_group: dist.ProcessGroup) -> _Norms:
