@@ -7,7 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Never
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, Strict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    PlainSerializer,
+    Strict,
+)
 from pydantic_core import CoreSchema, core_schema
 
 from megatron_hybrid import bounds
@@ -86,10 +95,15 @@ Whole = Annotated[int, _COUNTED]
 # None or more of something, one or more: layers, ranks, samples.
 Count = Annotated[int, Field(ge=0), _COUNTED]
 Positive = Annotated[int, Field(ge=1), _COUNTED]
-# A number of tokens or samples, or the base of RoPE, where people write 15e12.
+# A number of tokens or samples, where people write 15e12.
 Amount = Annotated[
     int, BeforeValidator(_whole), Field(ge=1), Far(partial(_at_most, bounds.MOST_TOKENS))
 ]
+# The base of RoPE, which is a whole number but where it was calculated.
+RotaryBase = Annotated[
+    float, AfterValidator(_whole), PlainSerializer(lambda base: base), Field(ge=1),
+    Far(partial(_at_most, bounds.MOST_TOKENS)),
+]  # fmt: skip
 # What is calculated with in float32; one above 0 must not become 0 there.
 Finite = Annotated[float, Far(bounds.real_problem)]
 Real = Annotated[Finite, Field(ge=0)]

@@ -8,13 +8,13 @@ from pydantic import AfterValidator, BeforeValidator, Field, Strict, model_seria
 
 from megatron_hybrid.bounds import text_problem
 from megatron_hybrid.config.base import (
-    Amount,
     Count,
     Far,
     FrozenDict,
     Positive,
     PositiveReal,
     Real,
+    RotaryBase,
     Section,
     Text,
     Whole,
@@ -147,7 +147,7 @@ class ModelConfig(Section):
         default="none", description="positions in attention layers"
     )
     # A number like any other, of models that read millions of tokens above 2**31.
-    rotary_base: Amount = Field(default=10000, description="base of the rotary frequencies")
+    rotary_base: RotaryBase = Field(default=10000, description="base of the rotary frequencies")
     rotary_percent: float = Field(
         default=1.0, gt=0, le=1, description="fraction of a head's channels that rotate"
     )

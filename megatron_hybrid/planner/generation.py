@@ -38,6 +38,7 @@ def generation_memory(
     *,
     number_bytes: int = 2,
     state_bytes: int = 4,
+    by_window: bool = False,
 ) -> GenerationMemory:
     """What generation holds when `batch_size` sequences have `context_tokens` tokens each.
 
@@ -48,6 +49,7 @@ def generation_memory(
         number_bytes: of a weight, a key or a value.
         state_bytes: of a number of a state: 4, as states are fp32 whatever the weights are. Other
             programs keep 2.
+        by_window: keep of each layer what it sees itself, as other programs do.
     """
     keys_values = ssm = conv = 0
     windows = [layer.model.window_size for layer in layers_of(model, ATTENTION)]
@@ -55,6 +57,10 @@ def generation_memory(
     length = min(context_tokens, max(seen, default=0)) + model.num_meta_tokens
     for sort in sorts(model):
         m, layers = sort.model, batch_size * len(sort.numbers)
+        if by_window and sort.has(ATTENTION):
+            own = m.window_size
+            length = context_tokens if own is None else min(context_tokens, own[0] + 1)
+            length += m.num_meta_tokens
         if sort.has(ATTENTION) and not (sort.kind == PARALLEL and m.reuse_kv):
             assert m.num_query_groups is not None and m.kv_channels is not None
             channels = m.kv_channels + value_channels(m, sort.kind)

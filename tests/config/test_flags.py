@@ -19,6 +19,7 @@ from tests.config import GOOD
 TEXTS = {
     "model.hybrid_layer_pattern": "M-MM",
     "model.mamba_version": "1",
+    "model.rotary_base": "20000",
     "model.window_size": "128,0",
     "model.ssm_multipliers": "[1, 0.5, 2, 1, 1]",
     "model.mlp_multipliers": "[1, 0.5]",

@@ -60,7 +60,7 @@ MODELS = {
                      "model.layers={4: {window_size: [11, 0]}}", *NO_MOE],
     "reused keys": ["model.hybrid_layer_pattern=H-HMHH", "model.position_embedding_type=rope",
                     "model.parallel_heads_join=mean", "model.mamba_version=1",
-                    "model.num_meta_tokens=3", "model.window_size=[9, 0]",
+                    "model.window_size=[9, 0]",
                     "model.layers={3: {reuse_kv: true}, 6: {reuse_kv: true, window_size: null}}",
                     *NO_MOE],
     "meta tokens": ["model.hybrid_layer_pattern=HM-*", "model.position_embedding_type=rope",

@@ -19,6 +19,9 @@ PUBLISHED = {
     "nemotron_3_nano": 31_577_937_344,
     "falcon_h1_0_5b": 521_411_104,
     "falcon_h1_1_5b": 1_554_863_488,
+    "hymba_125m": 129_944_064,
+    "hymba_350m": 353_701_888,
+    "hymba_1_5b": 1_522_797_824,
 }
 VOCABULARY = "model.vocab_size=4096"
 
@@ -51,8 +54,9 @@ def test_built_equals_formula(name: str) -> None:
     args = [name, *ONE_RANK, *([VOCABULARY] if name == "tiny" else [])]
     built = run_distributed(parameters_built, 1, args)[0]
     expected = count_parameters(load_config(args, which=rules.NO_FILES).model)
-    for symbol, layers in expected.layers.items():
-        assert built[symbol] == layers * expected.per_layer[symbol]
+    for symbol in expected.layers:
+        sorts = [sort for sort in expected.sorts if sort.kind == symbol]
+        assert built[symbol] == sum(sort.each * len(sort.numbers) for sort in sorts)
     assert built["all"] == expected.total == PUBLISHED.get(name, expected.total)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_hybrid.config import RunConfig, load_config
+from megatron_hybrid.config import RunConfig, load_config, rules
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.generation import Limits
 from megatron_hybrid.generation.decoder import Decoder
@@ -131,3 +131,16 @@ def test_llama_with_fewer_attention_layers() -> None:
     rest = 2 * (counts.embedding + counts.final_norm)
     assert round(rest / MIB, 4) == 2_004.0078
     assert memory.total / MIB == 75_796.4140625
+
+
+def test_hymba_keeps_as_little_as_published() -> None:
+    """1.5B at 8k tokens in fp16, each layer by its own window and neighbours together: 77.7 MB,
+    where the convolution keeps four inputs (here the three that it needs)."""
+    model = load_config(["hymba_1_5b"], which=rules.NO_FILES).model
+    texts = model.model_copy(update={"num_meta_tokens": 0})
+    kept = generation_memory(texts, 8000, state_bytes=2, by_window=True)
+    a_token = 2 * 5 * (64 + 128)
+    assert kept.keys_values == (3 * 8000 + 14 * 1025) * a_token
+    assert kept.total - kept.weights + 2 * 32 * 3200 == pytest.approx(77.7e6, rel=1e-3)
+    longer = generation_memory(model, 8000, state_bytes=2, by_window=True)
+    assert longer.keys_values - kept.keys_values == 17 * 128 * a_token
