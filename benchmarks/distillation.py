@@ -189,7 +189,7 @@ def compare_steps(
         teacher: Any = live_step.objective.sources[0]  # type: ignore[attr-defined]
 
         def forward() -> None:
-            teacher.look_ahead(batches)
+            teacher.look_ahead(batches, held_out=True)
             for batch in batches:
                 teacher.answer(batch.samples)
 

@@ -121,12 +121,15 @@ class Objective:
             sources: names of the sources of the data, in the order of `Batch.sources`' numbers.
         """
 
-    def look_ahead(self, micro_batches: Sequence["Batch"]) -> None:
+    def look_ahead(self, micro_batches: Sequence["Batch"], *, held_out: bool) -> None:
         """What comes next: the micro batches of this replica in a global batch, on the CPU.
 
         All ranks call it together, before the pipeline starts: here, and not in `losses`, an
         objective may run what needs other stages or replicas. A step that is run again comes here
         again.
+
+        Args:
+            held_out: they are of an evaluation: `Batch.samples` are numbers in that split.
         """
 
     def prepare(self, batch: "Batch") -> "Batch":

@@ -143,9 +143,13 @@ class Answer(Protocol):
 class TeacherSource(Protocol):
     """Where a teacher's answers come from."""
 
-    def look_ahead(self, micro_batches: Sequence["Batch"]) -> None:
+    def look_ahead(self, micro_batches: Sequence["Batch"], *, held_out: bool) -> None:
         """Told the micro batches of a global batch of which answers will be asked. All ranks call
-        it together, each with those of its replica."""
+        it together, each with those of its replica.
+
+        Args:
+            held_out: they are of an evaluation, of whose split `Batch.samples` are numbers.
+        """
         ...
 
     def answer(self, samples: tuple[int, ...]) -> Answer:
@@ -204,9 +208,9 @@ class Distillation(Objective):
         of_sources = (f"{figure}/{name}" for name in self._names for figure in ("tokens", *FIGURES))
         self.reports = (*FIGURES, *of_sources)
 
-    def look_ahead(self, micro_batches: Sequence["Batch"]) -> None:
+    def look_ahead(self, micro_batches: Sequence["Batch"], *, held_out: bool) -> None:
         for source in self.sources:
-            source.look_ahead(micro_batches)
+            source.look_ahead(micro_batches, held_out=held_out)
 
     def prepare(self, batch: "Batch") -> "Batch":
         """Each token gets the number of its source, which is cut as tokens are."""

@@ -114,7 +114,7 @@ class LiveTeacher:
         self._hidden: dict[tuple[int, ...], Tensor] = {}
 
     @torch.no_grad()
-    def look_ahead(self, micro_batches: Sequence[Batch]) -> None:
+    def look_ahead(self, micro_batches: Sequence[Batch], *, held_out: bool) -> None:
         """As `objectives.distillation.TeacherSource` says."""
         self._asked, self._hidden = {}, {}
         names = [_samples(batch) for batch in micro_batches]

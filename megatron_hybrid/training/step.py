@@ -168,7 +168,7 @@ class Stepper:
         data = map(self.objective.prepare, islice(data, count))
         if self.objective.looks_ahead:
             micro_batches = list(data)
-            self.objective.look_ahead(micro_batches)
+            self.objective.look_ahead(micro_batches, held_out=forward_only)
             data = iter(micro_batches)
         iterators = [data] if len(self.model) == 1 else list(tee(data, len(self.model)))
         per_micro_batch = self._schedule(
