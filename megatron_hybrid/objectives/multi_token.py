@@ -44,8 +44,8 @@ class MultiToken(Objective):
         names = [(f"mtp_{k}_loss", f"mtp_{k}_tokens") for k in self.modules]
         self.reports = (*self.inner.reports, *(name for pair in names for name in pair))
 
-    def look_ahead(self, micro_batches: Sequence["Batch"]) -> None:
-        self.inner.look_ahead(micro_batches)
+    def look_ahead(self, micro_batches: Sequence["Batch"], *, held_out: bool) -> None:
+        self.inner.look_ahead(micro_batches, held_out=held_out)
 
     def prepare(self, batch: "Batch") -> "Batch":
         """With what each module reads, is to predict, and may."""
