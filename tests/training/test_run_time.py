@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -104,16 +103,16 @@ def test_the_folder_of_a_copied_run(tmp_path: Path, capsys: pytest.CaptureFixtur
     are."""
     run, copy = tmp_path / "run", tmp_path / "copy"
     log = AttemptLog(run)
-    append(run / "jobs.jsonl", {"job": "1", "time": time.time(), "run_dir": str(run)})
+    append(run / "jobs.jsonl", {"job": "1", "time": 1.8e9, "run_dir": str(run)})
     log.start(1)
     log.training(0, 0, None)
     log.end(5, "finished")
     shutil.copytree(run, copy)
-    append(run / "attempts.jsonl", {"event": "start", "time": time.time()})
+    append(run / "attempts.jsonl", {"event": "start", "time": 1.8e9})
     with pytest.raises(UserError, match="no run was started there"):
         status(copy)
     AttemptLog(copy).start(1)
-    append(copy / "jobs.jsonl", {"job": "2", "time": time.time(), "run_dir": str(copy)})
+    append(copy / "jobs.jsonl", {"job": "2", "time": 1.8e9, "run_dir": str(copy)})
     assert [event["event"] for event in read_attempts(copy)] == ["start"]
     assert [job["job"] for job in read_jobs(copy)] == ["2"]
     copy.rename(tmp_path / "moved")
