@@ -26,6 +26,7 @@ from torch import Tensor
 from megatron_hybrid.checkpoint.files import find_checkpoint
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.data.batch import Batch
+from megatron_hybrid.errors import ConfigError
 from megatron_hybrid.layers.kl_divergence import Divergence, vocab_parallel_divergence
 from megatron_hybrid.model.build import build_model_chunks
 from megatron_hybrid.model.transformer_config import transformer_config
@@ -79,7 +80,12 @@ class LiveTeacher:
         *,
         offload: bool,
     ) -> None:
-        self.config = teacher_config(config, options, dist.get_world_size())
+        try:
+            self.config = teacher_config(config, options, dist.get_world_size())
+        except ConfigError as error:
+            raise ConfigError(
+                [f"the teacher {options.checkpoint}: {each}" for each in error.problems]
+            ) from error
         self._backend, self._device = backend, device
         self._is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         folder, has_own = (
