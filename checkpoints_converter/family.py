@@ -25,7 +25,8 @@ class Family:
         grouped_norm_since: the release of transformers from which on the family's gated norm is
             applied to each group, as it is here; None if it always was.
         multiplied: of `config.layers.multiplied`, the fields that it holds.
-        parallel_heads: whether it has layers of attention and Mamba-2 side by side.
+        parallel_heads: whether it has layers of attention and Mamba side by side.
+        takes_unlike: whether it looks at each layer's own sizes, and at Mamba-1.
         left_out: how names of its tensors begin that belong to no part of the model here.
     """
 
@@ -39,6 +40,7 @@ class Family:
     grouped_norm_since: str | None = None
     multiplied: Collection[str] = ()
     parallel_heads: bool = False
+    takes_unlike: bool = False
     left_out: tuple[str, ...] = ()
 
     def read(

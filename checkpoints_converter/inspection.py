@@ -51,10 +51,18 @@ _SIGNS = (
     (GDN, re.compile(r"self_attention\.(A_log|conv1d|in_proj|out_norm)")),
     (MAMBA, re.compile(r"A_log|conv1d|in_proj")),
     (ATTENTION, re.compile(r"self_attention|self_attn|q_proj|attention_norm|pre_avg_layernorm")),
-    (MOE, re.compile(r"router|experts|mixer\.gate\.|block_sparse_moe")),
+    # Hymba's only expert is an MLP.
+    (
+        MOE,
+        re.compile(
+            r"router|(?<!\.moe\.)experts|\.moe\.experts\.[1-9]|mixer\.gate\.|block_sparse_moe"
+        ),
+    ),
     (MLP, re.compile(r"mlp|up_proj|feed_forward")),
 )
-_SECOND_HALF = re.compile(r"mlp|feed_forward|block_sparse_moe|pre_ff_|post_attention_")
+_SECOND_HALF = re.compile(
+    r"mlp|feed_forward|block_sparse_moe|\.moe\.|pre_moe_|pre_ff_|post_attention_"
+)
 _OUTSIDE = (
     (EMBEDDINGS, re.compile(r"embed")),
     (OUTPUT, re.compile(r"^(output_layer|lm_head)\.")),

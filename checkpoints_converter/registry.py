@@ -21,7 +21,12 @@ MODULES = {
     "bamba": "checkpoints_converter.bamba",
     "granitemoehybrid": "checkpoints_converter.granitemoehybrid",
     "falcon_h1": "checkpoints_converter.falcon_h1",
+    "hymba": "checkpoints_converter.hymba",
 }
+
+
+# Published with code of its own, which is not run here.
+NOT_IN_TRANSFORMERS = ("hymba",)
 
 
 # Families that come to mind, and why our layers cannot hold them exactly.
@@ -82,11 +87,16 @@ def family_for(model: ModelConfig, model_type: str | None = None) -> Family:
     Raises:
         ConversionError: the model cannot be held, with every field that stands against it.
     """
-    if problem := mamba1_problem(model, _EXPORT) or unlike_problem(model, _EXPORT):
+    names = [model_type] if model_type else list(MODULES)
+    for candidate in (each for each in map(family, names) if each.takes_unlike):
+        if not (_not_held(model, candidate) or candidate.cannot_hold(model)):
+            return candidate
+    problem = mamba1_problem(model, _EXPORT) or unlike_problem(model, _EXPORT)
+    if problem and not (model_type and family(model_type).takes_unlike):
         raise ConversionError(problem)
     model = in_the_model(model)
     reasons = []
-    for name in [model_type] if model_type else MODULES:
+    for name in names:
         candidate = family(name)
         problems = _not_held(model, candidate) or candidate.cannot_hold(model)
         if not problems:

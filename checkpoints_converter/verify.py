@@ -18,7 +18,7 @@ from checkpoints_converter import releases
 from checkpoints_converter.arbiter import FAMILIES
 from checkpoints_converter.comparison import Comparison, grown
 from checkpoints_converter.errors import ConversionError
-from checkpoints_converter.registry import family
+from checkpoints_converter.registry import NOT_IN_TRANSFORMERS, family
 from checkpoints_converter.verify_report import Report, Text
 from checkpoints_converter.verify_sides import (
     Answer,
@@ -84,7 +84,13 @@ def verify(
         config = _alone_in_fp32(source_config(reader, model))
     tokenizer = _tokenizer(folder, config, parse_special_tokens)
     hf_config = read_json(export / "config.json", ConversionError)
-    if problem := releases.problem(found, family(hf_config.get("model_type")), config.model):
+    chosen = family(hf_config.get("model_type"))
+    if chosen.model_type in NOT_IN_TRANSFORMERS:
+        raise ConversionError(
+            f"{export} is of model_type={chosen.model_type!r}, which transformers has not: it is "
+            "published with code of its own, and files that are loaded may run no code here"
+        )
+    if problem := releases.problem(found, chosen, config.model):
         raise ConversionError(problem)
     report = Report(str(folder), str(export), found)
     asked = _prompts(prompts, tokenizer, hf_config)

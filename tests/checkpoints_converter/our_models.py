@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_hybrid.config import load_config, rules
@@ -33,10 +34,12 @@ def logits_and_gradients(
         engine_config = transformer_config(config, "torch", platform.device)
         (model,) = build_model_chunks(config, engine_config, "torch")
         load_checkpoint(config, checkpoint, [model], None, weights_only=True)
+        metas = config.model.num_meta_tokens
+        tokens, labels = (F.pad(each, (metas, 0)) for each in (tokens, labels))
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         with torch.no_grad():
-            logits = model.eval()(tokens, positions, None)
-        losses = model.train()(tokens, positions, None, labels=labels)
+            logits = model.eval()(tokens, positions, None)[:, metas:]
+        losses = model.train()(tokens, positions, None, labels=labels)[:, metas:]
         losses.mean().backward()
         return logits, merge_gradients([_gradient_parts(model)])
 
