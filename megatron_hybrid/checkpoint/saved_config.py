@@ -10,7 +10,8 @@ from typing import Any
 from megatron_hybrid.config import ModelConfig, RunConfig, load_config
 from megatron_hybrid.config.describe import shown
 from megatron_hybrid.config.effects import EFFECTS
-from megatron_hybrid.config.layers import SIZES, layers
+from megatron_hybrid.config.layer_entries import SIZES
+from megatron_hybrid.config.layers import layers
 from megatron_hybrid.config.layers import rotates as rotates_
 from megatron_hybrid.config.pattern import ATTENTION, MOE, has_kind
 from megatron_hybrid.config.phases import run_tokens, sequence_lengths

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_hybrid.config.layers import all_say, mamba_versions
+from megatron_hybrid.config.layer_entries import all_say, mamba_versions
 from megatron_hybrid.config.pattern import (
     ATTENTION,
     GDN,

@@ -10,7 +10,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_hybrid.config import ModelConfig, RunConfig
-from megatron_hybrid.config.layers import SIZES, layers, rotates, sorts
+from megatron_hybrid.config.layer_entries import SIZES
+from megatron_hybrid.config.layers import layers, rotates, sorts
 from megatron_hybrid.config.pattern import ATTENTION, GDN, MOE, parse_pattern
 from megatron_hybrid.config.precision import AMAX_HISTORY, FLOAT8_RECIPES
 from megatron_hybrid.layers.multipliers import ScaledSilu

@@ -38,7 +38,7 @@ def losses_by_name() -> dict[str, Callable[[Tensor, Tensor, Any], Tensor]]:
     """Every cross-entropy that a model may end in on some backend, but Transformer Engine's."""
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 
-    from megatron_hybrid.model.specs import served
+    from megatron_hybrid.model.served import served
 
     engine = served("cross_entropy", "transformer_engine")
     return {

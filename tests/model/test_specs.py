@@ -18,7 +18,8 @@ from megatron_hybrid.layers.mamba1 import Mamba1Mixer
 from megatron_hybrid.layers.mamba2 import Mamba2Mixer
 from megatron_hybrid.layers.parallel_heads import JoinFactors
 from megatron_hybrid.layers.router import TopKRouter
-from megatron_hybrid.model.specs import SERVED, hybrid_stack_spec, layer_classes, served
+from megatron_hybrid.model.served import SERVED, served
+from megatron_hybrid.model.specs import hybrid_stack_spec, layer_classes
 
 ENGINE = Path(megatron.core.__path__[0])
 MODEL = ModelConfig(hybrid_layer_pattern="M*-E", hidden_size=8)

@@ -150,7 +150,7 @@ def keep_states(on: bool) -> None:
     """On a rank: let all modules that Transformer Engine would serve keep a state, as its own do,
     and refuse the one that they saved, as its delayed scaling does.
     """
-    from megatron_hybrid.model.specs import SERVED
+    from megatron_hybrid.model.served import SERVED
 
     def refuse(module: torch.nn.Module, state: Any) -> None:
         if state is not None:

@@ -1,14 +1,7 @@
 """Rules of `model.layers`: entries are about layers that there are, and sizes that those have."""
 
-from megatron_hybrid.config.layers import (
-    Key,
-    Layer,
-    layers,
-    read_key,
-    said,
-    said_of_layers,
-    shown_size,
-)
+from megatron_hybrid.config.layer_entries import Key, read_key, said, said_of_layers
+from megatron_hybrid.config.layers import Layer, layers, shown_size
 from megatron_hybrid.config.pattern import KINDS, PARALLEL, parse_pattern
 from megatron_hybrid.config.rules.common import Facts, Problems, Rule
 from megatron_hybrid.config.run import RunConfig

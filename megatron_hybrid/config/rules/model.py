@@ -1,14 +1,8 @@
 """Rules of the network itself, whatever it runs on."""
 
 from megatron_hybrid.config.describe import fields, shown
-from megatron_hybrid.config.layers import (
-    MULTIPLIED,
-    Layer,
-    layers_of,
-    mamba_layers,
-    mamba_versions,
-    shown_size,
-)
+from megatron_hybrid.config.layer_entries import mamba_versions
+from megatron_hybrid.config.layers import MULTIPLIED, Layer, layers_of, mamba_layers, shown_size
 from megatron_hybrid.config.pattern import (
     ATTENTION,
     GDN,
