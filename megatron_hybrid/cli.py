@@ -15,6 +15,7 @@ from launchers.errors import ERROR_FILE, POSITION, record_error, redirect_output
 from launchers.local import launch
 from launchers.place import ATTEMPT, LOGS, Place, join, log_folder
 from megatron_hybrid.bounds import MOST_PROCESSES
+from megatron_hybrid.commands import compress as compress_commands
 from megatron_hybrid.commands import convert as convert_commands
 from megatron_hybrid.commands import data as data_commands
 from megatron_hybrid.commands.app import App
@@ -48,6 +49,7 @@ app = App(
 )
 app.add_typer(data_commands.app, name="data")
 app.add_typer(convert_commands.app, name="convert")
+app.add_typer(compress_commands.app, name="compress")
 _place: Place | None = None  # of this process among the ranks of a job
 # Words that are ours to read: presets, section.field=value, Megatron-LM's flags.
 _CONFIG_WORDS = {"allow_extra_args": True, "ignore_unknown_options": True}

@@ -192,7 +192,7 @@ WRITERS = {
     "checkpoints_converter/importing.py": "checkpoints_converter/importing.py",
     "checkpoints_converter/output_folder.py": "checkpoints_converter/output_folder.py",
     "megatron_hybrid/training/checkpoint.py": "megatron_hybrid/training/pretrain.py",
-    "megatron_hybrid/upcycling/write.py": "megatron_hybrid/upcycling/write.py",
+    "megatron_hybrid/checkpoint/derived.py": "megatron_hybrid/checkpoint/derived.py",
 }
 
 

@@ -27,12 +27,21 @@ class Progress:
     schedule_start_samples: int = 0
 
 
-UPCYCLING = "upcycling"  # what a checkpoint says of its origin; it has no optimizer's state
+# What a checkpoint says of its origin that no run has saved, and what it is then; it has no
+# optimizer's state.
+UPCYCLING = "upcycling"
+COMPRESSION = "compression"
+_MADE = {UPCYCLING: "upcycled", COMPRESSION: "pruned"}
+
+
+def made_of_another(common: Mapping[str, Any]) -> str | None:
+    """How a checkpoint was made of another one, in a word; None: a run has saved it."""
+    return next((word for name, word in _MADE.items() if name in common), None)
 
 
 def is_ours(common: Mapping[str, Any]) -> bool:
     """Whether the part of a checkpoint that belongs to no rank says that this program wrote it."""
-    return "progress" in common or UPCYCLING in common
+    return "progress" in common or made_of_another(common) is not None
 
 
 def saved_progress(folder: Path, common: Mapping[str, Any], config: RunConfig) -> Progress | None:

@@ -1,7 +1,6 @@
 """`megatron-hybrid upcycle`: a dense checkpoint becomes a fine-grained mixture of experts."""
 
 import logging
-import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,24 +8,17 @@ import typer
 
 from megatron_hybrid.bounds import MOST_EXPERTS, MOST_PROCESSES
 from megatron_hybrid.commands.progress import byte_progress
+from megatron_hybrid.config.pattern import read_numbers
 
 logger = logging.getLogger(__name__)
-
-MOST_LAYERS = 100_000  # so that a slip of the finger does not fill the memory
 
 
 def _layers(text: str) -> tuple[int, ...]:
     """`2,4,10-20` -> the numbers."""
-    numbers: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if not 1 <= first <= last <= MOST_LAYERS:
-            raise typer.BadParameter(
-                f"{text!r} is not like 2,4,10-20 (layers are counted from 1, to {MOST_LAYERS})"
-            )
-        numbers += range(first, last + 1)
-    return tuple(numbers)
+    try:
+        return read_numbers(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def upcycle(
@@ -105,13 +97,14 @@ def upcycle(
 
     chosen = None if layers is None else _layers(layers)
     source = find_checkpoint(load)  # what is not there is said before torch is loaded
+    from megatron_hybrid.checkpoint.derived import refuse_to_replace
     from megatron_hybrid.checkpoint.reader import CheckpointReader
     from megatron_hybrid.checkpoint.saved_config import other_functions, said_of_functions
     from megatron_hybrid.checkpoint.source_model import source_config
     from megatron_hybrid.config import UpcyclingConfig
     from megatron_hybrid.upcycling.report import print_report
     from megatron_hybrid.upcycling.request import Request, refuse_unsaid, upcycled_config
-    from megatron_hybrid.upcycling.write import Upcycling, refuse_to_replace
+    from megatron_hybrid.upcycling.write import Upcycling
 
     request = Request(
         experts, granularity, topk, chosen, shared_experts, router_order == "softmax-topk"

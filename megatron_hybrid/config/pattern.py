@@ -3,6 +3,7 @@
 A leaf: it imports nothing of this package and no torch, so that the config's rules can use it.
 """
 
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
@@ -20,6 +21,8 @@ _MADE_OF = MappingProxyType({PARALLEL: (ATTENTION, MAMBA)})
 _RECURRENT = (MAMBA, GDN)
 _ALLOWED = ", ".join(f"{symbol!r} ({kind})" for symbol, kind in KINDS.items())
 _PREDICTION = "/"  # before each module of multi-token prediction
+MOST_LAYERS = 100_000  # so that a slip of the finger does not fill the memory
+_RANGE = re.compile(r"\s*(\d+)(?:-(\d+))?\s*")
 _MOST_PROBLEMS = 10  # that are told of one by one
 # Symbols of megatron-core's patterns that have no layer here.
 _ENGINE_ONLY = MappingProxyType(
@@ -154,3 +157,21 @@ def recurrent_symbols(text: str) -> str:
     """The symbols of a pattern, even a wrong one, whose layers read from left to right: "MH"."""
     kinds = (kind for kind in KINDS if any(is_or_has(kind, each) for each in _RECURRENT))
     return "".join(kind for kind in kinds if kind in text)
+
+
+def read_numbers(text: str) -> tuple[int, ...]:
+    """`2,4,10-20` -> the numbers.
+
+    Raises:
+        ValueError: it is not like that.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = _RANGE.fullmatch(part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= first <= last <= MOST_LAYERS:
+            raise ValueError(
+                f"{text!r} is not like 2,4,10-20 (layers are counted from 1, to {MOST_LAYERS})"
+            )
+        numbers += range(first, last + 1)
+    return tuple(numbers)

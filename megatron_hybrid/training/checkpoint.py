@@ -31,7 +31,7 @@ from megatron_hybrid.checkpoint.integrity import (
     verify_integrity,
     write_integrity,
 )
-from megatron_hybrid.checkpoint.progress import UPCYCLING, Progress, is_ours, saved_progress
+from megatron_hybrid.checkpoint.progress import Progress, is_ours, made_of_another, saved_progress
 from megatron_hybrid.checkpoint.reader import COMMON_FILE
 from megatron_hybrid.checkpoint.saved_config import refuse_other_model, saved_config
 from megatron_hybrid.checkpoint.threads import default_threads
@@ -252,8 +252,9 @@ def load_checkpoint(
         assert words is not None, "resolved from the tokenizer before the model is built"
         refuse_fewer_words(present, words)
         has_optimizer = any("optimizer." in key for key in present)
-        if loads_optimizer is not None and not has_optimizer and UPCYCLING in common:
-            logger.info("%s is upcycled: the optimizer is fresh", folder)
+        made = made_of_another(common)
+        if loads_optimizer is not None and not has_optimizer and made is not None:
+            logger.info("%s is %s: the optimizer is fresh", folder, made)
             loads_optimizer = None
         if loads_optimizer is not None and not has_optimizer:
             raise UserError(

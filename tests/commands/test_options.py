@@ -18,6 +18,9 @@ READ = {
     "pretrain": "nproc dry_run show_help",
     "upcycle": "load save experts granularity topk layers shared_experts router_order router_std "
     "router_noise reinit_fraction scale_weights restart_schedule model threads dry_run",
+    "compress prune": "checkpoint save num_layers drop_layers hidden_size ffn_hidden_size "
+    "mamba_num_heads mamba_head_dim num_attention_heads num_moe_experts "
+    "moe_shared_expert_intermediate_size layers scores keep restart_schedule model threads dry_run",
     "submit": "nodes ranks_per_node gpus_per_node time_limit job_name partition account chain "
     "array option template dry_run",
     "preflight": "nproc world_size checksum_s",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hybrid.checkpoint import files
+from megatron_hybrid.checkpoint.derived import derived_tokenizer
 from megatron_hybrid.checkpoint.files import find_checkpoint
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.source_model import source_config
@@ -21,7 +22,7 @@ from megatron_hybrid.testing import run_distributed
 from megatron_hybrid.testing.distributed import RankError
 from megatron_hybrid.training.start import open_run
 from megatron_hybrid.upcycling.request import Request, upcycled_config
-from megatron_hybrid.upcycling.write import Upcycling, _tokenizer
+from megatron_hybrid.upcycling.write import Upcycling
 from tests.upcycling.models import dense_words, train, upcycle
 
 # (what is typed beside --load and --save, every problem that is reported)
@@ -210,11 +211,11 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
         update={"data": config.data.model_copy(
             update={"tokenizer_type": "huggingface", "tokenizer_model": Path("gone")})}
     )  # fmt: skip
-    assert _tokenizer(tmp_path, there, there).vocab_size == 64
+    assert derived_tokenizer(tmp_path, there, there).vocab_size == 64
     words = config.model.model_copy(update={"vocab_size": 60})
     other = config.model_copy(update={"model": words})
     with pytest.raises(UserError, match=r"data\.tokenizer_model=None is not the tokenizer of"):
-        _tokenizer(tmp_path, there, other)
+        derived_tokenizer(tmp_path, there, other)
 
 
 def test_a_dry_run_says_what_would_be_done(dense: Path, tmp_path: Path, command: Command) -> None:
