@@ -35,7 +35,7 @@ _OURS = """
 --attention-in-multiplier --attention-out-multiplier --mlp-multipliers --embedding-multiplier
 --lm-head-multiplier --mamba-rms-norm --mamba-version --mamba-intermediate-size --mamba-dt-rank
 --mamba-inner-layernorms --parallel-heads-join --num-meta-tokens --reuse-kv
---mlflow-experiment --mlflow-run-name --mlflow-tracking-uri
+--mamba-cp-comm-type --mlflow-experiment --mlflow-run-name --mlflow-tracking-uri
 """
 # Of `--no-field-name`, those that it has.
 _THEIR_NEGATIONS = """

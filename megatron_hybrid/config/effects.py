@@ -51,7 +51,8 @@ _FIELDS: Mapping[Effect, str] = {
         backend model.make_vocab_size_divisible_by model.moe_token_dispatcher_type
         parallel.tensor_model_parallel_size parallel.sequence_parallel
         parallel.pipeline_model_parallel_size parallel.virtual_pipeline_model_parallel_size
-        parallel.context_parallel_size parallel.expert_model_parallel_size
+        parallel.context_parallel_size parallel.mamba_cp_comm_type
+        parallel.expert_model_parallel_size
         parallel.expert_tensor_parallel_size parallel.use_distributed_optimizer
         parallel.overlap_grad_reduce parallel.overlap_param_gather
         gpu.cp_comm_type gpu.attention_backend gpu.overlap_p2p_comm gpu.align_param_gather

@@ -238,6 +238,12 @@ UNUSED_FIELDS = (
         "no attention of this run is divided by parallel.context_parallel_size",
     ),
     Unused(
+        ("parallel.mamba_cp_comm_type",),
+        lambda c: c.parallel.context_parallel_size == 1
+        or not recurrent_symbols(c.model.hybrid_layer_pattern),
+        "no layer with a state is divided by parallel.context_parallel_size",
+    ),
+    Unused(
         ("gpu.attention_backend",), lambda c: not attends(c),
         "model.hybrid_layer_pattern has neither '*' nor 'H' layers",
     ),

@@ -20,6 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_hybrid.config import RunConfig
+from megatron_hybrid.config.context_parallel import CONVOLVED_BEFORE
 from megatron_hybrid.config.ranks import CP, TP, model_ranks
 from megatron_hybrid.data.batch import Batch
 from megatron_hybrid.evaluation.windows import INTO, NOWHERE, Row, padded, rows_of
@@ -48,6 +49,8 @@ class TokenLosses:
         ranks = model_ranks(config)
         # Zigzag halves for each context parallel rank, of which sequence parallelism cuts each.
         self._multiple = 2 * ranks[CP] * ranks[TP]
+        if ranks[CP] > 1 and config.parallel.mamba_cp_comm_type == "state_passing":
+            self._multiple *= CONVOLVED_BEFORE  # tokens of a chunk, at least
         # So that no stage of a pipeline waits for long.
         stages = config.parallel.pipeline_model_parallel_size
         self._at_once = 4 * stages if stages > 1 else 1

@@ -23,7 +23,15 @@ from megatron_hybrid.layers.mamba import (
     draw_dt_bias,
 )
 from megatron_hybrid.layers.norm import GroupedRMSNorm
+from megatron_hybrid.layers.state_passing import (
+    chunk_documents,
+    from_chunks,
+    inputs_before,
+    states_before,
+    to_chunks,
+)
 from megatron_hybrid.ops.mamba2 import mamba2_split_conv1d_scan
+from megatron_hybrid.ops.mamba2_summary import mamba2_chunk_summary
 from megatron_hybrid.ops.scaled_parts import scaled_parts
 from megatron_hybrid.ops.ssd import SSDBackend
 
@@ -35,13 +43,15 @@ class Mamba2Mixer(MambaMixer):
     """Projection, causal convolution, state-space scan, gate, grouped norm, projection.
 
     Forward: `[s, b, h]` -> (`[s, b, h]`, bias or None). Heads and groups are sharded over TP; under
-    context parallelism the scan runs over the whole sequence with a part of the heads.
+    context parallelism the scan runs over the whole sequence with a part of the heads, or over this
+    rank's part of it with all of them.
 
     Args:
         kernel: "torch" or "mamba_ssm", which kernel of `megatron_hybrid.ops` runs the scan.
         gated_norm: whether a grouped norm follows the gate.
         multipliers: factors on the projected z, x, B, C and dt; empty: none.
         num_meta_tokens: as of MambaMixer.
+        state_passing: under context parallelism each rank keeps its part of the sequence.
         d_model: hidden size h.
     """
 
@@ -54,6 +64,7 @@ class Mamba2Mixer(MambaMixer):
         gated_norm: bool = True,
         multipliers: tuple[float, ...] = (),
         num_meta_tokens: int = 0,
+        state_passing: bool = False,
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         pp_layer_offset: int = 0,
@@ -63,7 +74,8 @@ class Mamba2Mixer(MambaMixer):
         assert pg_collection is not None
         self.kernel, self.multipliers = kernel, multipliers
         self.layer_number = layer_number
-        self.tp_group = pg_collection.tp
+        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
+        self.state_passing = state_passing and self.cp_group.size() > 1
         tp_size = self.tp_group.size()
         self.head_dim, self.state_dim = config.mamba_head_dim, config.mamba_state_dim
         assert config.mamba_num_heads % tp_size == 0 and config.mamba_num_groups % tp_size == 0
@@ -86,6 +98,8 @@ class Mamba2Mixer(MambaMixer):
                 config, self.d_inner, self.d_inner // self.num_groups, GATED_NORM_EPS, self.tp_group
             )
         self._build_out_proj(submodules, self.d_inner * tp_size, d_model, name)
+        if self.state_passing:
+            return
         self.cp = MambaContextParallel(
             cp_group=pg_collection.cp,
             d_inner_local_tp=self.d_inner,
@@ -127,6 +141,8 @@ class Mamba2Mixer(MambaMixer):
         """`[s, b, w]` -> `[s, b, d]`: convolution, scan, gate and norm."""
         if self.multipliers:
             projected = scaled_parts(projected, self.in_proj_parts.values(), self.multipliers)
+        if self.state_passing:
+            return self._scan_chunks(projected, seq_idx)
         # A group of channels may lie on several context-parallel ranks during the scan.
         norm = self.norm if self.cp.cp_size == 1 else None
         gathered = self.cp.pre_conv_ssm(projected)  # [l, b, w / CP]
@@ -152,3 +168,30 @@ class Mamba2Mixer(MambaMixer):
             return y
         y = self.cp.post_conv_ssm(y)
         return y if self.norm is None else self.norm(y)
+
+    def _scan_chunks(self, projected: Tensor, seq_idx: Tensor | None) -> Tensor:
+        """The same of this rank's chunks, after what the chunks before them leave."""
+        halo, group = CONV_KERNEL_SIZE - 1, self.cp_group
+        documents = None if seq_idx is None else chunk_documents(seq_idx, halo, group)
+        rows = to_chunks(projected)
+        convolved = rows[..., self.d_inner : -self.num_heads]
+        before = inputs_before(convolved, halo, documents, group)
+        labels = None if documents is None else documents.seq_idx
+        weight, A = self.conv1d_weight.squeeze(1), -torch.exp(self.A_log)
+        decay, added = mamba2_chunk_summary(
+            rows, weight, self.conv1d_bias, self.dt_bias, A,
+            head_dim=self.head_dim, num_groups=self.num_groups, before=before, seq_idx=labels,
+        )  # fmt: skip
+        y = mamba2_split_conv1d_scan(
+            rows, weight, self.conv1d_bias, self.dt_bias, A, self.D,
+            head_dim=self.head_dim,
+            num_groups=self.num_groups,
+            seq_idx=labels,
+            norm_weight=None if self.norm is None else self.norm.weight,
+            norm_group_size=None if self.norm is None else self.norm.group_size,
+            norm_eps=GATED_NORM_EPS,
+            before=before,
+            initial_states=states_before(decay[..., None, None], added, documents, group),
+            backend=self.kernel,
+        )  # fmt: skip
+        return from_chunks(y)

@@ -44,13 +44,14 @@ def build_model(
     assert words is not None and rows is not None, (
         "resolved from the tokenizer before the model is built"
     )
-    stack = hybrid_stack_spec(backend, model)
+    passing = config.parallel.mamba_cp_comm_type == "state_passing"
+    stack = hybrid_stack_spec(backend, model, state_passing=passing)
     if are_unlike(model):
         on_meta = engine_config.use_cpu_initialization
         device = torch.device("meta") if on_meta else initialize().device
         configs = layer_configs(config, backend, device)
         mixers = {
-            each.number: mamba_mixer_spec(backend, each.model, each.kind)
+            each.number: mamba_mixer_spec(backend, each.model, each.kind, state_passing=passing)
             for each in layers(model)
             if each.has(MAMBA)
         }

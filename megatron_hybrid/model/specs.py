@@ -111,10 +111,12 @@ def layer_classes(backend: str) -> LayerClasses:
 
 
 def _mamba_mixer(
-    classes: LayerClasses, model: ModelConfig, in_proj: type, factor: float
+    classes: LayerClasses, model: ModelConfig, in_proj: type, factor: float, state_passing: bool
 ) -> ModuleSpec:
     """A Mamba-2 mixer whose input is multiplied with a factor: there is no bias in its way."""
     params: dict[str, Any] = {"kernel": classes.mamba_kernel}
+    if state_passing:
+        params["state_passing"] = True
     if not model.mamba_rms_norm:
         params["gated_norm"] = False
     if model.num_meta_tokens:
@@ -129,8 +131,14 @@ def _mamba_mixer(
     )
 
 
-def mamba_mixer_spec(backend: str, model: ModelConfig, kind: str = MAMBA) -> ModuleSpec:
-    """The mixer of layers with Mamba that have the sizes of `model`."""
+def mamba_mixer_spec(
+    backend: str, model: ModelConfig, kind: str = MAMBA, *, state_passing: bool = False
+) -> ModuleSpec:
+    """The mixer of layers with Mamba that have the sizes of `model`.
+
+    Args:
+        state_passing: how context-parallel ranks share a sequence; false: by an all-to-all.
+    """
     classes = layer_classes(backend)
     if kind == PARALLEL and model.parallel_heads_join == "mean":
         return _shared_heads_mixer(classes, model)
@@ -138,7 +146,7 @@ def mamba_mixer_spec(backend: str, model: ModelConfig, kind: str = MAMBA) -> Mod
     in_proj = classes.norm_and_column_linear if kind == MAMBA else classes.column_linear
     if model.mamba_version == 2:
         factor = model.ssm_in_multiplier if kind == PARALLEL else 1.0
-        return _mamba_mixer(classes, model, in_proj, factor)
+        return _mamba_mixer(classes, model, in_proj, factor, state_passing)
     return ModuleSpec(
         module=classes.mamba1_mixer,
         params=_mamba1_params(classes, model),
@@ -198,8 +206,9 @@ def join_factors(model: ModelConfig) -> JoinFactors:
     )
 
 
-def _parallel_heads(backend: str, model: ModelConfig) -> ModuleSpec:
-    classes, mixer = layer_classes(backend), mamba_mixer_spec(backend, model, PARALLEL)
+def _parallel_heads(backend: str, model: ModelConfig, state_passing: bool) -> ModuleSpec:
+    classes = layer_classes(backend)
+    mixer = mamba_mixer_spec(backend, model, PARALLEL, state_passing=state_passing)
     if model.parallel_heads_join == "mean":
         return ModuleSpec(
             module=SharedHeads,
@@ -230,13 +239,15 @@ def _prediction(classes: LayerClasses) -> ModuleSpec:
     )
 
 
-def hybrid_stack_spec(backend: str, model: ModelConfig) -> ModuleSpec:
-    """The stack of layers for megatron-core's HybridModel."""
+def hybrid_stack_spec(
+    backend: str, model: ModelConfig, *, state_passing: bool = False
+) -> ModuleSpec:
+    """The stack of layers for megatron-core's HybridModel; `state_passing` as for its mixers."""
     classes = layer_classes(backend)
     mamba = ModuleSpec(
         module=MambaLayer,
         submodules=MambaLayerSubmodules(
-            mixer=mamba_mixer_spec(backend, model),
+            mixer=mamba_mixer_spec(backend, model, state_passing=state_passing),
             mamba_bda=get_bias_dropout_add,
         ),
     )
@@ -266,7 +277,7 @@ def hybrid_stack_spec(backend: str, model: ModelConfig) -> ModuleSpec:
         if kind == PARALLEL
     }
     if in_its_place:
-        specs = {None: attention, PARALLEL: _parallel_heads(backend, model)}
+        specs = {None: attention, PARALLEL: _parallel_heads(backend, model, state_passing)}
         attention = ModuleSpec(module=ByNumber, params={"kinds": in_its_place, "specs": specs})
     mlp = ModuleSpec(
         module=MLPLayer,

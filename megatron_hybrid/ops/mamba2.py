@@ -32,6 +32,8 @@ def mamba2_split_conv1d_scan(
     norm_weight: Tensor | None = None,
     norm_group_size: int | None = None,
     norm_eps: float = 1e-5,
+    before: Tensor | None = None,
+    initial_states: Tensor | None = None,
     backend: SSDBackend = "torch",
 ) -> Tensor:
     """norm(silu(z) * (SSD(silu(conv(x, B, C)), softplus(dt + dt_bias)) + D x)), for training.
@@ -46,6 +48,9 @@ def mamba2_split_conv1d_scan(
         norm_weight: [d] for a grouped RMSNorm after the gate; None: no norm.
         norm_group_size: channels that share a mean square; needed with `norm_weight`.
         norm_eps: added to the mean square.
+        before: inputs of the convolution before the first token [b, k - 1, c]; None: zeros. They
+            are of the first document of their row, as `initial_states` are.
+        initial_states: of the scan before the first token [b, h, p, n]; None: zeros.
         backend: "torch" (one autograd function, blocks in the cache), "reference" (a composition
             of the plain operations, for tests) or "mamba_ssm" (Triton, CUDA).
 
@@ -55,19 +60,24 @@ def mamba2_split_conv1d_scan(
         multiplies those.
 
     Raises:
-        UserError: shapes that do not fit; an unknown backend; "mamba_ssm" without the package.
+        UserError: shapes that do not fit; an unknown backend; "mamba_ssm" without the package, or
+            with what comes before the first token.
 
     Source: the counterpart of mamba-ssm's `mamba_split_conv1d_scan_combined`.
     """
     sizes = _sizes(zxbcdt, conv1d_weight, A, head_dim, num_groups)
     norm = _norm(sizes, norm_weight, norm_group_size, norm_eps)
     parameters = (conv1d_weight, conv1d_bias, dt_bias, A, D)
+    starts = (before, initial_states)
     if backend == "torch":
-        return fused_core(zxbcdt, *parameters, norm_weight, sizes, norm, seq_idx)
+        return fused_core(zxbcdt, *parameters, norm_weight, sizes, norm, seq_idx, *starts)
     if backend == "mamba_ssm":
+        if before is not None or initial_states is not None:
+            raise UserError("backend='mamba_ssm' takes no before and no initial_states; "
+                            "allowed: None, or 'torch'")  # fmt: skip
         y = _mamba_ssm(zxbcdt, *parameters, sizes, seq_idx)
     else:
-        y = _composed(zxbcdt, *parameters, sizes, seq_idx, backend)
+        y = _composed(zxbcdt, *parameters, sizes, seq_idx, *starts, backend)
     if norm is None or norm_weight is None:
         return y
     return rms_norm_grouped(y, norm_weight, norm.group_size, norm.eps)
@@ -82,16 +92,22 @@ def _composed(
     D: Tensor,
     sizes: Sizes,
     seq_idx: Tensor | None,
+    before: Tensor | None,
+    initial_states: Tensor | None,
     backend: SSDBackend,
 ) -> Tensor:
     """The core without the norm from the operations of this package, each with its own autograd."""
     compute = DTypes.of(zxbcdt).compute
     z, xbc, dt = _split(zxbcdt, sizes)
-    convolved = causal_conv1d(xbc, conv1d_weight, conv1d_bias, seq_idx=seq_idx)
+    if before is not None:  # a state has one more, which no tap reaches
+        before = F.pad(before, (0, 0, 1, 0)).transpose(1, 2)
+    convolved = causal_conv1d(
+        xbc, conv1d_weight, conv1d_bias, seq_idx=seq_idx, initial_state=before
+    )
     assert isinstance(convolved, Tensor)
     x, B, C = sizes.split(convolved)
     dt = F.softplus(dt.to(compute) + dt_bias.to(compute))
-    y = ssd(x, dt, A, B, C, D=D, seq_idx=seq_idx, backend=backend)
+    y = ssd(x, dt, A, B, C, D=D, seq_idx=seq_idx, initial_states=initial_states, backend=backend)
     assert isinstance(y, Tensor)
     return silu_gate(y.flatten(-2), z)
 

@@ -55,6 +55,8 @@ def fused_core(
     sizes: Sizes,
     norm: Norm | None,
     seq_idx: Tensor | None,
+    before: Tensor | None = None,
+    initial_states: Tensor | None = None,
 ) -> Tensor:
     """y [b, l, d] in zxbcdt's dtype and memory layout.
 
@@ -62,8 +64,11 @@ def fused_core(
     """
     documents = None if seq_idx is None else number_documents(seq_idx)
     inputs = (zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, norm_weight)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    return _FusedCore.apply(*inputs, documents, sizes, norm, keep)
+    starts = (before, initial_states)
+    keep = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (*inputs, *starts)
+    )
+    return _FusedCore.apply(*inputs, documents, *starts, sizes, norm, keep)
 
 
 class _FusedCore(torch.autograd.Function):
@@ -78,39 +83,51 @@ class _FusedCore(torch.autograd.Function):
         D: Tensor,
         norm_weight: Tensor | None,
         documents: Tensor | None,
+        before: Tensor | None,
+        initial_states: Tensor | None,
         sizes: Sizes,
         norm: Norm | None,
         keep: bool,
     ) -> Tensor:
         inputs = Inputs(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, norm_weight, documents)
-        core = Core(inputs, sizes, norm)
+        core = Core(inputs, sizes, norm, before)
         scan, batch = core.scan, zxbcdt.shape[0]
         carry = zxbcdt.new_empty(scan.states_shape[2:], dtype=scan.dtypes.compute)
         kept_shape = scan.states_shape if keep else (batch, 0)
         states = zxbcdt.new_empty(kept_shape, dtype=scan.dtypes.kept)
         y = _empty_in_layout_of(zxbcdt, sizes.channels)
         for row in range(batch):
-            carry.zero_()
+            if initial_states is None:
+                carry.zero_()
+            else:
+                carry.copy_(initial_states[row])
             for block in scan.blocks(row):
-                before = states[row, block.chunks] if keep else block.buffers.states
-                core.forward(block, carry, before, y[row, block.tokens])
+                kept = states[row, block.chunks] if keep else block.buffers.states
+                core.forward(block, carry, kept, y[row, block.tokens])
         if keep:
-            ctx.save_for_backward(*inputs, states)
+            ctx.save_for_backward(*inputs, before, states)
             ctx.sizes, ctx.norm = sizes, norm
+            ctx.of_initial = None if initial_states is None else torch.empty_like(initial_states)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, states = ctx.saved_tensors
-        core = Core(Inputs(*tensors), ctx.sizes, ctx.norm)
+        *tensors, before, states = ctx.saved_tensors
+        core = Core(Inputs(*tensors), ctx.sizes, ctx.norm, before)
         gradients = _Gradients(core)
+        of_before = None if before is None else torch.empty_like(before)
+        of_initial = ctx.of_initial
         for row in range(grad.shape[0]):
             gradients.start_row()
             for block, block_grads in core.scan.blocks_back(row, gradients.of_steps):
-                before = states[row, block.chunks]
-                gradients.add(block, grad[row, block.tokens], before, block_grads)
-        return (*gradients.finish(), None, None, None, None)
+                kept = states[row, block.chunks]
+                gradients.add(block, grad[row, block.tokens], kept, block_grads)
+            if of_before is not None:
+                of_before[row] = gradients.of_inputs_before(row)
+            if of_initial is not None:
+                of_initial[row] = gradients.of_carry
+        return (*gradients.finish(), None, of_before, of_initial, None, None, None)
 
 
 def _empty_in_layout_of(zxbcdt: Tensor, channels: int) -> Tensor:
@@ -316,6 +333,20 @@ class _Gradients:
                 later = torch.mul(later, same, out=product)
             grad_raw.addcmul_(later, core.weight_of_lag[lead])
         self.of_xbc[block.row, block.tokens] = grad_raw
+
+    def of_inputs_before(self, row: int) -> Tensor:
+        """Of the convolution's inputs before a row `[k - 1, c]`, after all its blocks."""
+        core, kept = self.core, self.core.taps - 1
+        grad = self.of_later_conv
+        if core.documents is not None:
+            # Those inputs are of the first document, and so are only some of the outputs.
+            numbers = core.documents[row, :kept]
+            same = torch.nn.functional.pad(numbers == numbers[0], (0, kept - len(numbers)))
+            grad = grad * same[:, None]
+        found = torch.zeros_like(grad)
+        for lag in range(1, core.taps):
+            found[kept - lag :].addcmul_(grad[:lag], core.weight_of_lag[lag])
+        return found
 
     def finish(self) -> tuple[Tensor | None, ...]:
         """Gradients of zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D and norm_weight."""

@@ -10,6 +10,7 @@ import copy
 from dataclasses import dataclass, fields, replace
 
 from megatron_hybrid.config import ModelConfig, RunConfig
+from megatron_hybrid.config.context_parallel import exchanged_bytes, passed_bytes
 from megatron_hybrid.config.linears import (
     Linear,
     expert_width,
@@ -381,9 +382,16 @@ class Rank:
         if cp == 1 or kind not in (MAMBA, GDN):
             return 0.0
         speed = self.bandwidth(layout.tp * cp)
-        mixer = linears(model, kind, tp=layout.tp)
-        width = mixer["in_proj"].outputs + mixer["out_proj"].inputs
-        return NUMBER_BYTES * layout.tokens * width * (cp - 1) / cp / speed
+        if self.config.parallel.mamba_cp_comm_type == "state_passing":
+            passed = passed_bytes(
+                model, kind, tp=layout.tp, samples=layout.micro_batch, number_bytes=NUMBER_BYTES
+            )
+            # From chunk to chunk, up the ranks and down again, while the others wait.
+            return (2 * (cp - 1) * passed.state + 2 * passed.end) / speed
+        sent = exchanged_bytes(
+            model, kind, tp=layout.tp, cp=cp, tokens=layout.tokens, number_bytes=NUMBER_BYTES
+        )
+        return sent / speed
 
     def _keys_and_values(self, kind: str, core: float, *, backward: bool) -> float:
         """Seconds of CP's ring, as far as the core of attention does not hide it."""

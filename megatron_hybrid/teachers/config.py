@@ -134,7 +134,10 @@ def teacher_layout(config: RunConfig, saved: RunConfig, options: "Teacher") -> P
     if found["tensor_model_parallel_size"] == ours.tensor_model_parallel_size:
         split = ours.sequence_parallel
     etp = ours.expert_tensor_parallel_size if experts and not asked else None
-    return ParallelConfig(sequence_parallel=split, expert_tensor_parallel_size=etp, **found)
+    return ParallelConfig(
+        sequence_parallel=split, expert_tensor_parallel_size=etp,
+        mamba_cp_comm_type=ours.mamba_cp_comm_type, **found,
+    )  # fmt: skip
 
 
 def shares_groups(config: RunConfig, teacher: RunConfig) -> bool:

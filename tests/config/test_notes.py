@@ -122,6 +122,7 @@ UNUSED = {
         ["model.moe_aux_loss_coeff=0"], "model.moe_aux_loss_coeff=0.1",
     ),
     "gpu.cp_comm_type=a2a": ([], "parallel.context_parallel_size=2"),
+    "parallel.mamba_cp_comm_type=state_passing": ([], "parallel.context_parallel_size=2"),
     "gpu.attention_backend=flash": (
         ["model.hybrid_layer_pattern=M-E"], "model.hybrid_layer_pattern=M*E",
     ),

@@ -62,6 +62,11 @@ DELTA_SIZES = {
     "linear_value_head_dim": 16, "num_meta_tokens": 8,
     "layers": {"2": {"linear_num_value_heads": 12, "linear_value_head_dim": 8}},
 }  # fmt: skip
+# Heads and groups that context parallelism of four does not divide.
+STATES = "MM"
+STATES_SIZES = {
+    "mamba_num_heads": 6, "layers": {"2": {"mamba_head_dim": 8, "mamba_state_dim": 8}},
+}  # fmt: skip
 # Predicts two more tokens, with layers of their own after the last.
 AHEAD = "M-*E"
 AHEAD_FIELDS = {
@@ -109,6 +114,7 @@ class Layout:
     segments: int = 1
     needs_moe: bool = False
     overlap: bool = False
+    state_passing: bool = False
     batch: int = GLOBAL_BATCH_SIZE
 
     def pattern(self, layers: str) -> str:
@@ -130,6 +136,12 @@ LAYOUTS = (
     Layout("CP2xEP2", 2, cp=2, ep=2, needs_moe=True, batch=2),
     Layout("PP2xEP2", 4, pp=2, ep=2, segments=2, needs_moe=True),
     Layout("DP2xEP2", 4, ep=2, needs_moe=True),
+)
+# Only of layers with a state: between them nothing differs.
+PASSING = (
+    Layout("CP2, states passed", 2, cp=2, batch=2, state_passing=True),
+    Layout("CP4, states passed", 4, cp=4, batch=2, state_passing=True),
+    Layout("TP2xCP2, states passed", 4, tp=2, cp=2, batch=2, state_passing=True),
 )
 
 
@@ -186,6 +198,7 @@ def layout_config(
                 **(moe if "E" in layers else {}),
                 **(UNLIKE_SIZES if layers == UNLIKE else {}),
                 **(DELTA_SIZES if layers == DELTA else {}),
+                **(STATES_SIZES if layers == STATES else {}),
                 **(HEADS_FIELDS if layers == HEADS else {}),
                 **(HYMBA_FIELDS if layers == HYMBA else {}),
                 **(AHEAD_FIELDS if layers == AHEAD else {}),
@@ -195,6 +208,7 @@ def layout_config(
                 "sequence_parallel": layout.tp > 1,
                 "pipeline_model_parallel_size": layout.pp,
                 "context_parallel_size": layout.cp,
+                "mamba_cp_comm_type": "state_passing" if layout.state_passing else "all_to_all",
                 "expert_model_parallel_size": layout.ep,
                 "overlap_grad_reduce": layout.overlap,
                 "overlap_param_gather": layout.overlap,

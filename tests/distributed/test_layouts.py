@@ -19,6 +19,8 @@ from tests.distributed.layouts import (
     LAYOUTS,
     MOE,
     ONE_RANK,
+    PASSING,
+    STATES,
     UNLIKE,
     Layout,
     Variant,
@@ -46,7 +48,7 @@ Steps = list[tuple[float, float, dict[str, Tensor]]]
 def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A checkpoint by one rank for each model."""
     folders = {}
-    for layers in (DENSE, MOE, DIFFUSION, UNLIKE, HEADS, HYMBA, DELTA, AHEAD):
+    for layers in (DENSE, MOE, DIFFUSION, UNLIKE, HEADS, HYMBA, DELTA, STATES, AHEAD):
         folders[layers] = tmp_path_factory.mktemp("weights")
         run_distributed(save_weights, 1, layers, folders[layers])
     return folders
@@ -70,6 +72,8 @@ def steps_of(layout: Layout, layers: str, weights: Path) -> dict[Variant, Steps]
 
 def variants_of(layout: Layout, layers: str) -> list[Variant]:
     """Those in which a layout is tried with a model."""
+    if layout.state_passing != (layers == STATES) and layout.ranks > 1:
+        return []
     if layers == DIFFUSION and layout.ranks > 1 and layout.name not in SINGLE:
         return []
     if layers == DELTA and layout.segments > len(DELTA):
@@ -80,7 +84,7 @@ def variants_of(layout: Layout, layers: str) -> list[Variant]:
         return []
     if layers == AHEAD and layout.ranks > 1 and layout.name not in AHEAD_LAYOUTS:
         return []
-    if layers in (UNLIKE, HEADS, HYMBA, DELTA, AHEAD) and layout.ranks > 1:
+    if layers in (UNLIKE, HEADS, HYMBA, DELTA, STATES, AHEAD) and layout.ranks > 1:
         return [PLAIN, PACKED_AGAIN]
     if layers == DENSE and layout.ranks > 1 and layout.name not in (*SINGLE, "DP2"):
         return []  # of more dimensions: UNLIKE has all kinds of layers
@@ -90,14 +94,15 @@ def variants_of(layout: Layout, layers: str) -> list[Variant]:
 
 
 NAMES = {DENSE: "dense", MOE: "moe", DIFFUSION: "diffusion", UNLIKE: "unlike",
-         HEADS: "heads", HYMBA: "hymba", DELTA: "delta", AHEAD: "ahead"}  # fmt: skip
+         HEADS: "heads", HYMBA: "hymba", DELTA: "delta", AHEAD: "ahead",
+         STATES: "states"}  # fmt: skip
 CASES = [
     pytest.param(
         layout, layers, variant,
         id="-".join([layout.name, NAMES[layers],
                      *(name for name, chosen in variant._asdict().items() if chosen)]),
     )
-    for layout in (ONE_RANK, *LAYOUTS)
+    for layout in (ONE_RANK, *LAYOUTS, *PASSING)
     for layers in NAMES
     for variant in variants_of(layout, layers)
     if layout != ONE_RANK or variant.recompute

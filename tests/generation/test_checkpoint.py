@@ -205,7 +205,8 @@ LAID_OUT = [
     training.global_batch_size=8
     parallel.tensor_model_parallel_size=2 parallel.sequence_parallel=true
     parallel.pipeline_model_parallel_size=2 parallel.virtual_pipeline_model_parallel_size=2
-    parallel.context_parallel_size=2 parallel.expert_model_parallel_size=2
+    parallel.context_parallel_size=2 parallel.mamba_cp_comm_type=state_passing
+    parallel.expert_model_parallel_size=2
     parallel.expert_tensor_parallel_size=2 parallel.overlap_grad_reduce=true
     parallel.overlap_param_gather=true gpu.cp_comm_type=a2a gpu.attention_backend=flash
     gpu.overlap_p2p_comm=true gpu.align_param_gather=true gpu.gradient_accumulation_fusion=true

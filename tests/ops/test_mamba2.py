@@ -17,6 +17,7 @@ from megatron_hybrid.ops.mamba2_states import (
     empty_states,
     mamba2_chunk,
 )
+from megatron_hybrid.ops.mamba2_summary import mamba2_chunk_summary
 from megatron_hybrid.ops.mamba2_texts import Texts, mamba2_texts
 from megatron_hybrid.ops.ssd.buffers import Sizes
 
@@ -317,3 +318,48 @@ def test_mamba_ssm_equals_composition(packed: bool) -> None:
     got = run(cast(case, torch.float32, "cuda"), 2, "mamba_ssm", seq_idx)
     for name, error in errors(got, want).items():
         assert error < 2e-2, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("cut", [3, 64, 101])
+def test_a_chunk_goes_on_where_the_one_before_ends(
+    cut: int, backend: Any, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the summary of that one, which comes in stretches: outputs and all gradients are those of
+    the whole, in float64."""
+    monkeypatch.setattr("megatron_hybrid.ops.mamba2_summary.STRETCH", 16)
+    case = make_case(120, 2)
+    inputs = [each.requires_grad_() for each in case[:7]]
+    documents = torch.zeros(BATCH, 120, dtype=torch.int64)
+    if packed:
+        documents = (
+            torch.rand(BATCH, 120, generator=torch.Generator().manual_seed(1)) < 0.1
+        ).cumsum(1)
+    sizes: dict[str, Any] = {"head_dim": HEAD_DIM, "num_groups": 2}
+    norm = {"norm_weight": case.norm_weight, "norm_group_size": 8, **sizes}
+    whole = mamba2_split_conv1d_scan(*inputs[:6], seq_idx=documents, backend="reference", **norm)
+    first, second = case.zxbcdt[:, :cut], case.zxbcdt[:, cut:]
+    of_first, of_second = documents[:, :cut], documents[:, cut:]
+    joined = documents[:, cut - TAPS + 1 : cut] == documents[:, cut : cut + 1]
+    before = first[:, 1 - TAPS :, CHANNELS:-HEADS]
+    nothing = torch.zeros_like(before)
+    decay, added = mamba2_chunk_summary(
+        first, *inputs[1:5], before=nothing, seq_idx=of_first, **sizes
+    )
+    assert (decay[of_first[:, 0] != of_first[:, -1]] == 0).all()
+    parts = [
+        mamba2_split_conv1d_scan(first, *inputs[1:6], seq_idx=of_first, backend=backend, **norm),
+        mamba2_split_conv1d_scan(
+            second, *inputs[1:6], seq_idx=of_second, before=before * joined[..., None],
+            initial_states=added * joined[:, -1, None, None, None], backend=backend, **norm,
+        ),
+    ]  # fmt: skip
+    found = torch.cat(parts, dim=1)
+    torch.testing.assert_close(found, whole, rtol=1e-10, atol=1e-11)
+    gradients = torch.autograd.grad(found, inputs, case.grad_y)
+    for name, got, want in zip(
+        NAMES[1:], gradients, torch.autograd.grad(whole, inputs, case.grad_y), strict=True
+    ):
+        error = (got - want).norm() / want.norm()
+        assert error < 1e-11, f"{name}: {error:.1e}"

@@ -12,6 +12,7 @@ from megatron_hybrid.config.rules.parallel import (
     mamba_context_parallel,
     packed_context_parallel,
     sequence_length,
+    state_passing,
     tensor_parallel,
     world_size,
 )
@@ -25,7 +26,7 @@ EVALUATED_DATA = (
 WINDOWS = "data.seq_length"  # tokens of a window, of any data
 
 EVALUATION: tuple[Rule, ...] = (
-    *MODEL, tensor_parallel, mamba_context_parallel, expert_parallel,
+    *MODEL, tensor_parallel, mamba_context_parallel, state_passing, expert_parallel,
     expert_tensor_parallel_device, pipeline_stages, world_size,
 )  # fmt: skip
 OWN_DATA: tuple[Rule, ...] = (

@@ -2,6 +2,7 @@
 
 from math import prod
 
+from megatron_hybrid.config.context_parallel import CONVOLVED_BEFORE
 from megatron_hybrid.config.layers import layers_of, mamba_layers
 from megatron_hybrid.config.pattern import ATTENTION, GDN, MAMBA, MLP, MOE, parse_pattern
 from megatron_hybrid.config.phases import sequence_length_fields
@@ -25,6 +26,7 @@ from megatron_hybrid.config.rules.common import (
     listing,
     must_be_multiple,
     must_divide,
+    on_transformer_engine,
 )
 from megatron_hybrid.config.run import RunConfig
 
@@ -78,7 +80,7 @@ def mamba_context_parallel(c: RunConfig, _: Facts) -> Problems:
     """CP turns sequence shards into head shards: each CP rank runs whole heads and groups, an equal
     share of Mamba-1's channels, or whole key heads of a gated delta net."""
     tp, cp = c.parallel.tensor_model_parallel_size, c.parallel.context_parallel_size
-    if cp == 1:
+    if cp == 1 or c.parallel.mamba_cp_comm_type == "state_passing":
         return
     for layer in mamba_layers(c.model, 1):
         channels = layer.model.mamba_intermediate_size
@@ -103,6 +105,42 @@ def mamba_context_parallel(c: RunConfig, _: Facts) -> Problems:
                 f"{CP}={cp} must divide or be a multiple of "
                 f"{layer.path('mamba_num_groups')}={groups} / {TP}={tp} = {per_rank}; "
                 f"allowed: {listing(divisors(per_rank))}, {2 * per_rank}, {3 * per_rank}, ..."
+            )
+
+
+def state_passing(c: RunConfig, facts: Facts) -> Problems:
+    """Each chunk goes on from the state and the last inputs of the convolution of the one before
+    it, which mamba-ssm's fused kernel does not take."""
+    cp = c.parallel.context_parallel_size
+    if cp == 1 or c.parallel.mamba_cp_comm_type != "state_passing":
+        return
+    others = [*mamba_layers(c.model, 1), *layers_of(c.model, GDN)]
+    if not others and not mamba_layers(c.model, 2):
+        return
+    name = "parallel.mamba_cp_comm_type=state_passing"
+    if others:
+        yield (
+            f"{name} is for Mamba-2, and layer {others[0].number} of "
+            f"model.hybrid_layer_pattern={c.model.hybrid_layer_pattern!r} is {others[0].what}; "
+            "allowed: all_to_all"
+        )
+    if on_transformer_engine(c, facts):
+        yield (
+            f"{name} is not supported on the transformer_engine backend, whose kernel for Mamba-2 "
+            "takes nothing of the chunk before; allowed: all_to_all, or backend=torch"
+        )
+    if c.model.num_meta_tokens and c.data.packed_documents:
+        yield (
+            f"{name} with model.num_meta_tokens={c.model.num_meta_tokens} and "
+            "data.packed_documents=true is not supported: meta tokens come before each document; "
+            "allowed: all_to_all, or data.packed_documents=false"
+        )
+    least = 2 * cp * CONVOLVED_BEFORE
+    for field, length in sequence_length_fields(c).items():
+        if length + c.model.num_meta_tokens < least:
+            yield (
+                f"{field}={length} must be at least {CONVOLVED_BEFORE} tokens for each of the "
+                f"2 * {CP}={2 * cp} chunks of {name}; allowed: {least} or more"
             )
 
 
@@ -246,6 +284,7 @@ PARALLEL: tuple[Rule, ...] = (
     sequence_parallel,
     sequence_length,
     mamba_context_parallel,
+    state_passing,
     pipeline_layers,
     virtual_pipeline,
     expert_parallel,
