@@ -18,6 +18,7 @@ from megatron_hybrid.bounds import MOST_PROCESSES
 from megatron_hybrid.commands import compress as compress_commands
 from megatron_hybrid.commands import convert as convert_commands
 from megatron_hybrid.commands import data as data_commands
+from megatron_hybrid.commands import distill as distill_commands
 from megatron_hybrid.commands.app import App
 from megatron_hybrid.commands.config import config as config_command
 from megatron_hybrid.commands.evaluate import evaluate
@@ -50,6 +51,7 @@ app = App(
 app.add_typer(data_commands.app, name="data")
 app.add_typer(convert_commands.app, name="convert")
 app.add_typer(compress_commands.app, name="compress")
+app.add_typer(distill_commands.app, name="distill")
 _place: Place | None = None  # of this process among the ranks of a job
 # Words that are ours to read: presets, section.field=value, Megatron-LM's flags.
 _CONFIG_WORDS = {"allow_extra_args": True, "ignore_unknown_options": True}

@@ -41,6 +41,7 @@ PARSERS = {
     "megatron_hybrid/preflight/nodes.py": "from a store",
     "megatron_hybrid/small_files.py": "the mechanism",
     "megatron_hybrid/smoke/facts.py": "a process's output",
+    "megatron_hybrid/teachers/cache_spec.py": "text that a plan made",
     "megatron_hybrid/training/trackers/follow.py": "a line of the process that started it",
     "megatron_hybrid/training/trackers/rows.py": "lines of metrics, within naming()",
     "megatron_hybrid/training/attempts.py": "lines: half a one is passed over",

@@ -16,6 +16,7 @@ from megatron_hybrid.small_files import naming, read_json
 
 INTEGRITY_FILE = "integrity.json"
 FORMAT_FILE = "metadata.json"
+_LOOKED_AT = 1 << 16  # bytes at either end of a file
 # Of megatron-core's CheckpointingConfig.
 _FORMAT_FIELDS = (
     "sharded_backend", "sharded_backend_version", "common_backend", "common_backend_version",
@@ -72,6 +73,18 @@ def verify_integrity(folder: Path, saved: RunConfig | None, threads: int) -> Non
         shown = [*problems[:5], f"and {len(problems) - 5} more"] if problems[5:] else problems
         text = "".join(f"\n  - {problem}" for problem in shown)
         raise CheckpointError(f"{folder} is not as it was written ({INTEGRITY_FILE}):{text}")
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """Tells a checkpoint from others that take its place, by how all its files begin and end."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with naming(path), path.open("rb") as file:
+            size = path.stat().st_size
+            digest.update(f"{path.relative_to(folder)} {size}".encode() + file.read(_LOOKED_AT))
+            file.seek(max(0, size - _LOOKED_AT))
+            digest.update(file.read(_LOOKED_AT))
+    return digest.hexdigest()
 
 
 def refuse_other_format(folder: Path) -> None:

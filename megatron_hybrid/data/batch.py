@@ -28,6 +28,8 @@ class Batch:
         seq_idx: `[1, s]` int32, the number of each token's document, or None: not packed.
         samples: numbers of its samples in the run, one after the other; None: not known.
         sources: of each of its samples, the number of the source among the run's; None: not known.
+        offsets: of each, its first token among all of its source; with the source and its tokens it
+            is what the sample is, in any plan. None: not known.
         extra: `[b, s]` each, by name: what an objective adds for itself.
     """
 
@@ -40,6 +42,7 @@ class Batch:
     seq_idx: Tensor | None = None
     samples: tuple[int, ...] | None = None
     sources: tuple[int, ...] | None = None
+    offsets: tuple[int, ...] | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def pin_memory(self) -> "Batch":

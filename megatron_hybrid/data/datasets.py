@@ -4,8 +4,9 @@ Planning needs neither torch nor other ranks. Of the three kinds of data only me
 lets ranks wait for each other, when its windows are opened.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
 
 from megatron_hybrid.config.phases import batch_sizes, run_tokens
 from megatron_hybrid.config.run import RunConfig
@@ -26,6 +27,9 @@ from megatron_hybrid.data.saved_plan import SavedPlan
 from megatron_hybrid.data.source import Source
 from megatron_hybrid.data.tokenizer import Tokenizer
 from megatron_hybrid.data.windows import Windows
+
+if TYPE_CHECKING:
+    from megatron_hybrid.data.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,20 @@ class RunData:
         """Of the plan's sources, in its order."""
         return () if self.plan is None else tuple(source.name for source in self.plan.sources)
 
-    def sources_of(self, plan: Plan, samples: Sequence[int]) -> tuple[int, ...]:
-        """The source of each of some samples of a plan, by its number in `source_names`."""
+    def located(self, plan: Plan, batch: "Batch") -> "Batch":
+        """A micro batch of a plan with the sources of its samples, by their numbers in
+        `source_names`, and where they begin."""
         names = [self.source_names.index(source.name) for source in plan.sources]
-        return tuple(names[number] for number in plan.locate(samples).sources.tolist())
+        found = plan.locate(batch.samples or ())
+        sources = tuple(names[number] for number in found.sources.tolist())
+        return replace(batch, sources=sources, offsets=tuple(found.offsets.tolist()))
+
+    @property
+    def plans(self) -> dict[Literal["train", "valid"], Plan]:
+        """Those that there are: of training, and of evaluations."""
+        both: dict[Literal["train", "valid"], Plan | None]
+        both = {"train": self.plan, "valid": self.valid_plan}
+        return {name: plan for name, plan in both.items() if plan is not None}
 
     def consumed(self, samples: int) -> tuple[SourceUse, ...]:
         """What each source has given when `samples` samples have been read."""

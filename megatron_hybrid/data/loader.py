@@ -11,7 +11,7 @@ Shapes: b = micro_batch_size, s = seq_length; packed batches are one row, `[1, b
 
 import multiprocessing
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.util import Finalize
 from typing import Any
@@ -82,6 +82,21 @@ def build_iterator(
         generator=torch.Generator(),
     )
     return _batches(loader, micro_batches, config.data.packed_documents, dataset.conversations)
+
+
+def read_batch(dataset: Windows, samples: Sequence[int], config: RunConfig) -> Batch:
+    """A micro-batch of any samples of one length, read here and now.
+
+    Raises:
+        DataError: as `build_iterator`.
+    """
+    packed = config.data.packed_documents
+    rows = CheckedWindows(dataset, mark_ends=packed).__getitems__(samples)
+    if isinstance(rows, DataError):
+        raise rows
+    whole = torch.from_numpy(rows)
+    batch = _packed_batch(whole, dataset.conversations) if packed else _plain_batch(whole)
+    return replace(batch, samples=tuple(samples))
 
 
 def _batches(

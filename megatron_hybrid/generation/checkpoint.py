@@ -1,6 +1,5 @@
 """A checkpoint opened for generation: the model of any layout, and its tokenizer."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +19,8 @@ from megatron_hybrid.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_hybrid.errors import ConfigError, UserError
 from megatron_hybrid.platform import initialize
 from megatron_hybrid.platform.backend import resolve_backend
-from megatron_hybrid.small_files import naming
 from megatron_hybrid.training.distributed import process_groups, select_device
 
-_LOOKED_AT = 1 << 16  # bytes at either end of a file
 # Whatever the ranks that trained it: one process generates, unless it is told otherwise.
 ONE_RANK = (
     "parallel.tensor_model_parallel_size=1",
@@ -136,18 +133,6 @@ def check_words(words: Sequence[str], fields: Sequence[str], purpose: str) -> No
     ]
     if problems:
         raise ConfigError(problems)
-
-
-def checkpoint_digest(folder: Path) -> str:
-    """Tells a checkpoint from others that take its place, by how all its files begin and end."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with naming(path), path.open("rb") as file:
-            size = path.stat().st_size
-            digest.update(f"{path.relative_to(folder)} {size}".encode() + file.read(_LOOKED_AT))
-            file.seek(max(0, size - _LOOKED_AT))
-            digest.update(file.read(_LOOKED_AT))
-    return digest.hexdigest()
 
 
 @contextmanager

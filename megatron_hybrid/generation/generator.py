@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_hybrid.checkpoint.carried import carried_ends
+from megatron_hybrid.checkpoint.integrity import checkpoint_digest
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.data.tokenizer import Tokenizer
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.generation.checkpoint import (
-    checkpoint_digest,
     loaded_model,
     read_checkpoint,
     refuse_unable,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from megatron_hybrid.config.run import RunConfig
     from megatron_hybrid.data.batch import Batch
+    from megatron_hybrid.data.datasets import RunData
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Objective:
             the tokens after them may be added (`model.mtp_num_layers`).
         is_cross_entropy: whether the loss is the mean cross-entropy of tokens, in nats, so that its
             exponential is a perplexity.
-        by_source: whether `Batch.sources` is to say which sources samples are of.
+        by_source: whether `Batch.sources` and `Batch.offsets` are to say where samples are from.
         looks_ahead: whether it is told all micro batches of a step before the first one.
         conversations: what a sample is. False: a window of text. True: a row of whole
             conversations, of `data tokenize --chat`, with a `loss_mask` of 1 where the label is to
@@ -97,6 +98,19 @@ class Objective:
     def problems(cls, config: "RunConfig", options: Any) -> Iterator[str]:
         """What a config asks for that this cannot do: a sentence each, with field, value, rule and
         what is allowed. Called before any rank starts; should load no torch."""
+        yield from ()
+
+    @classmethod
+    def data_problems(
+        cls, config: "RunConfig", options: Any, data: "RunData", consumed_samples: int
+    ) -> Iterator[str]:
+        """As `problems`, of the samples that a run will read: of what it needs of them and has not.
+        Called before any rank starts; should load no torch.
+
+        Args:
+            data: the run's, with its plan.
+            consumed_samples: from which it goes on.
+        """
         yield from ()
 
     @classmethod

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from megatron_hybrid.config.run import RunConfig
     from megatron_hybrid.data.batch import Batch
+    from megatron_hybrid.data.datasets import RunData
     from megatron_hybrid.layers.kl_divergence import Divergence
 
 NAME = "training.objective_options"
@@ -48,12 +49,14 @@ class Teacher(Section):
     """One of several teachers.
 
     Attributes:
-        checkpoint: as `Options.teacher`; `parallel`: as `Options.teacher_parallel`.
+        checkpoint, cache: as `Options.teacher` and `Options.cache`; one of them at least.
+        parallel: as `Options.teacher_parallel`.
         weight: of its divergence.
         sources: weights by source of the data, 0 of those that are not named; None: `weight`.
     """
 
-    checkpoint: FilePath
+    checkpoint: FilePath | None = None
+    cache: FilePath | None = None
     parallel: TeacherParallel | None = None
     weight: Real = 1.0
     sources: Weights | None = None
@@ -69,8 +72,8 @@ Teachers = Annotated[
     dict[Name, Teacher],
     AfterValidator(FrozenDict),
     Words(
-        "teachers by name, each of a checkpoint and, where wanted, weight, sources and parallel, "
-        "such as {math: {checkpoint: runs/math, sources: {math: 1}}}"
+        "teachers by name, each of a checkpoint or a cache and, where wanted, weight, sources and "
+        "parallel, such as {math: {checkpoint: runs/math, sources: {math: 1}}}"
     ),
 ]
 
@@ -82,6 +85,11 @@ class Options(Section):
         default=None,
         description="a checkpoint of any model with the same tokenizer, of any layout: a folder of "
         "checkpoints or one of them",
+    )
+    cache: FilePath | None = Field(
+        default=None,
+        description="a folder of `distill cache`: the teacher's answers are read there, and it "
+        "does not run; where the teacher is named too, it must be the one that gave them",
     )
     teachers: Teachers = Field(
         default=FrozenDict(),
@@ -115,8 +123,10 @@ class Options(Section):
     def named(self) -> dict[str, Teacher]:
         """All teachers by the option that each is of."""
         found = {f"teachers.{name}": teacher for name, teacher in self.teachers.items()}
-        if self.teacher is not None:
-            found["teacher"] = Teacher(checkpoint=self.teacher, parallel=self.teacher_parallel)
+        if self.teacher is not None or self.cache is not None:
+            found["teacher"] = Teacher(
+                checkpoint=self.teacher, cache=self.cache, parallel=self.teacher_parallel
+            )
         return found
 
     @property
@@ -187,22 +197,37 @@ class Distillation(Objective):
         name, mask = f"training.objective={config.training.objective}", config.model.attn_mask_type
         if mask != "causal":
             yield f"{name} needs model.attn_mask_type=causal; it is {mask}"
-        yield from teacher_problems(config, options)
+        yield from teacher_problems(config, options, conversations=cls.conversations)
+
+    @classmethod
+    def data_problems(
+        cls, config: "RunConfig", options: Any, data: "RunData", consumed_samples: int
+    ) -> Iterator[str]:
+        """Samples of which no answers were kept."""
+        from megatron_hybrid.teachers.cache_config import lacking_answers
+
+        yield from lacking_answers(options, data, consumed_samples)
 
     @classmethod
     def frozen(cls, config: "RunConfig", options: Any) -> Sequence["RunConfig"]:
         """The teachers."""
         from megatron_hybrid.teachers.config import teacher_config
 
-        return [teacher_config(config, teacher) for teacher in options.named.values()]
+        live = (each for each in options.named.values() if each.cache is None)
+        return [teacher_config(config, teacher) for teacher in live]
 
     def open(self, backend: str, device: "torch.device", sources: Sequence[str]) -> None:
         """Build the teachers and load them."""
+        from megatron_hybrid.teachers.cached import CachedTeacher
         from megatron_hybrid.teachers.live import LiveTeacher
 
         for teacher in self.options.named.values():
             offload = self.options.teacher_offload
-            self.sources.append(LiveTeacher(self.config, teacher, backend, device, offload=offload))
+            self.sources.append(
+                LiveTeacher(self.config, teacher, backend, device, offload=offload)
+                if teacher.cache is None
+                else CachedTeacher(teacher.cache, device, sources)
+            )
             self._weights.append(teacher.weights(sources or ("",)))
         self._names = sources if len(sources) > 1 else ()
         of_sources = (f"{figure}/{name}" for name in self._names for figure in ("tokens", *FIGURES))

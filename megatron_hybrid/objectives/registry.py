@@ -1,7 +1,7 @@
 """Which objective a config names: one of ours by its name, or a class as `package.module:Class`."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -13,6 +13,9 @@ from megatron_hybrid.errors import ConfigError, UserError
 from megatron_hybrid.extensions import load_class
 from megatron_hybrid.model.counts import flops_per_token
 from megatron_hybrid.objectives.base import Objective
+
+if TYPE_CHECKING:
+    from megatron_hybrid.data.datasets import RunData
 
 FIELD = "training.objective"
 # Imported on use.
@@ -62,6 +65,13 @@ def objective_fits(config: RunConfig, facts: Facts) -> Iterator[str]:
 def objective_problems(config: RunConfig) -> list[str]:
     """Why a config's objective cannot be used; nothing where it can."""
     return list(objective_fits(config, Facts()))
+
+
+def data_problems(config: RunConfig, data: "RunData", consumed_samples: int) -> list[str]:
+    """Why the objective of a config that has no `objective_problems` cannot be used on a run's
+    data; nothing where it can."""
+    kind = find_objective(config.training.objective)
+    return list(kind.data_problems(config, _options(kind, config), data, consumed_samples))
 
 
 def build_objective(config: RunConfig) -> Objective:

@@ -1,7 +1,6 @@
 """What a teacher is: its checkpoint's model within the run that it teaches. From files alone."""
 
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +10,9 @@ from megatron_hybrid.config import RunConfig, load_config, rules
 from megatron_hybrid.config.pattern import cut_evenly
 from megatron_hybrid.config.rules.parallel import packed_context_parallel, sequence_length
 from megatron_hybrid.config.sections import GpuConfig, ParallelConfig
-from megatron_hybrid.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
+from megatron_hybrid.data.tokenizer import load_tokenizer
 from megatron_hybrid.errors import ConfigError, UserError
+from megatron_hybrid.teachers.cache_config import cache_problems, tokenizer_of
 
 if TYPE_CHECKING:
     from megatron_hybrid.objectives.distillation import Options, Teacher
@@ -22,11 +22,21 @@ NAME = "training.objective_options"
 _RULES = (*rules.EVALUATION, sequence_length, packed_context_parallel)
 
 
-def teacher_problems(config: RunConfig, options: "Options") -> Iterator[str]:
-    """Why a run's teachers cannot teach its model; nothing where they can."""
-    if (options.teacher is None) == (not options.teachers):
-        said = f"={options.teacher}, with teachers" if options.teachers else " is not set"
-        yield f"{NAME}.teacher{said}; allowed: one teacher, or several as {NAME}.teachers"
+def teacher_problems(
+    config: RunConfig, options: "Options", *, conversations: bool
+) -> Iterator[str]:
+    """Why a run's teachers cannot teach its model; nothing where they can.
+
+    Args:
+        conversations: whether samples are rows of conversations.
+    """
+    one = options.teacher or options.cache
+    if (one is None) == (not options.teachers):
+        said = f"={one}, with teachers" if options.teachers else " is not set"
+        yield (
+            f"{NAME}.teacher{said}; allowed: one teacher, or its answers as {NAME}.cache, or "
+            f"several teachers as {NAME}.teachers"
+        )
     if options.teachers and options.teacher_parallel is not None:
         yield f"{NAME}.teacher_parallel is of one teacher; of several, each has its own `parallel`"
     for option, teacher in options.named.items():
@@ -37,17 +47,29 @@ def teacher_problems(config: RunConfig, options: "Options") -> Iterator[str]:
                     f"{NAME}.{option}.sources: {name} is not a source of the data; allowed: "
                     f"{', '.join(known) or 'none, as data.sources has none'}"
                 )
-        yield from _problems_of(config, f"{NAME}.{option}={teacher.checkpoint}", teacher)
+        if teacher.cache is not None:
+            place = f"{NAME}.cache" if option == "teacher" else f"{NAME}.{option}.cache"
+            yield from cache_problems(
+                config, f"{place}={teacher.cache}", teacher,
+                temperature=options.temperature, conversations=conversations,
+            )  # fmt: skip
+        elif teacher.checkpoint is None:
+            yield f"{NAME}.{option} has neither checkpoint nor cache; allowed: one of them, or both"
+        else:
+            name = f"{NAME}.{option}={teacher.checkpoint}"
+            yield from problems_of_checkpoint(config, name, teacher, teacher.checkpoint)
 
 
-def _problems_of(config: RunConfig, name: str, options: "Teacher") -> Iterator[str]:
+def problems_of_checkpoint(
+    config: RunConfig, name: str, options: "Teacher", checkpoint: Path
+) -> Iterator[str]:
     """Why a checkpoint cannot teach a run's model.
 
     Args:
         name: the option and its value, for the sentence.
     """
     try:
-        folder = find_checkpoint(options.checkpoint)
+        folder = find_checkpoint(checkpoint)
         teacher = teacher_config(config, options)
     except ConfigError as error:
         yield from (f"{name}: {each}" for each in error.problems)
@@ -61,7 +83,7 @@ def _problems_of(config: RunConfig, name: str, options: "Teacher") -> Iterator[s
         )
     for whose, model in (
         ("the student has", config.model),
-        (f"{options.checkpoint} has", teacher.model),
+        (f"{checkpoint} has", teacher.model),
     ):
         if model.num_meta_tokens:
             yield (
@@ -90,6 +112,7 @@ def teacher_config(
         UserError: there is no such checkpoint, it says not of which model it is, or the model
             cannot be in that layout.
     """
+    assert options.checkpoint is not None, "a cached teacher has no model"
     saved = read_config(find_checkpoint(options.checkpoint), which=rules.MODEL)
     parallel = teacher_layout(config, saved, options)
     cut = cut_evenly(saved.model.hybrid_layer_pattern, parallel.pipeline_model_parallel_size)
@@ -152,11 +175,9 @@ def shares_groups(config: RunConfig, teacher: RunConfig) -> bool:
 
 
 def _tokenizer_problem(config: RunConfig, name: str, folder: Path) -> str | None:
-    data = config.data
-    try:
-        ours = _tokenizer(data.tokenizer_type, data.tokenizer_model, config.model.vocab_size)
-    except UserError:
-        return None  # which is told of by itself
+    ours = tokenizer_of(config)
+    if ours is None:
+        return None
     try:
         theirs = load_tokenizer(folder)
     except UserError as error:
@@ -165,10 +186,5 @@ def _tokenizer_problem(config: RunConfig, name: str, folder: Path) -> str | None
         return None
     return (
         f"{name} has another tokenizer than data.tokenizer_model="
-        f"{data.tokenizer_model}; a copy of it is in {folder}"
+        f"{config.data.tokenizer_model}; a copy of it is in {folder}"
     )
-
-
-@cache
-def _tokenizer(kind: str, model: Path | None, words: int | None) -> Tokenizer:
-    return build_tokenizer(kind, model, vocab_size=words)

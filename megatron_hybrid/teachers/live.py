@@ -88,6 +88,7 @@ class LiveTeacher:
             ) from error
         self._backend, self._device = backend, device
         self._is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        assert options.checkpoint is not None
         folder, has_own = (
             find_checkpoint(options.checkpoint),
             not shares_groups(config, self.config),

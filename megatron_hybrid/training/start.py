@@ -38,8 +38,8 @@ from megatron_hybrid.data.tokenizer import (
     holds_tokenizer,
     load_tokenizer,
 )
-from megatron_hybrid.errors import UserError
-from megatron_hybrid.objectives.registry import find_objective
+from megatron_hybrid.errors import ConfigError, UserError
+from megatron_hybrid.objectives.registry import data_problems, find_objective
 from megatron_hybrid.training.batch_sizes import check_batch_sizes
 from megatron_hybrid.training.named import check_named
 from megatron_hybrid.upcycling.scheme import scheme_between
@@ -142,6 +142,8 @@ def find_start(config: RunConfig, tokenizer: Tokenizer, world_size: int | None) 
         consumed = saved_plan.consumed_samples if saved_plan is not None else None
     conversations = find_objective(config.training.objective).conversations
     data = plan_data(config, tokenizer, saved_plan, conversations=conversations)
+    if problems := data_problems(config, data, consumed or 0):
+        raise ConfigError(problems)
     if origin.folder is not None and not origin.weights_only:
         _note_other_evaluations(config, origin.folder, data, saved_plan)
     if progress is not None:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -197,10 +196,7 @@ class Trainer:
         )
         if plan is None or not self.stepper.objective.by_source:
             return batches
-        return (
-            replace(batch, sources=self.data.sources_of(plan, batch.samples or ()))
-            for batch in batches
-        )
+        return (self.data.located(plan, batch) for batch in batches)
 
     def _votes(self, signals: ExitSignals) -> list[float]:
         """This rank's wishes to end the run, agreed on in the step's own reduction."""

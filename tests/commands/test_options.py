@@ -35,6 +35,7 @@ READ = {
     "config": "reference",
     "counts": "",
     "doctor": "",
+    "distill cache": "teacher output top_k top_p dtype block_samples nproc dry_run",
     "data tokenize": "inputs output tokenizer_type more_inputs chat parse_special_tokens encoder "
     "append_eod shuffle workers max_rejected_fraction",
     "data plan": "output scale as_json",

@@ -10,6 +10,7 @@ import tokenizers
 import torch
 
 from megatron_hybrid.checkpoint.carried import carried_ends, ends_of, read_carried
+from megatron_hybrid.checkpoint.integrity import checkpoint_digest
 from megatron_hybrid.checkpoint.saved_config import read_config
 from megatron_hybrid.config import TRACKER_FILE, load_config, rules
 from megatron_hybrid.config.describe import fields
@@ -19,7 +20,7 @@ from megatron_hybrid.data.tokenizer import NullTokenizer
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.generation import ONE_RANK, Generator, SamplingParams
 from megatron_hybrid.generation import generator as generator_module
-from megatron_hybrid.generation.checkpoint import checkpoint_digest, read_checkpoint
+from megatron_hybrid.generation.checkpoint import read_checkpoint
 from megatron_hybrid.testing import run_distributed
 from tests.config import GOOD
 from tests.distributed.layouts import (
