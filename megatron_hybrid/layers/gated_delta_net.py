@@ -27,8 +27,15 @@ from megatron_hybrid.layers.mamba import (
     draw_convolution,
 )
 from megatron_hybrid.layers.norm import parameter_device
-from megatron_hybrid.ops.causal_conv1d import causal_conv1d
-from megatron_hybrid.ops.gated_delta import gated_delta_rule
+from megatron_hybrid.layers.state_passing import (
+    chunk_documents,
+    from_chunks,
+    inputs_before,
+    states_before,
+    to_chunks,
+)
+from megatron_hybrid.ops.causal_conv1d import causal_conv1d, causal_conv1d_after
+from megatron_hybrid.ops.gated_delta import gated_delta_rule, gated_delta_summary
 from megatron_hybrid.ops.gated_delta.gates import decays_and_rates, gated_norm
 from megatron_hybrid.ops.recompute import recomputed
 
@@ -39,12 +46,12 @@ class GatedDeltaNet(MambaMixer):
     """Projection, causal convolution, gated delta rule, norm of each head and gate, projection.
 
     Forward: `[s, b, h]` -> (`[s, b, h]`, bias or None). Heads are sharded over TP, and under
-    context parallelism again over the ranks that share a sequence. In the engine's layer it stands
-    in the place of attention.
+    context parallelism again over the ranks that share a sequence, or each of those keeps its part
+    of the sequence. In the engine's layer it stands in the place of attention.
 
     Args:
         config: its `linear_...` fields are the sizes.
-        num_meta_tokens: as of MambaMixer.
+        num_meta_tokens, state_passing: as of Mamba2Mixer.
     """
 
     def __init__(
@@ -57,15 +64,19 @@ class GatedDeltaNet(MambaMixer):
         pp_layer_offset: int = 0,
         name: str | None = None,
         num_meta_tokens: int = 0,
+        state_passing: bool = False,
     ) -> None:
         super().__init__(config, num_meta_tokens)
         assert pg_collection is not None
         self.layer_number = layer_number
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
+        self.state_passing = state_passing and self.cp_group.size() > 1
+        # Of what a rank computes: heads are shared out over these.
+        self.head_ranks = 1 if self.state_passing else self.cp_group.size()
         tp = self.tp_group.size()
         assert config.linear_num_key_heads is not None
         assert config.linear_num_value_heads is not None
-        assert config.linear_num_key_heads % (tp * self.cp_group.size()) == 0
+        assert config.linear_num_key_heads % (tp * self.head_ranks) == 0
         self.key_heads = config.linear_num_key_heads // tp
         self.value_heads = config.linear_num_value_heads // tp
         assert config.linear_key_head_dim is not None
@@ -123,33 +134,65 @@ class GatedDeltaNet(MambaMixer):
 
     def _scan(self, projected: Tensor, seq_idx: Tensor | None) -> Tensor:
         """`[s, b, width]` -> `[s, b, vp]`: convolution, rule, norm and gate."""
-        parts = list(self.in_proj_parts.values())
-        cp = self.cp_group.size()
-        gathered = to_channels(projected, parts, self.cp_group)
+        if self.state_passing:
+            return self._scan_chunks(projected, seq_idx)
+        gathered = to_channels(projected, list(self.in_proj_parts.values()), self.cp_group)
         gathered, seq_idx, places = self._each_after_metas(gathered, seq_idx)
-        packed = gathered.transpose(0, 1)
-        convolved = sum(parts[:3]) // cp
-        qkv, z, beta, alpha = packed.split([convolved, *(part // cp for part in parts[3:])], dim=-1)
-        taps = torch.cat([self._of_heads(each) for each in self.conv1d_weight.split(parts[:3])])
+        taps, packed = self._taps(), gathered.transpose(0, 1)
+        # It keeps several tensors as large as its inputs, and takes little time.
+        convolve = partial(causal_conv1d, seq_idx=seq_idx)
+        qkv = recomputed(convolve, packed[..., : len(taps)], taps)
+        inputs = self._inputs_of_rule(qkv, packed)
+        y, _ = gated_delta_rule(*inputs, seq_idx=seq_idx)
+        row = self._normed(y, packed).transpose(0, 1)
+        return to_sequence(row if places is None else row[places], self.cp_group)
+
+    def _scan_chunks(self, projected: Tensor, seq_idx: Tensor | None) -> Tensor:
+        """The same of this rank's chunks, after what the chunks before them leave."""
+        halo, group = CONV_KERNEL_SIZE - 1, self.cp_group
+        documents = None if seq_idx is None else chunk_documents(seq_idx, halo, group)
+        labels = None if documents is None else documents.seq_idx
+        taps, rows = self._taps(), to_chunks(projected)
+        qkv = rows[..., : len(taps)]
+        before = inputs_before(qkv, halo, documents, group)
+        convolve = partial(causal_conv1d_after, seq_idx=labels)
+        qkv = recomputed(convolve, qkv, taps, None, before)
+        q, k, v, g, rates = self._inputs_of_rule(qkv, rows)
+        transfer, added = gated_delta_summary(q, k, v, g, rates, seq_idx=labels)
+        states = states_before(transfer, added, documents, group, matrices=True)
+        y, _ = gated_delta_rule(q, k, v, g, rates, seq_idx=labels, initial_state=states)
+        return from_chunks(self._normed(y, rows))
+
+    def _taps(self) -> Tensor:
+        """Of the convolution `[c / CP, 4]`, of the heads of this rank."""
+        convolved = list(self.in_proj_parts.values())[:3]
+        taps = [self._of_heads(each) for each in self.conv1d_weight.split(convolved)]
+        return torch.cat(taps).squeeze(1)
+
+    def _inputs_of_rule(self, qkv: Tensor, packed: Tensor) -> tuple[Tensor, ...]:
+        """q, k, v, g and beta of the rule, from the convolved and from all that was projected."""
+        parts = [part // self.head_ranks for part in self.in_proj_parts.values()]
+        q, k, v = qkv.split(parts[:3], dim=-1)
+        beta, alpha = packed[..., -sum(parts[4:]) :].split(parts[4:], dim=-1)
         A_log, dt_bias = self._of_heads(self.A_log), self._of_heads(self.dt_bias)
-        # Both keep several tensors as large as their inputs, and take little time.
-        qkv = recomputed(partial(causal_conv1d, seq_idx=seq_idx), qkv, taps.squeeze(1))
-        q, k, v = qkv.split([part // cp for part in parts[:3]], dim=-1)
-        g, rates = decays_and_rates(alpha, beta, A_log, dt_bias)
-        y, _ = gated_delta_rule(
+        return (
             q.unflatten(-1, (-1, self.key_dim)),
             k.unflatten(-1, (-1, self.key_dim)),
             v.unflatten(-1, (-1, self.value_dim)),
-            g, rates, seq_idx=seq_idx,
-        )  # fmt: skip
+            *decays_and_rates(alpha, beta, A_log, dt_bias),
+        )
+
+    def _normed(self, y: Tensor, packed: Tensor) -> Tensor:
+        """`[b, l, heads, p]` and all that was projected -> `[b, l, heads * p]`, normed."""
+        parts = [part // self.head_ranks for part in self.in_proj_parts.values()]
+        z = packed.split(parts, dim=-1)[3].unflatten(-1, (-1, self.value_dim))
         # Each TP rank has its own heads' part of the gradient.
         weight = copy_to_tensor_model_parallel_region(self.out_norm_weight, group=self.tp_group)
-        z, eps = z.unflatten(-1, (-1, self.value_dim)), self.config.layernorm_epsilon
-        normed = recomputed(gated_norm, y, z, weight, eps)
-        row = normed.flatten(-2).transpose(0, 1)
-        return to_sequence(row if places is None else row[places], self.cp_group)
+        return recomputed(gated_norm, y, z, weight, self.config.layernorm_epsilon).flatten(-2)
 
     def _of_heads(self, parameter: Tensor) -> Tensor:
         """What the heads of this context-parallel rank have of a parameter, along its rows."""
+        if self.state_passing:
+            return parameter
         size = len(parameter) // self.cp_group.size()
         return parameter.narrow(0, self.cp_group.rank() * size, size)

@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from megatron_hybrid.layers.context_parallel import to_channels, to_sequence
 from megatron_hybrid.layers.mamba import (
@@ -28,7 +29,14 @@ from megatron_hybrid.layers.mamba import (
     draw_dt_bias,
 )
 from megatron_hybrid.layers.norm import WholeRMSNorm
-from megatron_hybrid.ops.causal_conv1d import causal_conv1d
+from megatron_hybrid.layers.state_passing import (
+    chunk_documents,
+    from_chunks,
+    inputs_before,
+    states_before,
+    to_chunks,
+)
+from megatron_hybrid.ops.causal_conv1d import causal_conv1d, causal_conv1d_after
 from megatron_hybrid.ops.linear import linear
 from megatron_hybrid.ops.recompute import recomputed
 from megatron_hybrid.ops.selective_scan import ScanBackend, selective_scan
@@ -38,15 +46,15 @@ class Mamba1Mixer(MambaMixer):
     """Projection, causal convolution, selective scan, gate, projection.
 
     Forward: `[s, b, h]` -> (`[s, b, h]`, bias or None). Channels are sharded over TP, and under
-    context parallelism again over the ranks that share a sequence; what all of them say together
-    of dt, B and C is added up.
+    context parallelism again over the ranks that share a sequence, or each of those keeps its part
+    of the sequence; what all channels say together of dt, B and C is added up.
 
     Args:
         kernel: "torch" or "mamba_ssm", which kernel of `megatron_hybrid.ops` runs the scan.
         intermediate_size: channels d of all TP ranks.
         dt_rank: r.
         d_model: hidden size h.
-        num_meta_tokens: as of MambaMixer.
+        num_meta_tokens, state_passing: as of Mamba2Mixer.
         inner_layernorms: what the steps are made of, B and C are normed, each by itself (Jamba).
     """
 
@@ -60,6 +68,7 @@ class Mamba1Mixer(MambaMixer):
         kernel: ScanBackend = "torch",
         inner_layernorms: bool = False,
         num_meta_tokens: int = 0,
+        state_passing: bool = False,
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         pp_layer_offset: int = 0,
@@ -71,7 +80,10 @@ class Mamba1Mixer(MambaMixer):
         self.layer_number = layer_number
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         tp_size = self.tp_group.size()
-        assert intermediate_size % (tp_size * self.cp_group.size()) == 0
+        self.state_passing = state_passing and self.cp_group.size() > 1
+        # Of what a rank computes: channels are shared out over these.
+        self.channel_ranks = 1 if self.state_passing else self.cp_group.size()
+        assert intermediate_size % (tp_size * self.channel_ranks) == 0
         self.d_inner, self.all_channels = intermediate_size // tp_size, intermediate_size
         self.dt_rank, self.state_dim = dt_rank, config.mamba_state_dim
         self.in_proj_parts = self._parts_of_in_proj()
@@ -120,26 +132,62 @@ class Mamba1Mixer(MambaMixer):
 
     def _scan(self, projected: Tensor, seq_idx: Tensor | None) -> Tensor:
         """`[s, b, 2d]` -> `[s, b, d]`: convolution, scan and gate, of the channels of this rank."""
+        if self.state_passing:
+            return self._scan_chunks(projected, seq_idx)
         gathered = to_channels(projected, [self.d_inner] * 2, self.cp_group)
         gathered, seq_idx, places = self._each_after_metas(gathered, seq_idx)
         x, z = gathered.transpose(0, 1).chunk(2, dim=-1)  # [b, l, d / CP]
+        y, _ = self._scanner(x, z, seq_idx)()
+        y = y.transpose(0, 1)
+        return to_sequence(y if places is None else y[places], self.cp_group)
+
+    def _scan_chunks(self, projected: Tensor, seq_idx: Tensor | None) -> Tensor:
+        """The same of this rank's chunks, after what the chunks before them leave."""
+        halo, group = CONV_KERNEL_SIZE - 1, self.cp_group
+        documents = None if seq_idx is None else chunk_documents(seq_idx, halo, group)
+        labels = None if documents is None else documents.seq_idx
+        x, z = to_chunks(projected).chunk(2, dim=-1)
+        scan = self._scanner(x, z, labels, inputs_before(x, halo, documents, group))
+        # What a chunk leaves of a state before it, and what it adds.
+        steps = softplus(scan.keywords["dt"] + self.dt_bias).sum(1)
+        transfer = torch.exp(steps[..., None] * scan.keywords["A"])
+        if labels is not None:
+            transfer = transfer * (labels[:, 0] == labels[:, -1])[:, None, None]
+        _, added = scan()
+        y, _ = scan(initial_state=states_before(transfer, added, documents, group))
+        return from_chunks(y)
+
+    def _scanner(
+        self, x: Tensor, z: Tensor, seq_idx: Tensor | None, before: Tensor | None = None
+    ) -> partial[tuple[Tensor, Tensor]]:
+        """The scan, after the convolution, of x and z `[b, l, d / CP]`, which waits for its state.
+
+        Args:
+            before: inputs of the convolution before the first token `[b, 3, d / CP]`.
+        """
         weight, bias, dt_proj, dt_bias, A_log, D = (
             self._of_channels(each)
             for each in (self.conv1d_weight, self.conv1d_bias, self.dt_proj_weight, self.dt_bias,
                          self.A_log, self.D)
         )  # fmt: skip
         # It keeps several tensors as large as x, and takes little time.
-        convolve = partial(causal_conv1d, seq_idx=seq_idx)
-        x = recomputed(convolve, x, weight.squeeze(1), bias)
+        if before is None:
+            x = recomputed(partial(causal_conv1d, seq_idx=seq_idx), x, weight.squeeze(1), bias)
+        else:
+            convolve = partial(causal_conv1d_after, seq_idx=seq_idx)
+            x = recomputed(convolve, x, weight.squeeze(1), bias, before)
         projection = self._of_channels(self.x_proj_weight, dim=1)
         low, B, C = self._of_all_channels(linear(x, projection))
         dt, A = linear(low, dt_proj), -torch.exp(A_log)
-        y, _ = selective_scan(x, dt, A, B, C, D, z, dt_bias, seq_idx=seq_idx, backend=self.kernel)
-        y = y.transpose(0, 1)
-        return to_sequence(y if places is None else y[places], self.cp_group)
+        return partial(
+            selective_scan, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias,
+            seq_idx=seq_idx, backend=self.kernel,
+        )  # fmt: skip
 
     def _of_channels(self, parameter: Tensor, dim: int = 0) -> Tensor:
         """What the channels of this context-parallel rank have of a parameter."""
+        if self.state_passing:
+            return parameter
         size = self.d_inner // self.cp_group.size()
         return parameter.narrow(dim, self.cp_group.rank() * size, size)
 
@@ -147,14 +195,14 @@ class Mamba1Mixer(MambaMixer):
         """What the steps are made of, B and C, added up over all ranks with other channels of the
         same tokens, and normed where they are; of gradients, too.
 
-        Gradients of the norms' weights are whole on each TP rank, and of its channels on each of
-        context parallelism, over which the engine adds them up.
+        Gradients of the norms' weights are whole on each TP rank, and of its channels or tokens on
+        each of context parallelism, over which the engine adds them up.
         """
         tp_group, cp_group = self.tp_group, self.cp_group
-        for group in (tp_group, cp_group):
-            if group.size() > 1:
+        for group, ranks in ((tp_group, tp_group.size()), (cp_group, self.channel_ranks)):
+            if ranks > 1:
                 part = reduce_from_tensor_model_parallel_region(part, group=group)
-        if cp_group.size() > 1:
+        if self.channel_ranks > 1:
             part = copy_to_tensor_model_parallel_region(part, group=cp_group)
         sizes = [self.dt_rank, self.state_dim, self.state_dim]
         if self.inner_layernorms:

@@ -147,16 +147,16 @@ def _up_and_down(
         through: (0 on the way up or 1 down, what reaches the rank) -> what it sends on.
     """
     rank, size = cp_group.rank(), cp_group.size()
-    up = torch.zeros_like(like)
+    up = like.new_zeros(like.shape)  # in one piece, as what is sent must be
     if rank > 0:
         recv(up, group=cp_group, group_src=rank - 1)
-    down = through(0, up)
+    down = through(0, up).contiguous()
     if rank < size - 1:
         send(down, group=cp_group, group_dst=rank + 1)
-        down = torch.empty_like(like)
+        down = like.new_empty(like.shape)
         recv(down, group=cp_group, group_src=rank + 1)
     if rank > 0:
-        send(through(1, down), group=cp_group, group_dst=rank - 1)
+        send(through(1, down).contiguous(), group=cp_group, group_dst=rank - 1)
     return up, down
 
 

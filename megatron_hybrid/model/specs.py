@@ -141,7 +141,7 @@ def mamba_mixer_spec(
     """
     classes = layer_classes(backend)
     if kind == PARALLEL and model.parallel_heads_join == "mean":
-        return _shared_heads_mixer(classes, model)
+        return _shared_heads_mixer(classes, model, state_passing)
     # The norm is in the linear, or before those of both mixers.
     in_proj = classes.norm_and_column_linear if kind == MAMBA else classes.column_linear
     if model.mamba_version == 2:
@@ -149,17 +149,21 @@ def mamba_mixer_spec(
         return _mamba_mixer(classes, model, in_proj, factor, state_passing)
     return ModuleSpec(
         module=classes.mamba1_mixer,
-        params=_mamba1_params(classes, model),
+        params=_mamba1_params(classes, model, state_passing),
         submodules=MambaMixerSubmodules(in_proj=in_proj, out_proj=classes.row_linear),
     )
 
 
-def _mamba1_params(classes: LayerClasses, model: ModelConfig) -> dict[str, Any]:
-    params = {
+def _mamba1_params(
+    classes: LayerClasses, model: ModelConfig, state_passing: bool
+) -> dict[str, Any]:
+    params: dict[str, Any] = {
         "kernel": classes.mamba_kernel,
         "intermediate_size": model.mamba_intermediate_size,
         "dt_rank": model.mamba_dt_rank,
     }
+    if state_passing:
+        params["state_passing"] = True
     if model.num_meta_tokens:
         params["num_meta_tokens"] = model.num_meta_tokens
     return params | ({"inner_layernorms": True} if model.mamba_inner_layernorms else {})
@@ -172,10 +176,13 @@ def _core_attention(classes: LayerClasses, model: ModelConfig) -> Any:
     return partial(classes.core_attention, num_meta_tokens=metas)
 
 
-def _shared_heads_mixer(classes: LayerClasses, model: ModelConfig) -> ModuleSpec:
+def _shared_heads_mixer(
+    classes: LayerClasses, model: ModelConfig, state_passing: bool
+) -> ModuleSpec:
+    params = _mamba1_params(classes, model, state_passing)
     return ModuleSpec(
         module=SharedHeadsMixer,
-        params=_mamba1_params(classes, model) | ({"reuse_kv": True} if model.reuse_kv else {}),
+        params=params | ({"reuse_kv": True} if model.reuse_kv else {}),
         submodules=SharedHeadsMixerSubmodules(
             in_proj=classes.norm_and_column_linear,
             out_proj=classes.row_linear,
@@ -263,7 +270,10 @@ def hybrid_stack_spec(
         submodules=TransformerLayerSubmodules(
             self_attention=ModuleSpec(
                 module=classes.gated_delta_net,
-                params={"num_meta_tokens": model.num_meta_tokens},
+                params={
+                    "num_meta_tokens": model.num_meta_tokens,
+                    "state_passing": state_passing,
+                },
                 submodules=MambaMixerSubmodules(
                     in_proj=classes.norm_and_column_linear, out_proj=classes.row_linear
                 ),

@@ -62,3 +62,19 @@ def causal_conv1d(
     if documents is not None:
         final = final.masked_fill((documents[:, -taps:] != documents[:, -1:])[..., None], 0.0)
     return out, final.transpose(1, 2).contiguous()
+
+
+def causal_conv1d_after(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    before: Tensor,
+    *,
+    seq_idx: Tensor | None = None,
+) -> Tensor:
+    """`causal_conv1d` after inputs `before` `[b, k - 1, c]`, as a part of a row has them."""
+    # A state has one more, which no tap reaches.
+    state = F.pad(before, (0, 0, 1, 0)).transpose(1, 2)
+    found = causal_conv1d(x, weight, bias, seq_idx=seq_idx, initial_state=state)
+    assert isinstance(found, Tensor)
+    return found

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_hybrid.errors import UserError
-from megatron_hybrid.ops.causal_conv1d import causal_conv1d
+from megatron_hybrid.ops.causal_conv1d import causal_conv1d_after
 from megatron_hybrid.ops.gated_norm import rms_norm_grouped, silu_gate
 from megatron_hybrid.ops.mamba2_fused import Norm, fused_core
 from megatron_hybrid.ops.segments import number_documents
@@ -99,12 +99,9 @@ def _composed(
     """The core without the norm from the operations of this package, each with its own autograd."""
     compute = DTypes.of(zxbcdt).compute
     z, xbc, dt = _split(zxbcdt, sizes)
-    if before is not None:  # a state has one more, which no tap reaches
-        before = F.pad(before, (0, 0, 1, 0)).transpose(1, 2)
-    convolved = causal_conv1d(
-        xbc, conv1d_weight, conv1d_bias, seq_idx=seq_idx, initial_state=before
-    )
-    assert isinstance(convolved, Tensor)
+    if before is None:
+        before = zxbcdt.new_zeros(len(zxbcdt), conv1d_weight.shape[1] - 1, sizes.all_channels)
+    convolved = causal_conv1d_after(xbc, conv1d_weight, conv1d_bias, before, seq_idx=seq_idx)
     x, B, C = sizes.split(convolved)
     dt = F.softplus(dt.to(compute) + dt_bias.to(compute))
     y = ssd(x, dt, A, B, C, D=D, seq_idx=seq_idx, initial_states=initial_states, backend=backend)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_hybrid.ops.causal_conv1d import causal_conv1d
+from megatron_hybrid.ops.causal_conv1d import causal_conv1d_after
 from megatron_hybrid.ops.recompute import recomputed
 from megatron_hybrid.ops.segments import number_documents
 
@@ -97,10 +97,7 @@ def _stretch(
     """
     compute = torch.float64 if xB.dtype == torch.float64 else torch.float32
     xB, halo = xB.to(compute), halo.to(compute)
-    # A state of the convolution has one more, which no tap reaches.
-    start = F.pad(halo, (0, 0, 1, 0)).transpose(1, 2)
-    convolved = causal_conv1d(xB, weight, bias, seq_idx=labels, initial_state=start)
-    assert isinstance(convolved, Tensor)
+    convolved = causal_conv1d_after(xB, weight, bias, halo, seq_idx=labels)
     dt = F.softplus(dt.to(compute) + dt_bias.to(compute))
     # float64: a float32 sum over many tokens costs its differences much of their precision.
     logs = (dt.double() * A.double()).cumsum(1)

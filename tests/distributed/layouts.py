@@ -63,9 +63,17 @@ DELTA_SIZES = {
     "layers": {"2": {"linear_num_value_heads": 12, "linear_value_head_dim": 8}},
 }  # fmt: skip
 # Heads and groups that context parallelism of four does not divide.
-STATES = "MM"
+STATES = "MM*GH"
 STATES_SIZES = {
-    "mamba_num_heads": 6, "layers": {"2": {"mamba_head_dim": 8, "mamba_state_dim": 8}},
+    "mamba_num_heads": 6, "linear_num_key_heads": 2, "linear_num_value_heads": 6,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 16,
+    "layers": {
+        "2": {
+            "mamba_version": 1, "mamba_state_dim": 8, "mamba_intermediate_size": 90,
+            "mamba_dt_rank": 3,
+        },
+        "5": {"mamba_head_dim": 8, "mamba_state_dim": 8},
+    },
 }  # fmt: skip
 # Predicts two more tokens, with layers of their own after the last.
 AHEAD = "M-*E"

@@ -72,6 +72,8 @@ def steps_of(layout: Layout, layers: str, weights: Path) -> dict[Variant, Steps]
 
 def variants_of(layout: Layout, layers: str) -> list[Variant]:
     """Those in which a layout is tried with a model."""
+    if layout == PASSING[0] and layers == HYMBA:
+        return [PLAIN]
     if layout.state_passing != (layers == STATES) and layout.ranks > 1:
         return []
     if layers == DIFFUSION and layout.ranks > 1 and layout.name not in SINGLE:

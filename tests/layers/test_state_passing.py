@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_hybrid.config.context_parallel import exchanged_bytes, passed_bytes
+from megatron_hybrid.config.layers import Layer, layers
 from megatron_hybrid.testing import init_model_parallel, run_distributed
 from tests.distributed.layouts import PASSING, STATES, layout_config
 
@@ -120,26 +121,38 @@ class Sent(TorchDispatchMode):
 
 
 def bytes_of_steps(lengths: list[int]) -> dict[str, list[float]]:
-    """On a rank: bytes sent forward and backward by a mixer, by how it is parallel."""
+    """On a rank: bytes sent forward and backward, at each length, by mixers of Mamba-2 by an
+    all-to-all, and of all kinds by state passing."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.spec_utils import build_module
 
+    from megatron_hybrid.layers.gated_delta_net import GatedDeltaNet
     from megatron_hybrid.model.specs import mamba_mixer_spec
-    from megatron_hybrid.model.transformer_config import transformer_config
+    from megatron_hybrid.model.transformer_config import layer_configs
 
     init_model_parallel(context_parallel_size=2)
     config = layout_config(PASSING[0], STATES, packed=False, recompute=False)
-    engine = transformer_config(config, "torch", torch.device("cpu"))
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    found: dict[str, list[float]] = {}
-    for way in ("all_to_all", "state_passing"):
-        spec = mamba_mixer_spec("torch", config.model, state_passing=way == "state_passing")
-        mixer = build_module(spec, engine, d_model=64, layer_number=1, pg_collection=groups)
+    configs = layer_configs(config, "torch", torch.device("cpu"))
+    common = {"pg_collection": ProcessGroupCollection.use_mpu_process_groups(), "layer_number": 1}
+    mamba2, mamba1, delta = (layers(config.model)[place] for place in (0, 1, 3))
+
+    def mamba(layer: Layer, state_passing: bool) -> torch.nn.Module:
+        spec = mamba_mixer_spec("torch", layer.model, state_passing=state_passing)
+        return build_module(spec, configs[layer.number], d_model=64, **common)
+
+    linears = mamba_mixer_spec("torch", mamba2.model).submodules
+    mixers = {
+        "all_to_all": mamba(mamba2, False), "Mamba-2": mamba(mamba2, True),
+        "Mamba-1": mamba(mamba1, True),
+        "GDN": GatedDeltaNet(configs[delta.number], linears, state_passing=True, **common),
+    }  # fmt: skip
+    found: dict[str, list[float]] = {name: [] for name in mixers}
+    for name, mixer in mixers.items():
         for length in lengths:
             hidden = torch.randn(length // 2, 1, 64, requires_grad=True)
             with Sent() as sent:
                 mixer(hidden)[0].sum().backward()
-            found.setdefault(way, []).append(sent.bytes)
+            found[name].append(sent.bytes)
     return found
 
 
@@ -147,13 +160,18 @@ def test_bytes_do_not_grow_with_the_sequence() -> None:
     """They are those of two states and the ends of two chunks a pass, at most, and what the planner
     goes by; of the all-to-all, more than ten times as many at 4096 tokens."""
     model = layout_config(PASSING[0], STATES, packed=False, recompute=False).model
-    passed = passed_bytes(model, "M", tp=1, samples=1, number_bytes=4)
+    sizes = [layers(model)[place].model for place in (0, 1, 3)]
+    passed = [
+        passed_bytes(of_layer, kind, tp=1, samples=1, number_bytes=4).sent
+        for of_layer, kind in zip(sizes, "MMG", strict=True)
+    ]
     for found in run_distributed(bytes_of_steps, 2, LENGTHS):
-        # Either of two ranks has one chunk whose next one is not its own.
-        assert found["state_passing"] == [passed.sent, passed.sent]
         exchanged = [
-            2 * exchanged_bytes(model, "M", tp=1, cp=2, tokens=length / 2, number_bytes=4)
+            2 * exchanged_bytes(sizes[0], "M", tp=1, cp=2, tokens=length / 2, number_bytes=4)
             for length in LENGTHS
         ]
         assert found["all_to_all"] == exchanged
-        assert 10 * passed.sent < exchanged[-1]
+        assert 10 * passed[0] < exchanged[-1]
+        # Either of two ranks has one chunk whose next one is not its own, forward and backward.
+        for kind, sent in zip(("Mamba-2", "Mamba-1", "GDN"), passed, strict=True):
+            assert found[kind] == [sent, sent]

@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from megatron_hybrid.errors import UserError
-from megatron_hybrid.ops.gated_delta import gated_delta_rule, gated_delta_step, torch_chunked
+from megatron_hybrid.ops.gated_delta import (
+    gated_delta_rule,
+    gated_delta_step,
+    gated_delta_summary,
+    torch_chunked,
+)
 
 NAMES = ("q", "k", "v", "g", "beta")
 BATCH = 2
@@ -172,3 +177,25 @@ def test_shapes_that_do_not_fit() -> None:
         gated_delta_rule(q, k, v[:, :, :3], g[..., :3], beta[..., :3])
     with pytest.raises(UserError, match="allowed: reference, torch"):
         gated_delta_rule(q, k, v, g, beta, backend="fla")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scale", [1e-6, 0.1, 30.0])
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
+def test_the_summary_is_what_happens_to_any_state(scale: float, packed: bool) -> None:
+    """A state after the last token is what it says, and so are all gradients; documents end it."""
+    case = make_case(70, 2, 3, 5, 4, scale)
+    seq_idx = documents(70) if packed else torch.zeros(BATCH, 70)
+    state = torch.randn(BATCH, 6, 5, 4, dtype=torch.float64)
+    inputs = [each.requires_grad_() for each in (*case, state)]
+    _, after = gated_delta_rule(*case, seq_idx=seq_idx, initial_state=state, backend="reference")
+    transfer, added = gated_delta_summary(*case, seq_idx=seq_idx)
+    if packed:
+        assert (transfer == 0).all()
+    found = transfer @ state + added
+    torch.testing.assert_close(found, after, rtol=1e-9, atol=1e-12)
+    grad = torch.randn_like(after)
+    for got, want in zip(
+        torch.autograd.grad(found, inputs[1:], grad),
+        torch.autograd.grad(after, inputs[1:], grad), strict=True,
+    ):  # fmt: skip
+        assert (got - want).norm() <= 1e-9 * want.norm() + 1e-12

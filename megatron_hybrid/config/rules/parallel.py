@@ -4,7 +4,15 @@ from math import prod
 
 from megatron_hybrid.config.context_parallel import CONVOLVED_BEFORE
 from megatron_hybrid.config.layers import layers_of, mamba_layers
-from megatron_hybrid.config.pattern import ATTENTION, GDN, MAMBA, MLP, MOE, parse_pattern
+from megatron_hybrid.config.pattern import (
+    ATTENTION,
+    GDN,
+    MAMBA,
+    MLP,
+    MOE,
+    parse_pattern,
+    recurrent_symbols,
+)
 from megatron_hybrid.config.phases import sequence_length_fields
 from megatron_hybrid.config.ranks import (
     CP,
@@ -114,20 +122,13 @@ def state_passing(c: RunConfig, facts: Facts) -> Problems:
     cp = c.parallel.context_parallel_size
     if cp == 1 or c.parallel.mamba_cp_comm_type != "state_passing":
         return
-    others = [*mamba_layers(c.model, 1), *layers_of(c.model, GDN)]
-    if not others and not mamba_layers(c.model, 2):
+    if not recurrent_symbols(c.model.hybrid_layer_pattern):
         return
     name = "parallel.mamba_cp_comm_type=state_passing"
-    if others:
-        yield (
-            f"{name} is for Mamba-2, and layer {others[0].number} of "
-            f"model.hybrid_layer_pattern={c.model.hybrid_layer_pattern!r} is {others[0].what}; "
-            "allowed: all_to_all"
-        )
     if on_transformer_engine(c, facts):
         yield (
-            f"{name} is not supported on the transformer_engine backend, whose kernel for Mamba-2 "
-            "takes nothing of the chunk before; allowed: all_to_all, or backend=torch"
+            f"{name} is not supported on the transformer_engine backend, whose kernels for "
+            "Mamba take nothing of the chunk before; allowed: all_to_all, or backend=torch"
         )
     if c.model.num_meta_tokens and c.data.packed_documents:
         yield (

@@ -7,6 +7,7 @@ of k, and each key head serves h / k value heads in a row. Source: Yang, Kautz a
 
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from megatron_hybrid.errors import UserError
@@ -15,7 +16,7 @@ from megatron_hybrid.ops.gated_delta.torch_chunked import gated_delta_step, gate
 
 DeltaBackend = Literal["reference", "torch"]
 
-__all__ = ["DeltaBackend", "gated_delta_rule", "gated_delta_step"]
+__all__ = ["DeltaBackend", "gated_delta_rule", "gated_delta_step", "gated_delta_summary"]
 
 _IMPLEMENTATIONS = {"reference": gated_delta_reference, "torch": gated_delta_torch}
 assert tuple(_IMPLEMENTATIONS) == get_args(DeltaBackend)
@@ -56,6 +57,30 @@ def gated_delta_rule(
         raise UserError(f"{backend=} is unknown; allowed: {', '.join(_IMPLEMENTATIONS)}")
     _check_shapes(q, k, v, g, beta, seq_idx, initial_state)
     return _IMPLEMENTATIONS[backend](q, k, v, g, beta, seq_idx=seq_idx, initial_state=initial_state)
+
+
+def gated_delta_summary(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, seq_idx: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """How the state after the last token depends on that before the first one: transfer @ it +
+    added. Arguments as of `gated_delta_rule`.
+
+    Returns:
+        transfer `[b, h, n, n]`, 0 where a document begins after the first token, and added
+        `[b, h, n, p]`, in the computing dtype.
+    """
+    (*rows, heads, channels), state = v.shape, k.shape[-1]
+    # Columns of a state know nothing of one another: of no values, they are what is left of it.
+    values = torch.cat([v, v.new_zeros(*rows, heads, state)], dim=-1)
+    before = v.new_zeros(rows[0], heads, state, channels + state, dtype=_computing(v))
+    before[..., channels:] = torch.eye(state, dtype=before.dtype, device=v.device)
+    _, after = gated_delta_rule(q, k, values, g, beta, seq_idx=seq_idx, initial_state=before)
+    added, transfer = after.split([channels, state], dim=-1)
+    return transfer, added
+
+
+def _computing(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _check_shapes(
