@@ -123,8 +123,8 @@ def run_values(arguments: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"the checkpoint's Megatron-LM arguments cannot be used:\n{text}")
     assert isinstance(pattern, str)
     names = _SAME_NAME + (_MOE_SAME_NAME if "E" in pattern else ())
-    arguments = _without_idle_groups(arguments)
     model = {name: arguments[name] for name in names if arguments.get(name) is not None}
+    model = _without_idle_groups(model)
     if "E" in pattern:
         model["num_moe_experts"] = arguments.get("num_experts")
     if arguments.get("group_query_attention"):
@@ -181,12 +181,11 @@ def function_values(arguments: Mapping[str, Any], layers: str) -> dict[str, Any]
         layers: symbols of the model's layers; of other kinds nothing is said.
     """
     names = [name for name in FUNCTION_FIELDS if name in (*_SAME_NAME, *_MOE_SAME_NAME)]
-    arguments = _without_idle_groups(arguments)
-    found = {
+    found = _without_idle_groups({
         name: arguments[name]
         for name in names
         if arguments.get(name) is not None and set(_layers_of(name)) & set(layers)
-    }
+    })  # fmt: skip
     epsilons = [arguments[name] for name in _EPSILON if arguments.get(name) is not None]
     # Megatron-LM trains such models with no other mask, and has no argument for it.
     mask = {"attn_mask_type": "causal"} if "*" in layers else {}
@@ -216,10 +215,10 @@ def _without_counterpart(arguments: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _without_idle_groups(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _without_idle_groups(model: dict[str, Any]) -> dict[str, Any]:
     """Without groups of experts of which a token goes to any: Megatron-LM reads none of them."""
-    idle = "" if arguments.get("moe_router_group_topk") else "moe_router_num_groups"
-    return {name: value for name, value in arguments.items() if name != idle}
+    idle = "" if model.get("moe_router_group_topk") else "moe_router_num_groups"
+    return {name: value for name, value in model.items() if name != idle}
 
 
 def _activation(arguments: Mapping[str, Any]) -> str:

@@ -170,7 +170,9 @@ def _spans(
     # Steps beyond that at which a later attempt began are done again.
     again = min((event["iteration"] for event in resumed), default=math.inf)
     kept = [e["time"] for e in attempt if e["event"] == "checkpoint" and e["iteration"] <= again]
-    rewound = min(alive, max([at, *kept])) if resumed else alive
+    ended = [e.get("iteration", math.inf) for e in attempt if e["event"] == "end"]
+    lost = bool(resumed) and min(ended, default=math.inf) > again
+    rewound = min(alive, max([at, *kept])) if lost else alive
     for event in attempt:
         if event["event"] == "checkpoint":
             start = min(rewound, max(at, event["time"] - event["stall_s"]))

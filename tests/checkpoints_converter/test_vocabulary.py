@@ -63,9 +63,11 @@ def test_whatever_gives_the_model_ids_refuses_it(imported: Imported, tmp_path: P
 # Modules that open a tokenizer, and no model.
 WITHOUT_MODEL = {
     "megatron_hybrid/commands/data_inspect.py",
+    "megatron_hybrid/commands/data_plan.py",
     "megatron_hybrid/data/inspection/show.py",
     "megatron_hybrid/data/tokenizing/settings.py",
     "megatron_hybrid/checkpoint/carried.py",  # compares two tokenizers, neither of them a model's
+    "megatron_hybrid/teachers/config.py",  # the same
     "checkpoints_converter/verify.py",  # its model is `Generator`'s
 }
 

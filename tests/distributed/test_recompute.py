@@ -18,7 +18,7 @@ from tests.distributed.layouts import (
     layout_config,
 )
 
-LAYERS = "M-*E"
+LAYERS = "*-ME"
 TP2 = next(layout for layout in LAYOUTS if layout.name == "TP2+SP")
 # Modules, and by the end of their names how often what is computed twice is called.
 VARIANTS: dict[tuple[str, ...], tuple[str, ...]] = {

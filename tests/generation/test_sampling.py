@@ -14,7 +14,9 @@ from megatron_hybrid.generation.sampling import Sampler, draw_key, token_logprob
 
 
 def sampler(*params: SamplingParams, prompt: tuple[int, ...] = (0,)) -> Sampler:
-    sequences = [Sequence.of(i, 0, each, list(prompt), []) for i, each in enumerate(params)]
+    sequences = [
+        Sequence.of(i, 0, each, list(prompt), [], before=0) for i, each in enumerate(params)
+    ]
     return Sampler(sequences, torch.device("cpu"))
 
 

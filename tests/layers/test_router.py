@@ -158,6 +158,7 @@ TRAINING_ONLY: dict[str, Any] = {
     "model.moe_aux_loss_coeff": 5.0,
     "model.moe_z_loss_coeff": 5.0,
     "model.moe_router_load_balancing_type": "seq_aux_loss",
+    "model.mtp_loss_scaling_factor": 5.0,
 }
 
 

@@ -47,7 +47,7 @@ def test_a_run_that_was_interrupted_and_failed(tmp_path: Path) -> None:
         tmp_path,
         *start(110, 120),
         {"event": "checkpoint", "time": 150, "iteration": 10, "stall_s": 3},
-        {"event": "end", "time": 150, "iteration": 10, "reason": "SIGUSR1"},
+        {"event": "end", "time": 150.5, "iteration": 10, "reason": "SIGUSR1"},
         # Its last metrics were written before that.
         *start(160, 165, iteration=10, active_until=146.0),
         {"event": "checkpoint", "time": 188, "iteration": 12, "stall_s": 2},
@@ -57,12 +57,12 @@ def test_a_run_that_was_interrupted_and_failed(tmp_path: Path) -> None:
         {"event": "end", "time": 300, "iteration": 20, "reason": "finished"},
     )
     assert seconds(tmp_path, 1000) == {
-        "queue": 10 + 10 + 10, "start-up": 10 + 5 + 6, "training": 27 + 21 + 64,
+        "queue": 10 + 9.5 + 10, "start-up": 10 + 5 + 6, "training": 27.5 + 21 + 64,
         "checkpoint": 3 + 2, "rewound": 12, "down": 20,
     }  # fmt: skip
     found = run_time(tmp_path, 1000)
     assert (found.attempts, found.failures, found.ended) == (3, 1, "finished")
-    assert found.goodput == pytest.approx(112 / 200)
+    assert found.goodput == pytest.approx(112.5 / 200)
     draw_run_time(tmp_path, tmp_path / "time.png")
     assert (tmp_path / "time.png").read_bytes().startswith(b"\x89PNG")
 
