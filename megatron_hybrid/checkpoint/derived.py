@@ -158,7 +158,7 @@ def _progress(
     """
     progress = saved_progress(reader.folder, reader.common, config)
     if progress is not None:
-        progress.loss_average = None  # of another model
+        progress.loss_average, progress.objective_state = None, {}  # of another model
         if restart_schedule:
             progress.schedule_start_samples = progress.consumed_samples
     elif restart_schedule:

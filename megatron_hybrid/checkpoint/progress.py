@@ -1,7 +1,7 @@
 """Where the run that saved a checkpoint stood: its counters, ours or Megatron-LM's."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ class Progress:
         consumed_samples: of the training data.
         loss_average: running mean of the loss that spikes are measured against, None at first.
         schedule_start_samples: consumed when the schedule of the learning rate began.
+        objective_state: what the objective keeps from step to step, by name.
     """
 
     iteration: int = 0
     consumed_samples: int = 0
     loss_average: float | None = None
     schedule_start_samples: int = 0
+    objective_state: dict[str, float] = field(default_factory=dict)
 
 
 # What a checkpoint says of its origin that no run has saved, and what it is then; it has no
@@ -78,6 +80,9 @@ def _progress(folder: Path, recorded: Any) -> Progress:
             raise ValueError(f"{recorded} must be whole numbers from 0")
         if not isinstance(progress.loss_average, float | int | None):
             raise ValueError(f"loss_average={progress.loss_average!r} must be a number or null")
+        state = progress.objective_state
+        if not isinstance(state, dict) or any(type(value) is not float for value in state.values()):
+            raise ValueError(f"objective_state={state!r} must be numbers by name")
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}: the progress in its common state: {error}") from error
     return progress

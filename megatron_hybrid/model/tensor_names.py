@@ -9,9 +9,11 @@ from megatron_hybrid.config.pattern import ATTENTION, GDN, MAMBA, MLP, MOE, PARA
 # The vocabulary's matrices, whose rows beyond its words are padding; in the optimizer's state after
 # its own prefixes.
 VOCABULARY_WEIGHTS = ("embedding.word_embeddings.weight", "output_layer.weight")
-# Parts of names of what is no weight: states of layers (none of ours has any), of the optimizer and
-# of generators.
-NO_WEIGHTS = ("optimizer.", "rng_state", "._extra_state", "float8_history.")
+# What an objective trains beside the model.
+OBJECTIVE = "objective."
+# Parts of names of what is no weight of the model: states of layers (none of ours has any), of the
+# optimizer and of generators, and what belongs to an objective.
+NO_WEIGHTS = ("optimizer.", "rng_state", "._extra_state", "float8_history.", OBJECTIVE)
 # Of the modules of multi-token prediction, without which a model is whole.
 PREDICTION = "mtp."
 # With Transformer Engine (and in our own layers), a norm belongs to the linear that follows it.

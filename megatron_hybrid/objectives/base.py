@@ -5,6 +5,7 @@ parallel rank, h hidden size, v vocabulary of this tensor parallel rank.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -43,19 +44,21 @@ class Losses:
 class Objective:
     """What a step minimises. A subclass is one file, and has `losses` and what else it needs.
 
-    Every rank makes one, within the process groups and before its first step, and calls `open`. It
-    has no state that changes: what it computes of a sample is a function of the sample, so that
-    resumed runs, steps that are run again and all layouts agree.
+    Every rank makes one, within the process groups and before its first step, and calls `open`.
+    What it computes of a sample is a function of the sample, of its `parameters` and of its
+    `state`, which changes between steps alone: so resumed runs, steps that are run again and all
+    layouts agree.
 
     What happens with a micro batch, in this order:
 
     1. `prepare`, on the CPU, sees the whole of it, on every rank alike; and `look_ahead`, where the
        objective `looks_ahead`, all of a global batch that are of this replica, prepared.
     2. Its tensors `[b, s]` go to the device, cut to what this context parallel rank has.
-    3. The model runs on `tokens` and `position_ids`, stage by stage.
+    3. The model runs on `tokens` and `position_ids`, stage by stage, within `watching`.
     4. `losses` turns its output into losses: on the last pipeline stage only, on each of its
        context and tensor parallel ranks. Stages before it need nothing of an objective.
-    5. Sums are reduced over all ranks, and `report` says what else the step found.
+    5. Sums, and those that `beside` has, are reduced over all ranks, and `report` says what else
+       the step found; `after_step` is told.
 
     An evaluation does the same without gradients, on the held-out samples.
 
@@ -76,6 +79,7 @@ class Objective:
         conversations: what a sample is. False: a window of text. True: a row of whole
             conversations, of `data tokenize --chat`, with a `loss_mask` of 1 where the label is to
             be learnt.
+        state: numbers by name, the same on every rank, which checkpoints hold.
         Options: the fields of `training.objective_options`, as a section of a config, with defaults
             and descriptions; None: it has none.
     """
@@ -93,6 +97,7 @@ class Objective:
         """Args: `options`, an `Options`, valid; None where the objective has none."""
         self.config = config
         self.options = options
+        self.state: dict[str, float] = {}
 
     @classmethod
     def problems(cls, config: "RunConfig", options: Any) -> Iterator[str]:
@@ -135,6 +140,21 @@ class Objective:
             sources: names of the sources of the data, in the order of `Batch.sources`' numbers.
         """
 
+    def parameters(self, model: "nn.Module") -> "nn.Module | None":
+        """What is trained beside the weights of a chunk, such as a projection; None: nothing.
+
+        The chunk has it as its child `objective`, whose parameters the run's optimizer updates and
+        its checkpoints hold; exports, evaluations and generation have nothing of it. Called before
+        `open`, on the CPU or the device. Every tensor and data parallel rank must make the same,
+        with names that are one chunk's alone, and leave the run's random numbers as they were. A
+        parameter whose gradient is, with sequence parallelism, of a tensor parallel rank's tokens
+        needs the attribute `sequence_parallel`, set to True.
+
+        Args:
+            model: megatron-core's HybridModel.
+        """
+        return None
+
     def look_ahead(self, micro_batches: Sequence["Batch"], *, held_out: bool) -> None:
         """What comes next: the micro batches of this replica in a global batch, on the CPU.
 
@@ -163,6 +183,25 @@ class Objective:
         """
         return {}
 
+    def watching(self, batch: "Batch", model: "nn.Module") -> AbstractContextManager[None]:
+        """Within it the model's forward runs, on every stage.
+
+        Here layers' outputs may be seen. What is added to the loss there, as
+        `hidden_states.AddedLoss` does, is a part of the sum that `Losses` has, and told by
+        `beside`.
+
+        Args:
+            batch: as for `losses`.
+            model: the chunk.
+        """
+        return nullcontext()
+
+    def beside(self) -> Mapping[str, "Tensor"]:
+        """Sums that this rank has found within `watching` since it was last asked: `[]` each, by
+        names in `reports`, and "loss", of what was added to the loss. Asked once a global batch, on
+        all ranks; must be the same on tensor parallel ranks."""
+        return {}
+
     def losses(self, output: "Tensor", batch: "Batch", model: "nn.Module") -> Losses:
         """The losses of a micro batch, on the last pipeline stage.
 
@@ -187,3 +226,10 @@ class Objective:
         return {
             name: total / max(count, 1.0) for name, total in zip(self.reports, sums, strict=True)
         }
+
+    def after_step(self, reports: Mapping[str, float]) -> None:
+        """A step was applied: `state` may change, from what is the same on every rank.
+
+        Args:
+            reports: as `report` gave them.
+        """

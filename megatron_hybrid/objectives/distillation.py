@@ -4,8 +4,10 @@ Legend: b samples of the micro batch (with packed documents: one row), s tokens 
 parallel rank, v vocabulary of this tensor parallel rank, h hidden size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from pydantic import AfterValidator, Field
@@ -21,11 +23,12 @@ from megatron_hybrid.config.base import (
 )
 from megatron_hybrid.config.data import Name, Weights
 from megatron_hybrid.objectives.base import Losses, Objective
+from megatron_hybrid.objectives.layer_pairs import LayerPairs, pair_problems
 from megatron_hybrid.objectives.sft import SupervisedFineTuning
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
     from torch.distributed import ProcessGroup
 
     from megatron_hybrid.config.run import RunConfig
@@ -119,6 +122,22 @@ class Options(Section):
         default=0.0, description="weight of the student's own cross-entropy of the labels"
     )
 
+    hidden_states: LayerPairs = Field(
+        default=(),
+        description="layers of the student whose hidden states are brought to those of layers of "
+        "the teacher, counted from 1, through a projection that is learnt where widths differ",
+    )
+    hidden_states_loss: Literal["cosine", "mse"] = Field(
+        default="cosine",
+        description="of hidden states: cosine: 1 - cos of their angle; mse: the mean square of "
+        "their difference",
+    )
+    balance_terms: bool = Field(
+        default=False,
+        description="scale every other term to the divergence's size, by running means of both, "
+        "before its weight",
+    )
+
     @property
     def named(self) -> dict[str, Teacher]:
         """All teachers by the option that each is of."""
@@ -167,8 +186,18 @@ class TeacherSource(Protocol):
         ...
 
 
+class LayerSource(TeacherSource, Protocol):
+    """A teacher whose layers are there, too."""
+
+    def state(self, samples: tuple[int, ...], layer: int) -> "Tensor":
+        """On ranks of a layer's pipeline stage: what it leaves of those samples, as tokens of the
+        student's layer are cut there. Asked before `answer`."""
+        ...
+
+
 # Of tokens, whose means are reported.
 FIGURES = ("kl", "agreement", "lm_loss", "teacher_lm_loss")
+BALANCED_STEPS = 100  # of the running means by which terms are balanced
 
 
 class Distillation(Objective):
@@ -188,6 +217,8 @@ class Distillation(Objective):
         self.sources: list[TeacherSource] = []
         self._names: Sequence[str] = ()
         self._weights: list[list[float]] = []  # by teacher and source
+        self._pairs = [pair.name for pair in options.hidden_states]
+        self._layers: LayerSource | None = None
 
     @classmethod
     def problems(cls, config: "RunConfig", options: Any) -> Iterator[str]:
@@ -198,6 +229,7 @@ class Distillation(Objective):
         if mask != "causal":
             yield f"{name} needs model.attn_mask_type=causal; it is {mask}"
         yield from teacher_problems(config, options, conversations=cls.conversations)
+        yield from pair_problems(config, options)
 
     @classmethod
     def data_problems(
@@ -223,15 +255,34 @@ class Distillation(Objective):
 
         for teacher in self.options.named.values():
             offload = self.options.teacher_offload
-            self.sources.append(
-                LiveTeacher(self.config, teacher, backend, device, offload=offload)
-                if teacher.cache is None
-                else CachedTeacher(teacher.cache, device, sources)
-            )
+            if teacher.cache is not None:
+                self.sources.append(CachedTeacher(teacher.cache, device, sources))
+            else:
+                layers = [pair.teacher for pair in self.options.hidden_states]
+                self._layers = LiveTeacher(
+                    self.config, teacher, backend, device, offload=offload, layers=layers
+                )
+                self.sources.append(self._layers)
             self._weights.append(teacher.weights(sources or ("",)))
         self._names = sources if len(sources) > 1 else ()
         of_sources = (f"{figure}/{name}" for name in self._names for figure in ("tokens", *FIGURES))
-        self.reports = (*FIGURES, *of_sources)
+        self.reports = (*FIGURES, *of_sources, *self._pairs)
+        self._device = device
+        if self._pairs:
+            from megatron_hybrid.objectives.hidden_states import HiddenTerms
+
+            split = self.config.parallel.sequence_parallel
+            kind = self.options.hidden_states_loss
+            self._terms = HiddenTerms(self.options.hidden_states, kind, split=split)
+
+    def parameters(self, model: "nn.Module") -> "nn.Module | None":
+        """Projections to the teacher's width, where it is another one."""
+        if not self._pairs:
+            return None
+        from megatron_hybrid.objectives.hidden_states import projections
+
+        [teacher] = self.frozen(self.config, self.options)
+        return projections(self.config, teacher, self.options.hidden_states, model)
 
     def look_ahead(self, micro_batches: Sequence["Batch"], *, held_out: bool) -> None:
         for source in self.sources:
@@ -247,6 +298,33 @@ class Distillation(Objective):
         each = batch.tokens.numel() // len(numbers)
         of_tokens = numbers.repeat_interleave(each).view(batch.tokens.shape)
         return replace(batch, extra={**batch.extra, "source": of_tokens})
+
+    def watching(self, batch: "Batch", model: "nn.Module") -> AbstractContextManager[None]:
+        """Terms of layers' hidden states are added where the layers are."""
+        if not self._pairs:
+            return nullcontext()
+        assert batch.samples is not None and self._layers is not None
+        factors = {name: self._factor(name) for name in self._pairs}
+        states = partial(self._layers.state, batch.samples)
+        return self._terms.compared(model, batch.loss_mask, states, factors)
+
+    def beside(self) -> Mapping[str, "Tensor"]:
+        return self._terms.sums(self._device) if self._pairs else {}
+
+    def after_step(self, reports: Mapping[str, float]) -> None:
+        """Running means of the terms, for what balances them."""
+        if not self.options.balance_terms:
+            return
+        for name in ("kl", "lm_loss", *self._pairs):
+            before = self.state.get(name, reports[name])
+            self.state[name] = before + (reports[name] - before) / BALANCED_STEPS
+
+    def _factor(self, term: str) -> float:
+        """By which a term is balanced: 1 before the first step, of which nothing is known."""
+        if not self.options.balance_terms:
+            return 1.0
+        mean = self.state.get(term, 0.0)
+        return self.state["kl"] / mean if mean > 0.0 else 1.0
 
     def losses(self, output: "Tensor", batch: "Batch", model: Any) -> Losses:
         import torch
@@ -269,10 +347,12 @@ class Distillation(Objective):
         lm_loss = found.student_loss.t()
         values = total * self.options.kl_weight
         if self.options.lm_loss_weight:
-            values = values + self.options.lm_loss_weight * lm_loss
+            values = values + self.options.lm_loss_weight * self._factor("lm_loss") * lm_loss
         agreement, teacher_lm_loss = (each / (shares + (shares == 0.0)) for each in figures)
         seen = torch.stack([total, agreement, lm_loss, teacher_lm_loss]).detach()
-        return Losses(values, mask, sums=self._sums(seen * mask, batch))
+        # Those of layers are told `beside`.
+        of_pairs = dict.fromkeys(self._pairs, total.new_zeros(()))
+        return Losses(values, mask, sums=of_pairs | self._sums(seen * mask, batch))
 
     def _weight(self, number: int, batch: "Batch") -> "Tensor":
         """Of a teacher, for each token: `[b, s]`."""
@@ -298,7 +378,8 @@ class Distillation(Objective):
     def report(self, sums: Sequence[float], count: float) -> dict[str, float]:
         """Means over the tokens that were learnt: of all, and of each source that had any."""
         totals = dict(zip(self.reports, sums, strict=True))
-        found = {figure: totals[figure] / max(count, 1.0) for figure in FIGURES}
+        of_all = (*FIGURES, *self._pairs)
+        found = {figure: totals[figure] / max(count, 1.0) for figure in of_all}
         for name in self._names:
             if tokens := totals[f"tokens/{name}"]:
                 found |= {f"{each}/{name}": totals[f"{each}/{name}"] / tokens for each in FIGURES}

@@ -5,6 +5,7 @@ parallel rank, D modules of `model.mtp_num_layers`.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,20 @@ class MultiToken(Objective):
         self.inner.open(backend, device, sources)
         names = [(f"mtp_{k}_loss", f"mtp_{k}_tokens") for k in self.modules]
         self.reports = (*self.inner.reports, *(name for pair in names for name in pair))
+
+    def parameters(self, model: "nn.Module") -> "nn.Module | None":
+        return self.inner.parameters(model)
+
+    def watching(self, batch: "Batch", model: "nn.Module") -> AbstractContextManager[None]:
+        return self.inner.watching(batch, model)
+
+    def beside(self) -> Mapping[str, "Tensor"]:
+        return self.inner.beside()
+
+    def after_step(self, reports: Mapping[str, float]) -> None:
+        self.inner.state = self.state
+        self.inner.after_step(reports)
+        self.state = self.inner.state
 
     def look_ahead(self, micro_batches: Sequence["Batch"], *, held_out: bool) -> None:
         self.inner.look_ahead(micro_batches, held_out=held_out)

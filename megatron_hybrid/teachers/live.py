@@ -69,6 +69,7 @@ class LiveTeacher:
 
     Args:
         offload: on a GPU, keep the weights in the host's memory but for the forward passes.
+        layers: whose outputs are asked for; its layout is then the student's.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class LiveTeacher:
         device: torch.device,
         *,
         offload: bool,
+        layers: Sequence[int] = (),
     ) -> None:
         try:
             self.config = teacher_config(config, options, dist.get_world_size())
@@ -119,11 +121,16 @@ class LiveTeacher:
         self._waits = not has_own and not self._offloads and self._stages() == 1
         self._asked: dict[tuple[int, ...], Batch] = {}
         self._hidden: dict[tuple[int, ...], Tensor] = {}
+        self._states: dict[tuple[int, ...], dict[int, Tensor]] = {}
+        self._running: tuple[int, ...] = ()  # the samples that are in the teacher
+        for layer in unwrap_model(self._chunk).decoder.layers:
+            if layer.layer_number in layers:
+                layer.register_forward_hook(self._keep)
 
     @torch.no_grad()
     def look_ahead(self, micro_batches: Sequence[Batch], *, held_out: bool) -> None:
         """As `objectives.distillation.TeacherSource` says."""
-        self._asked, self._hidden = {}, {}
+        self._asked, self._hidden, self._states = {}, {}, {}
         names = [_samples(batch) for batch in micro_batches]
         if self._waits:
             self._asked = dict(zip(names, micro_batches, strict=True))
@@ -143,12 +150,27 @@ class LiveTeacher:
         """As `objectives.distillation.TeacherSource` says; of each micro batch once."""
         if self._head is not None:
             return FullAnswer(self._head(self._hidden.pop(samples)))
+        self._run_asked(samples)
         with self._groups.in_force():
-            if self._waits:
-                [hidden] = self._run([self._asked.pop(samples)])
-            else:
-                hidden = self._hidden.pop(samples)
+            hidden = self._hidden.pop(samples)
             return FullAnswer(logits_of(unwrap_model(self._chunk), hidden))
+
+    @torch.no_grad()
+    def state(self, samples: tuple[int, ...], layer: int) -> Tensor:
+        """As `objectives.distillation.LayerSource` says; of each micro batch and layer once."""
+        self._run_asked(samples)
+        return self._states[samples].pop(layer)
+
+    def _run_asked(self, samples: tuple[int, ...]) -> None:
+        """Run the micro batch that is answered now, where it has not run."""
+        if samples in self._asked:
+            with self._groups.in_force():
+                [self._hidden[samples]] = self._run([self._asked.pop(samples)])
+
+    def _keep(self, layer: Any, inputs: Any, output: Any) -> None:
+        """A forward hook of a layer: what it leaves, `[s, b, h]` or `[s / TP, b, h]`."""
+        hidden = output[0] if isinstance(output, tuple) else output
+        self._states.setdefault(self._running, {})[layer.layer_number] = hidden
 
     def _run(self, micro_batches: Sequence[Batch]) -> list[Tensor]:
         """Last hidden states of micro batches, on the teacher's last stage: `[s, b, h]`, or
@@ -169,6 +191,7 @@ class LiveTeacher:
     def _forward(self, data: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
         """The engine's forward_step_func."""
         batch = next(data)
+        self._running = _samples(batch)
         local = local_batch(batch, self._device)
         # What leaves the last stage stays of the model's own format.
         kept = {"fp32_output": False} if isinstance(model, Float16Module) else {}

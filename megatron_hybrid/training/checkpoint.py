@@ -53,6 +53,7 @@ from megatron_hybrid.training.checkpoint_state import (
     rng_state,
     same_grid,
     set_rng_state,
+    take_out_new,
     tensor_layout,
     without_extra_states,
 )
@@ -265,6 +266,16 @@ def load_checkpoint(
         if saved is None and not upcycle:  # else its config says which model it holds
             refuse_left_over(present, asked)
         state = {name: without_extra_states(chunk) for name, chunk in asked.items()}
+        if new := take_out_new(state, present):
+            if loads_optimizer is not None:
+                raise UserError(
+                    f"it holds no {', '.join(new)}, or of another shape, which "
+                    f"training.objective={config.training.objective} trains beside the model; "
+                    "checkpoint.load_optim=false starts them and the optimizer afresh, "
+                    "checkpoint.finetune=true at step 1 as well"
+                )
+            if dist.get_rank() == 0:
+                logger.info("%s holds no %s: they start afresh", folder, ", ".join(new))
         if loads_optimizer is not None:
             state["optimizer"] = loads_optimizer.sharded_state_dict(
                 state, is_loading=True, metadata=metadata
@@ -305,7 +316,7 @@ def load_checkpoint(
         return Progress()
     progress = _progress(config, folder, loaded)
     if upcycle:
-        progress.loss_average = None  # of another model
+        progress.loss_average, progress.objective_state = None, {}  # of another model
     if restart:
         progress.schedule_start_samples = progress.consumed_samples
     return progress

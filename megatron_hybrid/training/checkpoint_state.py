@@ -16,7 +16,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_hybrid.errors import UserError
-from megatron_hybrid.model.tensor_names import NO_WEIGHTS, VOCABULARY_WEIGHTS
+from megatron_hybrid.model.tensor_names import NO_WEIGHTS, OBJECTIVE, VOCABULARY_WEIGHTS
 
 _EXTRA_STATE = "._extra_state"
 
@@ -62,10 +62,35 @@ def without_extra_states(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_chunk(chunk: torch.nn.Module, loaded: dict[str, Any]) -> None:
-    """Put tensors into a chunk: all it has, but for extra states, which stay as they were made."""
+    """Put tensors into a chunk: all it has, but for extra states and what `take_out_new` has taken
+    out, which stay as they were made."""
     missing, unexpected = chunk.load_state_dict(loaded, strict=False)
-    missing = [name for name in missing if not name.endswith(_EXTRA_STATE)]
+    missing = [n for n in missing if not (n.endswith(_EXTRA_STATE) or n.startswith(OBJECTIVE))]
     assert not missing and not unexpected, (missing, unexpected)
+
+
+def take_out_new(state: dict[str, Any], present: dict[str, Any]) -> list[str]:
+    """Take out of what is asked of a checkpoint what the objective trains and the checkpoint has
+    not, or of another shape: it starts as it is made. All ranks call it together.
+
+    Args:
+        state: the sharded state of this rank's chunks.
+        present: the checkpoint's sharded metadata.
+
+    Returns:
+        The names of such, on any rank.
+    """
+    new = set()
+    for chunk in state.values():
+        for name in [each for each in chunk if each.startswith(OBJECTIVE)]:
+            wanted = chunk[name]
+            there = present.get(wanted.key)
+            if there is None or tuple(there.global_shape) != tuple(wanted.global_shape):
+                new.add(wanted.key)
+                del chunk[name]
+    everywhere: list[set[str]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(everywhere, new)
+    return sorted(set().union(*everywhere))
 
 
 def refuse_fewer_words(present: dict[str, Any], words: int) -> None:

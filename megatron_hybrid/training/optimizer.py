@@ -31,6 +31,7 @@ from megatron_hybrid.config.lengths import lengths
 from megatron_hybrid.config.pattern import MOE
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.layers.router import move_expert_biases
+from megatron_hybrid.objectives.registry import build_objective
 
 _COMPARED_AT_ONCE = 2**24  # numbers, for the sake of memory
 
@@ -38,7 +39,9 @@ _COMPARED_AT_ONCE = 2**24  # numbers, for the sake of memory
 def wrap_data_parallel(
     config: RunConfig, engine_config: TransformerConfig, chunks: list[torch.nn.Module]
 ) -> list[DistributedDataParallel]:
-    """Each pipeline chunk under the engine's DDP, gradients in fp32; hooks go into the config."""
+    """Each pipeline chunk, with what the objective trains beside it, under the engine's DDP,
+    gradients in fp32; hooks go into the config."""
+    add_parameters(config, chunks)
     parallel = config.parallel
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -81,6 +84,18 @@ def wrap_data_parallel(
     if parallel.overlap_param_gather and len(wrapped) > 1:
         engine_config.param_sync_func = [chunk.start_param_sync for chunk in wrapped]
     return wrapped
+
+
+def add_parameters(config: RunConfig, chunks: list[torch.nn.Module]) -> None:
+    """Give chunks what the objective trains beside their weights, in the model's own format."""
+    objective = build_objective(config)
+    for chunk in chunks:
+        made = objective.parameters(unwrap_model(chunk))
+        if made is not None:
+            like = next(chunk.parameters())
+            precise = config.precision.weights != "bf16"
+            made = made.to(like.device, torch.float32 if precise else torch.bfloat16)
+            unwrap_model(chunk).objective = made
 
 
 def count_padding(chunk: DistributedDataParallel) -> None:

@@ -5,7 +5,7 @@ Legend: b micro batch, s sequence of this rank (with packed documents: one row o
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice, tee
@@ -180,10 +180,13 @@ class Stepper:
             micro_batch_size=micro_batch_size // row_of,
             forward_only=forward_only,
         )
-        if not per_micro_batch:  # not the last pipeline stage
-            sums = 2 + len(self.objective.reports)
-            return torch.zeros(sums, dtype=torch.float64, device=self.device)
-        return torch.stack(per_micro_batch).sum(dim=0)
+        names = ["loss", "count", *self.objective.reports]
+        sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+        if per_micro_batch:  # the last pipeline stage
+            sums += torch.stack(per_micro_batch).sum(dim=0)
+        for name, total in self.objective.beside().items():
+            sums[names.index(name)] += total
+        return sums
 
     def _forward(
         self, data: Iterator[Batch], model: torch.nn.Module
@@ -192,7 +195,10 @@ class Stepper:
         batch = next(data).after(self.config.model.num_meta_tokens)
         local = local_batch(batch, self.device)
         wanted = self.objective.output
-        with without_output_layer(model) if wanted == "hidden" else nullcontext():
+        with ExitStack() as around:
+            if wanted == "hidden":
+                around.enter_context(without_output_layer(model))
+            around.enter_context(self.objective.watching(local, unwrap_model(model)))
             output = model(
                 local.tokens,
                 local.position_ids,

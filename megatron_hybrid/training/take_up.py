@@ -58,7 +58,7 @@ def take_up(
         )
     saved = saved_config(folder)
     if saved is not None and saved.training.objective != config.training.objective:
-        progress.loss_average = None  # of other losses
+        progress.loss_average, progress.objective_state = None, {}  # of other losses
     if is_rank_zero():
         done = "upcycled" if upcycle else "loaded"
         say(f"{done} {folder}: step {progress.iteration}")

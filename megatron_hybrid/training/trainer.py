@@ -89,6 +89,7 @@ class Trainer:
             config, self.model, self.optimizer, backend, platform.device, self.data.source_names
         )
         self.progress = take_up(config, start, self.model, self.optimizer)
+        self.stepper.objective.state = dict(self.progress.objective_state)
         consumed = self.progress.consumed_samples
         check_batch_sizes(config, self.steps, consumed, torch.distributed.get_world_size())
         schedule_start_tokens = self.steps.tokens_before(self.progress.schedule_start_samples)
@@ -166,6 +167,8 @@ class Trainer:
         self.learning_rate.set(self.consumed_tokens())
         if result.refusal is None:
             average_in(progress, result.loss)
+            self.stepper.objective.after_step(result.reports)
+            progress.objective_state = dict(self.stepper.objective.state)
         seconds = time.perf_counter() - started
         due = result.refusal is not None or self.due(self.config.training.log_interval)
         return Step(result, shape, learning_rate, seconds, due)

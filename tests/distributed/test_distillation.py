@@ -37,6 +37,13 @@ TEACHER = {
     "moe_ffn_hidden_size": 16, "moe_router_topk": 2,
 }  # fmt: skip
 MIXED = {"kl_type": "mixed", "mixed_kl_weight": 0.7, "temperature": 1.5, "lm_loss_weight": 0.25}
+# Of a layer within a stage and of one that ends the last one; half of the teacher's layers.
+HIDDEN = {
+    "hidden_states": [
+        {"student": 1, "teacher": 2, "weight": 0.7}, {"student": 4, "teacher": 4, "weight": 2.0},
+    ],
+}  # fmt: skip
+HIDDEN_MSE = HIDDEN | {"hidden_states_loss": "mse", "kl_weight": 0.5}
 Step = tuple[float, float, dict[str, float], dict[str, Any]]
 
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
@@ -122,7 +129,9 @@ def parallel(own: dict[str, int], teacher: Path) -> dict[str, Any]:
 
 @cache
 def on_one_rank(student: Path, teacher: Path) -> list[Step]:
-    variants: list[tuple[bool, dict[str, Any]]] = [(False, {}), (True, MIXED)]
+    variants: list[tuple[bool, dict[str, Any]]] = [
+        (False, {}), (True, MIXED), (False, HIDDEN), (True, HIDDEN_MSE),
+    ]  # fmt: skip
     (found,) = run_distributed(steps, 1, ONE_RANK, student, teacher, variants)
     return found
 
@@ -132,15 +141,19 @@ def on_one_rank(student: Path, teacher: Path) -> list[Step]:
     ids=["-".join([name, *(f"{d}{n}" for d, n in own.items())]) for name, own in CASES],
 )  # fmt: skip
 def test_equals_one_rank(name: str, own: dict[str, int], folders: dict[str, Path]) -> None:
-    """Losses, norms, reports and every gradient, to 1e-5: of whole samples, and of documents with a
-    mixed divergence, a temperature and the student's own loss."""
+    """Losses, norms, reports and every gradient, to 1e-5: of whole samples, of documents with a
+    mixed divergence, a temperature and the student's own loss, and with terms of hidden states,
+    whose projections have gradients, too."""
     layout, options = BY_NAME[name], parallel(own, folders["width"])
     reference = on_one_rank(folders["student"], folders["width"])
+    variants = [(False, options), (True, MIXED | options)]
+    if not own:  # hidden states of layers are compared where both models are in one layout
+        variants += [(False, HIDDEN), (True, HIDDEN_MSE)]
     of_ranks = run_distributed(
-        steps, layout.ranks, layout, folders["student"], folders["width"],
-        [(False, options), (True, MIXED | options)], timeout_s=300,
-    )  # fmt: skip
-    for variant, (loss, norm, reports, gradient) in enumerate(reference):
+        steps, layout.ranks, layout, folders["student"], folders["width"], variants, timeout_s=300
+    )
+    assert reference[2][2]["hidden_1"] > 0.1 and "objective.hidden_4.weight" in reference[2][3]
+    for variant, (loss, norm, reports, gradient) in enumerate(reference[: len(variants)]):
         each = [rank[variant] for rank in of_ranks]
         assert each[0][0] == pytest.approx(loss, rel=RELATIVE_TOLERANCE)
         assert each[0][1] == pytest.approx(norm, rel=RELATIVE_TOLERANCE)

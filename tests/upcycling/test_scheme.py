@@ -295,7 +295,7 @@ def test_a_checkpoint_of_megatron_lm(dense: Path, tmp_path: Path) -> None:
     with CheckpointReader(done.folder) as reader:
         assert reader.common["progress"] == {
             "iteration": 7, "consumed_samples": 28, "loss_average": None,
-            "schedule_start_samples": 28,
+            "schedule_start_samples": 28, "objective_state": {},
         }  # fmt: skip
     (source / "common.pt").unlink()
     torch.save({"iteration": 7}, source / "common.pt")
