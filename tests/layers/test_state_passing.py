@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_hybrid.config.context_parallel import exchanged_bytes, passed_bytes
 from megatron_hybrid.config.layers import Layer, layers
 from megatron_hybrid.testing import init_model_parallel, run_distributed
+from megatron_hybrid.testing.traffic import Traffic
 from tests.distributed.layouts import PASSING, STATES, layout_config
 
 LENGTHS = [1024, 4096]
@@ -101,25 +101,6 @@ def test_chunks_equal_the_whole() -> None:
                 assert error < 1e-9, f"{name} at {decay}: {error:.1e}"
 
 
-class Sent(TorchDispatchMode):
-    """Counts what this rank sends by collectives and to single ranks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name
-        if name.startswith("c10d::"):
-            if name == "c10d::send":
-                self.bytes += sum(each.nbytes for each in args[0])
-            elif name == "c10d::alltoall_base_":  # of two ranks
-                self.bytes += args[1].nbytes / 2
-            elif name != "c10d::recv_":
-                raise AssertionError(f"{name} is not counted")
-        return func(*args, **(kwargs or {}))
-
-
 def bytes_of_steps(lengths: list[int]) -> dict[str, list[float]]:
     """On a rank: bytes sent forward and backward, at each length, by mixers of Mamba-2 by an
     all-to-all, and of all kinds by state passing."""
@@ -150,9 +131,9 @@ def bytes_of_steps(lengths: list[int]) -> dict[str, list[float]]:
     for name, mixer in mixers.items():
         for length in lengths:
             hidden = torch.randn(length // 2, 1, 64, requires_grad=True)
-            with Sent() as sent:
+            with Traffic(ranks=2) as traffic:
                 mixer(hidden)[0].sum().backward()
-            found[name].append(sent.bytes)
+            found[name].append(traffic.sent_bytes)
     return found
 
 
