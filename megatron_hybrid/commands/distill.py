@@ -10,6 +10,7 @@ from megatron_hybrid.commands.app import App, only_with
 from megatron_hybrid.commands.data_plan import CONFIG_WORDS
 from megatron_hybrid.commands.generate import check_launcher, refuse_options, start_ranks
 from megatron_hybrid.log import unsaid
+from megatron_hybrid.platform.imports import importing
 from megatron_hybrid.platform.threads import spin_before_sleeping
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ def cache(
     if is_rank_zero():
         _print(opened)
     if not dry_run:
-        from megatron_hybrid.teachers.cache_write import make_answers
+        with importing():
+            from megatron_hybrid.teachers.cache_write import make_answers
 
         make_answers(opened)
 

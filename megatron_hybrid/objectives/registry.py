@@ -106,6 +106,15 @@ def step_flops_per_token(config: RunConfig, seq_length: int) -> float:
     return flops_per_token(config.model, seq_length).total + frozen / 3
 
 
+def objective_options(config: RunConfig) -> Section | None:
+    """The options of a config's objective; None: it has none.
+
+    Raises:
+        UserError: the objective is not there, or they are not its options.
+    """
+    return _options(find_objective(config.training.objective), config)
+
+
 def _options(kind: type[Objective], config: RunConfig) -> Section | None:
     values, name = config.training.objective_options, config.training.objective
     section = kind.Options

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from megatron_hybrid.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_hybrid.errors import ConfigError, UserError
 from megatron_hybrid.fileio import write_atomic
 from megatron_hybrid.objectives.distillation import Options, Teacher
-from megatron_hybrid.objectives.registry import find_objective
+from megatron_hybrid.objectives.registry import find_objective, objective_options
 from megatron_hybrid.teachers.cache_spec import (
     CACHE_FILE,
     Cache,
@@ -92,9 +93,8 @@ def open_caching(words: Sequence[str], asked: Asked, world_size: int) -> Opened:
     config = config.model_copy(update={"parallel": layout})
     kind = find_objective(config.training.objective)
     data = plan_data(config, tokenizer, _saved_plan(config), conversations=kind.conversations)
-    temperature = 1.0
-    if issubclass(kind.Options or object, Options):
-        temperature = float(config.training.objective_options.get("temperature", 1.0))
+    options = objective_options(config)
+    temperature = options.temperature if isinstance(options, Options) else 1.0
     spec = CacheSpec(
         teacher=checkpoint_digest(folder), tokenizer=tokenizer.fingerprint, eod=tokenizer.eod,
         vocab_size=tokenizer.vocab_size, packed_documents=config.data.packed_documents,
@@ -166,11 +166,10 @@ def begin(cache: Cache) -> None:
     path = cache.folder / CACHE_FILE
     if not path.exists():
         part = cache.folder / f".{CACHE_FILE}.{os.getpid()}.own"
-        write_atomic(part, cache.to_json())
-        try:
-            os.link(part, path)  # of several workers, one makes it
-        except FileExistsError:
-            pass
-        finally:
-            part.unlink()
+        # Of several workers, one makes it; it may have removed what others were about to.
+        with suppress(FileExistsError, FileNotFoundError):
+            write_atomic(part, cache.to_json())
+            os.link(part, path)
+    for left in cache.folder.glob(f".*{CACHE_FILE}.*own*"):
+        left.unlink(missing_ok=True)
     _refuse_other(cache)

@@ -36,7 +36,7 @@ from megatron_hybrid.platform.backend import resolve_backend
 from megatron_hybrid.teachers.cache_block import Answers, BlockWriter, encode
 from megatron_hybrid.teachers.cache_open import Opened, begin
 from megatron_hybrid.teachers.cache_spec import Block, Cache
-from megatron_hybrid.training.distributed import is_rank_zero, process_groups, select_device
+from megatron_hybrid.training.distributed import process_groups, select_device
 
 logger = logging.getLogger(__name__)
 _TOLD_S = 10.0
@@ -48,25 +48,26 @@ def make_answers(opened: Opened) -> None:
     Raises:
         UserError: the teacher cannot be loaded, a file cannot be read or written.
     """
-    cache = opened.cache
-    if is_rank_zero():
-        with file_errors(cache.folder):
-            begin(cache)
-    blocks = list(cache.blocks())
     select_device()
     platform, backend = initialize(), resolve_backend(opened.config.backend)
     with process_groups(opened.config, platform):
-        from megatron_hybrid.teachers.live import LiveTeacher
+        work(opened, backend, platform.device)
 
-        mine = _agreed(_free(cache, blocks) if is_rank_zero() else None)
-        maker: _Maker | None = None
-        for block in mine:
-            if maker is None:
-                teacher = LiveTeacher(
-                    opened.config, opened.teacher, backend, platform.device, offload=False
-                )
-                maker = _Maker(opened, teacher, platform.device)
-            maker.make(block)
+
+def work(opened: Opened, backend: str, device: torch.device) -> None:
+    """As `make_answers`, within the process groups."""
+    from megatron_hybrid.teachers.live import LiveTeacher
+
+    cache, speaks = opened.cache, dist.get_rank() == 0
+    if speaks:
+        with file_errors(cache.folder):
+            begin(cache)
+    maker: _Maker | None = None
+    for block in _agreed(_free(cache, list(cache.blocks())) if speaks else None):
+        if maker is None:  # nothing is loaded for nothing
+            teacher = LiveTeacher(opened.config, opened.teacher, backend, device, offload=False)
+            maker = _Maker(opened, teacher, device)
+        maker.make(block)
 
 
 def _agreed(blocks: Iterator[Block] | None) -> Iterator[Block]:
@@ -92,10 +93,10 @@ def _free(cache: Cache, blocks: Sequence[Block]) -> Iterator[Block]:
     waiting: list[Block] = []
     for block in told.in_order():
         path = cache.path(block)
-        if path.exists():
+        if _claim(path).exists():
+            waiting.append(block)  # somebody's, alive or not; looked at again in the end
+        elif path.exists():
             told.done(block, own=False)
-        elif _claim(path).exists():
-            waiting.append(block)  # somebody else's; looked at again in the end
         else:
             waiting += yield from _take(cache, block, told)
         if time.monotonic() - shown > _TOLD_S:

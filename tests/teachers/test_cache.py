@@ -21,6 +21,7 @@ from megatron_hybrid.teachers.cache_block import Answers, BlockReader, decode, e
 from megatron_hybrid.teachers.cache_find import Finder
 from megatron_hybrid.teachers.cache_spec import CacheSpec, read_cache
 from megatron_hybrid.testing import run_distributed
+from tests.objectives.test_sft import corpus as conversations
 from tests.training.phased import corpora, phased_words
 from tests.training.runs import VOCAB_SIZE, losses, outcomes, records, words
 from tests.warm import program_of, python
@@ -113,6 +114,58 @@ def test_a_run_learns_as_from_the_live_teacher(made: Made, tmp_path: Path) -> No
     assert losses(moved) == pytest.approx(losses(whole), rel=1e-5)
     assert len(losses(sized)) == 14 + 2 * 14
     assert losses(sized)[:14] == losses(whole)[:14]
+
+
+def test_any_layout_learns_the_same(made: Made, tmp_path: Path) -> None:
+    """Parts of the vocabulary, of sequences and stages, of half of the words: losses, norms and
+    figures of one rank."""
+    few = tmp_path / "few"
+    make(made.line, made.teacher, few, "--top-k", "30")
+    half = [
+        f"{OPTIONS}.cache={few}", "training.exit_interval=3", "training.eval_interval=3",
+        f"checkpoint.load={tmp_path / 'first' / 'checkpoints'}", "checkpoint.finetune=true",
+    ]  # fmt: skip
+    mixed = [f"{OPTIONS}.kl_type=mixed", f"{OPTIONS}.lm_loss_weight=0.5"]
+    split = [
+        "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true",
+        "parallel.context_parallel_size=2",
+    ]  # fmt: skip
+    staged = ["parallel.pipeline_model_parallel_size=2", "model.hybrid_layer_pattern=M*|-"]
+    one = learning(made, tmp_path / "one", *half, *mixed)
+    lines = [
+        learning(made, tmp_path / "split", *half, *mixed, *split),
+        learning(made, tmp_path / "staged", *half, *mixed, *staged, "training.micro_batch_size=1"),
+    ]
+    first = words(tmp_path / "first", *STUDENT)  # whose weights all begin with
+    assert run_distributed(outcomes, 1, [first, one])[0] == ["finished", "exit_interval"]
+    assert run_distributed(outcomes, 4, lines)[0] == ["exit_interval"] * 2
+    for name in ("split", "staged"):
+        for kind in ("train", "validation"):
+            both = zip(records(tmp_path / "one", kind), records(tmp_path / name, kind), strict=True)
+            for a, b in both:
+                assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+                assert b["extra"] == pytest.approx(a["extra"], rel=1e-5)
+                if kind == "train":
+                    assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
+
+
+def test_conversations(made: Made, tmp_path: Path) -> None:
+    """Rows of whole conversations, packed, of which the assistant's tokens are learnt."""
+    chats = conversations(tmp_path / "chats", 1)
+    line = words(
+        tmp_path / "run", *STUDENT, "data.packed_documents=true", "data.mock_data=false",
+        f"data.data_path={chats}", "training.objective=sft_distillation",
+    )  # fmt: skip
+    make(line, made.teacher, tmp_path / "it", "--top-k", str(VOCAB_SIZE))
+    runs = [tmp_path / "live", tmp_path / "cached"]
+    lines = [
+        [*line, f"run_dir={run_dir}", f"{OPTIONS}.{named}"]
+        for run_dir, named in zip(
+            runs, (f"teacher={made.teacher}", f"cache={tmp_path / 'it'}"), strict=True
+        )
+    ]
+    assert run_distributed(outcomes, 1, lines)[0] == ["finished"] * 2
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-5)
 
 
 def plan_of(line: Sequence[str]) -> Plan:
