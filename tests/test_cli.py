@@ -56,7 +56,7 @@ def test_import_loads_neither_torch_nor_the_engine() -> None:
 FOLDERS = (
     "convert to-hf {} out", "convert from-hf {} out", "convert verify {} out", "status {}",
     "upcycle --load {} --save out --experts 2 --granularity 1 --topk 1", "track {}",
-    "compress prune {} --save out --drop-layers 1",
+    "compress prune {} --save out --drop-layers 1", "compress score {} --output out",
     "pretrain --load {} run_dir=out", "data verify {}/web", "data show {}/web 0",
     "generate {} --prompt a", "preflight {}/run.yaml", "submit {}/run.yaml --nodes 1",
     "plan {}/run.yaml --gpus 8",

@@ -178,7 +178,7 @@ def _evaluate(checkpoint: Path, asked: "Asked", words: list[str], *, as_json: bo
     opened = open_evaluation(checkpoint, asked, words, world_size=ranks)
     if asked.inputs and is_rank_zero():
         note_around_texts(opened.tokenizer)
-    with _progress(opened.tokens, shown=is_rank_zero()) as told:
+    with token_progress(opened.tokens, shown=is_rank_zero()) as told:
         record = run(opened, ranks=ranks, told=told)
     if is_rank_zero():
         report(record, opened.folder, None if as_json else _print_table)
@@ -204,7 +204,7 @@ def report(
 
 
 @contextmanager
-def _progress(total: int | None, *, shown: bool) -> Iterator[Callable[[int], None]]:
+def token_progress(total: int | None, *, shown: bool) -> Iterator[Callable[[int], None]]:
     """Tokens that were read, how many a second, and where that is known the time left, on stderr.
 
     Args:

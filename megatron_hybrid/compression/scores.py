@@ -61,6 +61,7 @@ class Scores:
 
         metadata = {**self.said, "format": _FORMAT, "fingerprint": self.fingerprint}
         values = {name: value.float().contiguous() for name, value in self.values.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, save(values, metadata))
 
 
@@ -122,6 +123,23 @@ def read_scores(path: Path, model: ModelConfig, fingerprint: str) -> Scores:
             f"--scores {path} is of another checkpoint ({said.get('checkpoint', 'unknown')}):{text}"
         )
     return Scores(values, theirs, said)
+
+
+def refuse_other_file(path: Path) -> None:
+    """Refuse to write over what is no file of scores.
+
+    Raises:
+        UserError: it is a folder, or holds something else.
+    """
+    if path.is_dir():
+        raise UserError(f"--output {path} is a folder; name the file, such as {path / 'scores'}")
+    if path.is_file() and path.stat().st_size:
+        try:
+            _, said = _read(path)
+        except ValueError:
+            said = {}
+        if said.get("format") != _FORMAT:
+            raise UserError(f"--output {path} is there, and holds no scores: name another file")
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -18,6 +18,7 @@ READ = {
     "pretrain": "nproc dry_run show_help",
     "upcycle": "load save experts granularity topk layers shared_experts router_order router_std "
     "router_noise reinit_fraction scale_weights restart_schedule model threads dry_run",
+    "compress score": "checkpoint output picture batch_size nproc",
     "compress prune": "checkpoint save num_layers drop_layers hidden_size ffn_hidden_size "
     "mamba_num_heads mamba_head_dim num_attention_heads num_moe_experts "
     "moe_shared_expert_intermediate_size layers scores keep restart_schedule model threads dry_run",
