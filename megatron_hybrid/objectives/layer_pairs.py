@@ -11,7 +11,7 @@ from megatron_hybrid.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_hybrid.config.run import RunConfig
-    from megatron_hybrid.objectives.distillation import Options
+    from megatron_hybrid.objectives.distillation_options import Options
 
 NAME = "training.objective_options.hidden_states"
 

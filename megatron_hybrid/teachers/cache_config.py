@@ -15,7 +15,7 @@ from megatron_hybrid.teachers.cache_spec import read_cache
 
 if TYPE_CHECKING:
     from megatron_hybrid.data.datasets import RunData
-    from megatron_hybrid.objectives.distillation import Options, Teacher
+    from megatron_hybrid.objectives.distillation_options import Options, Teacher
 
 NAME = "training.objective_options"
 

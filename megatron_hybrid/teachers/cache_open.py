@@ -17,7 +17,7 @@ from megatron_hybrid.data.saved_plan import SavedPlan, read_saved_plan
 from megatron_hybrid.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_hybrid.errors import ConfigError, UserError
 from megatron_hybrid.fileio import write_atomic
-from megatron_hybrid.objectives.distillation import Options, Teacher
+from megatron_hybrid.objectives.distillation_options import Options, Teacher
 from megatron_hybrid.objectives.registry import find_objective, objective_options
 from megatron_hybrid.teachers.cache_spec import (
     CACHE_FILE,

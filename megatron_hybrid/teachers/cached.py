@@ -26,7 +26,7 @@ from megatron_hybrid.teachers.cache_find import Finder
 from megatron_hybrid.teachers.cache_spec import Block, Cache, CacheError, read_cache
 
 if TYPE_CHECKING:
-    from megatron_hybrid.objectives.distillation import Options
+    from megatron_hybrid.objectives.distillation_options import Options
 
 _OPEN = 64  # files
 

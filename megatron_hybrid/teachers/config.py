@@ -15,7 +15,7 @@ from megatron_hybrid.errors import ConfigError, UserError
 from megatron_hybrid.teachers.cache_config import cache_problems, tokenizer_of
 
 if TYPE_CHECKING:
-    from megatron_hybrid.objectives.distillation import Options, Teacher
+    from megatron_hybrid.objectives.distillation_options import Options, Teacher
 
 NAME = "training.objective_options"
 # Of a layout that runs a model forward over the samples of a run.

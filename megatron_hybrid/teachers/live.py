@@ -41,7 +41,7 @@ from megatron_hybrid.training.distributed import initialize_groups
 from megatron_hybrid.training.step import local_batch, packed_seq_params, without_output_layer
 
 if TYPE_CHECKING:
-    from megatron_hybrid.objectives.distillation import Options, Teacher
+    from megatron_hybrid.objectives.distillation_options import Options, Teacher
 
 
 @dataclass(frozen=True)
