@@ -30,6 +30,7 @@ class Batch:
         sources: of each of its samples, the number of the source among the run's; None: not known.
         offsets: of each, its first token among all of its source; with the source and its tokens it
             is what the sample is, in any plan. None: not known.
+        phases: of each, the name of its phase in training; None: not known, or held out.
         extra: `[b, s]` each, by name: what an objective adds for itself.
     """
 
@@ -43,6 +44,7 @@ class Batch:
     samples: tuple[int, ...] | None = None
     sources: tuple[int, ...] | None = None
     offsets: tuple[int, ...] | None = None
+    phases: tuple[str, ...] | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def pin_memory(self) -> "Batch":

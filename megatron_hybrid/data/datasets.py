@@ -66,11 +66,12 @@ class RunData:
 
     def located(self, plan: Plan, batch: "Batch") -> "Batch":
         """A micro batch of a plan with the sources of its samples, by their numbers in
-        `source_names`, and where they begin."""
+        `source_names`, where they begin and, in training, of which phases they are."""
         names = [self.source_names.index(source.name) for source in plan.sources]
         found = plan.locate(batch.samples or ())
         sources = tuple(names[number] for number in found.sources.tolist())
-        return replace(batch, sources=sources, offsets=tuple(found.offsets.tolist()))
+        phases = plan.phases_of(batch.samples or ()) if plan is self.plan else None
+        return replace(batch, sources=sources, offsets=tuple(found.offsets.tolist()), phases=phases)
 
     @property
     def plans(self) -> dict[Literal["train", "valid"], Plan]:

@@ -161,6 +161,11 @@ class Plan:
             places.seq_lengths[here] = stretch.seq_length
         return places
 
+    def phases_of(self, samples: ArrayLike) -> tuple[str, ...]:
+        """The names of the phases of samples of the run, as for `locate`."""
+        numbers = self._stretch_numbers(np.array(samples, dtype=np.int64, ndmin=1))
+        return tuple(self.phases[self.stretches[number].phase].name for number in numbers)
+
     def positions(self, sample: int) -> list[Position | None]:
         """How far each source has been read when `sample` samples have been consumed."""
         positions: list[Position | None] = [None] * len(self.sources)

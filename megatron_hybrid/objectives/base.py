@@ -74,7 +74,7 @@ class Objective:
             the tokens after them may be added (`model.mtp_num_layers`).
         is_cross_entropy: whether the loss is the mean cross-entropy of tokens, in nats, so that its
             exponential is a perplexity.
-        by_source: whether `Batch.sources` and `Batch.offsets` are to say where samples are from.
+        by_source: whether `Batch.sources`, `offsets` and `phases` are to say what samples are of.
         looks_ahead: whether it is told all micro batches of a step before the first one.
         conversations: what a sample is. False: a window of text. True: a row of whole
             conversations, of `data tokenize --chat`, with a `loss_mask` of 1 where the label is to

@@ -228,7 +228,9 @@ class Distillation(Objective):
 
     def _weight(self, number: int, batch: "Batch") -> "Tensor":
         """Of a teacher, for each token: `[b, s]`."""
-        weights = batch.loss_mask.new_tensor(self._weights[number])
+        teacher = list(self.options.named.values())[number]
+        phase = batch.phases[0] if batch.phases else None  # a global batch is of one
+        weights = batch.loss_mask.new_tensor(self._weights[number]) * teacher.phase_weight(phase)
         if "source" not in batch.extra:
             return weights[0].expand(batch.loss_mask.shape)
         return weights[batch.extra["source"]]

@@ -27,6 +27,14 @@ class TeacherParallel(Section):
     expert_model_parallel_size: Positive | None = Field(default=None, description="EP")
 
 
+PhaseWeights = Annotated[
+    dict[str, Annotated[float, Field(ge=0)]],
+    Field(min_length=1),
+    AfterValidator(FrozenDict),
+    Words("weights by phase such as {main: 1, anneal: 0.2}"),
+]
+
+
 class Teacher(Section):
     """One of several teachers.
 
@@ -35,6 +43,8 @@ class Teacher(Section):
         parallel: as `Options.teacher_parallel`.
         weight: of its divergence.
         sources: weights by source of the data, 0 of those that are not named; None: `weight`.
+        phases: factors of them by phase of the data, 0 in those that are not named; None: 1. Of
+            held-out samples, which are of no phase, 1.
     """
 
     checkpoint: FilePath | None = None
@@ -42,6 +52,7 @@ class Teacher(Section):
     parallel: TeacherParallel | None = None
     weight: Real = 1.0
     sources: Weights | None = None
+    phases: PhaseWeights | None = None
 
     def weights(self, names: Sequence[str]) -> list[float]:
         """By source of the data."""
@@ -49,13 +60,19 @@ class Teacher(Section):
             return [self.weight] * len(names)
         return [self.weight * self.sources.get(name, 0.0) for name in names]
 
+    def phase_weight(self, phase: str | None) -> float:
+        """The factor in a phase; None: of held-out samples."""
+        if self.phases is None or phase is None:
+            return 1.0
+        return self.phases.get(phase, 0.0)
+
 
 Teachers = Annotated[
     dict[Name, Teacher],
     AfterValidator(FrozenDict),
     Words(
-        "teachers by name, each of a checkpoint or a cache and, where wanted, weight, sources and "
-        "parallel, such as {math: {checkpoint: runs/math, sources: {math: 1}}}"
+        "teachers by name, each of a checkpoint or a cache and, where wanted, weight, sources, "
+        "phases and parallel, such as {math: {checkpoint: runs/math, sources: {math: 1}}}"
     ),
 ]
 
@@ -76,7 +93,7 @@ class Options(Section):
     teachers: Teachers = Field(
         default=FrozenDict(),
         description="several, in place of one: the loss has the sum of their divergences, each "
-        "times its weight, which may depend on the source of the sample",
+        "times its weight, which may depend on the source and the phase of the sample",
     )
     teacher_parallel: TeacherParallel | None = Field(
         default=None,

@@ -40,13 +40,16 @@ def teacher_problems(
     if options.teachers and options.teacher_parallel is not None:
         yield f"{NAME}.teacher_parallel is of one teacher; of several, each has its own `parallel`"
     for option, teacher in options.named.items():
-        known = list(config.data.sources)
-        for name in teacher.sources or ():
-            if name not in known:
-                yield (
-                    f"{NAME}.{option}.sources: {name} is not a source of the data; allowed: "
-                    f"{', '.join(known) or 'none, as data.sources has none'}"
-                )
+        sources, phases = list(config.data.sources), [each.name for each in config.data.phases]
+        for what, asked, known in (
+            ("source", teacher.sources, sources), ("phase", teacher.phases, phases),
+        ):  # fmt: skip
+            for name in asked or ():
+                if name not in known:
+                    yield (
+                        f"{NAME}.{option}.{what}s: {name} is not a {what} of the data; allowed: "
+                        f"{', '.join(known) or f'none, as data.{what}s has none'}"
+                    )
         if teacher.cache is not None:
             place = f"{NAME}.cache" if option == "teacher" else f"{NAME}.{option}.cache"
             yield from cache_problems(

@@ -100,7 +100,8 @@ def test_by_source(teacher: Path, tmp_path: Path) -> None:
 
 def test_several_teachers(teacher: Path, tmp_path: Path) -> None:
     """Two that are one, with shares of the weight, are that one; by source, each source's figures
-    are those of a run with its own teacher alone, and a source without one learns nothing."""
+    are those of a run with its own teacher alone, and a source without one learns nothing. By
+    phase, each phase has its own teacher; held-out samples have both."""
     other = tmp_path / "other"
     shutil.copytree(teacher, other)  # another one to the run
     sources = corpora(tmp_path, "math", "code", "web")
@@ -115,14 +116,28 @@ def test_several_teachers(teacher: Path, tmp_path: Path) -> None:
         return f"{{checkpoint: {folder}, {more}}}"
 
     alone = f"training.objective_options.teacher={teacher}"
+    # The second phase begins with step 9.
+    longer = ["training.exit_interval=9", "training.eval_interval=2", "training.eval_iters=1"]
     lines = [
-        [*data, f"run_dir={tmp_path / 'one'}", alone],
+        [*data, f"run_dir={tmp_path / 'one'}", alone, *longer],
+        [
+            *line(
+                "phases", a=made(teacher, "phases: {broad: 1}"), b=made(other, "phases: {code: 3}")
+            ),
+            *longer,
+        ],
         line("two", a=made(teacher, "weight: 0.25"), b=made(other, "weight: 0.75")),
         line("own", a=made(teacher, "sources: {web: 1}"), b=made(other, "sources: {code: 2}")),
     ]
-    assert run_distributed(outcomes, 1, lines)[0] == ["exit_interval"] * 3
-    one, two, own = (records(tmp_path / name) for name in ("one", "two", "own"))
-    for a, b in zip(one, two, strict=True):
+    assert run_distributed(outcomes, 1, lines)[0] == ["exit_interval"] * 4
+    one, phased, two, own = (records(tmp_path / name) for name in ("one", "phases", "two", "own"))
+    for a, b in zip(one[:8], phased[:8], strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
+    assert phased[8]["loss"] == pytest.approx(3 * one[8]["loss"], rel=1e-6)
+    assert len(one) == len(phased) == 9
+    held, both = (records(tmp_path / name, "validation")[0] for name in ("one", "phases"))
+    assert both["loss"] == pytest.approx(2 * held["loss"], rel=1e-6)
+    for a, b in zip(one[:2], two, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
         assert b["extra"] == pytest.approx(a["extra"], rel=1e-6)
     first, its = one[0]["extra"], own[0]["extra"]
@@ -175,6 +190,9 @@ def test_conversations(teacher: Path, tmp_path: Path) -> None:
         (["training.objective_options.teacher=null",
           "training.objective_options.teachers={a: {checkpoint: /nowhere}}"],
          "teachers.a=/nowhere: /nowhere does not exist"),
+        (["training.objective_options.teacher=null",
+          "training.objective_options.teachers={a: {checkpoint: /nowhere, phases: {x: 1}}}"],
+         "teachers.a.phases: x is not a phase of the data; allowed: none"),
         (["training.objective_options.teachers={a: 3}"], "teachers={'a': 3} must be teachers by"),
         (["training.objective_options.temperature=0"], "temperature=0 must be"),
         (["training.objective_options.kl_type=both"], "kl_type='both' must be one of forward"),
