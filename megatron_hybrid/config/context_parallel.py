@@ -24,10 +24,9 @@ class Passed(NamedTuple):
     state: float
     end: float
 
-    @property
-    def sent(self) -> float:
-        """By a rank between others, of both chunks."""
-        return 2 * (self.state + self.end)
+    def sent(self, cp: int) -> float:
+        """By the rank of `cp` that sends most: of two the next chunk of one is its own."""
+        return min(2, cp - 1) * (self.state + self.end)
 
 
 def exchanged_bytes(

@@ -37,10 +37,11 @@ class ParallelConfig(Section):
     context_parallel_size: Positive = Field(
         default=1, description="CP: ranks that share each sequence"
     )
-    mamba_cp_comm_type: Literal["all_to_all", "state_passing"] = Field(
+    mamba_cp_comm_type: Literal["all_to_all", "state_passing", "auto"] = Field(
         default="all_to_all",
         description="how CP ranks share the layers with a state: each takes a part of the heads of "
-        "the whole sequence, or its part of the sequence, and passes the states on",
+        "the whole sequence, or its part of the sequence, and passes the states on; auto: what "
+        "sends fewer bytes",
     )
     expert_model_parallel_size: Positive = Field(
         default=1, description="EP: ranks that share the experts of a MoE layer"

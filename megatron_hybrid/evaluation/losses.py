@@ -49,7 +49,7 @@ class TokenLosses:
         ranks = model_ranks(config)
         # Zigzag halves for each context parallel rank, of which sequence parallelism cuts each.
         self._multiple = 2 * ranks[CP] * ranks[TP]
-        if ranks[CP] > 1 and config.parallel.mamba_cp_comm_type == "state_passing":
+        if ranks[CP] > 1 and config.parallel.mamba_cp_comm_type != "all_to_all":
             self._multiple *= CONVOLVED_BEFORE  # tokens of a chunk, at least
         # So that no stage of a pipeline waits for long.
         stages = config.parallel.pipeline_model_parallel_size

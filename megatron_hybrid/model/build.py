@@ -10,6 +10,7 @@ from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.layers import are_unlike, layers, rotates
 from megatron_hybrid.config.pattern import MAMBA, parse_pattern
 from megatron_hybrid.config.phases import sequence_lengths
+from megatron_hybrid.config.rules.context_parallel import way_of_states
 from megatron_hybrid.layers.meta_tokens import add_meta_tokens, rotate_by_document
 from megatron_hybrid.layers.multipliers import multiply_output
 from megatron_hybrid.layers.router import TopKRouter
@@ -44,7 +45,7 @@ def build_model(
     assert words is not None and rows is not None, (
         "resolved from the tokenizer before the model is built"
     )
-    passing = config.parallel.mamba_cp_comm_type == "state_passing"
+    passing = way_of_states(config, backend) == "state_passing"
     stack = hybrid_stack_spec(backend, model, state_passing=passing)
     if are_unlike(model):
         on_meta = engine_config.use_cpu_initialization

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from megatron_hybrid.claim import claimed
 from megatron_hybrid.config import RunConfig, validate
 from megatron_hybrid.config.notes import notes
+from megatron_hybrid.config.rules.context_parallel import chosen_way
 from megatron_hybrid.human import say
 from megatron_hybrid.platform import initialize
 from megatron_hybrid.platform.backend import probe, resolve_backend
@@ -49,6 +50,8 @@ def pretrain(config: RunConfig) -> str:
         if is_rank_zero():
             ranks = f"{launched_world_size()} ranks on {platform.device}, backend {backend}"
             say(ranks)
+            if chosen := chosen_way(config, backend):
+                say(chosen)
             for note in notes(config, launched_world_size()):
                 say(f"note: {note}")
             _draw_plan(config, start)

@@ -2,8 +2,7 @@
 
 from math import prod
 
-from megatron_hybrid.config.context_parallel import CONVOLVED_BEFORE
-from megatron_hybrid.config.layers import layers_of, mamba_layers
+from megatron_hybrid.config.layers import layers_of
 from megatron_hybrid.config.pattern import (
     ATTENTION,
     GDN,
@@ -11,7 +10,6 @@ from megatron_hybrid.config.pattern import (
     MLP,
     MOE,
     parse_pattern,
-    recurrent_symbols,
 )
 from megatron_hybrid.config.phases import sequence_length_fields
 from megatron_hybrid.config.ranks import (
@@ -30,12 +28,10 @@ from megatron_hybrid.config.rules.common import (
     Facts,
     Problems,
     Rule,
-    divisors,
-    listing,
     must_be_multiple,
     must_divide,
-    on_transformer_engine,
 )
+from megatron_hybrid.config.rules.context_parallel import mamba_context_parallel, state_passing
 from megatron_hybrid.config.run import RunConfig
 
 _VPP = "parallel.virtual_pipeline_model_parallel_size"
@@ -82,67 +78,6 @@ def sequence_length(c: RunConfig, _: Facts) -> Problems:
         if shared.get(TP, 1) > 1:
             of = prod(shared.values())
             yield from must_be_multiple(name, seq_length, f"{TP} * {CP}", of)
-
-
-def mamba_context_parallel(c: RunConfig, _: Facts) -> Problems:
-    """CP turns sequence shards into head shards: each CP rank runs whole heads and groups, an equal
-    share of Mamba-1's channels, or whole key heads of a gated delta net."""
-    tp, cp = c.parallel.tensor_model_parallel_size, c.parallel.context_parallel_size
-    if cp == 1 or c.parallel.mamba_cp_comm_type == "state_passing":
-        return
-    for layer in mamba_layers(c.model, 1):
-        channels = layer.model.mamba_intermediate_size
-        if channels is not None:
-            name = layer.path("mamba_intermediate_size")
-            yield from must_be_multiple(name, channels, f"{TP} * {CP}", tp * cp)
-    for layer in layers_of(c.model, GDN):
-        key_heads = layer.model.linear_num_key_heads
-        if key_heads is not None:
-            name = layer.path("linear_num_key_heads")
-            yield from must_be_multiple(name, key_heads, f"{TP} * {CP}", tp * cp)
-    for layer in mamba_layers(c.model, 2):
-        heads, groups = layer.model.mamba_num_heads, layer.model.mamba_num_groups
-        if heads is not None:
-            name = layer.path("mamba_num_heads")
-            yield from must_be_multiple(name, heads, f"{TP} * {CP}", tp * cp)
-        if heads is None or groups % tp:
-            continue
-        per_rank = groups // tp
-        if cp % per_rank and per_rank % cp:
-            yield (
-                f"{CP}={cp} must divide or be a multiple of "
-                f"{layer.path('mamba_num_groups')}={groups} / {TP}={tp} = {per_rank}; "
-                f"allowed: {listing(divisors(per_rank))}, {2 * per_rank}, {3 * per_rank}, ..."
-            )
-
-
-def state_passing(c: RunConfig, facts: Facts) -> Problems:
-    """Each chunk goes on from the state and the last inputs of the convolution of the one before
-    it, which mamba-ssm's fused kernel does not take."""
-    cp = c.parallel.context_parallel_size
-    if cp == 1 or c.parallel.mamba_cp_comm_type != "state_passing":
-        return
-    if not recurrent_symbols(c.model.hybrid_layer_pattern):
-        return
-    name = "parallel.mamba_cp_comm_type=state_passing"
-    if on_transformer_engine(c, facts):
-        yield (
-            f"{name} is not supported on the transformer_engine backend, whose kernels for "
-            "Mamba take nothing of the chunk before; allowed: all_to_all, or backend=torch"
-        )
-    if c.model.num_meta_tokens and c.data.packed_documents:
-        yield (
-            f"{name} with model.num_meta_tokens={c.model.num_meta_tokens} and "
-            "data.packed_documents=true is not supported: meta tokens come before each document; "
-            "allowed: all_to_all, or data.packed_documents=false"
-        )
-    least = 2 * cp * CONVOLVED_BEFORE
-    for field, length in sequence_length_fields(c).items():
-        if length + c.model.num_meta_tokens < least:
-            yield (
-                f"{field}={length} must be at least {CONVOLVED_BEFORE} tokens for each of the "
-                f"2 * {CP}={2 * cp} chunks of {name}; allowed: {least} or more"
-            )
 
 
 def pipeline_layers(c: RunConfig, _: Facts) -> Problems:
