@@ -1,12 +1,15 @@
-"""Distillation on the CPU: the divergence beside its plain formulation, and a live step.
+"""Distillation on the CPU: the divergence beside its plain formulation, live and cached steps.
 
     python benchmarks/distillation.py kl --tokens 2048 --tensor-parallel 1 2
     python benchmarks/distillation.py step --rounds 10
+    python benchmarks/distillation.py cache --rounds 10
 
 `kl`: forward and backward of KL(teacher, student) of bf16 logits. The plain one makes both logits
 fp32 and lets autograd keep what it will; over TP it reduces largest logits and denominators as it
 must. `step`: a step of distillation beside a step of pre-training and a forward pass of the
-teacher. Sides take turns, and medians count; memory is what a side adds to the process's peak.
+teacher. `cache`: a step from cached top-64 logits beside one of pre-training, and reading these
+beside fetching tokens. Sides take turns, and medians count; memory is what a side adds to the
+process's peak.
 """
 
 import argparse
@@ -20,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from distillation_cache import SAMPLES, compare_cached
 from ssd_core import peak_resident_mib
 from torch import Tensor
 
@@ -214,7 +218,7 @@ def _in_turns(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("kl", "step"))
+    parser.add_argument("what", choices=("kl", "step", "cache"))
     parser.add_argument("--tokens", type=int, default=2048, help="of the divergence")
     parser.add_argument("--vocabulary", type=int, default=131072)
     parser.add_argument("--tensor-parallel", type=int, nargs="+", default=[1, 2])
@@ -231,6 +235,23 @@ def main(argv: Sequence[str] | None = None) -> None:
             )  # fmt: skip
         apart = found["pre-training"] + found["teacher's forward"]
         row = {"seconds": found, "live / (pre-training + forward)": found["live"] / apart}
+        print(json.dumps(row), flush=True)
+        return
+    if args.what == "cache":
+        with tempfile.TemporaryDirectory() as text:
+            folder = Path(text)
+            (found,) = run_distributed(
+                compare_cached, 1, folder, words(folder / "run", args.length, args.width),
+                words(folder / "half", args.length, args.width // 2), args.rounds, args.threads,
+                timeout_s=3600,
+            )  # fmt: skip
+        tokens = SAMPLES * args.length
+        row = {
+            "seconds": found,
+            "tokens/s": {name: tokens / each for name, each in found.items()},
+            "cached / pre-training": found["cached"] / found["pre-training"],
+            "read / pre-training, tokens/s": found["pre-training"] / found["read"],
+        }
         print(json.dumps(row), flush=True)
         return
     for ranks in args.tensor_parallel:

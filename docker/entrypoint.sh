@@ -10,7 +10,8 @@ set -euo pipefail
 
 case "${1-}" in
     "" | -* | compress | config | convert | counts | data | distill | doctor | evaluate | \
-        generate | plan | preflight | pretrain | smoke-test | status | submit | track | upcycle | verdict)
+        generate | plan | preflight | pretrain | smoke-test | status | submit | track | upcycle | \
+        verdict)
         set -- megatron-hybrid "$@"
         ;;
 esac

@@ -1,5 +1,6 @@
 """Whether a folder of cached answers is what a run can learn from. From files alone."""
 
+import os
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -78,7 +79,12 @@ def cache_problems(
 
 
 def lacking_answers(options: "Options", data: "RunData", consumed_samples: int) -> Iterator[str]:
-    """Samples of a run that its caches have no answers to."""
+    """Samples of a run that its caches have no answers to.
+
+    One rank looks through what may be a million files; what it finds ends the run.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
     for option, teacher in options.named.items():
         if teacher.cache is None:
             continue

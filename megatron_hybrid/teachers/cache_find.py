@@ -7,7 +7,6 @@ looked up in a table of the cache's, which is made when it is first needed: 16 b
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -198,12 +197,17 @@ def _other_sources(cache: Cache, plans: Mapping[Part, Plan], name: str) -> Itera
             yield f"{name}: source {source.name} holds other tokens than the teacher has seen"
 
 
-def _whole_blocks(cache: Cache) -> set[Path]:
-    """Files of blocks that are there."""
-    return {path for part in cache.plans for path in (cache.folder / part).glob("*/*.answers")}
+def _whole_blocks(cache: Cache) -> set[str]:
+    """Files of blocks that are there, below the folder."""
+    found = set()
+    for part in cache.plans:
+        top = cache.folder / part
+        for folder in top.iterdir() if top.is_dir() else ():
+            found |= {f"{part}/{folder.name}/{file.name}" for file in folder.iterdir()}
+    return found
 
 
-def _in_whole_blocks(finder: Finder, places: Numbers, whole: set[Path]) -> NDArray[np.bool_]:
+def _in_whole_blocks(finder: Finder, places: Numbers, whole: set[str]) -> NDArray[np.bool_]:
     """Which of some places are in files that are there; places go by blocks."""
     found = np.zeros(len(places), np.bool_)
     order = np.argsort(places, kind="stable")
@@ -213,6 +217,6 @@ def _in_whole_blocks(finder: Finder, places: Numbers, whole: set[Path]) -> NDArr
         block = finder.cache.block_of(part, sample)
         end = int(ascending[at]) - sample + block.end_sample
         upto = int(np.searchsorted(ascending, end))
-        found[order[at:upto]] = finder.cache.path(block) in whole
+        found[order[at:upto]] = finder.cache.name(block) in whole
         at = upto
     return found

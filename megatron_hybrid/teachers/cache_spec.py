@@ -149,8 +149,12 @@ class Cache:
 
     def path(self, block: Block) -> Path:
         """Its file."""
-        folder = self.folder / block.part / f"{block.number // _FOLDER_BLOCKS:05d}"
-        return folder / f"{block.number:09d}.answers"
+        return self.folder / self.name(block)
+
+    def name(self, block: Block) -> str:
+        """Of its file, below the folder."""
+        folder = f"{block.number // _FOLDER_BLOCKS:05d}"
+        return f"{block.part}/{folder}/{block.number:09d}.answers"
 
     @property
     def tokens(self) -> int:

@@ -156,7 +156,7 @@ class _Progress:
         speed = self._own / max(time.monotonic() - self._since, 1e-9)
         if self._own:
             text += f"; {speed:,.0f} tokens/s here"
-        if self._own and not last:
+        if self._own and not last and self._done < self._total:
             text += f", at which the rest takes {(self._total - self._done) / speed / 3600:,.1f} h"
         say(text)
 

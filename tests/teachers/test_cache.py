@@ -54,6 +54,29 @@ def make(line: Sequence[str], teacher: Path, output: Path, *more: str) -> str:
     return done.stdout
 
 
+Job = tuple[Sequence[str], Path, Path, dict[str, Any]]
+
+
+def work_of(jobs: Sequence[Job]) -> None:
+    """On a rank of a worker: words of runs, their teachers, folders, and what is asked for."""
+    import torch.distributed as dist
+
+    from megatron_hybrid.platform import initialize
+    from megatron_hybrid.teachers.cache_open import Asked, open_caching
+    from megatron_hybrid.teachers.cache_write import work
+    from megatron_hybrid.training.distributed import model_parallel_groups
+
+    platform = initialize()
+    for line, teacher, output, more in jobs:
+        asked = Asked(teacher, output, block_samples=5, **more)
+        opened = open_caching(line, asked, dist.get_world_size())
+        with model_parallel_groups(opened.config, platform):
+            work(opened, "torch", platform.device)
+
+
+ALL = {"top_k": VOCAB_SIZE}
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = tmp_path_factory.mktemp("cache")
@@ -62,7 +85,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     assert run_distributed(outcomes, 1, [first])[0] == ["finished"]
     sources = corpora(folder, "math", "code", "web")
     line = phased_words(folder / "run", sources, *STUDENT, *EVALUATED)
-    make(line, teacher, cache, "--top-k", str(VOCAB_SIZE))
+    run_distributed(work_of, 1, [(line, teacher, cache, ALL)])
     return Made(teacher, line, cache)
 
 
@@ -120,7 +143,7 @@ def test_any_layout_learns_the_same(made: Made, tmp_path: Path) -> None:
     """Parts of the vocabulary, of sequences and stages, of half of the words: losses, norms and
     figures of one rank."""
     few = tmp_path / "few"
-    make(made.line, made.teacher, few, "--top-k", "30")
+    run_distributed(work_of, 1, [(made.line, made.teacher, few, {"top_k": 30})])
     half = [
         f"{OPTIONS}.cache={few}", "training.exit_interval=3", "training.eval_interval=3",
         f"checkpoint.load={tmp_path / 'first' / 'checkpoints'}", "checkpoint.finetune=true",
@@ -156,7 +179,7 @@ def test_conversations(made: Made, tmp_path: Path) -> None:
         tmp_path / "run", *STUDENT, "data.packed_documents=true", "data.mock_data=false",
         f"data.data_path={chats}", "training.objective=sft_distillation",
     )  # fmt: skip
-    make(line, made.teacher, tmp_path / "it", "--top-k", str(VOCAB_SIZE))
+    run_distributed(work_of, 1, [(line, made.teacher, tmp_path / "it", ALL)])
     runs = [tmp_path / "live", tmp_path / "cached"]
     lines = [
         [*line, f"run_dir={run_dir}", f"{OPTIONS}.{named}"]
@@ -218,27 +241,25 @@ def answers(folder: Path) -> list[Answers]:
     ]
 
 
-@pytest.mark.parametrize(
-    ("ranks", "layout"),
-    [(4, "tensor context"), (4, "pipeline")],
-    ids=["TP2xCP2", "PP2xDP2"],
-)
-def test_workers_of_any_layout(ranks: int, layout: str, made: Made, tmp_path: Path) -> None:
-    """They keep what one rank keeps."""
-    sizes = [
-        f"parallel.{each if each == 'context' else f'{each}_model'}_parallel_size=2"
-        for each in layout.split()
-    ]
-    more = ["--top-k", str(VOCAB_SIZE), "--nproc", str(ranks), "training.micro_batch_size=3"]
-    make([*made.line, *sizes], made.teacher, tmp_path / "it", *more)
-    for ours, theirs in zip(answers(tmp_path / "it"), answers(made.cache), strict=True):
-        for name in ("log_sum", "loss"):
-            assert getattr(ours, name) == pytest.approx(getattr(theirs, name), rel=1e-5)
-        assert np.isneginf(ours.log_tail).all()
-        both = [np.zeros_like(each.values) for each in (ours, theirs)]
-        for values, each in zip(both, (ours, theirs), strict=True):
-            np.put_along_axis(values, each.ids, each.values, axis=1)
-        assert both[0] == pytest.approx(both[1], rel=1e-4, abs=1e-5)
+def test_workers_of_any_layout(made: Made, tmp_path: Path) -> None:
+    """Parts of the vocabulary and of sequences, stages and replicas: they keep what one rank keeps,
+    also where micro batches do not divide blocks."""
+    layouts = {"TP2xCP2": ("tensor_model", "context"), "PP2xDP2": ("pipeline_model",)}
+    jobs: list[Job] = []
+    for name, split in layouts.items():
+        sizes = [f"parallel.{each}_parallel_size=2" for each in split]
+        line = [*made.line, *sizes, "training.micro_batch_size=3"]
+        jobs.append((line, made.teacher, tmp_path / name, ALL))
+    run_distributed(work_of, 4, jobs)
+    for name in layouts:
+        for ours, theirs in zip(answers(tmp_path / name), answers(made.cache), strict=True):
+            for each in ("log_sum", "loss"):
+                assert getattr(ours, each) == pytest.approx(getattr(theirs, each), rel=1e-5)
+            assert np.isneginf(ours.log_tail).all()
+            both = [np.zeros_like(each.values) for each in (ours, theirs)]
+            for values, each in zip(both, (ours, theirs), strict=True):
+                np.put_along_axis(values, each.ids, each.values, axis=1)
+            assert both[0] == pytest.approx(both[1], rel=1e-4, abs=1e-5)
 
 
 def files(folder: Path) -> dict[str, bytes]:
