@@ -17,6 +17,7 @@ from megatron_hybrid.compression.request import Request
 from megatron_hybrid.compression.scores import Scores, fingerprint_of, shapes
 from megatron_hybrid.compression.write import PROVENANCE_FILE, Pruning
 from megatron_hybrid.config import load_config, rules
+from megatron_hybrid.errors import UserError
 from megatron_hybrid.testing import run_distributed
 from megatron_hybrid.testing.distributed import RankError
 from tests.compression.models import (
@@ -27,7 +28,7 @@ from tests.compression.models import (
     tensors,
     zeroed,
 )
-from tests.training.runs import losses
+from tests.training.runs import losses, words
 from tests.upcycling.models import as_words, logits, train
 
 TOLERANCE = 1e-5  # of the logits' standard deviation, in fp32
@@ -284,3 +285,54 @@ def test_killed_it_leaves_nothing_that_loads(at: float | str, parent: Path, tmp_
     assert sorted(path.name for path in save.iterdir()) == [
         "iter_0000001", "latest_checkpointed_iteration.txt",
     ]  # fmt: skip
+
+
+def test_it_goes_to_hugging_face_and_back(tmp_path: Path) -> None:
+    """What was cut of a model that a family holds comes back byte for byte; unlike layers, which
+    no family holds, are refused by name."""
+    from checkpoints_converter.errors import ConversionError
+    from checkpoints_converter.export import ExportOptions, export
+    from checkpoints_converter.importing import ImportOptions, import_model
+
+    run = tmp_path / "run"
+    dense = ["model.hybrid_layer_pattern=M-*M-", "model.ffn_hidden_size=48",
+             "model.num_attention_heads=4", "model.num_query_groups=2",
+             "training.train_iters=1"]  # fmt: skip
+    run_distributed(train, 1, words(run, *dense))
+    sizes = {"mamba_num_heads": 2, "mamba_head_dim": 8, "num_attention_heads": 2}
+    whole = {**sizes, "ffn_hidden_size": 20}
+    _, folder = prune(run, tmp_path / "pruned", Request(hidden_size=24, sizes=whole))
+    export(folder, tmp_path / "hf", ExportOptions())
+    back = import_model(tmp_path / "hf", tmp_path / "back", ImportOptions()).folder
+    theirs, ours = tensors(folder), tensors(back)
+    assert theirs.keys() == ours.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name][: len(tensor)], tensor), name
+    unlike = Request(of_layers=[((2,), "ffn_hidden_size", 20)])
+    _, folder = prune(run, tmp_path / "unlike", unlike)
+    with pytest.raises(ConversionError, match="ffn_hidden_size=20"):
+        export(folder, tmp_path / "no", ExportOptions())
+
+
+def test_modules_of_prediction_are_left_out(tmp_path: Path) -> None:
+    """Where that is typed; the embedding that is the output's, too, is the masked parent's."""
+    run, null = tmp_path / "run", "model.mtp_num_layers=null"
+    tied = ["model.hybrid_layer_pattern=M-*", "model.mtp_num_layers=1",
+            "model.mtp_hybrid_override_pattern=*-", "training.train_iters=1",
+            "model.untie_embeddings_and_output_weights=false"]  # fmt: skip
+    run_distributed(train, 1, words(run, *tied))
+    request = Request(drop_layers=(2,), hidden_size=24)
+    with pytest.raises(UserError, match=r"are not cut yet; allowed: model\.mtp_num_layers=null"):
+        prune(run, tmp_path / "pruned", request)
+    epsilon = f"model.layernorm_epsilon={1e-5 * 32 / 24}"
+    config, folder = prune(run, tmp_path / "pruned", request, null, epsilon)
+    masked = edited(run, tmp_path / "masked", {
+        "embedding.word_embeddings.weight": zeroed(HIDDEN, 1),
+        "decoder.layers.0.mixer.out_proj.weight": zeroed(HIDDEN),
+        "decoder.layers.1.mlp.linear_fc2.weight": zeroed(range(32)),
+        "decoder.layers.2.self_attention.linear_proj.weight": zeroed(HIDDEN),
+    })  # fmt: skip
+    before = as_words(parent_of(run)[1], tmp_path)
+    models = [(before, masked, 1.0), (as_words(config, tmp_path), folder, 1.0)]
+    expected, found = run_distributed(all_logits, 1, models)[0]
+    assert (found - expected).abs().max() <= TOLERANCE * expected.std()
