@@ -76,6 +76,8 @@ def cache(
     """
     refuse_options(context)
     check_launcher(nproc)
+    from megatron_hybrid.errors import UserError
+    from megatron_hybrid.fileio import why_not_writable
     from megatron_hybrid.teachers.cache_open import Asked, open_caching
     from megatron_hybrid.training.distributed import is_rank_zero, launched_world_size
 
@@ -90,6 +92,8 @@ def cache(
     if is_rank_zero():
         _print(opened)
     if not dry_run:
+        if reason := why_not_writable(output):
+            raise UserError(f"--output {output}: {reason}")
         with importing():
             from megatron_hybrid.teachers.cache_write import make_answers
 

@@ -33,6 +33,7 @@ from megatron_hybrid.human import say
 from megatron_hybrid.layers.tail_divergence import keep
 from megatron_hybrid.platform import initialize
 from megatron_hybrid.platform.backend import resolve_backend
+from megatron_hybrid.platform.imports import importing
 from megatron_hybrid.teachers.cache_block import Answers, BlockWriter, encode
 from megatron_hybrid.teachers.cache_open import Opened, begin
 from megatron_hybrid.teachers.cache_spec import Block, Cache
@@ -56,7 +57,8 @@ def make_answers(opened: Opened) -> None:
 
 def work(opened: Opened, backend: str, device: torch.device) -> None:
     """As `make_answers`, within the process groups."""
-    from megatron_hybrid.teachers.live import LiveTeacher
+    with importing():
+        from megatron_hybrid.teachers.live import LiveTeacher
 
     cache, speaks = opened.cache, dist.get_rank() == 0
     if speaks:
