@@ -72,6 +72,18 @@ class RowParallelLinear(EngineRowParallelLinear):
 
     _forward_impl = staticmethod(parallel_linear)
 
+    def __init__(self, *args: Any, is_expert: bool, **named: Any) -> None:
+        super().__init__(*args, is_expert=is_expert, **named)
+        if not is_expert:
+            return
+        # On one rank the engine would reduce an expert's output over that rank alone, and fail to
+        # add its bias to what comes of it.
+        self.explicit_expert_comm = True
+        if self.bias is not None and self.tp_group.size() == 1:
+            # A whole expert sees tokens of all TP ranks that share it, over which its gradients are
+            # added up as over any others: not once more as those of sequence parallelism.
+            self.bias.sequence_parallel = False
+
 
 class WholeLinear(nn.Module):
     """A linear that every TP rank has all of, and that sees this rank's own tokens.

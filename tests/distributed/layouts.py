@@ -26,7 +26,8 @@ EOD = 0
 # each kind is there, and experts in either half.
 DENSE = "M-*M"
 MOE = "ME*E"
-DIFFUSION = "*E-*"  # trained by masked diffusion
+DIFFUSION = "*E-*"  # trained by masked diffusion, with biases
+DIFFUSION_FIELDS = {"add_bias_linear": True, "moe_shared_expert_intermediate_size": None}
 # Attention and Mamba side by side, Mamba-1 and Mamba-2, with every multiplier, of two sizes.
 HEADS = "H-*H"
 HEADS_FIELDS = {
@@ -204,6 +205,7 @@ def layout_config(
                 "make_vocab_size_divisible_by": 32,
                 "attn_mask_type": "no_mask" if layers == DIFFUSION else "causal",
                 **(moe if "E" in layers else {}),
+                **(DIFFUSION_FIELDS if layers == DIFFUSION else {}),
                 **(UNLIKE_SIZES if layers == UNLIKE else {}),
                 **(DELTA_SIZES if layers == DELTA else {}),
                 **(STATES_SIZES if layers == STATES else {}),
