@@ -52,6 +52,21 @@ def test_import_loads_neither_torch_nor_the_engine() -> None:
     }  # fmt: skip
 
 
+def test_help_loads_no_config() -> None:
+    """Whoever asks what there is does not wait for the fields and rules of a config."""
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['megatron-hybrid', '--help']\n"
+        "try:\n"
+        "    runpy.run_module('megatron_hybrid.cli', run_name='__main__')\n"
+        "except SystemExit as ended:\n"
+        "    print(ended.code, sorted(m for m in sys.modules if 'hybrid.config' in m), 'pydantic' "
+        "in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "0 [] False", done
+
+
 # Commands that read a folder; {} is none, or one with nothing in it.
 FOLDERS = (
     "convert to-hf {} out", "convert from-hf {} out", "convert verify {} out", "status {}",

@@ -8,13 +8,14 @@ import typer
 
 from megatron_hybrid.bounds import MOST_EXPERTS, MOST_PROCESSES
 from megatron_hybrid.commands.progress import byte_progress
-from megatron_hybrid.config.pattern import read_numbers
 
 logger = logging.getLogger(__name__)
 
 
 def _layers(text: str) -> tuple[int, ...]:
     """`2,4,10-20` -> the numbers."""
+    from megatron_hybrid.config.pattern import read_numbers
+
     try:
         return read_numbers(text)
     except ValueError as error:
