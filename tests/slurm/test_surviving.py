@@ -132,7 +132,7 @@ def test_preempted(outcome: tuple[Run, str], alone: dict[str, torch.Tensor]) -> 
     spent = run_time(run.run_dir, time.time())
     assert (spent.attempts, spent.failures, spent.ended) == (2, 0, "finished")
     assert spent.seconds("queue") > 5  # a requeued job waits for so long at least
-    assert spent.seconds("start-up") > 0
+    assert [span.cause for span in spent.spans].count("start-up") == spent.attempts
     assert spent.seconds("rewound") == 0
     printed = command("status", str(run.run_dir), environment=run.cluster.environment)
     assert f"{run.job}: COMPLETED" in printed
