@@ -5,9 +5,8 @@ Torch-free; of a forward pass of one layer, and as many backward.
 
 from typing import NamedTuple
 
-from megatron_hybrid.config.linears import gdn_widths, linears
+from megatron_hybrid.config.linears import linears, recurrent
 from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.pattern import GDN
 
 CONVOLVED_BEFORE = 3  # tokens before one that a mixer's convolution reaches
 STATE_BYTES = 4  # of a number in a state
@@ -49,18 +48,7 @@ def passed_bytes(
     model: ModelConfig, kind: str, *, tp: int, samples: int, number_bytes: int
 ) -> Passed:
     """By state passing, for `samples` in a micro batch; other arguments as of `exchanged_bytes`."""
-    if kind == GDN:
-        keys, convolved = gdn_widths(model)
-        state, convolved = convolved * model.linear_key_head_dim, 2 * keys + convolved
-    elif model.mamba_version == 1:
-        assert model.mamba_intermediate_size is not None
-        convolved = model.mamba_intermediate_size
-        state = convolved * model.mamba_state_dim
-    else:
-        assert model.mamba_num_heads is not None
-        inner = model.mamba_num_heads * model.mamba_head_dim
-        state = inner * model.mamba_state_dim
-        convolved = inner + 2 * model.mamba_num_groups * model.mamba_state_dim
+    state, convolved = recurrent(model, kind)
     return Passed(
         STATE_BYTES * samples * state / tp,
         number_bytes * samples * CONVOLVED_BEFORE * convolved / tp,

@@ -106,6 +106,33 @@ def _mlp(model: ModelConfig, inner: int, whose: str, *, routed: bool = False) ->
     }
 
 
+class Recurrent(NamedTuple):
+    """What a layer with a state goes on from, token by token, over all TP ranks.
+
+    Attributes:
+        state: numbers in the state of its scan.
+        convolved: channels of its convolution.
+    """
+
+    state: int
+    convolved: int
+
+
+def recurrent(model: ModelConfig, kind: str) -> Recurrent:
+    """Of a gated delta net, or of a Mamba mixer where `kind` is "M"."""
+    if kind == GDN:
+        keys, values = gdn_widths(model)
+        return Recurrent(values * model.linear_key_head_dim, 2 * keys + values)
+    if model.mamba_version == 1:
+        assert model.mamba_intermediate_size is not None
+        inner = model.mamba_intermediate_size
+        return Recurrent(inner * model.mamba_state_dim, inner)
+    assert model.mamba_num_heads is not None
+    inner = model.mamba_num_heads * model.mamba_head_dim
+    shared = model.mamba_num_groups * model.mamba_state_dim  # B, and as much of C
+    return Recurrent(inner * model.mamba_state_dim, inner + 2 * shared)
+
+
 def gdn_widths(model: ModelConfig) -> tuple[int, int]:
     """Channels of all keys of a gated delta net, as many as of its queries, and of all values."""
     assert model.linear_num_key_heads is not None and model.linear_num_value_heads is not None

@@ -11,7 +11,7 @@ experts, of which a token visits t.
 from dataclasses import dataclass
 
 from megatron_hybrid.config.layers import sorts
-from megatron_hybrid.config.linears import gdn_widths, linears, value_channels
+from megatron_hybrid.config.linears import linears, recurrent, value_channels
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.pattern import ATTENTION, GDN, MAMBA, MOE, PARALLEL, made_of
 from megatron_hybrid.errors import ConfigError
@@ -127,16 +127,6 @@ def _vocabulary(model: ModelConfig) -> int:
     return model.padded_vocab_size
 
 
-def _convolved(model: ModelConfig) -> int:
-    """c."""
-    if model.mamba_version == 1:
-        assert model.mamba_intermediate_size is not None
-        return model.mamba_intermediate_size
-    assert model.mamba_num_heads is not None
-    inner = model.mamba_num_heads * model.mamba_head_dim
-    return inner + 2 * model.mamba_num_groups * model.mamba_state_dim
-
-
 def _steps_products(model: ModelConfig) -> int:
     """2r + 2N: what a channel of Mamba-1 has in x_proj and dt_proj."""
     assert model.mamba_dt_rank is not None
@@ -184,7 +174,7 @@ def layer_parameters(
     if kind == PARALLEL and model.parallel_heads_join == "mean":
         shared = linears(model, kind, tp=tp).values()
         weights = sum(each.inputs * each.outputs for each in shared)
-        norms = model.hidden_size + 2 * _convolved(model) // tp
+        norms = model.hidden_size + 2 * recurrent(model, MAMBA).convolved // tp
         return _beside_linears(model, tp) + Parameters(dense=weights + norms)
     if kind == PARALLEL:
         parts = [layer_parameters(model, part, tp=tp) for part in made_of(kind)]
@@ -213,7 +203,7 @@ def _beside_linears(model: ModelConfig, tp: int) -> Parameters:
     """Of a Mamba mixer."""
     if model.mamba_version == 1:
         assert model.mamba_dt_rank is not None
-        inner = _convolved(model) // tp
+        inner = recurrent(model, MAMBA).convolved // tp
         normed = model.mamba_dt_rank + 2 * model.mamba_state_dim
         norms = normed if model.mamba_inner_layernorms else 0
         return Parameters(
@@ -223,15 +213,14 @@ def _beside_linears(model: ModelConfig, tp: int) -> Parameters:
     assert model.mamba_num_heads is not None
     inner = model.mamba_num_heads * model.mamba_head_dim
     gated_norm = inner if model.mamba_rms_norm else 0
-    dense = (_convolved(model) * (CONV_KERNEL + 1) + gated_norm) // tp
+    dense = (recurrent(model, MAMBA).convolved * (CONV_KERNEL + 1) + gated_norm) // tp
     return Parameters(dense, 3 * model.mamba_num_heads // tp)
 
 
 def _beside_gdn_linears(model: ModelConfig, tp: int) -> Parameters:
     """Of a gated delta net."""
     assert model.linear_num_value_heads is not None
-    keys, values = gdn_widths(model)
-    convolution = (2 * keys + values) * CONV_KERNEL // tp
+    convolution = recurrent(model, GDN).convolved * CONV_KERNEL // tp
     fp32 = 2 * model.linear_num_value_heads // tp
     return Parameters(convolution + model.linear_value_head_dim, fp32)
 
@@ -314,10 +303,9 @@ def _forward_flops(model: ModelConfig, kind: str, seq_length: int) -> float:
     if kind == MAMBA:
         return products + _scan_flops(model)
     if kind == GDN:
-        keys, values = gdn_widths(model)
         # The recurrence per number of the state: decay, what it says of k, change, readout.
-        states = values * model.linear_key_head_dim
-        return products + 2 * CONV_KERNEL * (2 * keys + values) + 7 * states
+        state, convolved = recurrent(model, kind)
+        return products + 2 * CONV_KERNEL * convolved + 7 * state
     if kind == ATTENTION:
         return products + _attention_flops(model, kind, seq_length)
     if kind == MOE:
@@ -331,13 +319,9 @@ def _scan_flops(model: ModelConfig) -> float:
 
     The recurrence per channel and state: decay, input and sum (3), readout (2).
     """
-    if model.mamba_version == 1:
-        channels = _convolved(model)
-        scan = 5 * channels * model.mamba_state_dim
-        return 2 * channels * (CONV_KERNEL + _steps_products(model)) + scan
-    assert model.mamba_num_heads is not None
-    inner = model.mamba_num_heads * model.mamba_head_dim
-    return 2 * CONV_KERNEL * _convolved(model) + 5 * inner * model.mamba_state_dim
+    state, convolved = recurrent(model, MAMBA)
+    products = _steps_products(model) if model.mamba_version == 1 else 0
+    return 2 * convolved * (CONV_KERNEL + products) + 5 * state
 
 
 def _attention_flops(model: ModelConfig, kind: str, seq_length: int) -> float:

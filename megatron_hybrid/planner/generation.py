@@ -4,7 +4,7 @@ delta nets."""
 from dataclasses import dataclass
 
 from megatron_hybrid.config.layers import layers_of, sorts
-from megatron_hybrid.config.linears import gdn_widths, value_channels
+from megatron_hybrid.config.linears import recurrent, value_channels
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.pattern import ATTENTION, GDN, MAMBA, PARALLEL
 from megatron_hybrid.model.counts import CONV_KERNEL, count_parameters
@@ -65,19 +65,9 @@ def generation_memory(
             assert m.num_query_groups is not None and m.kv_channels is not None
             channels = m.kv_channels + value_channels(m, sort.kind)
             keys_values += layers * length * m.num_query_groups * channels * number_bytes
-        if sort.has(MAMBA) and m.mamba_version == 1:
-            assert m.mamba_intermediate_size is not None
-            ssm += layers * m.mamba_intermediate_size * m.mamba_state_dim * state_bytes
-            conv += layers * m.mamba_intermediate_size * (CONV_KERNEL - 1) * state_bytes
-        elif sort.kind == GDN:
-            keys, values = gdn_widths(m)
-            ssm += layers * values * m.linear_key_head_dim * state_bytes
-            conv += layers * (2 * keys + values) * (CONV_KERNEL - 1) * state_bytes
-        elif sort.has(MAMBA):
-            assert m.mamba_num_heads is not None
-            inner = m.mamba_num_heads * m.mamba_head_dim
-            channels = inner + 2 * m.mamba_num_groups * m.mamba_state_dim
-            ssm += layers * inner * m.mamba_state_dim * state_bytes
-            conv += layers * channels * (CONV_KERNEL - 1) * state_bytes
+        for kind in filter(sort.has, (MAMBA, GDN)):
+            state, convolved = recurrent(m, kind)
+            ssm += layers * state * state_bytes
+            conv += layers * convolved * (CONV_KERNEL - 1) * state_bytes
     weights = count_parameters(model).total * number_bytes
     return GenerationMemory(weights, keys_values, ssm, conv)
