@@ -85,7 +85,7 @@ def _marks(name: str, parameter: torch.nn.Parameter) -> dict[str, Any]:
         # That two matrices are in one of a gated expert, Transformer Engine's groups do not say.
         # Only the engine's resharding of living models asks.
         marks.pop("partition_stride", None)
-    if not marks["tensor_model_parallel"]:
+    if "_latent_proj." in name:
         # Of a matrix that every rank has, Transformer Engine says it in bf16 and not in fp32.
         marks.pop("partition_dim", None)
         marks.pop("partition_stride", None)
