@@ -30,15 +30,25 @@ class MultiToken(Objective):
     """
 
     def __init__(self, objective: Objective) -> None:
+        self.inner = objective
         super().__init__(objective.config, objective.options)
         model = self.config.model
         assert model.mtp_num_layers is not None
-        self.inner, self.modules = objective, range(1, model.mtp_num_layers + 1)
+        self.modules = range(1, model.mtp_num_layers + 1)
         self.factor = model.mtp_loss_scaling_factor / model.mtp_num_layers
         self.is_cross_entropy = objective.is_cross_entropy  # type: ignore[misc]
         self.conversations = objective.conversations  # type: ignore[misc]
         self.by_source = objective.by_source  # type: ignore[misc]
         self.looks_ahead = objective.looks_ahead  # type: ignore[misc]
+
+    @property
+    def state(self) -> dict[str, float]:
+        """The objective's own: a resumed run's is there before its first step."""
+        return self.inner.state
+
+    @state.setter
+    def state(self, state: dict[str, float]) -> None:
+        self.inner.state = state
 
     def open(self, backend: str, device: "torch.device", sources: Sequence[str]) -> None:
         self.inner.open(backend, device, sources)
@@ -55,9 +65,7 @@ class MultiToken(Objective):
         return self.inner.beside()
 
     def after_step(self, reports: Mapping[str, float]) -> None:
-        self.inner.state = self.state
         self.inner.after_step(reports)
-        self.state = self.inner.state
 
     def look_ahead(self, micro_batches: Sequence["Batch"], *, held_out: bool) -> None:
         self.inner.look_ahead(micro_batches, held_out=held_out)

@@ -1,6 +1,6 @@
 """Objectives as a user has them: outside of the package, named in a config."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -58,6 +58,15 @@ class Weighted(Objective):
     def report(self, sums: Sequence[float], count: float) -> dict[str, float]:
         small, factors = sums
         return {"small": small / count, "samples": count, "mean_factor": factors / count}
+
+
+class Counted(Objective):
+    """Of next tokens; it counts its steps."""
+
+    next_tokens = True
+
+    def after_step(self, reports: Mapping[str, float]) -> None:
+        self.state = {"steps": self.state.get("steps", 0.0) + 1.0}
 
 
 class NoObjective:

@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from megatron_hybrid.config import load_config, rules
 from megatron_hybrid.errors import ConfigError, UserError
 from megatron_hybrid.objectives import Losses
-from megatron_hybrid.objectives.registry import objective_problems
+from megatron_hybrid.objectives.registry import build_objective, objective_problems
 from megatron_hybrid.testing import run_distributed
 from megatron_hybrid.training.named import NAMED, check_named
 from megatron_hybrid.training.step import Stepper
@@ -184,3 +184,15 @@ def test_more_tokens_are_predicted_beside_next_ones() -> None:
         f"model.mtp_num_layers=1 with training.objective={OWN}:Weighted is not supported: it is "
         "not of next tokens; allowed: null"
     ]
+
+
+def test_an_objective_with_modules_keeps_its_state(tmp_path: Path) -> None:
+    """What a checkpoint held is the objective's own before the first step of a resumed run, and
+    what it changes is what the next checkpoint holds."""
+    ahead = ["model.mtp_num_layers=1", "model.mtp_hybrid_override_pattern=*"]
+    own = f"training.objective={OWN}:Counted"
+    objective: Any = build_objective(load_config(words(tmp_path, *ahead, own), which=()))
+    objective.state = {"steps": 2.0}
+    assert objective.inner.state == {"steps": 2.0}
+    objective.after_step({})
+    assert objective.state == {"steps": 3.0}
