@@ -96,7 +96,7 @@ def draw_vocabulary(
     def draw(weight: Tensor) -> None:
         rows, width = weight.shape
         first = 0 if whole else parallel_state.get_tensor_model_parallel_rank() * rows
-        end = min(first + rows, words)
+        end = max(first, min(first + rows, words))  # a rank's rows may all be padding
         generator = torch.Generator(weight.device)
         weight.zero_()
         for start in range(first - first % BLOCK_ROWS, end, BLOCK_ROWS):

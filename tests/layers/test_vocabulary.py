@@ -216,7 +216,7 @@ def test_a_row_is_drawn_by_its_word_alone(monkeypatch: pytest.MonkeyPatch) -> No
     expected = drawn(1, words)
     assert expected.std().item() == pytest.approx(0.3, rel=0.05)
     assert expected.flatten().unique().numel() > 0.999 * expected.numel()
-    for tp, rows in ((1, words + 1), (2, 640), (2, 2000), (3, 600), (8, 8 * 512)):
+    for tp, rows in ((1, words + 1), (2, 640), (2, 2000), (3, 600), (4, 800), (8, 8 * 512)):
         padded = drawn(tp, rows)
         assert torch.equal(padded[:words], expected), (tp, rows)
         assert (padded[words:] == 0).all()
