@@ -201,15 +201,15 @@ def same_grid(present: dict[str, Any]) -> bool:
     Args:
         present: the checkpoint's sharded metadata.
     """
-    shape = rng_state().global_shape
-    same = any(
-        isinstance(entry, ShardedObject)
-        and entry.key == "rng_state"
-        and tuple(entry.global_shape) == shape
+    shapes = {
+        tuple(entry.global_shape)
         for entry in present.values()
-    )
+        if isinstance(entry, ShardedObject) and entry.key == "rng_state"
+    }
+    same = rng_state().global_shape in shapes
     if not same and dist.get_rank() == 0:
-        logger.info("another layout saved it: random generators start from the seed")
+        why = "another layout saved it" if shapes else "it holds no states of random generators"
+        logger.info("%s: random generators start from the seed", why)
     return same
 
 

@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
 
 from megatron_hybrid.checkpoint.saved_config import (
     other_functions,
@@ -228,3 +232,29 @@ def test_generators_of_another_device_are_left(
     assert torch.equal(torch.get_rng_state(), before)
     assert f"saved on {saved}, and this run is on {here}" in caplog.text
     assert "start from the seed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("saved", "why"), [(None, "it holds no states of"), ((2, 1, 1), "another layout saved it")]
+)
+def test_it_is_said_why_generators_start_anew(
+    saved: tuple[int, ...] | None,
+    why: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What was pruned or upcycled has none, which is not the layout's doing."""
+    from megatron_hybrid.training import checkpoint_state
+
+    def states(shape: tuple[int, ...]) -> ShardedObject:
+        return ShardedObject("rng_state", [], shape, (0,) * len(shape))
+
+    monkeypatch.setattr(checkpoint_state.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(checkpoint_state, "rng_state", lambda: states((1, 1, 1)))
+    present = {} if saved is None else {"rng": states(saved)}
+    with caplog.at_level("INFO"):
+        assert not checkpoint_state.same_grid(present)
+        assert checkpoint_state.same_grid({"rng": states((1, 1, 1))})
+    [said] = caplog.messages
+    assert why in said
+    assert said.endswith("random generators start from the seed")
