@@ -45,6 +45,26 @@ def _num_moe_experts(c: RunConfig) -> None:
     _unset(c, "num_moe_experts", MOE, why)
 
 
+def _divided(c: RunConfig, kind: str, name: str, whole: tuple[str, int], by: str) -> int | None:
+    """A size that is another divided by a third; None where that leaves a rest and every layer of
+    the kind says its own.
+
+    Args:
+        whole: what is divided, as it is named and its value.
+        by: the field that divides it.
+    """
+    text, value = whole
+    divisor: int = getattr(c.model, by)
+    if value % divisor == 0:
+        return value // divisor
+    if all_say(c.model, kind, name):
+        return None
+    raise UnderivableError(
+        f"model.{name} is not set and {text}={value} is not a multiple of model.{by}={divisor}; "
+        f"set model.{name}"
+    )
+
+
 _NO_HEADS = "and follows from model.num_attention_heads, which is not set either"
 
 
@@ -61,28 +81,15 @@ def _kv_channels(c: RunConfig) -> int | None:
         _unset(c, "kv_channels", ATTENTION, _NO_HEADS)
     if heads is None or not has_kind(c.model.hybrid_layer_pattern, ATTENTION):
         return None
-    if c.model.hidden_size % heads:
-        if all_say(c.model, ATTENTION, "kv_channels"):
-            return None
-        raise UnderivableError(
-            f"model.kv_channels is not set and model.hidden_size={c.model.hidden_size} is not a "
-            f"multiple of model.num_attention_heads={heads}; set model.kv_channels"
-        )
-    return c.model.hidden_size // heads
+    width = ("model.hidden_size", c.model.hidden_size)
+    return _divided(c, ATTENTION, "kv_channels", width, "num_attention_heads")
 
 
 def _mamba_num_heads(c: RunConfig) -> int | None:
     if 2 not in mamba_versions(c.model):
         return None
-    inner, head_dim = 2 * c.model.hidden_size, c.model.mamba_head_dim
-    if inner % head_dim:
-        if all_say(c.model, MAMBA, "mamba_num_heads"):
-            return None
-        raise UnderivableError(
-            f"model.mamba_num_heads is not set and 2 * model.hidden_size={inner} is not a "
-            f"multiple of model.mamba_head_dim={head_dim}; set model.mamba_num_heads"
-        )
-    return inner // head_dim
+    inner = ("2 * model.hidden_size", 2 * c.model.hidden_size)
+    return _divided(c, MAMBA, "mamba_num_heads", inner, "mamba_head_dim")
 
 
 def _mamba_intermediate_size(c: RunConfig) -> int | None:
@@ -96,15 +103,8 @@ def _mamba_dt_rank(c: RunConfig) -> int | None:
 def _linear_num_key_heads(c: RunConfig) -> int | None:
     if GDN not in c.model.hybrid_layer_pattern:
         return None
-    width, head_dim = c.model.hidden_size, c.model.linear_key_head_dim
-    if width % head_dim:
-        if all_say(c.model, GDN, "linear_num_key_heads"):
-            return None
-        raise UnderivableError(
-            f"model.linear_num_key_heads is not set and model.hidden_size={width} is not a "
-            f"multiple of model.linear_key_head_dim={head_dim}; set model.linear_num_key_heads"
-        )
-    return width // head_dim
+    width = ("model.hidden_size", c.model.hidden_size)
+    return _divided(c, GDN, "linear_num_key_heads", width, "linear_key_head_dim")
 
 
 def _linear_num_value_heads(c: RunConfig) -> int | None:
