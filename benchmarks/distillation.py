@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distillation_cache import SAMPLES, compare_cached
+from distillation_cache import SAMPLES, build_stepper, compare_cached, medians, train_once
 from ssd_core import peak_resident_mib
 from torch import Tensor
 
@@ -147,25 +147,14 @@ def compare_steps(
     folder: Path, length: int, width: int, rounds: int, threads: int
 ) -> dict[str, float]:
     """On a rank: seconds of a step of either objective, and of the teacher's forward passes."""
-    from megatron_hybrid.config import RunConfig, load_config
+    from megatron_hybrid.config import load_config
     from megatron_hybrid.data.batch import Batch
-    from megatron_hybrid.data.tokenizer import build_tokenizer
-    from megatron_hybrid.model.build import build_model_chunks
-    from megatron_hybrid.model.transformer_config import transformer_config
     from megatron_hybrid.platform import initialize
     from megatron_hybrid.training.distributed import model_parallel_groups
-    from megatron_hybrid.training.optimizer import build_optimizer, wrap_data_parallel
-    from megatron_hybrid.training.start import find_start
-    from megatron_hybrid.training.step import BatchShape, Stepper
-    from megatron_hybrid.training.trainer import Trainer
+    from megatron_hybrid.training.step import BatchShape
 
     torch.set_num_threads(threads)
-    platform = initialize()
-    config = load_config(words(folder, length, width))
-    tokenizer = build_tokenizer("null", None, vocab_size=config.model.vocab_size)
-    with model_parallel_groups(config, platform):
-        start = find_start(config, tokenizer, 1)
-        Trainer(config, platform, "torch", tokenizer, start, time.monotonic()).run()
+    train_once(load_config(words(folder, length, width)))
     half = words(folder, length, width // 2)
     taught = [f"training.objective_options.teacher={folder}", "training.objective=distillation"]
     student, learner = load_config(half), load_config([*half, *taught])
@@ -179,17 +168,9 @@ def compare_steps(
                 samples=(number,),
             )
         )  # fmt: skip
-    with model_parallel_groups(student, platform):
-
-        def stepper(config: RunConfig) -> Stepper:
-            engine_config = transformer_config(config, "torch", platform.device)
-            chunks = build_model_chunks(config, engine_config, "torch")
-            model = wrap_data_parallel(config, engine_config, chunks)
-            optimizer = build_optimizer(config, engine_config, model)
-            return Stepper(config, model, optimizer, "torch", platform.device)
-
+    with model_parallel_groups(student, initialize()):
         shape = BatchShape(2, length)
-        plain_step, live_step = stepper(student), stepper(learner)
+        plain_step, live_step = build_stepper(student), build_stepper(learner)
         teacher: Any = live_step.objective.sources[0]  # type: ignore[attr-defined]
 
         def forward() -> None:
@@ -202,18 +183,7 @@ def compare_steps(
             "teacher's forward": forward,
             "live": lambda: live_step.train(iter(batches), shape, float("inf"), []),
         }
-        return _in_turns(sides, rounds)
-
-
-def _in_turns(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds + 1):
-        for name, side in sides.items():
-            start = time.perf_counter()
-            side()
-            if number:
-                found[name].append(time.perf_counter() - start)
-    return {name: statistics.median(seconds) for name, seconds in found.items()}
+        return medians(sides, rounds)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
