@@ -78,6 +78,13 @@ def vocab_parallel_divergence(
     return Divergence(*found)
 
 
+def row_blocks(logits: Tensor) -> Iterator[slice]:
+    """Rows of logits `[n, v]` to be worked on at a time, of about `BLOCK_LOGITS`."""
+    rows, vocabulary = logits.shape
+    size = max(1, BLOCK_LOGITS[logits.device.type] // vocabulary)
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
 class _VocabParallelDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -170,9 +177,7 @@ class _Pair:
         self.temperature = temperature
 
     def blocks(self) -> Iterator[slice]:
-        rows, vocabulary = self.both[0].shape
-        size = max(1, BLOCK_LOGITS[self.both[0].device.type] // vocabulary)
-        return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+        return row_blocks(self.both[0])
 
     def log_probabilities(self, side: int, rows: slice, norms: _Norms) -> Tensor:
         """`[r, v]` fp32, at the temperature; of the student (0) or the teacher (1)."""

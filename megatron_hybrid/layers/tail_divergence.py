@@ -14,7 +14,6 @@ Legend: s sequence, b batch, v vocabulary of this TP rank, k kept tokens; rows a
 tokens, r of them a block.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_hybrid.layers.kl_divergence import BLOCK_LOGITS, Divergence
+from megatron_hybrid.layers.kl_divergence import Divergence, row_blocks
 
 # Below all logits and log-sums, and finite, so that it can be subtracted from itself.
 _NOTHING = torch.finfo(torch.float32).min
@@ -119,7 +118,7 @@ class _TailDivergence(torch.autograd.Function):
         given = of_divergence if of_divergence is not None else of_loss
         if given is None:
             return (None,) * 8
-        for rows in _blocks(logits):
+        for rows in row_blocks(logits):
             grad: Tensor | None = None
             if of_divergence is not None:
                 scale = of_divergence.reshape(-1, 1)[rows] / ctx.temperature
@@ -209,12 +208,6 @@ def _local(ids: Tensor, vocabulary: int, rank: int) -> _Places:
     return _Places(local.masked_fill(~here, 0), here)
 
 
-def _blocks(logits: Tensor) -> Iterator[slice]:
-    rows, vocabulary = logits.shape
-    size = max(1, BLOCK_LOGITS[logits.device.type] // vocabulary)
-    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
-
-
 def _at(logits: Tensor, places: _Places, tp_group: dist.ProcessGroup) -> Tensor:
     """`[n, k]` fp32 logits of tokens, wherever they are; 0 of none."""
     found = logits.gather(1, places.at).float().masked_fill_(~places.here, 0.0)
@@ -239,7 +232,7 @@ def _log_sums(
     rows = len(logits)
     largest = logits.new_full((rows,), _NOTHING, dtype=torch.float32)
     sums = logits.new_zeros((2, rows), dtype=torch.float64)
-    for block in _blocks(logits):
+    for block in row_blocks(logits):
         rest = _without(logits[block], _Places(*(each[block] for each in places)), 1.0)
         largest[block] = rest.amax(1).clamp_min(_NOTHING)
         rest.sub_(largest[block, None])

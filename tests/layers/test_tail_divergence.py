@@ -53,9 +53,11 @@ def inputs(near: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 def found_of_cases() -> list[tuple[list[Tensor], Tensor, Tensor]]:
     """On a rank: of each case what is found of tokens, the gradient of the shard, and kept ids."""
+    from megatron_hybrid.layers import kl_divergence
     from megatron_hybrid.layers import tail_divergence as tail
 
-    tail.BLOCK_LOGITS = {"cpu": 5 * VOCABULARY}  # several blocks, the last of them a smaller one
+    # Several blocks, the last of them a smaller one.
+    kl_divergence.BLOCK_LOGITS = {"cpu": 5 * VOCABULARY}
     group = dist.group.WORLD
     assert group is not None
     results = []
