@@ -56,8 +56,7 @@ class RunData:
         """The name of the phase that a sample belongs to; None where there are not several."""
         if self.plan is None or len(self.plan.phases) == 1:
             return None
-        stretch = next(each for each in self.plan.stretches if sample < each.end_sample)
-        return self.plan.phases[stretch.phase].name
+        return self.plan.phases_of(sample)[0]
 
     @property
     def source_names(self) -> tuple[str, ...]:

@@ -163,7 +163,7 @@ class Plan:
 
     def phases_of(self, samples: ArrayLike) -> tuple[str, ...]:
         """The names of the phases of samples of the run, as for `locate`."""
-        numbers = self._stretch_numbers(np.array(samples, dtype=np.int64, ndmin=1))
+        numbers = self._stretch_numbers(samples)
         return tuple(self.phases[self.stretches[number].phase].name for number in numbers)
 
     def positions(self, sample: int) -> list[Position | None]:
