@@ -88,6 +88,7 @@ class Distillation(Objective):
         super().__init__(config, options)
         self.sources: list[TeacherSource] = []
         self._names: Sequence[str] = ()
+        self._teachers = list(options.named.values())
         self._weights: list[list[float]] = []  # by teacher and source
         self._pairs = [pair.name for pair in options.hidden_states]
         self._layers: LayerSource | None = None
@@ -125,7 +126,7 @@ class Distillation(Objective):
         from megatron_hybrid.teachers.cached import CachedTeacher
         from megatron_hybrid.teachers.live import LiveTeacher
 
-        for teacher in self.options.named.values():
+        for teacher in self._teachers:
             offload = self.options.teacher_offload
             if teacher.cache is not None:
                 self.sources.append(CachedTeacher(teacher.cache, device, sources))
@@ -228,7 +229,7 @@ class Distillation(Objective):
 
     def _weight(self, number: int, batch: "Batch") -> "Tensor":
         """Of a teacher, for each token: `[b, s]`."""
-        teacher = list(self.options.named.values())[number]
+        teacher = self._teachers[number]
         phase = batch.phases[0] if batch.phases else None  # a global batch is of one
         weights = batch.loss_mask.new_tensor(self._weights[number]) * teacher.phase_weight(phase)
         if "source" not in batch.extra:
