@@ -166,7 +166,7 @@ class GatedDeltaNet(MambaMixer):
     def _taps(self) -> Tensor:
         """Of the convolution `[c / CP, 4]`, of the heads of this rank."""
         convolved = list(self.in_proj_parts.values())[:3]
-        taps = [self._of_heads(each) for each in self.conv1d_weight.split(convolved)]
+        taps = [self._of_cp_rank(each) for each in self.conv1d_weight.split(convolved)]
         return torch.cat(taps).squeeze(1)
 
     def _inputs_of_rule(self, qkv: Tensor, packed: Tensor) -> tuple[Tensor, ...]:
@@ -174,7 +174,7 @@ class GatedDeltaNet(MambaMixer):
         parts = [part // self.head_ranks for part in self.in_proj_parts.values()]
         q, k, v = qkv.split(parts[:3], dim=-1)
         beta, alpha = packed[..., -sum(parts[4:]) :].split(parts[4:], dim=-1)
-        A_log, dt_bias = self._of_heads(self.A_log), self._of_heads(self.dt_bias)
+        A_log, dt_bias = self._of_cp_rank(self.A_log), self._of_cp_rank(self.dt_bias)
         return (
             q.unflatten(-1, (-1, self.key_dim)),
             k.unflatten(-1, (-1, self.key_dim)),
@@ -189,10 +189,3 @@ class GatedDeltaNet(MambaMixer):
         # Each TP rank has its own heads' part of the gradient.
         weight = copy_to_tensor_model_parallel_region(self.out_norm_weight, group=self.tp_group)
         return recomputed(gated_norm, y, z, weight, self.config.layernorm_epsilon).flatten(-2)
-
-    def _of_heads(self, parameter: Tensor) -> Tensor:
-        """What the heads of this context-parallel rank have of a parameter, along its rows."""
-        if self.state_passing:
-            return parameter
-        size = len(parameter) // self.cp_group.size()
-        return parameter.narrow(0, self.cp_group.rank() * size, size)

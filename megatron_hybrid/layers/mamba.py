@@ -46,7 +46,8 @@ class MambaMixer(MegatronModule):
     sharded over TP.
 
     Attributes:
-        tp_group: set by the mixer.
+        tp_group, cp_group, state_passing: set by the mixer; with the last, each context-parallel
+            rank has all heads of its part of the sequence.
         dims: along which parameters of its own are sharded, where it is not the first.
         whole: parameters of its own that every TP rank has alike.
         keys: in a checkpoint, of parameters of its own, where they differ from their names.
@@ -56,6 +57,8 @@ class MambaMixer(MegatronModule):
     """
 
     tp_group: ProcessGroup
+    cp_group: ProcessGroup
+    state_passing: bool
 
     def __init__(self, config: TransformerConfig, num_meta_tokens: int = 0) -> None:
         super().__init__(config)
@@ -139,6 +142,13 @@ class MambaMixer(MegatronModule):
         assert len(seq_idx) == 1, "packed documents are one row"
         taken, documents, places = after_prefix(seq_idx, self.num_meta_tokens)
         return row.index_select(0, taken), documents, places
+
+    def _of_cp_rank(self, parameter: Tensor, dim: int = 0) -> Tensor:
+        """What the heads or channels of this context-parallel rank have of a parameter."""
+        if self.state_passing:
+            return parameter
+        size = parameter.shape[dim] // self.cp_group.size()
+        return parameter.narrow(dim, self.cp_group.rank() * size, size)
 
     def _parameter(
         self, *shape: int, dtype: torch.dtype = torch.float32, dim: int = 0

@@ -166,7 +166,7 @@ class Mamba1Mixer(MambaMixer):
             before: inputs of the convolution before the first token `[b, 3, d / CP]`.
         """
         weight, bias, dt_proj, dt_bias, A_log, D = (
-            self._of_channels(each)
+            self._of_cp_rank(each)
             for each in (self.conv1d_weight, self.conv1d_bias, self.dt_proj_weight, self.dt_bias,
                          self.A_log, self.D)
         )  # fmt: skip
@@ -176,20 +176,13 @@ class Mamba1Mixer(MambaMixer):
         else:
             convolve = partial(causal_conv1d_after, seq_idx=seq_idx)
             x = recomputed(convolve, x, weight.squeeze(1), bias, before)
-        projection = self._of_channels(self.x_proj_weight, dim=1)
+        projection = self._of_cp_rank(self.x_proj_weight, dim=1)
         low, B, C = self._of_all_channels(linear(x, projection))
         dt, A = linear(low, dt_proj), -torch.exp(A_log)
         return partial(
             selective_scan, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias,
             seq_idx=seq_idx, backend=self.kernel,
         )  # fmt: skip
-
-    def _of_channels(self, parameter: Tensor, dim: int = 0) -> Tensor:
-        """What the channels of this context-parallel rank have of a parameter."""
-        if self.state_passing:
-            return parameter
-        size = self.d_inner // self.cp_group.size()
-        return parameter.narrow(dim, self.cp_group.rank() * size, size)
 
     def _of_all_channels(self, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the steps are made of, B and C, added up over all ranks with other channels of the

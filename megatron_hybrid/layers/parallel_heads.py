@@ -35,20 +35,17 @@ class ParallelHeadsSubmodules(TransformerLayerSubmodules):
     mixer: ModuleSpec | type = field(default=IdentityOp)
 
 
-class ParallelHeads(TransformerLayer):
-    """x + attention_out * attention(attention_in * norm(x)) + ssm_out * mixer(ssm_in * norm(x)).
+class TwoMixers(TransformerLayer):
+    """A layer with a Mamba mixer, `mixer`, beside attention.
 
     In the engine's stack it stands in the place of an attention layer, as it needs the angles of
-    RoPE. Its parts are named as those of the layers that have one mixer: `self_attention`, `mixer`.
-
-    Forward: `[s, b, h]` -> (`[s, b, h]`, None).
+    RoPE.
     """
 
     def __init__(
         self,
         config: TransformerConfig,
         submodules: ParallelHeadsSubmodules,
-        factors: JoinFactors,
         pp_layer_offset: int | None = None,
         name: str | None = None,
         **named: Any,
@@ -60,7 +57,6 @@ class ParallelHeads(TransformerLayer):
             name=name,
             **named,
         )
-        self.factors = factors
         self.mixer = build_module(
             submodules.mixer,
             self.config,
@@ -70,6 +66,25 @@ class ParallelHeads(TransformerLayer):
             pp_layer_offset=pp_layer_offset or 0,
             name=f"{name}.mixer" if name is not None else None,
         )
+
+
+class ParallelHeads(TwoMixers):
+    """x + attention_out * attention(attention_in * norm(x)) + ssm_out * mixer(ssm_in * norm(x)).
+
+    Its parts are named as those of the layers that have one mixer: `self_attention`, `mixer`.
+
+    Forward: `[s, b, h]` -> (`[s, b, h]`, None).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: ParallelHeadsSubmodules,
+        factors: JoinFactors,
+        **named: Any,
+    ) -> None:
+        super().__init__(config, submodules, **named)
+        self.factors = factors
 
     def forward(
         self,

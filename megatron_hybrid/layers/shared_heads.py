@@ -19,14 +19,12 @@ from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.spec_utils import build_module
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megatron_hybrid.layers.mamba import MambaMixerSubmodules
 from megatron_hybrid.layers.mamba1 import Mamba1Mixer
 from megatron_hybrid.layers.norm import ShardedRMSNorm
-from megatron_hybrid.layers.parallel_heads import ParallelHeadsSubmodules
+from megatron_hybrid.layers.parallel_heads import TwoMixers
 
 
 @dataclass
@@ -180,30 +178,11 @@ class SharedHeadsMixer(Mamba1Mixer):
         return turned
 
 
-class SharedHeads(TransformerLayer):
-    """x + mixer(norm(x)), the norm being the mixer's; in the place of attention, as ParallelHeads.
+class SharedHeads(TwoMixers):
+    """x + mixer(norm(x)), the norm being the mixer's, and attention too.
 
     Forward: `[s, b, h]` -> (`[s, b, h]`, context).
     """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        submodules: ParallelHeadsSubmodules,
-        pp_layer_offset: int | None = None,
-        name: str | None = None,
-        **named: Any,
-    ) -> None:
-        super().__init__(
-            config=config, submodules=submodules, pp_layer_offset=pp_layer_offset, name=name,
-            **named,
-        )  # fmt: skip
-        self.mixer = build_module(
-            submodules.mixer, self.config, d_model=self.config.hidden_size,
-            layer_number=self.layer_number, pg_collection=self.pg_collection,
-            pp_layer_offset=pp_layer_offset or 0,
-            name=f"{name}.mixer" if name is not None else None,
-        )  # fmt: skip
 
     def forward(
         self,

@@ -110,17 +110,19 @@ def layer_classes(backend: str) -> LayerClasses:
     )
 
 
+def _of_sequences(model: ModelConfig, state_passing: bool) -> dict[str, Any]:
+    """What every mixer with a state is told of sequences, where it is not as usual."""
+    told = {"num_meta_tokens": model.num_meta_tokens, "state_passing": state_passing}
+    return {name: value for name, value in told.items() if value}
+
+
 def _mamba_mixer(
     classes: LayerClasses, model: ModelConfig, in_proj: type, factor: float, state_passing: bool
 ) -> ModuleSpec:
     """A Mamba-2 mixer whose input is multiplied with a factor: there is no bias in its way."""
-    params: dict[str, Any] = {"kernel": classes.mamba_kernel}
-    if state_passing:
-        params["state_passing"] = True
+    params = {"kernel": classes.mamba_kernel, **_of_sequences(model, state_passing)}
     if not model.mamba_rms_norm:
         params["gated_norm"] = False
-    if model.num_meta_tokens:
-        params["num_meta_tokens"] = model.num_meta_tokens
     multipliers = tuple(factor * each for each in model.ssm_multipliers)
     if any(each != 1 for each in multipliers):
         params["multipliers"] = multipliers
@@ -157,15 +159,12 @@ def mamba_mixer_spec(
 def _mamba1_params(
     classes: LayerClasses, model: ModelConfig, state_passing: bool
 ) -> dict[str, Any]:
-    params: dict[str, Any] = {
+    params = {
         "kernel": classes.mamba_kernel,
         "intermediate_size": model.mamba_intermediate_size,
         "dt_rank": model.mamba_dt_rank,
+        **_of_sequences(model, state_passing),
     }
-    if state_passing:
-        params["state_passing"] = True
-    if model.num_meta_tokens:
-        params["num_meta_tokens"] = model.num_meta_tokens
     return params | ({"inner_layernorms": True} if model.mamba_inner_layernorms else {})
 
 
@@ -270,10 +269,7 @@ def hybrid_stack_spec(
         submodules=TransformerLayerSubmodules(
             self_attention=ModuleSpec(
                 module=classes.gated_delta_net,
-                params={
-                    "num_meta_tokens": model.num_meta_tokens,
-                    "state_passing": state_passing,
-                },
+                params=_of_sequences(model, state_passing),
                 submodules=MambaMixerSubmodules(
                     in_proj=classes.norm_and_column_linear, out_proj=classes.row_linear
                 ),
