@@ -27,6 +27,8 @@ class Family:
         multiplied: of `config.layers.multiplied`, the fields that it holds.
         parallel_heads: whether it has layers of attention and Mamba side by side.
         takes_unlike: whether it looks at each layer's own sizes, and at Mamba-1.
+        in_transformers: whether transformers has its code; others are published with code of their
+            own, which is not run here.
         left_out: how names of its tensors begin that belong to no part of the model here.
     """
 
@@ -41,6 +43,7 @@ class Family:
     multiplied: Collection[str] = ()
     parallel_heads: bool = False
     takes_unlike: bool = False
+    in_transformers: bool = True
     left_out: tuple[str, ...] = ()
 
     def read(

@@ -16,7 +16,6 @@ from checkpoints_converter.carried_files import (
 )
 from checkpoints_converter.family import Family
 from checkpoints_converter.inspection import Contents, open_any
-from checkpoints_converter.registry import NOT_IN_TRANSFORMERS
 from checkpoints_converter.tokenizer_files import write_tokenizer
 from megatron_hybrid.checkpoint.carried import read_carried, write_files
 from megatron_hybrid.config import RunConfig
@@ -74,8 +73,7 @@ def write_small_files(
     }
     write_atomic(folder / CONFIG, _json(fields))
     notes = [f"it can be used with another tokenizer only: {problem}"] if problem else []
-    has_code = family.model_type in NOT_IN_TRANSFORMERS
-    release = None if has_code else releases.problem_here(family, config.model)
+    release = releases.problem_here(family, config.model) if family.in_transformers else None
     return [*notes, release] if release else notes
 
 
@@ -111,7 +109,6 @@ def _card(
         f"{pattern.count(symbol)} {kind}" for symbol, kind in KINDS.items() if pattern.has(symbol)
     )
     oldest, why = releases.floor(family, model)
-    has_code = family.model_type in NOT_IN_TRANSFORMERS
     facts: dict[str, Any] = {
         "Architecture": f"`{family.architecture}` (`{family.model_type}`)",
         "Layers": f"{pattern.num_layers}: {layers}",
@@ -126,9 +123,9 @@ def _card(
         "Sequence length in training": " to ".join(map(str, _lengths(config))),
         "Trained on ranks of": _layout(contents),
         "Tokenizer": tokenizer_note,
-        "transformers": "has no such model: the code of the released one goes with it"
-        if has_code
-        else f"{oldest} or later: {why}",
+        "transformers": f"{oldest} or later: {why}"
+        if family.in_transformers
+        else "has no such model: the code of the released one goes with it",
         "Converted from": f"`{checkpoint.name}`",
     }
     rows = [f"| {name} | {value} |" for name, value in facts.items() if value is not None]

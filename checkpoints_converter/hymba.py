@@ -399,4 +399,5 @@ FAMILY = Family(
     multiplied=("mamba_inner_layernorms", "parallel_heads_join", "num_meta_tokens"),
     parallel_heads=True,
     takes_unlike=True,
+    in_transformers=False,
 )

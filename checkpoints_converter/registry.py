@@ -25,10 +25,6 @@ MODULES = {
 }
 
 
-# Published with code of its own, which is not run here.
-NOT_IN_TRANSFORMERS = ("hymba",)
-
-
 # Families that come to mind, and why our layers cannot hold them exactly.
 _NOT_HELD = {
     "zamba2": "its attention layers share their weights; here each has its own",
@@ -87,20 +83,18 @@ def family_for(model: ModelConfig, model_type: str | None = None) -> Family:
     Raises:
         ConversionError: the model cannot be held, with every field that stands against it.
     """
-    names = [model_type] if model_type else list(MODULES)
-    for candidate in (each for each in map(family, names) if each.takes_unlike):
-        if not (_not_held(model, candidate) or candidate.cannot_hold(model)):
-            return candidate
     problem = mamba1_problem(model, _EXPORT) or unlike_problem(model, _EXPORT)
-    if problem and not (model_type and family(model_type).takes_unlike):
-        raise ConversionError(problem)
-    model = in_the_model(model)
     reasons = []
-    for name in names:
+    for name in [model_type] if model_type else MODULES:
         candidate = family(name)
-        problems = _not_held(model, candidate) or candidate.cannot_hold(model)
+        if problem and not candidate.takes_unlike:
+            continue
+        asked = model if candidate.takes_unlike else in_the_model(model)
+        problems = _not_held(asked, candidate) or candidate.cannot_hold(asked)
         if not problems:
             return candidate
         reasons.append(f"{name} cannot hold this model exactly:")
-        reasons += [f"  - {problem}" for problem in problems]
+        reasons += [f"  - {each}" for each in problems]
+    if problem and not (model_type and reasons):
+        raise ConversionError(problem)
     raise ConversionError("\n".join(reasons))

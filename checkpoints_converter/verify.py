@@ -18,7 +18,7 @@ from checkpoints_converter import releases
 from checkpoints_converter.arbiter import FAMILIES
 from checkpoints_converter.comparison import Comparison, grown
 from checkpoints_converter.errors import ConversionError
-from checkpoints_converter.registry import NOT_IN_TRANSFORMERS, family
+from checkpoints_converter.registry import family
 from checkpoints_converter.verify_report import Report, Text
 from checkpoints_converter.verify_sides import (
     Answer,
@@ -85,7 +85,7 @@ def verify(
     tokenizer = _tokenizer(folder, config, parse_special_tokens)
     hf_config = read_json(export / "config.json", ConversionError)
     chosen = family(hf_config.get("model_type"))
-    if chosen.model_type in NOT_IN_TRANSFORMERS:
+    if not chosen.in_transformers:
         raise ConversionError(
             f"{export} is of model_type={chosen.model_type!r}, which transformers has not: it is "
             "published with code of its own, and files that are loaded may run no code here"

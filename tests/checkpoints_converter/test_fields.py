@@ -15,7 +15,7 @@ from torch import Tensor
 from checkpoints_converter.common_fields import COMMON
 from checkpoints_converter.fields import Fields, Flag, MustBe, NoEffect, Number, Whole, names_of
 from checkpoints_converter.registry import MODULES as EVERY
-from checkpoints_converter.registry import NOT_IN_TRANSFORMERS, family
+from checkpoints_converter.registry import family
 from megatron_hybrid.config import ModelConfig
 from tests.checkpoints_converter.peer_models import VOCAB_SIZE, nemotron_h, tokens
 from tests.checkpoints_converter.test_families import (
@@ -27,7 +27,7 @@ from tests.checkpoints_converter.test_families import (
     with_norm,
 )
 
-MODULES = [name for name in EVERY if name not in NOT_IN_TRANSFORMERS]
+MODULES = [name for name in EVERY if family(name).in_transformers]
 # A tiny model of each family, with every kind of layer that it has.
 MODELS = {
     "nemotron_h": lambda **fields: nemotron_h("M*-E", **fields),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from checkpoints_converter.errors import ConversionError
 from checkpoints_converter.importing import Imported, ImportOptions, import_model
-from checkpoints_converter.registry import MODULES, NOT_IN_TRANSFORMERS
+from checkpoints_converter.registry import MODULES, family
 from checkpoints_converter.weights import Names
 from megatron_hybrid.checkpoint.reader import CheckpointReader, as_matrix
 from tests.checkpoints_converter.peer_models import nemotron_h, saved
@@ -32,7 +32,7 @@ TIED: dict[str, Callable[[], Any]] = {
     ),
     "falcon_h1": lambda: falcon(tie_word_embeddings=True, num_hidden_layers=1),
 }  # fmt: skip
-assert TIED.keys() == MODULES.keys() - {*NOT_IN_TRANSFORMERS}
+assert TIED.keys() == {name for name in MODULES if family(name).in_transformers}
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 from checkpoints_converter import releases
 from checkpoints_converter.export import ExportOptions, export
 from checkpoints_converter.importing import ImportOptions, import_model
-from checkpoints_converter.registry import MODULES, NOT_IN_TRANSFORMERS, family
+from checkpoints_converter.registry import MODULES, family
 from tests.checkpoints_converter.peer_models import saved
 from tests.checkpoints_converter.test_families import mamba2
 from tests.checkpoints_converter.test_fields import written
@@ -16,7 +16,9 @@ from tests.checkpoints_converter.test_fields import written
 GROUPED, ALWAYS = "5.23.0", "5.15.1"
 
 
-@pytest.mark.parametrize("model_type", sorted(MODULES.keys() - {*NOT_IN_TRANSFORMERS}))
+@pytest.mark.parametrize(
+    "model_type", sorted(name for name in MODULES if family(name).in_transformers)
+)
 def test_floor_of_each_family(model_type: str) -> None:
     """Up to 5.22 some families apply the gated norm over the whole width of the groups."""
     several, _ = written(model_type)
