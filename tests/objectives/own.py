@@ -1,5 +1,6 @@
 """Objectives as a user has them: outside of the package, named in a config."""
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ from pydantic import Field
 
 from megatron_hybrid.config.base import PositiveReal, Section
 from megatron_hybrid.objectives import Losses, Objective
+from megatron_hybrid.training.callbacks.base import Callback
 
 
 class NextByHidden(Objective):
@@ -67,6 +69,13 @@ class Counted(Objective):
 
     def after_step(self, reports: Mapping[str, float]) -> None:
         self.state = {"steps": self.state.get("steps", 0.0) + 1.0}
+
+
+class WithoutTeacher(Callback):
+    """Removes the teacher's files after the first step."""
+
+    def after_step(self, run: Any, step: Any) -> None:
+        shutil.rmtree(run.config.training.objective_options["teacher"], ignore_errors=True)
 
 
 class NoObjective:

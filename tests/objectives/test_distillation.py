@@ -74,14 +74,18 @@ def test_a_run(teacher: Path, tmp_path: Path) -> None:
 
 def test_by_source(teacher: Path, tmp_path: Path) -> None:
     """Of three sources, packed and in phases: each token's figures are its own source's, in steps
-    and on held-out samples, and the picture has both models' lines."""
+    and on held-out samples, and the picture has both models' lines. Once the run has begun, the
+    teacher's files may go."""
     run_dir, sources = tmp_path / "run", corpora(tmp_path, "math", "code", "web")
+    its = shutil.copytree(teacher, tmp_path / "teacher")
     line = [
         *phased_words(run_dir, sources, *STUDENT, "data.packed_documents=true"),
-        f"training.objective_options.teacher={teacher}", "training.eval_interval=2",
+        f"training.objective_options.teacher={its}", "training.eval_interval=2",
         "training.eval_iters=2", "data.split=80,20,0",
+        "training.callbacks=[tests.objectives.own:WithoutTeacher]",
     ]  # fmt: skip
     assert run_distributed(outcomes, 1, [line])[0] == ["finished"]
+    assert not its.exists()
     tokens: dict[str, int] = {}
     for record in records(run_dir):
         extra = record["extra"]

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from megatron_hybrid.config.phases import sequence_lengths
 from megatron_hybrid.objectives.registry import step_flops_per_token
 from megatron_hybrid.training.callbacks.base import Callback, Step
 from megatron_hybrid.training.metrics import peak_memory_gib
@@ -23,6 +24,11 @@ class Figures(Callback):
         self._recent: list[tuple[float, int]] = []  # seconds and tokens of the last steps
         self._flops: dict[int, float] = {}  # of a token, by the length of its sequence
 
+    def on_run_start(self, run: "Trainer") -> None:
+        """Count FLOPs while the files of a teacher are there, which later steps do not need."""
+        lengths = set(sequence_lengths(run.config))
+        self._flops = {length: step_flops_per_token(run.config, length) for length in lengths}
+
     def after_step(self, run: "Trainer", step: Step) -> None:
         self._recent = [*self._recent, (step.seconds, step.shape.tokens)][-RATE_STEPS:]
         if step.due:
@@ -32,9 +38,7 @@ class Figures(Callback):
         progress, result = run.progress, step.result
         consumed_tokens = run.consumed_tokens()
         tokens_per_s = step.shape.tokens / step.seconds
-        length = step.shape.seq_length
-        if length not in self._flops:
-            self._flops[length] = step_flops_per_token(run.config, length)
+        flops = self._flops[step.shape.seq_length]
         seconds_per_token = sum(s for s, _ in self._recent) / sum(n for _, n in self._recent)
         uses = run.data.consumed(progress.consumed_samples)
         losses = result.readings.get("moe_losses", {})
@@ -47,7 +51,7 @@ class Figures(Callback):
             learning_rate=step.learning_rate,
             grad_norm=result.grad_norm,
             tokens_per_s=tokens_per_s,
-            model_tflops_per_rank=tokens_per_s * self._flops[length] / dist.get_world_size() / 1e12,
+            model_tflops_per_rank=tokens_per_s * flops / dist.get_world_size() / 1e12,
             step_ms=step.seconds * 1000,
             peak_memory_gib=peak_memory_gib(run.device),
             eta_s=(run.steps.tokens - consumed_tokens) * seconds_per_token,
