@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from megatron_hybrid.config.describe import shown
 from megatron_hybrid.data.plan import Plan
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.json_text import parse_json
@@ -175,7 +176,8 @@ class Cache:
     def differences(self, other: "Cache") -> Iterator[str]:
         """What another one has otherwise: a sentence each."""
         ours, theirs = asdict(self.spec), asdict(other.spec)
-        yield from (f"{n}={theirs[n]} was {ours[n]}" for n in ours if ours[n] != theirs[n])
+        differ = (name for name in ours if ours[name] != theirs[name])
+        yield from (f"{name}={shown(theirs[name])} was {shown(ours[name])}" for name in differ)
         if self.plans.keys() != other.plans.keys():
             yield f"parts {', '.join(other.plans)} were {', '.join(self.plans)}"
         for part in self.plans.keys() & other.plans.keys():

@@ -382,7 +382,7 @@ def test_a_folder_of_other_answers(made: Made, tmp_path: Path) -> None:
     more = [*made.line, "training.seed=9", "data.packed_documents=true"]
     (tmp_path / "file").write_text("")
     for line, folder, problem in (
-        (more, made.cache, "packed_documents=True was False"),
+        (more, made.cache, "packed_documents=true was false"),
         (more, made.cache, "the plan of train is of other samples: its seed"),
         (made.line, made.cache, f"top_k=7 was {VOCAB_SIZE}"),
         (made.line, tmp_path, "holds other files, and no cache.json"),
