@@ -11,6 +11,7 @@ IGNORED_WARNINGS = (
     r"window_size should be",  # generating with Transformer Engine: the engine's, and put right
     r"Relying on pointer-based detection of packed",  # Transformer Engine: of the engine's calls
     r"When using (async grad allreduce|sequence parallelism)",  # a CUDA environment variable
+    r"`sequence_parallel` is set to `True`, but",  # experts, which one tensor rank holds whole
     r"The \.grad attribute of a Tensor that is not a leaf",  # optimizer: it looks, and knows
     r"`torch\.distributed\.\w+` is deprecated",  # the engine's calls, older than this torch
     r"torch\.distributed is disabled, unavailable or uninitialized",  # loading: on purpose
