@@ -20,7 +20,6 @@ from megatron_hybrid.config.linears import (
 )
 from megatron_hybrid.config.pattern import ATTENTION, GDN, MAMBA, MLP, MOE, PARALLEL, made_of
 from megatron_hybrid.config.precision import FLOAT8_RECIPES
-from megatron_hybrid.config.rules.context_parallel import way_of_states
 from megatron_hybrid.model.counts import layer_parameters, mean_keys
 from megatron_hybrid.planner.hardware import SHARES, Gpu, Shares
 from megatron_hybrid.planner.layout import Layout
@@ -383,8 +382,7 @@ class Rank:
         if cp == 1 or kind not in (MAMBA, GDN):
             return 0.0
         speed = self.bandwidth(layout.tp * cp)
-        backend = "torch" if self.config.backend == "torch" else "transformer_engine"
-        if way_of_states(self.config, backend) == "state_passing":
+        if layout.passes_states:
             passed = passed_bytes(
                 model, kind, tp=layout.tp, samples=layout.micro_batch, number_bytes=NUMBER_BYTES
             )

@@ -8,6 +8,7 @@ from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.pattern import parse_pattern
 from megatron_hybrid.config.phases import sequence_lengths
 from megatron_hybrid.config.ranks import data_parallel_size, rank_tokens
+from megatron_hybrid.config.rules.context_parallel import way_of_states
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Layout:
         seq_length: tokens, the longest of the run, and the meta tokens before them.
         tokens: of a micro batch on a rank, where TP ranks see all of them; of the longest samples.
         own_tokens: the same where sequence parallelism splits them.
+        passes_states: CP ranks keep their parts of the sequence in layers with a state.
     """
 
     tp: int
@@ -40,6 +42,7 @@ class Layout:
     seq_length: int
     tokens: int
     own_tokens: int
+    passes_states: bool
 
     @property
     def world_size(self) -> int:
@@ -76,10 +79,14 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
     pp, dp = p.pipeline_model_parallel_size, data_parallel_size(config, world_size)
     chunks = parse_pattern(config.model.hybrid_layer_pattern).chunks(pp)
     longest = max(sequence_lengths(config)) + config.model.num_meta_tokens
+    backend = "torch" if config.backend == "torch" else "transformer_engine"
+    way = way_of_states(config, backend)
+    passes_states = p.context_parallel_size > 1 and way == "state_passing"
     return Layout(
         p.tensor_model_parallel_size, pp, len(chunks) // pp, p.context_parallel_size,
         p.expert_model_parallel_size, p.expert_tensor_parallel_size or 1, dp, chunks,
         p.sequence_parallel, training.micro_batch_size,
         training.global_batch_size // (training.micro_batch_size * dp),
         longest, rank_tokens(config, longest, gathered=True), rank_tokens(config, longest),
+        passes_states,
     )  # fmt: skip

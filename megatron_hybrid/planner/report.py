@@ -10,7 +10,6 @@ from rich.table import Table
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.pattern import KINDS, MAMBA, MOE, has_kind
 from megatron_hybrid.config.precision import FLOAT8_RECIPES
-from megatron_hybrid.config.rules.context_parallel import way_of_states
 from megatron_hybrid.human import human_count
 from megatron_hybrid.model.counts import Flops, count_parameters, flops_per_token
 from megatron_hybrid.planner.generation import GenerationMemory, generation_memory
@@ -142,9 +141,7 @@ def layout_text(layout: Layout, config: RunConfig) -> str:
     if layout.pp > 1:
         sizes.append(f"PP{layout.pp}" + (f"x{layout.vpp}" if layout.vpp > 1 else ""))
     if layout.cp > 1:
-        backend = "torch" if config.backend == "torch" else "transformer_engine"
-        passed = way_of_states(config, backend) == "state_passing"
-        sizes.append(f"CP{layout.cp}" + (" (states passed)" if passed else ""))
+        sizes.append(f"CP{layout.cp}" + (" (states passed)" if layout.passes_states else ""))
     sizes += [f"EP{layout.ep}"] if layout.ep > 1 else []
     again = ", recomputed" if config.training.recompute_granularity == "full" else ""
     if modules := Features.of(config).recompute:
