@@ -5,6 +5,7 @@ import pickle
 import queue
 import subprocess
 import sys
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -230,3 +231,22 @@ def test_openmp_sleeps_when_there_is_nothing_to_do() -> None:
         [sys.executable, "-c", SLEEPS_AFTER_A_SUM], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def warnings_of_an_experts_linear() -> list[str]:
+    from megatron.core import parallel_state
+    from megatron.core.model_parallel_config import ModelParallelConfig
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+
+    platform.initialize()
+    parallel_state.initialize_model_parallel()
+    config = ModelParallelConfig(use_cpu_initialization=True)
+    config.sequence_parallel = True  # the model's, which has more tensor ranks than its experts
+    with warnings.catch_warnings(record=True) as caught:
+        ColumnParallelLinear(4, 4, config=config, init_method=torch.nn.init.zeros_)
+    return [str(warning.message) for warning in caught]
+
+
+def test_a_layer_of_one_tensor_rank_is_no_warning() -> None:
+    """Experts under sequence parallelism are as they were asked for."""
+    assert run_distributed(warnings_of_an_experts_linear, 1) == [[]]
