@@ -118,9 +118,9 @@ def read_scores(path: Path, model: ModelConfig, fingerprint: str) -> Scores:
         lines = problems[:10] or [
             f"its weights have the fingerprint {theirs[:16]}, those to be pruned {fingerprint[:16]}"
         ]
-        text = "".join(f"\n  - {line}" for line in lines)
         raise UserError(
-            f"--scores {path} is of another checkpoint ({said.get('checkpoint', 'unknown')}):{text}"
+            f"--scores {path} is of another checkpoint ({said.get('checkpoint', 'unknown')}): "
+            f"{'; '.join(lines)}"
         )
     return Scores(values, theirs, said)
 

@@ -69,8 +69,9 @@ def word_problems(parent: RunConfig, words: Sequence[str]) -> list[str]:
     for path, value in typed.items():
         if path.startswith("model.") and path not in _MAY_CHANGE:
             field = path.removeprefix("model.").partition(".")[0]
-            decides = "the options" if field in (*SHAPE_FIELDS, "layers") else "the parent's model"
-            found.append(f"{path}={value} cannot be set here: {decides} decides it")
+            is_shape = field in (*SHAPE_FIELDS, "layers")
+            decides = "the options decide it" if is_shape else "the parent's model decides it"
+            found.append(f"{path}={value} cannot be set here: {decides}")
         if path.startswith("upcycling.") or path in _LOADING:
             found.append(f"{path}={value} cannot be set here: it is of the run that goes on")
     modules = parent.model.mtp_num_layers

@@ -67,13 +67,17 @@ TYPED = {
     ],
     "--hidden-size 24 --scores {}/whole --keep first": ["--scores with --keep first"],
     "--hidden-size 24 --scores {}/none": ["none cannot be read: there is no such file"],
-    "--hidden-size 24 --scores {}/other": ["is of another checkpoint (elsewhere)"],
+    "--hidden-size 24 --scores {}/other": [
+        "is of another checkpoint (elsewhere): its weights have the fingerprint"
+    ],
     "--hidden-size 24 --scores {}/short": [
         "hidden has the shape (5,); it must have (32,)", "depth holds what is no finite number"
     ],
     "--hidden-size 24 --scores {}/damaged": ["damaged is damaged:"],
     "--hidden-size 24 --scores {}/text": ["text is damaged:"],
-    "--drop-layers 1 model.hidden_size=16": ["model.hidden_size=16 cannot be set here"],
+    "--drop-layers 1 model.hidden_size=16": [
+        "model.hidden_size=16 cannot be set here: the options decide it"
+    ],
     "--drop-layers 1 checkpoint.finetune=true": ["checkpoint.finetune=True cannot be set here"],
     "--mamba-num-heads 2 --keep first parallel.tensor_model_parallel_size=4": [
         "model.mamba_num_heads=2", "parallel.tensor_model_parallel_size=4"
