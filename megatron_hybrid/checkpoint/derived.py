@@ -4,12 +4,14 @@ The counters, the tokenizer and the plan of the data go on; the optimizer's stat
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from megatron_hybrid.checkpoint import files
 from megatron_hybrid.checkpoint.carried import carried_on, write_carried
@@ -19,6 +21,7 @@ from megatron_hybrid.checkpoint.progress import Progress, saved_progress
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.same_samples import refuse_other_samples
 from megatron_hybrid.checkpoint.saved_config import saved_config
+from megatron_hybrid.checkpoint.writer import CheckpointWriter
 from megatron_hybrid.claim import CLAIM_FILE, claim_file, claimed
 from megatron_hybrid.config import CONFIG_FILE, RunConfig
 from megatron_hybrid.data.saved_files import DATA_FILES_FILE
@@ -91,6 +94,20 @@ class Beside:
             has_plan = (source / DATA_PLAN_FILE).exists()
             refuse_other_samples(source, config, saved, has_plan=has_plan)
         return cls(source, config, tokenizer, progress)
+
+    def common(self, iteration: int, made: str, origin: Mapping[str, Any]) -> dict[str, Any]:
+        """The part of the checkpoint that belongs to no rank: counters, as in the source.
+
+        Args:
+            made: `UPCYCLING` or `COMPRESSION`.
+            origin: of what and how.
+        """
+        common = {
+            "checkpoint_version": 3.0,
+            "iteration": iteration,
+            made: {"from": str(self.source), **origin},
+        }
+        return common if self.progress is None else common | {"progress": vars(self.progress)}
 
     def write(self, partial: Path, threads: int) -> None:
         """The files beside the tensors: config, tokenizer, plan of the data, checksums."""
@@ -183,17 +200,80 @@ def _one_thread_an_operation() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def parts(
-    shape: tuple[int, ...], itemsize: int, most: int = PART_BYTES
-) -> Iterator[tuple[int, int]]:
-    """A tensor in parts along dim 0: first index, index after the last."""
-    length = shape[0]
-    step = max(1, most * length // max(1, torch.Size(shape).numel() * itemsize))
-    for start in range(0, length, step):
-        yield start, min(start + step, length)
+class MadeTensor(Protocol):
+    """A tensor of the new checkpoint."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As it is stored."""
+
+
+def nbytes(made: MadeTensor) -> int:
+    """Size of a tensor in bytes."""
+    return torch.Size(made.shape).numel() * made.dtype.itemsize
+
+
+def parts[Made: MadeTensor](
+    tensors: Iterable[tuple[str, Made]], most: int = PART_BYTES
+) -> Iterator[tuple[str, Made, int, int]]:
+    """Tensors in parts along dim 0: name, tensor, first index, index after the last."""
+    for name, made in tensors:
+        length = made.shape[0]
+        step = max(1, most * length // max(1, nbytes(made)))
+        for start in range(0, length, step):
+            yield name, made, start, min(start + step, length)
 
 
 Advance = Callable[[int, int], None]
+# File, name, first index, index after the last along dim 0, and its elements in any pieces.
+WritePart = Callable[[int, str, int, int, Iterable[Tensor]], None]
+
+
+@contextmanager
+def written_tensors(
+    folder: Path,
+    tensors: Mapping[str, MadeTensor],
+    extra_states: Iterable[str],
+    common: Mapping[str, Any],
+    threads: int,
+    advance: Advance,
+) -> Iterator[WritePart]:
+    """What writes parts of a checkpoint's tensors; where the block ends, the index is written.
+
+    Args:
+        folder: exists, and is empty.
+        tensors: all of them, by name.
+        extra_states: keys of modules' states, which are empty.
+        common: the part that belongs to no rank.
+        threads: that write, each into a file of its own.
+        advance: told bytes written since the last call, and bytes in all.
+    """
+    total = sum(nbytes(made) for made in tensors.values())
+    advance(0, total)
+    writer = CheckpointWriter(folder, threads)
+
+    def counted(rows: Iterable[Tensor]) -> Iterator[Tensor]:
+        for piece in rows:
+            yield piece
+            advance(piece.numel() * piece.element_size(), total)
+
+    def write_part(file: int, name: str, start: int, stop: int, rows: Iterable[Tensor]) -> None:
+        shape = (stop - start, *tensors[name].shape[1:])
+        writer.write_part(file, name, start, shape, counted(rows))
+
+    try:
+        for name, made in tensors.items():
+            writer.declare(name, made.shape, made.dtype)
+        yield write_part
+        for key in extra_states:
+            writer.write_object(key, None)
+        writer.finish(dict(common))
+    finally:
+        writer.close()
 
 
 def derived_tokenizer(source: Path, was: RunConfig, config: RunConfig) -> Tokenizer:

@@ -42,11 +42,6 @@ class Made:
     kept: tuple[Tensor | None, ...]
     factor: float = 1.0
 
-    @property
-    def nbytes(self) -> int:
-        """Its size in bytes."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
 
 class PrunedTensors:
     """What the checkpoint of a smaller model holds.

@@ -3,18 +3,22 @@ axis. No model, no process group.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from megatron_hybrid.checkpoint import files
-from megatron_hybrid.checkpoint.derived import Advance, Beside, Written, new_checkpoint, parts
+from megatron_hybrid.checkpoint.derived import (
+    Advance,
+    Beside,
+    Written,
+    nbytes,
+    new_checkpoint,
+    parts,
+    written_tensors,
+)
 from megatron_hybrid.checkpoint.progress import COMPRESSION, Progress
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.threads import default_threads, in_threads
-from megatron_hybrid.checkpoint.writer import CheckpointWriter
 from megatron_hybrid.compression.choose import (
     hidden_channels,
     least_important_layers,
@@ -115,7 +119,7 @@ class Pruning:
     @property
     def nbytes(self) -> int:
         """Of all tensors."""
-        return sum(made.nbytes for made in self._tensors.made.values())
+        return sum(nbytes(made) for made in self._tensors.made.values())
 
     def _dropped(self) -> set[int]:
         """Numbers of the layers that go."""
@@ -142,46 +146,23 @@ class Pruning:
         tensors, save = self._tensors, self._save
         iteration = int(tensors.reader.common.get("iteration", 0))
         with tensors.reader as reader, new_checkpoint(save, iteration, "compress") as partial:
-            self._write_tensors(partial, self._common(iteration), advance)
+            self._write_tensors(partial, iteration, advance)
             reader.verify()
             text = json.dumps(self._provenance, indent=1) + "\n"
             write_atomic(partial / PROVENANCE_FILE, text)
             self._beside.write(partial, self._threads)
         return Written(files.iteration_folder(save, iteration), len(tensors.made), self.nbytes)
 
-    def _common(self, iteration: int) -> dict[str, Any]:
-        """The part of the checkpoint that belongs to no rank: counters, as in the parent."""
-        origin = {name: self._provenance[name] for name in ("from", "fingerprint", "scores")}
-        common = {"checkpoint_version": 3.0, "iteration": iteration, COMPRESSION: origin}
-        return common if self.progress is None else common | {"progress": vars(self.progress)}
-
-    def _write_tensors(self, folder: Path, common: dict[str, Any], advance: Advance) -> None:
+    def _write_tensors(self, folder: Path, iteration: int, advance: Advance) -> None:
         """All tensors and the index of them."""
-        made, total = self._tensors.made, self.nbytes
-        advance(0, total)
-        writer = CheckpointWriter(folder, self._threads)
+        tensors, made = self._tensors, self._tensors.made
+        origin = {name: self._provenance[name] for name in ("fingerprint", "scores")}
+        common = self._beside.common(iteration, COMPRESSION, origin)
+        states = extra_states(self.config.model)
+        with written_tensors(folder, made, states, common, self._threads, advance) as write_part:
 
-        def counted(pieces: Iterator[Tensor]) -> Iterator[Tensor]:
-            for piece in pieces:
-                yield piece
-                advance(piece.numel() * piece.element_size(), total)
+            def write(part: tuple[str, Made, int, int], file: int) -> None:
+                name, each, start, stop = part
+                write_part(file, name, start, stop, tensors.rows(each, start, stop))
 
-        def write(part: tuple[str, Made, int, int], file: int) -> None:
-            name, each, start, stop = part
-            rows = counted(self._tensors.rows(each, start, stop))
-            writer.write_part(file, name, start, (stop - start, *each.shape[1:]), rows)
-
-        try:
-            for name, each in made.items():
-                writer.declare(name, each.shape, each.dtype)
-            every = (
-                (name, each, start, stop)
-                for name, each in made.items()
-                for start, stop in parts(each.shape, each.dtype.itemsize)
-            )
-            in_threads(every, write, self._threads)
-            for key in extra_states(self.config.model):
-                writer.write_object(key, None)
-            writer.finish(common)
-        finally:
-            writer.close()
+            in_threads(parts(made.items()), write, self._threads)

@@ -13,6 +13,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from megatron_hybrid.checkpoint.derived import BLOCK_BYTES
 from megatron_hybrid.checkpoint.errors import CheckpointError
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.threads import in_threads
@@ -25,7 +26,6 @@ from megatron_hybrid.model.tensor_names import NO_WEIGHTS, NORM_NAMES, VOCABULAR
 from megatron_hybrid.upcycling.scheme import Scheme
 
 FC1, FC2 = "linear_fc1", "linear_fc2"
-BLOCK_BYTES = 4 << 20  # of a matrix, read and scaled at a time
 DRAWN_BYTES = 256 << 10  # the same where some is drawn, which takes ten times its size
 
 

@@ -3,24 +3,31 @@
 Beside it there are blocks of a few MiB per thread. No model, no process group.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_hybrid.checkpoint import files
-from megatron_hybrid.checkpoint.derived import Advance, Beside, Written, new_checkpoint, parts
+from megatron_hybrid.checkpoint.derived import (
+    BLOCK_BYTES,
+    Advance,
+    Beside,
+    WritePart,
+    Written,
+    nbytes,
+    new_checkpoint,
+    parts,
+    written_tensors,
+)
 from megatron_hybrid.checkpoint.progress import UPCYCLING, Progress
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.threads import default_threads, in_threads
-from megatron_hybrid.checkpoint.writer import CheckpointWriter
 from megatron_hybrid.config import RunConfig, UpcyclingConfig
 from megatron_hybrid.model.tensor_names import extra_states
 from megatron_hybrid.upcycling.scheme import scheme_between
-from megatron_hybrid.upcycling.tensors import BLOCK_BYTES, Made, UpcycledTensors
+from megatron_hybrid.upcycling.tensors import Made, UpcycledTensors
 
 
 class Upcycling:
@@ -82,95 +89,48 @@ class Upcycling:
         with (
             tensors.reader as reader, new_checkpoint(save, iteration, "upcycle") as partial
         ):  # fmt: skip
-            total = _write_tensors(partial, tensors, self._beside.config, self._common(), advance)
+            self._write_tensors(partial, advance)
             reader.verify()
             self._beside.write(partial, tensors.threads)
+        total = sum(nbytes(made) for made in tensors.made.values())
         return Written(files.iteration_folder(save, iteration), len(tensors.made), total)
 
     @property
     def _iteration(self) -> int:
         return int(self._tensors.reader.common.get("iteration", 0))
 
-    def _common(self) -> dict[str, Any]:
-        """The part of the checkpoint that belongs to no rank: counters, as in the dense one."""
-        common = {
-            "checkpoint_version": 3.0,
-            "iteration": self._iteration,
-            UPCYCLING: {"from": str(self._beside.source), **asdict(self.scheme)},
-        }
-        return common if self.progress is None else common | {"progress": vars(self.progress)}
+    def _write_tensors(self, folder: Path, advance: Advance) -> None:
+        """All tensors and the index of them."""
+        tensors, made = self._tensors, self._tensors.made
+        common = self._beside.common(self._iteration, UPCYCLING, asdict(self.scheme))
+        states = extra_states(self._beside.config.model)
+        with written_tensors(folder, made, states, common, tensors.threads, advance) as write_part:
+
+            def copy(part: tuple[str, Made, int, int], file: int) -> None:
+                name, each, start, stop = part
+                write_part(file, name, start, stop, _rows(tensors, each, start, stop))
+
+            in_threads(
+                parts(item for item in made.items() if item[1].kind == "copied"),
+                copy,
+                tensors.threads,
+            )
+            for name, each in made.items():
+                if each.kind != "copied":
+                    _write_made(write_part, tensors, name, each)
 
 
-def _write_tensors(
-    folder: Path,
-    tensors: UpcycledTensors,
-    config: RunConfig,
-    common: dict[str, Any],
-    advance: Advance,
-) -> int:
-    """All tensors and the index of them; how many bytes they have."""
-    threads = tensors.threads
-    total = sum(nbytes(made) for made in tensors.made.values())
-    advance(0, total)
-    writer = CheckpointWriter(folder, threads)
-
-    def counted(pieces: Iterator[Tensor]) -> Iterator[Tensor]:
-        for piece in pieces:
-            yield piece
-            advance(piece.numel() * piece.element_size(), total)
-
-    try:
-        for name, made in tensors.made.items():
-            writer.declare(name, made.shape, made.dtype)
-        copied = [item for item in tensors.made.items() if item[1].kind == "copied"]
-
-        def copy(part: tuple[str, Made, int, int], file: int) -> None:
-            name, made, start, stop = part
-            rows = counted(_rows(tensors, made, start, stop))
-            writer.write_part(file, name, start, (stop - start, *made.shape[1:]), rows)
-
-        in_threads(_parts(copied), copy, threads)
-        for name, made in tensors.made.items():
-            if made.kind != "copied":
-                _write_made(writer, tensors, name, made, counted)
-        for key in extra_states(config.model):
-            writer.write_object(key, None)
-        writer.finish(common)
-    finally:
-        writer.close()
-    return total
-
-
-def _write_made(
-    writer: CheckpointWriter,
-    tensors: UpcycledTensors,
-    name: str,
-    made: Made,
-    counted: Callable[[Iterator[Tensor]], Iterator[Tensor]],
-) -> None:
+def _write_made(write_part: WritePart, tensors: UpcycledTensors, name: str, made: Made) -> None:
     """One tensor of an upcycled layer; experts in threads, of one matrix in memory."""
     if made.kind == "experts":
         matrix = tensors.matrix(made)
 
         def work(expert: int, file: int) -> None:
-            rows = counted(tensors.expert(made, matrix, expert))
-            writer.write_part(file, name, expert, (1, *made.shape[1:]), rows)
+            write_part(file, name, expert, expert + 1, tensors.expert(made, matrix, expert))
 
         in_threads(range(made.shape[0]), work, tensors.threads)
     else:
-        writer.write_part(0, name, 0, made.shape, counted(iter([tensors.whole(made)])))
-
-
-def nbytes(made: Made) -> int:
-    """Size of a tensor in bytes."""
-    return torch.Size(made.shape).numel() * made.dtype.itemsize
-
-
-def _parts(tensors: list[tuple[str, Made]]) -> Iterator[tuple[str, Made, int, int]]:
-    """Copied tensors in parts along dim 0: name, tensor, first index, index after the last."""
-    for name, made in tensors:
-        for start, stop in parts(made.shape, made.dtype.itemsize):
-            yield name, made, start, stop
+        write_part(0, name, 0, made.shape[0], [tensors.whole(made)])
 
 
 def _rows(tensors: UpcycledTensors, made: Made, start: int, stop: int) -> Iterator[Tensor]:
