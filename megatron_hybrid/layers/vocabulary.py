@@ -74,6 +74,11 @@ class _Padded(torch.autograd.Function):
         return grad, None
 
 
+def named_seed(text: str) -> int:
+    """A seed for a generator of one's own, of 63 bits, which depends on a text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
 def draw_vocabulary(
     seed: int, matrix: str, words: int, std: float, *, whole: bool = False
 ) -> Callable[[Tensor], None]:
@@ -100,9 +105,7 @@ def draw_vocabulary(
         generator = torch.Generator(weight.device)
         weight.zero_()
         for start in range(first - first % BLOCK_ROWS, end, BLOCK_ROWS):
-            text = f"{seed}/{matrix}/{start}"
-            digest = hashlib.sha256(text.encode()).digest()
-            generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            generator.manual_seed(named_seed(f"{seed}/{matrix}/{start}"))
             drawn = torch.empty(BLOCK_ROWS, width, device=weight.device)
             drawn.normal_(0.0, std, generator=generator)
             low, high = max(start, first), min(start + BLOCK_ROWS, end)

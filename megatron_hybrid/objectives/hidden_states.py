@@ -7,7 +7,6 @@ Legend: s tokens of this context parallel rank, and with sequence parallelism of
 parallel rank; b samples of the micro batch, h the student's hidden size, t the teacher's.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +18,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megatron_hybrid.config import RunConfig
+from megatron_hybrid.layers.vocabulary import named_seed
 from megatron_hybrid.objectives.layer_pairs import LayerPair
 
 Kind = Literal["cosine", "mse"]
@@ -47,8 +47,7 @@ def projection(width: int, teacher_width: int, seed: int, name: str) -> nn.Linea
     It depends on the seed and the name alone, and the run's generators do not move.
     """
     made = nn.Linear(width, teacher_width, bias=False, device="meta").to_empty(device="cpu")
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = torch.Generator().manual_seed(named_seed(f"{seed}/{name}"))
     with torch.no_grad():
         made.weight.normal_(0.0, width**-0.5, generator=generator)
     return made
