@@ -13,9 +13,9 @@ from megatron_hybrid.ops.gated_delta import (
     gated_delta_summary,
     torch_chunked,
 )
+from tests.ops.recurrences import BATCH, check, documents, results
 
 NAMES = ("q", "k", "v", "g", "beta")
-BATCH = 2
 
 
 def make_case(
@@ -40,38 +40,9 @@ def make_case(
     ]  # fmt: skip
 
 
-def documents(length: int) -> Tensor:
-    """seq_idx [BATCH, length] with documents of one and of many tokens, in each row others."""
-    generator = torch.Generator().manual_seed(length)
-    return (torch.rand(BATCH, length, generator=generator) < 0.1).int().cumsum(1)
-
-
-def run(
-    case: list[Tensor], backend: str, initial_state: Tensor | None = None, **named: Any
-) -> dict[str, Tensor]:
+def run(case: list[Tensor], backend: str, *state: Tensor | None, **named: Any) -> dict[str, Tensor]:
     """The output, the last state and every gradient, in float64."""
-    inputs = [each.detach().requires_grad_() for each in case]
-    if initial_state is not None:
-        inputs.append(initial_state.detach().requires_grad_())
-        named["initial_state"] = inputs[-1]
-    y, state = gated_delta_rule(*inputs[:5], backend=backend, **named)
-    assert y.dtype == case[0].dtype
-    generator = torch.Generator().manual_seed(1)
-    loss = sum(
-        (each * torch.randn(each.shape, generator=generator, dtype=torch.float64)).sum()
-        for each in (y, state)
-    )
-    grads = torch.autograd.grad(loss, inputs)
-    found = {"y": y, "state": state} | dict(zip((*NAMES, "initial_state"), grads, strict=False))
-    return {name: each.detach().double() for name, each in found.items()}
-
-
-def check(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> None:
-    """Relative errors in the Euclidean norm; what is not finite is wrong."""
-    assert got.keys() == want.keys()
-    for name, exact in want.items():
-        error = float((got[name] - exact).norm() / exact.norm().clamp_min(1e-30))
-        assert error < tolerance, f"{name}: {error:.1e}"
+    return results(gated_delta_rule, NAMES, case, *state, backend=backend, **named)
 
 
 @pytest.mark.parametrize(

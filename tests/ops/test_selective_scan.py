@@ -12,9 +12,9 @@ from megatron_hybrid.errors import UserError
 from megatron_hybrid.ops.selective_scan import selective_scan, torch_chunked
 from megatron_hybrid.ops.selective_scan.mamba_ssm import ENDLESS
 from megatron_hybrid.ops.selective_scan.torch_chunked import selective_scan_step
+from tests.ops.recurrences import BATCH, check, documents, results
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")
-BATCH = 2
 
 
 def make_case(length: int, channels: int, state: int, scale: float = 1.0) -> list[Tensor]:
@@ -37,39 +37,9 @@ def make_case(length: int, channels: int, state: int, scale: float = 1.0) -> lis
     ]  # fmt: skip
 
 
-def documents(length: int) -> Tensor:
-    """seq_idx [BATCH, length] with documents of one and of many tokens, in each row others."""
-    generator = torch.Generator().manual_seed(length)
-    return (torch.rand(BATCH, length, generator=generator) < 0.1).int().cumsum(1)
-
-
-def run(
-    case: list[Tensor], backend: str, initial_state: Tensor | None = None, **named: Any
-) -> dict[str, Tensor]:
+def run(case: list[Tensor], backend: str, *state: Tensor | None, **named: Any) -> dict[str, Tensor]:
     """The output, the last state and every gradient, in float64."""
-    inputs = [each.detach().requires_grad_() for each in case]
-    if initial_state is not None:
-        inputs.append(initial_state.detach().requires_grad_())
-        named["initial_state"] = inputs[-1]
-    y, state = selective_scan(*inputs[:8], backend=backend, **named)
-    assert y.dtype == case[0].dtype
-    generator = torch.Generator().manual_seed(1)
-    weights = (torch.randn(each.shape, generator=generator, dtype=torch.float64)
-               for each in (y, state))  # fmt: skip
-    loss = sum(((each * w).sum() for each, w in zip((y, state), weights, strict=True)))
-    grads = torch.autograd.grad(loss, inputs)
-    found = {"y": y, "state": state}
-    found |= dict(zip((*NAMES, "initial_state"), grads, strict=False))
-    return {name: each.detach().double() for name, each in found.items()}
-
-
-def errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, float]:
-    """Relative errors in the Euclidean norm; a result that is not finite counts as infinite."""
-    assert got.keys() == want.keys()
-    return {
-        name: ((got[name] - t).norm() / t.norm().clamp_min(1e-30)).nan_to_num(torch.inf).item()
-        for name, t in want.items()
-    }
+    return results(selective_scan, NAMES, case, *state, backend=backend, **named)
 
 
 CASES = pytest.mark.parametrize(
@@ -100,12 +70,10 @@ def test_blocks_equal_the_recurrence(
     want = run(case, "reference", first, **named)
     for part in (7 * state, 10**6):
         monkeypatch.setattr(torch_chunked, "STATES_A_TOKEN", part)
-        for name, error in errors(run(case, "torch", first, **named), want).items():
-            assert error < 1e-12, f"float64 {name}: {error:.1e}"
+        check(run(case, "torch", first, **named), want, 1e-12)
     single = [each.float() for each in case]
     of_single = run(single, "torch", None if first is None else first.float(), **named)
-    for name, error in errors(of_single, want).items():
-        assert error < 1e-5, f"float32 {name}: {error:.1e}"
+    check(of_single, want, 1e-5)
 
 
 def test_bfloat16_is_computed_in_float32() -> None:
@@ -115,8 +83,7 @@ def test_bfloat16_is_computed_in_float32() -> None:
         for name, each in zip(NAMES, make_case(101, 24, 16), strict=True)
     ]
     want = run([each.double() for each in case], "reference", seq_idx=documents(101))
-    for name, error in errors(run(case, "torch", seq_idx=documents(101)), want).items():
-        assert error < 4e-3, f"{name}: {error:.1e}"
+    check(run(case, "torch", seq_idx=documents(101)), want, 4e-3)
 
 
 def test_poisoned_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,8 +95,7 @@ def test_poisoned_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     )
     monkeypatch.setattr(torch, "empty_like", lambda tensor: empty_like(tensor).fill_(torch.nan))
     case, named = make_case(70, 9, 16), {"seq_idx": documents(70)}
-    for name, error in errors(run(case, "torch", **named), run(case, "reference", **named)).items():
-        assert error < 1e-12, f"{name}: {error:.1e}"
+    check(run(case, "torch", **named), run(case, "reference", **named), 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -187,8 +153,7 @@ def test_adapter_of_mamba_ssm(packed: bool, monkeypatch: pytest.MonkeyPatch) -> 
         counts = [len(row.unique()) for row in seq_idx]
         assert counts[0] != counts[1]
     want = run([each.double() for each in case], "reference", seq_idx=seq_idx)
-    for name, error in errors(run(case, "mamba_ssm", seq_idx=seq_idx), want).items():
-        assert error < 1e-5, f"{name}: {error:.1e}"
+    check(run(case, "mamba_ssm", seq_idx=seq_idx), want, 1e-5)
     assert torch.tensor(ENDLESS).bfloat16().double() == ENDLESS
     with pytest.raises(UserError, match="takes no initial_state"):
         selective_scan(*case, initial_state=torch.zeros(BATCH, 9, 16), backend="mamba_ssm")
