@@ -1,6 +1,6 @@
 """Which model a distributed checkpoint holds: from the run's own config, or from what is typed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from megatron_hybrid.checkpoint.saved_config import (
     refuse_other_model,
 )
 from megatron_hybrid.config import ModelConfig, RunConfig, build_config, load_config, rules
+from megatron_hybrid.config.flags import parse_command_line
 from megatron_hybrid.config.layers import in_the_model, refuse_mamba1, refuse_unlike
+from megatron_hybrid.config.rules.common import LENGTHS
 from megatron_hybrid.config.tracker import CONFIG_FILE
 
 
@@ -48,6 +50,52 @@ def source_config(reader: CheckpointReader, source: str | None) -> RunConfig:
         f"{reader.folder} does not say which model it holds: it has neither a run_config.yaml "
         "nor Megatron-LM's arguments; --model names a preset or YAML file that does"
     )
+
+
+def trained_config(checkpoint: Path, source: str | None, words: Sequence[str]) -> RunConfig:
+    """`source_config` of a checkpoint that another one is made of, which is trained on.
+
+    Args:
+        words: changes on top, as on a command line.
+
+    Raises:
+        UserError: nothing describes the model, or how it is to be trained.
+    """
+    with CheckpointReader(checkpoint) as reader:
+        config = source_config(reader, source)
+        if source is None and reader.config_file is None:
+            refuse_unsaid(checkpoint, words)
+    return config
+
+
+def derived_values(source: RunConfig, save: Path) -> dict[str, Any]:
+    """A config's values for what is made of its checkpoint.
+
+    How the source began, and where it saved, says nothing of the run that goes on from `save`.
+    """
+    values = source.model_dump(mode="json")
+    values["run_dir"] = str(save.parent if save.name == "checkpoints" else save)
+    values["upcycling"] = {}
+    values["optimizer"]["restart_schedule"] = False
+    for name in ("save", "load", "finetune", "load_optim", "load_rng", "verify_integrity"):
+        del values["checkpoint"][name]
+    return values
+
+
+def refuse_unsaid(source: Path, words: Sequence[str]) -> None:
+    """Of Megatron-LM's own checkpoint only the model is known: how it is trained must be typed.
+
+    Raises:
+        CheckpointError: naming what is not among the words.
+    """
+    typed = {path for path, _ in parse_command_line(words).values}
+    needed = (("optimizer.lr",), ("training.global_batch_size",), LENGTHS)
+    unsaid = [" or ".join(names) for names in needed if not typed & set(names)]
+    if unsaid:
+        raise CheckpointError(
+            f"{source} is Megatron-LM's own and does not say how it was trained; set "
+            f"{'; '.join(unsaid)}, or name a preset or YAML file with --model"
+        )
 
 
 def _described(

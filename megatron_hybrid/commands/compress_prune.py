@@ -1,20 +1,13 @@
 """`megatron-hybrid compress prune`: a smaller model's checkpoint, cut from a larger one's."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from megatron_hybrid.bounds import MOST_COUNT, MOST_EXPERTS, MOST_PROCESSES
+from megatron_hybrid.bounds import MOST_COUNT, MOST_EXPERTS
+from megatron_hybrid.commands.options import ModelOption, ThreadsOption, read_option
 from megatron_hybrid.commands.progress import byte_progress
-
-
-def _read[Value](read: Callable[[str], Value], text: str, hint: str) -> Value:
-    try:
-        return read(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint=hint) from error
 
 
 def prune(
@@ -77,16 +70,8 @@ def prune(
     restart_schedule: Annotated[
         bool, typer.Option(help="the learning rate begins its schedule anew; else it goes on")
     ] = True,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="preset or YAML file of the model, where the checkpoint names none; held against "
-            "the config of one that has it"
-        ),
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, max=MOST_PROCESSES, help="that write; by default up to 8")
-    ] = None,
+    model: ModelOption = None,
+    threads: ThreadsOption = None,
     dry_run: Annotated[bool, typer.Option(help="print what would be done, and exit")] = False,
 ) -> None:
     """Cut a smaller model from a trained one: `compress prune RUN --save OUT --hidden-size N ...`.
@@ -110,24 +95,19 @@ def prune(
     }
     request = Request(
         num_layers,
-        () if drop_layers is None else _read(read_numbers, drop_layers, "--drop-layers"),
+        () if drop_layers is None else read_option(read_numbers, drop_layers, "--drop-layers"),
         hidden_size,
         {name: size for name, size in sizes.items() if size is not None},
-        [each for text in layers or () for each in _read(read_sizes, text, "--layers")],
+        [each for text in layers or () for each in read_option(read_sizes, text, "--layers")],
     )
     source = find_checkpoint(checkpoint)  # what is not there is said before torch is loaded
     from megatron_hybrid.checkpoint.derived import refuse_to_replace
-    from megatron_hybrid.checkpoint.reader import CheckpointReader
-    from megatron_hybrid.checkpoint.source_model import source_config
+    from megatron_hybrid.checkpoint.source_model import trained_config
     from megatron_hybrid.compression.report import print_report
     from megatron_hybrid.compression.write import Pruning
-    from megatron_hybrid.upcycling.request import refuse_unsaid
 
     refuse_to_replace(save)
-    with CheckpointReader(source) as reader:
-        parent = source_config(reader, model)
-        if model is None and reader.config_file is None:
-            refuse_unsaid(source, context.args)
+    parent = trained_config(source, model, context.args)
     pruning = Pruning(
         source, parent, request, save, context.args, scores=scores, keep_first=keep == "first",
         restart_schedule=restart_schedule, threads=threads,

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from megatron_hybrid.bounds import MOST_NEW_TOKENS
 from megatron_hybrid.commands.app import only_with
-from megatron_hybrid.commands.options import ParseSpecialTokens
+from megatron_hybrid.commands.options import ModelOption, ParseSpecialTokens
 
 
 @only_with("prompt", "parse_special_tokens")
@@ -29,13 +29,7 @@ def verify(
         float | None,
         typer.Option(min=0, help="largest difference, in standard deviations; default 1e-5"),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="preset or YAML file of the model, where the checkpoint names none; held against "
-            "the config of one that has it"
-        ),
-    ] = None,
+    model: ModelOption = None,
     parse_special_tokens: ParseSpecialTokens = False,
     json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:

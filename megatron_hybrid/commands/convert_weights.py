@@ -6,16 +6,13 @@ from typing import Annotated, Literal
 
 import typer
 
-from megatron_hybrid.bounds import MOST_BYTES, MOST_COUNT, MOST_PROCESSES
+from megatron_hybrid.bounds import MOST_BYTES, MOST_COUNT
+from megatron_hybrid.commands.options import ModelOption, ThreadsOption
 from megatron_hybrid.commands.progress import byte_progress
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 Dtype = Literal["bf16", "fp32", "fp16"]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="of the weights; by default as stored")]
-ThreadsOption = Annotated[
-    int | None,
-    typer.Option(min=1, max=MOST_PROCESSES, help="that read and write; by default up to 8"),
-]
 
 
 def _bytes(text: str) -> int:
@@ -39,13 +36,7 @@ def to_hf(
     family: Annotated[
         str | None, typer.Option(help="model_type to write; by default the first that fits")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="preset or YAML file of the model, where the checkpoint names none; held against "
-            "the config of one that has it"
-        ),
-    ] = None,
+    model: ModelOption = None,
     in_place: Annotated[
         bool,
         typer.Option(

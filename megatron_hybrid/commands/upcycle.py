@@ -6,20 +6,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from megatron_hybrid.bounds import MOST_EXPERTS, MOST_PROCESSES
+from megatron_hybrid.bounds import MOST_EXPERTS
+from megatron_hybrid.commands.options import ModelOption, ThreadsOption, read_option
 from megatron_hybrid.commands.progress import byte_progress
 
 logger = logging.getLogger(__name__)
-
-
-def _layers(text: str) -> tuple[int, ...]:
-    """`2,4,10-20` -> the numbers."""
-    from megatron_hybrid.config.pattern import read_numbers
-
-    try:
-        return read_numbers(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 def upcycle(
@@ -75,16 +66,8 @@ def upcycle(
     restart_schedule: Annotated[
         bool, typer.Option(help="the learning rate begins its schedule anew; else it goes on")
     ] = True,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="preset or YAML file of the model, where the checkpoint names none; held against "
-            "the config of one that has it"
-        ),
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, max=MOST_PROCESSES, help="that write; by default up to 8")
-    ] = None,
+    model: ModelOption = None,
+    threads: ThreadsOption = None,
     dry_run: Annotated[bool, typer.Option(help="print what would be done, and exit")] = False,
 ) -> None:
     """Make a MoE checkpoint of a dense one: `upcycle ... [section.field=value | --flag value]...`.
@@ -95,26 +78,23 @@ def upcycle(
     from rich.console import Console
 
     from megatron_hybrid.checkpoint.files import find_checkpoint
+    from megatron_hybrid.config.pattern import read_numbers
 
-    chosen = None if layers is None else _layers(layers)
+    chosen = None if layers is None else read_option(read_numbers, layers, "--layers")
     source = find_checkpoint(load)  # what is not there is said before torch is loaded
     from megatron_hybrid.checkpoint.derived import refuse_to_replace
-    from megatron_hybrid.checkpoint.reader import CheckpointReader
     from megatron_hybrid.checkpoint.saved_config import other_functions, said_of_functions
-    from megatron_hybrid.checkpoint.source_model import source_config
+    from megatron_hybrid.checkpoint.source_model import trained_config
     from megatron_hybrid.config import UpcyclingConfig
     from megatron_hybrid.upcycling.report import print_report
-    from megatron_hybrid.upcycling.request import Request, refuse_unsaid, upcycled_config
+    from megatron_hybrid.upcycling.request import Request, upcycled_config
     from megatron_hybrid.upcycling.write import Upcycling
 
     request = Request(
         experts, granularity, topk, chosen, shared_experts, router_order == "softmax-topk"
     )
     refuse_to_replace(save)
-    with CheckpointReader(source) as reader:
-        dense = source_config(reader, model)
-        if model is None and reader.config_file is None:
-            refuse_unsaid(source, context.args)
+    dense = trained_config(source, model, context.args)
     config = upcycled_config(dense, request, save, context.args)
     options = UpcyclingConfig(
         router_std=router_std, router_noise=router_noise, reinit_fraction=reinit_fraction,

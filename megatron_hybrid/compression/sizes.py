@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hybrid.checkpoint.saved_config import FUNCTION_FIELDS, SHAPE_FIELDS
+from megatron_hybrid.checkpoint.source_model import derived_values
 from megatron_hybrid.compression.request import CUT, Request, has_axes, refusal, stages
 from megatron_hybrid.config import ModelConfig, RunConfig, load_config, rules
 from megatron_hybrid.config.flags import parse_command_line
@@ -96,14 +97,8 @@ def pruned_config(
     Raises:
         UserError: the smaller model breaks a rule of its layout or its training, or the words do.
     """
-    values = parent.model_dump(mode="json")
-    values["run_dir"] = str(save.parent if save.name == "checkpoints" else save)
+    values = derived_values(parent, save)
     values["model"] |= _model_values(parent.model, request, kept)
-    # How the parent began, and where it saved, says nothing of this one.
-    values["upcycling"] = {}
-    values["optimizer"]["restart_schedule"] = False
-    for name in ("save", "load", "finetune", "load_optim", "load_rng", "verify_integrity"):
-        del values["checkpoint"][name]
     if dict(parse_command_line(words).values).get("model.mtp_num_layers", 0) is None:
         values["model"]["mtp_hybrid_override_pattern"] = None
     try:

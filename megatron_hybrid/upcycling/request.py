@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hybrid.checkpoint.errors import CheckpointError
+from megatron_hybrid.checkpoint.source_model import derived_values
 from megatron_hybrid.config import ModelConfig, RunConfig, load_config, rules
 from megatron_hybrid.config.flags import parse_command_line
 from megatron_hybrid.config.layers import layers, shown_size
 from megatron_hybrid.config.pattern import MLP, MOE, parse_pattern
-from megatron_hybrid.config.rules.common import LENGTHS, divisors, listing
+from megatron_hybrid.config.rules.common import divisors, listing
 from megatron_hybrid.errors import ConfigError
 from megatron_hybrid.upcycling.scheme import factors_problem, sizes_in_common
 
@@ -79,16 +80,10 @@ def upcycled_config(
         except ConfigError as error:
             problems += error.problems
         raise _refusal(problems)
-    values = dense.model_dump(mode="json")
-    values["run_dir"] = str(save.parent if save.name == "checkpoints" else save)
+    values = derived_values(dense, save)
     values["model"] |= _model_values(dense.model, request)
     if MOE not in dense.model.hybrid_layer_pattern:
         values["model"]["moe_aux_loss_coeff"] = AUX_LOSS_COEFF
-    # How the dense run began, and where it saved, says nothing of this one.
-    values["upcycling"] = {}
-    values["optimizer"]["restart_schedule"] = False
-    for name in ("save", "load", "finetune", "load_optim", "load_rng", "verify_integrity"):
-        del values["checkpoint"][name]
     pattern = values["model"]["hybrid_layer_pattern"]
     config = load_config(words, which=rules.NO_FILES, base=values)
     found = config.model.hybrid_layer_pattern
@@ -105,22 +100,6 @@ def upcycled_config(
 def _refusal(problems: Sequence[str]) -> CheckpointError:
     lines = [f"  - {problem}" for problem in problems]
     return CheckpointError("\n".join(["this upcycling cannot be done:", *lines]))
-
-
-def refuse_unsaid(source: Path, words: Sequence[str]) -> None:
-    """Of Megatron-LM's own checkpoint only the model is known: how it is trained must be typed.
-
-    Raises:
-        CheckpointError: naming what is not among the words.
-    """
-    typed = {path for path, _ in parse_command_line(words).values}
-    needed = (("optimizer.lr",), ("training.global_batch_size",), LENGTHS)
-    unsaid = [" or ".join(names) for names in needed if not typed & set(names)]
-    if unsaid:
-        raise CheckpointError(
-            f"{source} is Megatron-LM's own and does not say how it was trained; set "
-            f"{'; '.join(unsaid)}, or name a preset or YAML file with --model"
-        )
 
 
 def _model_values(model: ModelConfig, request: Request) -> dict[str, Any]:

@@ -1,8 +1,6 @@
 """`compress prune`: the smaller model is the masked parent, whole or not there at all."""
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ from tests.compression.models import (
     zeroed,
 )
 from tests.training.runs import losses, words
-from tests.upcycling.models import as_words, logits, train
+from tests.upcycling.models import as_words, dying, logits, train
 
 TOLERANCE = 1e-5  # of the logits' standard deviation, in fp32
 ALL = Request(
@@ -256,22 +254,8 @@ def test_published_sizes(
 
 def prune_and_die(run: Path, save: Path, at: float | str) -> None:
     """On a rank: prune, and be killed when so much is written, or before it has its name."""
-
-    def die(*_: object, **__: object) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    written = 0
-
-    def advance(done: int, total: int) -> None:
-        nonlocal written
-        written += done
-        if not isinstance(at, str) and written >= at * total:
-            die()
-
-    if at == "publish":
-        files.put_in_place = die
     source, config = parent_of(run)
-    Pruning(source, config, SMALL, save, keep_first=True).write(advance)
+    Pruning(source, config, SMALL, save, keep_first=True).write(dying(at))
 
 
 @pytest.mark.parametrize("at", [0.0, 0.5, 1.0, "publish"])

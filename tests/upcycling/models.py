@@ -1,6 +1,8 @@
 """Small dense checkpoints, what is made of them, and their logits in any layout."""
 
-from collections.abc import Iterator, Sequence
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_hybrid.checkpoint import files
+from megatron_hybrid.checkpoint.files import TRACKER_FILE
 from megatron_hybrid.config import RunConfig, UpcyclingConfig, load_config, rules
 from megatron_hybrid.upcycling.request import Request, upcycled_config
 from megatron_hybrid.upcycling.write import Upcycling
@@ -128,3 +132,33 @@ def build(line: Sequence[str], checkpoint: Path, *, upcycle: bool = False) -> to
     load_checkpoint(config, checkpoint, [model], None, weights_only=True, upcycle=upcycle)
     evaluated: torch.nn.Module = model.eval()
     return evaluated
+
+
+def dying(at: float | str) -> Callable[[int, int], None]:
+    """On a rank: what `write` tells its bytes, which kills the rank when that share is written; or
+    the rank is killed in a step of publishing, "publish" or "tracker".
+    """
+
+    def die(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    written = 0
+
+    def advance(done: int, total: int) -> None:
+        nonlocal written
+        written += done
+        if not isinstance(at, str) and written >= at * total:
+            die()
+
+    write_atomic = files.write_atomic
+
+    def die_at_tracker(path: Path, data: str) -> None:
+        if path.name == TRACKER_FILE:
+            die()
+        write_atomic(path, data)
+
+    if at == "publish":
+        files.put_in_place = die
+    elif at == "tracker":
+        files.write_atomic = die_at_tracker
+    return advance

@@ -1,9 +1,7 @@
 """`megatron-hybrid upcycle`: what it makes, what it refuses, and what it leaves when it dies."""
 
-import os
 import re
 import shutil
-import signal
 import sys
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from megatron_hybrid.checkpoint.files import find_checkpoint
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.source_model import source_config
 from megatron_hybrid.cli import main
-from megatron_hybrid.config import CONFIG_FILE, TRACKER_FILE, UpcyclingConfig, load_config
+from megatron_hybrid.config import CONFIG_FILE, UpcyclingConfig, load_config
 from megatron_hybrid.data.tokenizer import NullTokenizer
 from megatron_hybrid.errors import ConfigError, UserError
 from megatron_hybrid.testing import run_distributed
@@ -23,7 +21,7 @@ from megatron_hybrid.testing.distributed import RankError
 from megatron_hybrid.training.start import open_run
 from megatron_hybrid.upcycling.request import Request, upcycled_config
 from megatron_hybrid.upcycling.write import Upcycling
-from tests.upcycling.models import dense_words, train, upcycle
+from tests.upcycling.models import dense_words, dying, train, upcycle
 
 # (what is typed beside --load and --save, every problem that is reported)
 REFUSED = {
@@ -289,34 +287,11 @@ def test_threads_change_nothing(dense: Path, tmp_path: Path) -> None:
 
 def upcycle_and_die(dense: Path, save: Path, at: float | str) -> None:
     """On a rank: upcycle, and be killed when so much is written, or in a step of publishing."""
-
-    def die(*_: object, **__: object) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    written = 0
-
-    def advance(done: int, total: int) -> None:
-        nonlocal written
-        written += done
-        if not isinstance(at, str) and written >= at * total:
-            die()
-
-    write_atomic = files.write_atomic
-
-    def die_at_tracker(path: Path, data: str) -> None:
-        if path.name == TRACKER_FILE:
-            die()
-        write_atomic(path, data)
-
-    if at == "publish":
-        files.put_in_place = die
-    elif at == "tracker":
-        files.write_atomic = die_at_tracker
     source = find_checkpoint(dense)
     with CheckpointReader(source) as reader:
         config = source_config(reader, None)
     moe = upcycled_config(config, Request(2, 4, 4), save, [])
-    Upcycling(source, config, moe, UpcyclingConfig()).write(save, advance)
+    Upcycling(source, config, moe, UpcyclingConfig()).write(save, dying(at))
 
 
 @pytest.mark.parametrize("at", [0.0, 0.2, 0.5, 0.9, 1.0, "publish", "tracker"])

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from megatron_hybrid.checkpoint.files import find_checkpoint
 from megatron_hybrid.checkpoint.reader import CheckpointReader
-from megatron_hybrid.checkpoint.source_model import source_config
+from megatron_hybrid.checkpoint.source_model import refuse_unsaid, source_config
 from megatron_hybrid.checkpoint.writer import CheckpointWriter
 from megatron_hybrid.config import ModelConfig, UpcyclingConfig, build_config, load_config
 from megatron_hybrid.errors import UserError
 from megatron_hybrid.model.tensor_names import NORM_NAMES, VOCABULARY_WEIGHTS
 from megatron_hybrid.testing import run_distributed
 from megatron_hybrid.upcycling import tensors
-from megatron_hybrid.upcycling.request import Request, refuse_unsaid, upcycled_config
+from megatron_hybrid.upcycling.request import Request, upcycled_config
 from megatron_hybrid.upcycling.scheme import Scheme, scheme_between, weight_scale
 from megatron_hybrid.upcycling.tensors import UpcycledTensors
 from megatron_hybrid.upcycling.write import Upcycling
