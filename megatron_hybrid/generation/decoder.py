@@ -35,11 +35,7 @@ from megatron_hybrid.generation.layers.mamba import MambaLayer, MambaMixer
 from megatron_hybrid.generation.layers.mamba1 import mamba_mixer
 from megatron_hybrid.generation.layers.mlp import MlpLayer
 from megatron_hybrid.generation.layers.moe import MoeLayer
-from megatron_hybrid.generation.layers.parallel_heads import (
-    ParallelHeadsLayer,
-    SharedHeadsLayer,
-    parallel_heads,
-)
+from megatron_hybrid.generation.layers.parallel_heads import parallel_heads
 from megatron_hybrid.generation.linears import Group, Linear, Norm, sum_over
 from megatron_hybrid.generation.params import Limits
 from megatron_hybrid.ops.bf16 import through_fp32
@@ -171,8 +167,7 @@ class Decoder:
             for layer in stage:
                 if isinstance(layer, MambaLayer):
                     hidden = layer(hidden, batch)
-                elif isinstance(layer, AttentionLayer | ParallelHeadsLayer | SharedHeadsLayer):
-                    heads = layer if isinstance(layer, AttentionLayer) else layer.attention
+                elif (heads := getattr(layer, "attention", None)) is not None:
                     rotary = rotaries.get(heads.rotated) if heads.rotates else None
                     hidden = layer(hidden, batch, rotary)
                 else:

@@ -143,22 +143,23 @@ class Attention:
         return attended.transpose(0, 1).flatten(0, 1)
 
 
-class AttentionLayer(Attention):
+class AttentionLayer:
     """Self-attention with the norm before it."""
 
     def __init__(self, layer: Any, group: Group) -> None:
-        super().__init__(layer, group)
+        self.attention = Attention(layer, group)
         linear_qkv = layer.self_attention.linear_qkv
         self.norm = Norm(linear_qkv, "layer_norm_weight", linear_qkv.eps)
 
     def refresh(self) -> None:
         """Take the parameters up again."""
-        self.norm.refresh()
-        super().refresh()
+        for each in (self.norm, self.attention):
+            each.refresh()
 
     def __call__(self, x: Tensor, batch: Batch, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         """`[T, h]` -> `[T, h]`."""
-        return self.proj.add_to(x, self.mixed(self.norm(x), batch, rotary))
+        attention = self.attention
+        return attention.proj.add_to(x, attention.mixed(self.norm(x), batch, rotary))
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
