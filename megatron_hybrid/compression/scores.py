@@ -28,7 +28,7 @@ from megatron_hybrid.config import ModelConfig
 from megatron_hybrid.config.layers import layers
 from megatron_hybrid.config.pattern import ATTENTION, MAMBA, MLP, MOE
 from megatron_hybrid.errors import UserError
-from megatron_hybrid.fileio import write_atomic
+from megatron_hybrid.fileio import file_errors, write_atomic
 from megatron_hybrid.model.tensor_names import NO_WEIGHTS
 from megatron_hybrid.small_files import naming
 
@@ -61,7 +61,6 @@ class Scores:
 
         metadata = {**self.said, "format": _FORMAT, "fingerprint": self.fingerprint}
         values = {name: value.float().contiguous() for name, value in self.values.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, save(values, metadata))
 
 
@@ -126,10 +125,10 @@ def read_scores(path: Path, model: ModelConfig, fingerprint: str) -> Scores:
 
 
 def refuse_other_file(path: Path) -> None:
-    """Refuse to write over what is no file of scores.
+    """Refuse to write over what is no file of scores; make the folder that it goes into.
 
     Raises:
-        UserError: it is a folder, or holds something else.
+        UserError: it is a folder, holds something else, or its folder cannot be made.
     """
     if path.is_dir():
         raise UserError(f"--output {path} is a folder; name the file, such as {path / 'scores'}")
@@ -140,6 +139,8 @@ def refuse_other_file(path: Path) -> None:
             said = {}
         if said.get("format") != _FORMAT:
             raise UserError(f"--output {path} is there, and holds no scores: name another file")
+    with file_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

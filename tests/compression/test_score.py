@@ -163,6 +163,7 @@ def test_what_cannot_be_scored(parent: Path, tmp_path: Path) -> None:
     for words, said in (
         ([f"--output={tmp_path / 'notes'}"], "is there, and holds no scores"),
         ([f"--output={tmp_path}"], "is a folder; name the file"),
+        ([f"--output={tmp_path / 'notes' / 'x'}"], "notes/x could not be written"),
         (["--output=x", "--nproc=3", "parallel.tensor_model_parallel_size=3"],
          "parallel.tensor_model_parallel_size=3"),
         (["--output=x", "optimizer.lr=1"], "optimizer.lr is not for evaluation to change"),
