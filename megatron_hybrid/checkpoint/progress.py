@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_hybrid.checkpoint.errors import CheckpointError
 from megatron_hybrid.config import RunConfig
-from megatron_hybrid.config.phases import sequence_lengths
+from megatron_hybrid.config.phases import run_tokens, sequence_lengths
 
 
 @dataclass
@@ -86,3 +86,17 @@ def _progress(folder: Path, recorded: Any) -> Progress:
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}: the progress in its common state: {error}") from error
     return progress
+
+
+def ahead(config: RunConfig, progress: Progress | None) -> str:
+    """What the config leaves to train after the steps of the run that saved a checkpoint."""
+    if progress is None:
+        return "the checkpoint does not count what was read"
+    read = f"goes on at step {progress.iteration}, sample {progress.consumed_samples:,}"
+    lengths, tokens = set(sequence_lengths(config)), run_tokens(config)
+    if len(lengths) > 1 or tokens is None:
+        return read
+    samples = -(-tokens // lengths.pop())
+    if samples > progress.consumed_samples:
+        return f"{read} of {samples:,}"
+    return f"{read}; NOTHING IS LEFT of the {samples:,} that the config asks for: set a longer run"

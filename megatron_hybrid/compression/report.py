@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_hybrid.checkpoint.derived import BLOCK_BYTES
+from megatron_hybrid.checkpoint.progress import ahead
 from megatron_hybrid.compression.write import Pruning
 from megatron_hybrid.config.layers import layers, numbers_text
 from megatron_hybrid.model.counts import count_parameters
@@ -16,13 +17,10 @@ def print_report(pruning: Pruning, console: Console) -> None:
     parent, config = pruning.parent.model, pruning.config.model
     stay = {each.parent.number for each in pruning.kept}
     gone = tuple(each.number for each in layers(parent) if each.number not in stay)
-    progress = pruning.progress
     lines = {
         "pattern": f"{parent.hybrid_layer_pattern} -> {config.hybrid_layer_pattern}",
         "dropped": numbers_text(gone) if gone else "no layer",
-        "training": "the checkpoint does not count what was read"
-        if progress is None
-        else f"goes on at step {progress.iteration}, sample {progress.consumed_samples:,}",
+        "training": ahead(pruning.config, pruning.progress),
     }
     for name, text in lines.items():
         console.print(f"{name:8}  {text}", highlight=False, markup=False, soft_wrap=True)

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from megatron_hybrid.checkpoint.progress import Progress
+from megatron_hybrid.checkpoint.progress import ahead
 from megatron_hybrid.config import ModelConfig, RunConfig
 from megatron_hybrid.config.layers import layers_of
 from megatron_hybrid.config.pattern import MLP, parse_pattern
-from megatron_hybrid.config.phases import run_tokens, sequence_lengths
 from megatron_hybrid.model.counts import count_parameters
 from megatron_hybrid.upcycling.write import Upcycling
 
@@ -73,7 +72,7 @@ def print_report(
         f"an MLP of {scheme.channels}, cut into {scheme.granularity}{shared}",
         "router": f"{scheme.topk} experts a token; {router}",
         "scale": f"{scheme.scale:.4f} on both matrices of each routed expert",
-        "training": _ahead(config, upcycling.progress),
+        "training": ahead(config, upcycling.progress),
     }
     for name, text in lines.items():
         console.print(f"{name:8}  {text}", highlight=False, markup=False, soft_wrap=True)
@@ -94,17 +93,3 @@ def print_report(
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _ahead(config: RunConfig, progress: Progress | None) -> str:
-    """What the config leaves to train after the dense run's steps."""
-    if progress is None:
-        return "the checkpoint does not count what was read"
-    read = f"goes on at step {progress.iteration}, sample {progress.consumed_samples:,}"
-    lengths, tokens = set(sequence_lengths(config)), run_tokens(config)
-    if len(lengths) > 1 or tokens is None:
-        return read
-    samples = -(-tokens // lengths.pop())
-    if samples > progress.consumed_samples:
-        return f"{read} of {samples:,}"
-    return f"{read}; NOTHING IS LEFT of the {samples:,} that the config asks for: set a longer run"

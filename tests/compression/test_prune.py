@@ -1,16 +1,19 @@
 """`compress prune`: the smaller model is the masked parent, whole or not there at all."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from megatron_hybrid.checkpoint import files
 from megatron_hybrid.checkpoint.files import find_checkpoint
 from megatron_hybrid.checkpoint.reader import CheckpointReader
+from megatron_hybrid.compression.report import print_report
 from megatron_hybrid.compression.request import Request
 from megatron_hybrid.compression.scores import Scores, fingerprint_of, shapes
 from megatron_hybrid.compression.write import PROVENANCE_FILE, Pruning
@@ -320,3 +323,14 @@ def test_modules_of_prediction_are_left_out(tmp_path: Path) -> None:
     models = [(before, masked, 1.0), (as_words(config, tmp_path), folder, 1.0)]
     expected, found = run_distributed(all_logits, 1, models)[0]
     assert (found - expected).abs().max() <= TOLERANCE * expected.std()
+
+
+def test_the_report_says_what_is_left_to_train(parent: Path, tmp_path: Path) -> None:
+    """Where the config's run is over at the parent's step, so that pretrain would do nothing."""
+    source, config = parent_of(parent)
+    steps = config.training.train_iters
+    for words_, said in (([], "; NOTHING IS LEFT of"), (["training.train_iters=99"], " of 396")):
+        pruning = Pruning(source, config, SMALL, tmp_path / "out", words_, keep_first=True)
+        out = io.StringIO()
+        print_report(pruning, Console(file=out))
+        assert f"goes on at step {steps}, sample {steps * 4}{said}" in out.getvalue()
