@@ -28,10 +28,11 @@ DENSE = "M-*M"
 MOE = "ME*E"
 DIFFUSION = "*E-*"  # trained by masked diffusion, with biases
 DIFFUSION_FIELDS = {"add_bias_linear": True, "moe_shared_expert_intermediate_size": None}
-# Attention and Mamba side by side, Mamba-1 and Mamba-2, with every multiplier, of two sizes.
+# Attention and Mamba side by side, Mamba-1 and Mamba-2, with every multiplier, of two sizes, with
+# biases.
 HEADS = "H-*H"
 HEADS_FIELDS = {
-    "activation": "swiglu", "mamba_rms_norm": False, "key_multiplier": 0.7,
+    "activation": "swiglu", "add_bias_linear": True, "mamba_rms_norm": False, "key_multiplier": 0.7,
     "ssm_multipliers": [0.4, 0.6, 1.5, 0.8, 1.2], "ssm_in_multiplier": 1.25,
     "ssm_out_multiplier": 0.6, "attention_in_multiplier": 0.9, "attention_out_multiplier": 0.8,
     "mlp_multipliers": [0.9, 0.6], "embedding_multiplier": 3.0, "lm_head_multiplier": 0.5,
