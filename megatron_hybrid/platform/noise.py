@@ -10,6 +10,7 @@ IGNORED_WARNINGS = (
     r"MimoModelConfig is experimental",  # import: a model that nobody here uses
     r"window_size should be",  # generating with Transformer Engine: the engine's, and put right
     r"Relying on pointer-based detection of packed",  # Transformer Engine: of the engine's calls
+    r"The next bucket's parameter all-gather",  # Mamba's fp32 parameters, a buffer out of turn
     r"When using (async grad allreduce|sequence parallelism)",  # a CUDA environment variable
     r"`sequence_parallel` is set to `True`, but",  # experts, which one tensor rank holds whole
     r"The \.grad attribute of a Tensor that is not a leaf",  # optimizer: it looks, and knows

@@ -17,6 +17,7 @@ from megatron_hybrid.errors import UserError
 from megatron_hybrid.platform import backend, threads
 from megatron_hybrid.platform.results_file import ResultsFile
 from megatron_hybrid.testing import run_distributed
+from tests.training.runs import trainer, words
 
 
 def look_around() -> dict:
@@ -250,3 +251,19 @@ def warnings_of_an_experts_linear() -> list[str]:
 def test_a_layer_of_one_tensor_rank_is_no_warning() -> None:
     """Experts under sequence parallelism are as they were asked for."""
     assert run_distributed(warnings_of_an_experts_linear, 1) == [[]]
+
+
+def warnings_of_a_run(line: list[str]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught, trainer(line) as run:
+        run.run()
+    return [str(warning.message) for warning in caught]
+
+
+def test_mamba_in_fp32_beside_bf16_is_no_warning(tmp_path: Path) -> None:
+    """Its decays have a buffer of their own, whose parameters are gathered out of turn."""
+    line = words(
+        tmp_path, "precision.recipe=bf16", "parallel.overlap_grad_reduce=true",
+        "parallel.overlap_param_gather=true", "model.hybrid_layer_pattern=M*M-",
+        "training.train_iters=1",
+    )  # fmt: skip
+    assert run_distributed(warnings_of_a_run, 1, line) == [[]]
